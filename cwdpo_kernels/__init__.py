@@ -1,0 +1,61 @@
+"""Fused kernels from hidden states (or logits) to log-probabilities and the Cooling-Weighted DPO loss."""
+
+from cwdpo_kernels.functional import (
+    linear_logprob,
+    linear_sequence_logprob,
+    logits_logprob,
+    logits_sequence_logprob,
+    sequence_logprob,
+    shift_labels,
+    token_divergence,
+    token_stats,
+)
+from cwdpo_kernels.losses import (
+    constrained_sft_loss,
+    cooling_weight,
+    cwdpo_loss,
+    linear_constrained_sft_loss,
+    linear_cwdpo_loss,
+    logits_cwdpo_loss,
+)
+from cwdpo_kernels.ops import backend
+from cwdpo_kernels.types import (
+    ConstrainedSFTOutput,
+    Cooling,
+    CWDPOOutput,
+    Divergence,
+    GentleNegatives,
+    Head,
+    MemoryBudget,
+    SequenceLogprob,
+    TokenStats,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CWDPOOutput",
+    "ConstrainedSFTOutput",
+    "Cooling",
+    "Divergence",
+    "GentleNegatives",
+    "Head",
+    "MemoryBudget",
+    "SequenceLogprob",
+    "TokenStats",
+    "backend",
+    "constrained_sft_loss",
+    "cooling_weight",
+    "cwdpo_loss",
+    "linear_constrained_sft_loss",
+    "linear_cwdpo_loss",
+    "linear_logprob",
+    "linear_sequence_logprob",
+    "logits_cwdpo_loss",
+    "logits_logprob",
+    "logits_sequence_logprob",
+    "sequence_logprob",
+    "shift_labels",
+    "token_divergence",
+    "token_stats",
+]

@@ -1,0 +1,263 @@
+"""The public functions: check the arguments, call the op, name the results.
+
+Shapes: N tokens (any leading shape where written `...`), S sequences, P pairs, D hidden, V vocabulary, T tokens of a
+padded row. Labels are already aligned: hidden[t] predicts labels[t] (see `shift_labels`). Log-probabilities are in
+nats and float32 (float64 for float64 inputs). Under autocast the linear functions take autocast's dtype for hidden
+and head, as torch's own linear does; the logits are never rounded below float32.
+
+Every function raises ValueError naming the argument, what was expected and what came. Source of the method and the
+losses: CW-DPO, arXiv 2510.11978.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels import ops  # noqa: F401  (registers torch.ops.cwdpo)
+from cwdpo_kernels import validation as check
+from cwdpo_kernels.types import IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
+
+DEFAULT_BUDGET = MemoryBudget()
+
+
+def linear_logprob(
+    hidden: Tensor, head: Head | Tensor, labels: Tensor, *, rows: Tensor | None = None,
+    budget: MemoryBudget = DEFAULT_BUDGET, ignore_index: int = IGNORE_INDEX,
+) -> Tensor:  # fmt: skip
+    """log softmax(head(hidden))[label] per token, without the logits: hidden [..., D], labels [...] -> [...].
+
+    0 where the label is `ignore_index`. Differentiable in hidden, head.weight and head.bias. A head that needs no
+    gradient takes one pass (2 N D V multiply-adds) and saves N x D; a trainable one recomputes in backward.
+    `rows` [M]: flat indices of the labelled tokens, if known: saves finding them (a synchronisation on a GPU).
+    Labelled tokens outside `rows` then count as ignored.
+    """
+    return _linear_logprob("linear_logprob", hidden, head, labels, rows, budget, ignore_index)
+
+
+def logits_logprob(
+    logits: Tensor, labels: Tensor, *, reuse_logits: bool = False, ignore_index: int = IGNORE_INDEX
+) -> Tensor:
+    """log softmax(logits)[label] per token: logits [..., V], labels [...] -> [...]; 0 where ignored.
+
+    `reuse_logits`: backward writes the gradient into the logits' own memory, so the logits are gone after it. They
+    must be contiguous, and only one backward can run (autograd raises on a second one).
+    """
+    op = "logits_logprob"
+    check.check_dtype(op, "logits", logits, check.FLOAT_DTYPES)
+    check.expect(logits.dim() >= 1, op, "logits", "dimensions", ">= 1", logits.dim())
+    check.expect(logits.shape[-1] >= 1, op, "logits", "V", ">= 1", logits.shape[-1])
+    check.check_labels(op, labels, logits, "logits", logits.shape[-1], ignore_index)
+    ok = not reuse_logits or logits.is_contiguous()
+    check.expect(ok, op, "logits", "layout", "contiguous (for reuse_logits)", "non-contiguous")
+    flat = logits.reshape(-1, logits.shape[-1])
+    logp, _ = torch.ops.cwdpo.logits_logprob(flat, labels.reshape(-1), ignore_index, reuse_logits)
+    return logp.view(labels.shape)
+
+
+def token_stats(
+    hidden: Tensor, head: Head | Tensor, labels: Tensor, *, rows: Tensor | None = None,
+    budget: MemoryBudget = DEFAULT_BUDGET, ignore_index: int = IGNORE_INDEX,
+) -> TokenStats:  # fmt: skip
+    """Log-prob of the label, entropy (nats), top-1 probability and whether the label is top-1, per token. No gradient.
+
+    Shapes and `rows` as in `linear_logprob`; every field is [...], 0 (False) where ignored.
+    """
+    op = "token_stats"
+    hidden, head, labels, rows = _live("token_stats", hidden, head, labels, rows, ignore_index)
+    flat_hidden, flat_labels = _gather(hidden, labels, rows)
+    args = (
+        _detached(flat_hidden),
+        _detached(head.weight),
+        _detached(head.bias),
+        flat_labels,
+        head.scale,
+        head.softcap,
+    )
+    stats = getattr(torch.ops.cwdpo, op)(*args, ignore_index, budget.workspace_bytes)
+    return TokenStats(*(_scatter(field, rows, labels.shape) for field in stats))
+
+
+def token_divergence(
+    hidden_p: Tensor, head_p: Head | Tensor, hidden_q: Tensor, head_q: Head | Tensor, *,
+    budget: MemoryBudget = DEFAULT_BUDGET,
+) -> Divergence:  # fmt: skip
+    """TV, JS and KL(p || q) per token between two heads: hidden_p [..., Dp], hidden_q [..., Dq] -> [...] each.
+
+    The heads share the vocabulary and the dtype; D may differ. No gradient. Pass the tokens of interest only: each
+    costs four head products.
+    """
+    op = "token_divergence"
+    hidden_p, head_p = _autocast(_detached(hidden_p), _as_head(op, "head_p", head_p))
+    hidden_q, head_q = _autocast(_detached(hidden_q), _as_head(op, "head_q", head_q))
+    check.check_head(op, hidden_p, head_p, "hidden_p", "head_p")
+    check.check_head(op, hidden_q, head_q, "hidden_q", "head_q")
+    check.check_device(op, "hidden_q", hidden_q, hidden_p, "hidden_p")
+    check.expect(
+        hidden_q.dtype == hidden_p.dtype,
+        op,
+        "hidden_q",
+        "dtype",
+        f"{hidden_p.dtype} (as hidden_p)",
+        hidden_q.dtype,
+    )
+    shape, vocab = list(hidden_p.shape[:-1]), head_p.weight.shape[0]
+    check.expect(list(hidden_q.shape[:-1]) == shape, op, "hidden_q", "leading shape", shape, list(hidden_q.shape[:-1]))
+    check.expect(head_q.weight.shape[0] == vocab, op, "head_q.weight", "V", vocab, head_q.weight.shape[0])
+    sides = [
+        (
+            hidden.reshape(-1, hidden.shape[-1]),
+            _detached(head.weight),
+            _detached(head.bias),
+            head.scale,
+            head.softcap,
+        )
+        for hidden, head in ((hidden_p, head_p), (hidden_q, head_q))
+    ]
+    fields = torch.ops.cwdpo.token_divergence(*sides[0], *sides[1], budget.workspace_bytes)
+    return Divergence(*(field.view(hidden_p.shape[:-1]) for field in fields))
+
+
+def sequence_logprob(
+    token_logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX
+) -> SequenceLogprob:
+    """Totals, means and counts per sequence, of padded token_logp [S, T] or packed [N] with cu_seqlens [S + 1].
+
+    Ignored tokens do not count, whatever their value. Differentiable in total and mean; an empty sequence has mean 0
+    and no gradient.
+    """
+    op = "sequence_logprob"
+    check.check_dtype(op, "token_logp", token_logp, check.FLOAT_DTYPES)
+    check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
+    check.expect(labels.shape == token_logp.shape, op, "labels", "shape", list(token_logp.shape), list(labels.shape))
+    check.check_device(op, "labels", labels, token_logp, "token_logp")
+    offsets = sequence_offsets(op, labels, cu_seqlens)
+    flat, flat_labels = _at_least_float32(token_logp).reshape(-1), labels.reshape(-1)
+    return SequenceLogprob(*torch.ops.cwdpo.sequence_logprob(flat, flat_labels, offsets, ignore_index))
+
+
+def linear_sequence_logprob(
+    hidden: Tensor, head: Head | Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, *,
+    rows: Tensor | None = None, budget: MemoryBudget = DEFAULT_BUDGET, ignore_index: int = IGNORE_INDEX,
+) -> SequenceLogprob:  # fmt: skip
+    """From hidden states to the average token log-probability of every sequence, fused; gradients to hidden and head.
+
+    hidden [S, T, D] with labels [S, T], or packed [N, D] with labels [N] and cu_seqlens [S + 1]. `rows` as in
+    `linear_logprob`.
+    """
+    op = "linear_sequence_logprob"
+    token_logp = _linear_logprob(op, hidden, head, labels, rows, budget, ignore_index)
+    return sequence_logprob(token_logp, labels, cu_seqlens, ignore_index=ignore_index)
+
+
+def logits_sequence_logprob(
+    logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, *, reuse_logits: bool = False,
+    ignore_index: int = IGNORE_INDEX,
+) -> SequenceLogprob:  # fmt: skip
+    """The same from logits [S, T, V] or packed [N, V]; `reuse_logits` as in `logits_logprob`."""
+    token_logp = logits_logprob(logits, labels, reuse_logits=reuse_logits, ignore_index=ignore_index)
+    return sequence_logprob(token_logp, labels, cu_seqlens, ignore_index=ignore_index)
+
+
+def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
+    """Labels of Hugging Face (labels[t] is token t) -> aligned labels (labels[t] is what hidden[t] predicts).
+
+    [..., T], or packed [N] with cu_seqlens [S + 1]; the last token of every sequence predicts nothing.
+    """
+    op = "shift_labels"
+    check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
+    check.expect(labels.dim() >= 1, op, "labels", "dimensions", ">= 1", labels.dim())
+    shifted = torch.nn.functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=ignore_index)
+    if cu_seqlens is None:
+        return shifted
+    check.check_cu_seqlens(op, cu_seqlens, labels)
+    # Offset 0 (an empty first sequence) ends at -1, no token: it falls on the extra slot and is cut off again.
+    ends = torch.where(cu_seqlens[1:] > 0, cu_seqlens[1:] - 1, labels.shape[0]).long()
+    padded = torch.nn.functional.pad(shifted, (0, 1))
+    return padded.index_fill(0, ends, ignore_index)[:-1]
+
+
+def sequence_offsets(op: str, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """cu_seqlens as given (packed), or those of a padded [S, T] batch."""
+    if cu_seqlens is not None:
+        check.check_cu_seqlens(op, cu_seqlens, labels)
+        return cu_seqlens
+    shape = list(labels.shape)
+    check.expect(labels.dim() == 2, op, "labels", "shape", "[S, T], or [N] with cu_seqlens", shape)
+    return torch.arange(shape[0] + 1, device=labels.device) * shape[1]
+
+
+def _linear_logprob(
+    op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, budget: MemoryBudget,
+    ignore_index: int,
+) -> Tensor:  # fmt: skip
+    hidden, head, labels, rows = _live(op, hidden, head, labels, rows, ignore_index)
+    flat_hidden, flat_labels = _gather(hidden, labels, rows)
+    parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
+    trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable
+    itemsize = 8 if hidden.dtype == torch.float64 else 4
+    kept_bytes = min(budget.kept_bytes, flat_labels.shape[0] * head.weight.shape[0] * itemsize) if trainable else 0
+    logp, *_ = torch.ops.cwdpo.linear_logprob(
+        flat_hidden, head.weight, head.bias, flat_labels, float(head.scale), head.softcap, ignore_index, frozen,
+        budget.workspace_bytes, kept_bytes,
+    )  # fmt: skip
+    return _scatter(logp, rows, labels.shape)
+
+
+def _live(
+    op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
+) -> tuple[Tensor, Head, Tensor, Tensor | None]:
+    """Checked arguments, and the flat indices of the tokens to project (None: all of them)."""
+    hidden, head = _autocast(hidden, _as_head(op, "head", head))
+    check.check_head(op, hidden, head)
+    check.check_labels(op, labels, hidden, "hidden", head.weight.shape[0], ignore_index)
+    if rows is not None:
+        check.check_rows(op, rows, labels)
+    elif not torch.compiler.is_compiling():  # a data-dependent shape; compiled, the op itself skips ignored tokens
+        rows = (labels.reshape(-1) != ignore_index).nonzero().squeeze(1)
+        rows = None if rows.numel() == labels.numel() else rows
+    return hidden, head, labels, rows
+
+
+def _gather(hidden: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
+    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    return (flat_hidden, flat_labels) if rows is None else (flat_hidden[rows], flat_labels[rows])
+
+
+def _scatter(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
+    """Values of the projected tokens in their places, 0 elsewhere."""
+    if rows is None:
+        return values.view(shape)
+    return values.new_zeros(shape.numel()).index_copy(0, rows.long(), values).view(shape)
+
+
+def _as_head(op: str, arg: str, head: Head | Tensor) -> Head:
+    if isinstance(head, Tensor):
+        return Head(head)
+    check.expect(isinstance(head, Head), op, arg, "type", "Head or Tensor [V, D]", type(head).__name__)
+    return head
+
+
+def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """Inside an autocast region: hidden and head in its dtype, as torch's linear would take them."""
+    device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device_type):
+        return hidden, head
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor | None) -> Tensor | None:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    return cast(hidden), replace(head, weight=cast(head.weight), bias=cast(head.bias))
+
+
+def _at_least_float32(tensor: Tensor) -> Tensor:
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def _detached(tensor: Tensor | None) -> Tensor | None:
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor

@@ -1,0 +1,221 @@
+"""The public losses: constrained supervised fine-tuning and Cooling-Weighted DPO.
+
+From hidden states, logits or log-probs. Conventions as in `functional`. 2P sequences: the P chosen ones first, the P
+rejected ones second, in the same order.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels import functional as F
+from cwdpo_kernels import validation as check
+from cwdpo_kernels.types import (
+    IGNORE_INDEX,
+    ConstrainedSFTOutput,
+    Cooling,
+    CWDPOOutput,
+    GentleNegatives,
+    Head,
+    MemoryBudget,
+    SequenceLogprob,
+)
+
+NORMALIZE = ("sequence", "token")
+
+
+def cooling_weight(mean_logp: Tensor, cooling: Cooling) -> Tensor:
+    """w_c = sigmoid((mean_logp - logp_floor) / temperature) in [0, 1], or the constant; detached. Any shape.
+
+    `mean_logp`: the policy's mean log-prob of each rejected answer, in nats per token.
+    """
+    op = "cooling_weight"
+    check.check_dtype(op, "mean_logp", mean_logp, check.FLOAT_DTYPES)
+    return torch.ops.cwdpo.cooling_weight(mean_logp.detach(), *_cooling_args(op, cooling)[:3])
+
+
+def cwdpo_loss(
+    chosen: SequenceLogprob, rejected: SequenceLogprob, ref_chosen: Tensor | SequenceLogprob,
+    ref_rejected: Tensor | SequenceLogprob, *, beta: float, cooling: Cooling, normalize: str = "sequence",
+) -> CWDPOOutput:  # fmt: skip
+    """-log sigmoid(beta * (D_w - w_c * D_l)), averaged over the kept pairs; D = policy - reference log-prob.
+
+    chosen, rejected: the policy's, [P] each; ref_*: the reference's total log-probs [P] in nats (or a
+    SequenceLogprob), never differentiated. normalize "sequence": D of totals; "token": D of means. Pairs with an
+    empty answer, or below `cooling.drop_below`, leave the mean (`kept` is False). Differentiable in `chosen.total`
+    and `rejected.total`; w_c is a constant.
+    """
+    op = "cwdpo_loss"
+    total, count = _stack_pairs(op, chosen, rejected)
+    offsets = torch.arange(total.shape[0] + 1, device=total.device)
+    return _cwdpo(op, total, None, count, offsets, ref_chosen, ref_rejected, beta, cooling, normalize, IGNORE_INDEX)
+
+
+def linear_cwdpo_loss(
+    hidden: Tensor, head: Head | Tensor, labels: Tensor, ref_chosen: Tensor | SequenceLogprob,
+    ref_rejected: Tensor | SequenceLogprob, *, beta: float, cooling: Cooling, normalize: str = "sequence",
+    cu_seqlens: Tensor | None = None, rows: Tensor | None = None, budget: MemoryBudget = F.DEFAULT_BUDGET,
+    ignore_index: int = IGNORE_INDEX,
+) -> CWDPOOutput:  # fmt: skip
+    """`cwdpo_loss` straight from hidden states, without logits; gradients to hidden, head.weight and head.bias.
+
+    hidden [2P, T, D] with labels [2P, T], or packed [N, D] with labels [N] and cu_seqlens [2P + 1]. Only labelled
+    tokens are projected; `rows` as in `linear_logprob`.
+    """
+    op = "linear_cwdpo_loss"
+    token_logp = F._linear_logprob(op, hidden, head, labels, rows, budget, ignore_index)
+    return _token_cwdpo(
+        op, token_logp, labels, cu_seqlens, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
+    )
+
+
+def logits_cwdpo_loss(
+    logits: Tensor, labels: Tensor, ref_chosen: Tensor | SequenceLogprob, ref_rejected: Tensor | SequenceLogprob, *,
+    beta: float, cooling: Cooling, normalize: str = "sequence", cu_seqlens: Tensor | None = None,
+    reuse_logits: bool = False, ignore_index: int = IGNORE_INDEX,
+) -> CWDPOOutput:  # fmt: skip
+    """`linear_cwdpo_loss` for trainers that already hold logits [2P, T, V] or packed [N, V]."""
+    op = "logits_cwdpo_loss"
+    token_logp = F.logits_logprob(logits, labels, reuse_logits=reuse_logits, ignore_index=ignore_index)
+    return _token_cwdpo(
+        op, token_logp, labels, cu_seqlens, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
+    )
+
+
+def constrained_sft_loss(
+    chosen: SequenceLogprob, rejected: SequenceLogprob, *, negatives: GentleNegatives,
+    rejected_smoothing: Tensor | None = None,
+) -> ConstrainedSFTOutput:  # fmt: skip
+    """Stage 1: NLL(chosen) + weight * relu(nll_floor - mean_batch NLL(rejected)), or its smoothed variant.
+
+    [P] each. negatives.mode "smoothed" needs `rejected_smoothing` [P]: the sum over each rejected answer's tokens of
+    z_y - mean_v z_v (which `linear_constrained_sft_loss` forms from the mean row of the head). Differentiable in the
+    totals and in `rejected_smoothing`.
+    """
+    op = "constrained_sft_loss"
+    total, count = _stack_pairs(op, chosen, rejected)
+    offsets = torch.arange(total.shape[0] + 1, device=total.device)
+    return _constrained_sft(op, total, None, count, offsets, negatives, rejected_smoothing, IGNORE_INDEX)
+
+
+def linear_constrained_sft_loss(
+    hidden: Tensor, head: Head | Tensor, labels: Tensor, *, negatives: GentleNegatives,
+    cu_seqlens: Tensor | None = None, rows: Tensor | None = None, budget: MemoryBudget = F.DEFAULT_BUDGET,
+    ignore_index: int = IGNORE_INDEX,
+) -> ConstrainedSFTOutput:  # fmt: skip
+    """`constrained_sft_loss` straight from hidden states; shapes as in `linear_cwdpo_loss`.
+
+    The label smoothing of mode "smoothed" costs no vocabulary pass: mean_v z_v = scale * (h . mean(W) + mean(b)).
+    Errors: NotImplementedError for "smoothed" with a soft cap, where that identity does not hold.
+    """
+    op = "linear_constrained_sft_loss"
+    token_logp = F._linear_logprob(op, hidden, head, labels, rows, budget, ignore_index)
+    offsets = F.sequence_offsets(op, labels, cu_seqlens)
+    smoothing = None
+    if negatives.mode == "smoothed":
+        token_smoothing = _smoothing(op, hidden, F._as_head(op, "head", head), labels, ignore_index)
+        summed = F.sequence_logprob(token_smoothing, labels, cu_seqlens, ignore_index=ignore_index).total
+        smoothing = summed[check.check_pairs(op, "labels", summed.shape[0]) :]
+    flat = token_logp.reshape(-1)
+    return _constrained_sft(op, flat, labels.reshape(-1), None, offsets, negatives, smoothing, ignore_index)
+
+
+def _smoothing(op: str, hidden: Tensor, head: Head, labels: Tensor, ignore_index: int) -> Tensor:
+    """z_y - mean_v z_v per token = scale * (h . (W_y - mean W) + b_y - mean b), at least in float32."""
+    if head.softcap is not None:
+        raise NotImplementedError(f"{op}: negatives.mode='smoothed' is not defined with a soft cap")
+    safe = labels.masked_fill(labels == ignore_index, 0)
+    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+    contrast = head.weight[safe].to(dtype) - head.weight.mean(0, dtype=dtype)
+    smoothing = (hidden.to(dtype) * contrast).sum(-1)
+    if head.bias is not None:
+        smoothing = smoothing + head.bias[safe].to(dtype) - head.bias.mean(dtype=dtype)
+    return smoothing * head.scale
+
+
+def _token_cwdpo(
+    op: str, token_logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ref_chosen: Tensor | SequenceLogprob,
+    ref_rejected: Tensor | SequenceLogprob, beta: float, cooling: Cooling, normalize: str, ignore_index: int,
+) -> CWDPOOutput:  # fmt: skip
+    offsets = F.sequence_offsets(op, labels, cu_seqlens)
+    flat, flat_labels = token_logp.reshape(-1), labels.reshape(-1)
+    return _cwdpo(
+        op, flat, flat_labels, None, offsets, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
+    )
+
+
+def _cwdpo(
+    op: str, logp: Tensor, labels: Tensor | None, count: Tensor | None, offsets: Tensor,
+    ref_chosen: Tensor | SequenceLogprob, ref_rejected: Tensor | SequenceLogprob, beta: float, cooling: Cooling,
+    normalize: str, ignore_index: int,
+) -> CWDPOOutput:  # fmt: skip
+    pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
+    check.expect(beta > 0, op, "beta", "value", "> 0", beta)
+    check.check_choice(op, "normalize", normalize, NORMALIZE)
+    references = []
+    for arg, ref in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
+        ref = ref.total if isinstance(ref, SequenceLogprob) else ref
+        check.check_per_pair(op, arg, ref, pairs, logp)
+        references.append(ref.detach())
+    loss, *per_pair, kept, total, mean, count, _ = torch.ops.cwdpo.cwdpo_loss(
+        logp, labels, count, offsets, *references, float(beta), *_cooling_args(op, cooling), normalize == "token",
+        ignore_index,
+    )  # fmt: skip
+    return CWDPOOutput(loss, *per_pair, *_split_pairs(total, mean, count), kept)
+
+
+def _constrained_sft(
+    op: str, logp: Tensor, labels: Tensor | None, count: Tensor | None, offsets: Tensor, negatives: GentleNegatives,
+    rejected_smoothing: Tensor | None, ignore_index: int,
+) -> ConstrainedSFTOutput:  # fmt: skip
+    kind = type(negatives).__name__
+    check.expect(isinstance(negatives, GentleNegatives), op, "negatives", "type", "GentleNegatives", kind)
+    pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
+    hinge, per_token = negatives.mode == "hinge", negatives.normalize == "token"
+    loss, chosen_nll, rejected_nll, penalty, total, mean, count, _ = torch.ops.cwdpo.constrained_sft_loss(
+        logp,
+        labels,
+        count,
+        offsets,
+        float(negatives.weight),
+        float(negatives.nll_floor),
+        hinge,
+        per_token,
+        ignore_index,
+    )
+    if not hinge:
+        kind = type(rejected_smoothing).__name__
+        ok = isinstance(rejected_smoothing, Tensor)
+        check.expect(ok, op, "rejected_smoothing", "type", "Tensor [P] (mode 'smoothed')", kind)
+        check.check_per_pair(op, "rejected_smoothing", rejected_smoothing, pairs, logp)
+        length = count[pairs:].clamp_min(1) if per_token else 1
+        spread = (rejected_smoothing / length).sum() / (count[pairs:] > 0).sum().clamp_min(1)
+        extra = negatives.weight * negatives.smoothing * spread
+        loss, penalty = loss + extra, penalty + extra.detach()
+    return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *_split_pairs(total, mean, count))
+
+
+def _stack_pairs(op: str, chosen: SequenceLogprob, rejected: SequenceLogprob) -> tuple[Tensor, Tensor]:
+    """Totals and counts of 2P sequences, chosen first."""
+    for arg, value in (("chosen", chosen), ("rejected", rejected)):
+        check.expect(isinstance(value, SequenceLogprob), op, arg, "type", "SequenceLogprob", type(value).__name__)
+        check.check_dtype(op, f"{arg}.total", value.total, check.FLOAT_DTYPES)
+        check.check_dtype(op, f"{arg}.count", value.count, check.INDEX_DTYPES)
+        shape = list(value.total.shape)
+        check.expect(len(shape) == 1, op, f"{arg}.total", "shape", "[P]", shape)
+        check.expect(list(value.count.shape) == shape, op, f"{arg}.count", "shape", shape, list(value.count.shape))
+    check.check_per_pair(op, "rejected.total", rejected.total, chosen.total.shape[0], chosen.total)
+    total = torch.cat([chosen.total, rejected.total])
+    return F._at_least_float32(total), torch.cat([chosen.count, rejected.count]).long()
+
+
+def _split_pairs(total: Tensor, mean: Tensor, count: Tensor) -> tuple[SequenceLogprob, SequenceLogprob]:
+    pairs = total.shape[0] // 2
+    chosen = SequenceLogprob(total[:pairs], mean[:pairs], count[:pairs])
+    return chosen, SequenceLogprob(total[pairs:], mean[pairs:], count[pairs:])
+
+
+def _cooling_args(op: str, cooling: Cooling) -> tuple[float, float, float | None, float | None]:
+    check.expect(isinstance(cooling, Cooling), op, "cooling", "type", "Cooling", type(cooling).__name__)
+    return cooling.logp_floor, cooling.temperature, cooling.constant, cooling.drop_below

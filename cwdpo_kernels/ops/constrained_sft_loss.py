@@ -1,0 +1,26 @@
+"""constrained_sft_loss: the stage-1 loss from token (or sequence) log-probs, with every token's gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from cwdpo_kernels.ops.registry import define, implement
+from cwdpo_kernels.ops.scalar_loss import register_scalar_loss
+from cwdpo_kernels.portable import constrained_sft_loss as portable
+
+define(
+    "constrained_sft_loss",
+    "(Tensor logp, Tensor? labels, Tensor? count, Tensor cu_seqlens, float weight, float nll_floor, bool hinge, "
+    "bool per_token, int ignore_index) -> (Tensor loss, Tensor chosen_nll, Tensor rejected_nll, Tensor penalty, "
+    "Tensor total, Tensor mean, Tensor count_out, Tensor grad_logp)",
+)
+implement("constrained_sft_loss", "default", portable.constrained_sft_loss)
+register_scalar_loss("constrained_sft_loss", n_inputs=9)
+
+
+@torch.library.register_fake("cwdpo::constrained_sft_loss")
+def _(logp, labels, count, cu_seqlens, *_):
+    scalars = [logp.new_empty(()) for _ in range(4)]
+    sequences = cu_seqlens.shape[0] - 1
+    total, mean = logp.new_empty(sequences), logp.new_empty(sequences)
+    return *scalars, total, mean, logp.new_empty(sequences, dtype=torch.int64), logp.new_empty(logp.shape)

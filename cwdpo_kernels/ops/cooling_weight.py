@@ -1,0 +1,16 @@
+"""cooling_weight: how hard a rejected answer pushes. No gradient: the weight is a constant of the loss."""
+
+from __future__ import annotations
+
+import torch
+
+from cwdpo_kernels.ops.registry import define, implement
+from cwdpo_kernels.portable import cooling_weight as portable
+
+define("cooling_weight", "(Tensor mean_logp, float logp_floor, float temperature, float? constant) -> Tensor")
+implement("cooling_weight", "default", portable.cooling_weight)
+
+
+@torch.library.register_fake("cwdpo::cooling_weight")
+def _(mean_logp, logp_floor, temperature, constant):
+    return torch.empty_like(mean_logp)

@@ -1,0 +1,74 @@
+"""logits_logprob: log-probability of a label from logits that exist already.
+
+Saved for backward: the logits and one float a row. With `reuse_logits` the gradient is written over the saved
+logits: one backward only, which autograd's version counter enforces.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels.ops.registry import define, implement
+from cwdpo_kernels.portable import logits_logprob as portable
+from cwdpo_kernels.portable.tiles import compute_dtype
+
+define(
+    "logits_logprob",
+    "(Tensor logits, Tensor labels, int ignore_index, bool reuse_logits) -> (Tensor logp, Tensor log_odds)",
+)
+define(
+    "logits_logprob_backward",
+    "(Tensor grad_logp, Tensor logits, Tensor labels, Tensor log_odds, int ignore_index) -> Tensor",
+)
+define(
+    "logits_logprob_backward_",
+    "(Tensor grad_logp, Tensor(a!) logits, Tensor labels, Tensor log_odds, int ignore_index) -> ()",
+)
+
+
+def _portable(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: bool) -> tuple[Tensor, Tensor]:
+    return portable.logits_logprob(logits, labels, ignore_index)
+
+
+implement("logits_logprob", "default", _portable)
+implement("logits_logprob_backward", "default", portable.logits_logprob_backward)
+implement("logits_logprob_backward_", "default", portable.logits_logprob_backward_)
+
+
+@torch.library.register_fake("cwdpo::logits_logprob")
+def _(logits, labels, ignore_index, reuse_logits):
+    logp = logits.new_empty(labels.shape, dtype=compute_dtype(logits.dtype))
+    return logp, torch.empty_like(logp)
+
+
+@torch.library.register_fake("cwdpo::logits_logprob_backward")
+def _(grad_logp, logits, labels, log_odds, ignore_index):
+    return torch.empty_like(logits)
+
+
+@torch.library.register_fake("cwdpo::logits_logprob_backward_")
+def _(grad_logp, logits, labels, log_odds, ignore_index):
+    return None
+
+
+def _setup_context(ctx, inputs, output) -> None:
+    logits, labels, ctx.ignore_index, ctx.reuse_logits = inputs
+    _, log_odds = output
+    ctx.set_materialize_grads(False)
+    ctx.mark_non_differentiable(log_odds)
+    ctx.save_for_backward(logits, labels, log_odds)
+
+
+def _backward(ctx, grad_logp: Tensor | None, *_):
+    if grad_logp is None:
+        return None, None, None, None
+    logits, labels, log_odds = ctx.saved_tensors
+    args = (grad_logp, logits, labels, log_odds, ctx.ignore_index)
+    if not ctx.reuse_logits:
+        return torch.ops.cwdpo.logits_logprob_backward(*args), None, None, None
+    torch.ops.cwdpo.logits_logprob_backward_(*args)
+    return logits, None, None, None
+
+
+torch.library.register_autograd("cwdpo::logits_logprob", _backward, setup_context=_setup_context)

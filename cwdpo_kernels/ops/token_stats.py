@@ -1,0 +1,22 @@
+"""token_stats: log-probability, entropy, top-1 probability and correctness per token. No gradient."""
+
+from __future__ import annotations
+
+import torch
+
+from cwdpo_kernels.ops.registry import define, implement
+from cwdpo_kernels.portable import token_stats as portable
+from cwdpo_kernels.portable.tiles import compute_dtype
+
+define(
+    "token_stats",
+    "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
+    "SymInt workspace_bytes) -> (Tensor logp, Tensor entropy, Tensor top1_prob, Tensor is_top1)",
+)
+implement("token_stats", "default", portable.token_stats)
+
+
+@torch.library.register_fake("cwdpo::token_stats")
+def _(hidden, weight, bias, labels, scale, softcap, ignore_index, workspace_bytes):
+    logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
+    return logp, torch.empty_like(logp), torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)

@@ -1,0 +1,195 @@
+r"""The method: log-probabilities of labels under a linear head, without the logits, and their exact gradient.
+
+Anchor the softmax at the target. With z the logits of a token, y its label and c = z_y (a dot product),
+
+    s = sum_{v != y} exp(z_v - c)              the odds against the label
+    logp = -log1p(s)         1 - p_y = s / (1 + s)
+
+Neither subtracts two nearly equal numbers, however confident the token: both are functions of the log-odds
+log s alone, logp = -softplus(log s) and 1 - p_y = sigmoid(log s). log s is a logsumexp over the competitors,
+carried over the vocabulary tiles as (peak, total): log s = peak + log(total), total = sum exp(z_v - c - peak).
+`peak` follows the largest competitor, so nothing overflows for any finite logits.
+
+The gradient needs the competitors only through the distribution among themselves, q_v = exp(z_v - c - log s)
+(it sums to one over v != y):
+
+    d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v)
+    d logp / d h   = (1 - p_y) * scale * (W_y - sum_{v != y} q_v W_v)      pull to the label, push from the rest
+
+With a soft cap each term is multiplied by its own slope 1 - (z / cap)^2.
+
+Costs, in units of 2 N D V floating-point operations: forward 1; a frozen head takes one pass, 2, because the
+direction W_y - sum q W can be accumulated beside s and the backward is a row scaling; a trainable head
+recomputes the tiles in backward, 1 + 3, less what `kept_bytes` saved. Memory: one tile (workspace_bytes), the
+kept tiles, and N x D. Only rows with a label, and in backward only rows with a gradient, are touched.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels.portable.tiles import TiledHead, compute_dtype, fill_target, live_rows
+
+
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
+    ignore_index: int, with_direction: bool, workspace_bytes: int, kept_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logp [N], log-odds against the label [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
+    dtype = compute_dtype(hidden.dtype)
+    logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
+    log_odds = torch.full_like(logp, -torch.inf)
+    direction = torch.zeros_like(hidden) if with_direction else hidden.new_empty(0, hidden.shape[1])
+    kept = torch.empty(kept_bytes, dtype=torch.uint8, device=hidden.device)
+
+    rows = live_rows(labels != ignore_index)
+    labels_N = labels[rows].long()
+    head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
+    log_odds_N, direction_ND = _forward(head, labels_N, with_direction, KeptTiles(kept, head))
+    log_odds[rows] = log_odds_N
+    logp[rows] = -torch.logaddexp(log_odds_N, torch.zeros_like(log_odds_N))
+    if with_direction:
+        direction[rows] = direction_ND.to(hidden.dtype)
+    return logp, log_odds, direction, kept
+
+
+def _forward(head: TiledHead, labels_N: Tensor, with_direction: bool, kept: KeptTiles) -> tuple[Tensor, Tensor | None]:
+    """One sweep over the vocabulary: log s [N] and, if asked, scale * (W_y - sum q W) [N, D]."""
+    anchor_N = head.target_logits(labels_N)
+    peak_N = torch.full_like(anchor_N, torch.finfo(head.dtype).min)
+    total_N = torch.zeros_like(anchor_N)
+    pushed_ND = anchor_N.new_zeros(head.hidden.shape) if with_direction else None
+
+    for columns in head.columns():
+        weight_BD = head.weight_tile(columns)
+        for rows in head.rows():
+            tile_RB = head.logits(rows, columns, weight_BD)
+            slope_RB = head.slope(tile_RB) if with_direction else None
+            tile_RB.sub_(anchor_N[rows, None])
+            kept.save(tile_RB, rows, columns)
+
+            fill_target(tile_RB, labels_N[rows], columns, -torch.inf)
+            peak_R = torch.maximum(peak_N[rows], tile_RB.amax(1))
+            decay_R = torch.exp(peak_N[rows] - peak_R)
+            peak_N[rows] = peak_R
+            tile_RB.sub_(peak_R[:, None]).exp_()
+            total_N[rows] = total_N[rows] * decay_R + tile_RB.sum(1)
+            if with_direction:
+                if slope_RB is not None:
+                    tile_RB.mul_(slope_RB)
+                pushed_ND[rows].mul_(decay_R[:, None]).addmm_(tile_RB, weight_BD)
+
+    if with_direction:
+        # No competitor at all (V = 1) leaves total = 0: the clamp keeps 0 / 0 out, 1 - p_y = 0 does the rest.
+        pushed_ND.div_(total_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
+        _pull_to_label(head, labels_N, anchor_N, pushed_ND)
+    return peak_N + torch.log(total_N), pushed_ND
+
+
+def _pull_to_label(head: TiledHead, labels_N: Tensor, anchor_N: Tensor, pushed_ND: Tensor) -> None:
+    """pushed <- scale * (slope_y W_y - pushed), in place."""
+    slope_N = head.slope(anchor_N)
+    for rows in head.rows():
+        target_RD = head.target_weight(rows, labels_N[rows])
+        if slope_N is not None:
+            target_RD = target_RD * slope_N[rows, None]
+        pushed_ND[rows].neg_().add_(target_RD).mul_(head.scale)
+
+
+def linear_logprob_backward(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, log_odds: Tensor,
+    kept: Tensor, scale: float, softcap: float | None, ignore_index: int, needs_hidden: bool, needs_weight: bool,
+    needs_bias: bool, workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
+    dtype = compute_dtype(hidden.dtype)
+    labelled = labels != ignore_index
+    rows = live_rows(labelled & (grad_logp != 0))
+    labels_N, log_odds_N = labels[rows].long(), log_odds[rows]
+    # Forward laid its kept tiles out for all labelled rows, in tiles planned for that many: plan the same.
+    n_labelled = int(labelled.sum())
+    head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
+    kept_tiles = KeptTiles(kept, head, n_labelled, live=_positions(labelled, rows))
+
+    pull_N = grad_logp[rows].to(dtype) * torch.sigmoid(log_odds_N) * scale
+    anchor_N = head.target_logits(labels_N)
+    grad_hidden_ND = anchor_N.new_zeros(head.hidden.shape) if needs_hidden else None
+    grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    grad_bias = torch.empty_like(bias) if needs_bias else weight.new_empty(0)
+
+    for columns in head.columns():
+        weight_BD = head.weight_tile(columns)
+        grad_weight_BD = _accumulator(grad_weight[columns], dtype) if needs_weight else None
+        grad_bias_B = weight_BD.new_zeros(weight_BD.shape[0]) if needs_bias else None
+        for block in head.rows():
+            tile_RB = kept_tiles.load(block, columns)
+            if tile_RB is None:
+                tile_RB = head.logits(block, columns, weight_BD).sub_(anchor_N[block, None])
+            grad_RB = _logit_gradient(head, tile_RB, anchor_N[block], log_odds_N[block], labels_N[block], columns)
+            grad_RB.mul_(pull_N[block, None])
+            if needs_hidden:
+                grad_hidden_ND[block].addmm_(grad_RB, weight_BD)
+            if needs_weight:
+                grad_weight_BD.addmm_(grad_RB.T, head.hidden_block(block))
+            if needs_bias:
+                grad_bias_B.add_(grad_RB.sum(0))
+        if needs_weight and grad_weight.dtype != dtype:
+            grad_weight[columns] = grad_weight_BD
+        if needs_bias:
+            grad_bias[columns] = grad_bias_B
+
+    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
+    if needs_hidden:
+        grad_hidden[rows] = grad_hidden_ND.to(hidden.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def _logit_gradient(
+    head: TiledHead, tile_RB: Tensor, anchor_R: Tensor, log_odds_R: Tensor, labels_R: Tensor, columns: slice
+) -> Tensor:
+    """(d logp / d z) / (1 - p_y) = 1 at the label and -q elsewhere, times the soft cap's slope, in place."""
+    slope_RB = None if head.softcap is None else head.slope(tile_RB + anchor_R[:, None])
+    tile_RB.sub_(log_odds_R[:, None]).exp_().neg_()
+    fill_target(tile_RB, labels_R, columns, 1.0)  # also replaces exp(0 - log s), which may have overflowed
+    return tile_RB if slope_RB is None else tile_RB.mul_(slope_RB)
+
+
+def _accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:
+    """Zeros in the compute dtype: the output's own memory where that is its dtype."""
+    return out.zero_() if out.dtype == dtype else torch.zeros_like(out, dtype=dtype)
+
+
+def _positions(labelled: Tensor, rows: Tensor | slice) -> Tensor | slice:
+    """Where `rows` (of all tokens) stand among the labelled rows; a slice means that all tokens are both."""
+    return rows if isinstance(rows, slice) else (labelled.cumsum(0) - 1)[rows]
+
+
+class KeptTiles:
+    """The anchored logits z - c of the first vocabulary tiles, kept from forward for backward.
+
+    `storage` is opaque bytes of the size that the caller allowed; whole tiles of all labelled rows are kept
+    while they fit.
+    """
+
+    def __init__(
+        self, storage: Tensor, head: TiledHead, n_rows: int | None = None, live: Tensor | slice = slice(None)
+    ) -> None:
+        self.n_rows = head.hidden.shape[0] if n_rows is None else n_rows
+        vocab = head.weight.shape[0]
+        fit = storage.numel() // max(self.n_rows * head.dtype.itemsize, 1)
+        self.columns = vocab if fit >= vocab else fit // head.tile_columns * head.tile_columns
+        used = storage[: self.n_rows * self.columns * head.dtype.itemsize]
+        self.tiles = used.view(head.dtype).view(self.n_rows, self.columns)
+        self.head, self.live = head, live
+
+    def save(self, tile_RB: Tensor, rows: slice, columns: slice) -> None:
+        if columns.stop <= self.columns:
+            self.tiles[rows, columns] = tile_RB
+
+    def load(self, rows: slice, columns: slice) -> Tensor | None:
+        """A copy in the head's buffer (backward may run twice), or None where the tile was not kept."""
+        if columns.stop > self.columns:
+            return None
+        kept_RB = self.tiles[:, columns][self.live][rows]
+        return self.head.buffer(*kept_RB.shape).copy_(kept_RB)

@@ -1,0 +1,70 @@
+"""Log-probabilities of labels from logits that already exist: the algebra of linear_logprob, a block of rows at a time.
+
+Forward reads the logits once; backward reads them once and writes the gradient once, on request over the logits
+themselves. Legend: N labelled rows, R rows of a block, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels.portable.tiles import blocks, compute_dtype, live_rows
+
+BLOCK_BYTES = 4 << 20
+
+
+def logits_logprob(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
+    """logp [N] and log-odds against the label [N]; 0 and -inf where ignored."""
+    dtype = compute_dtype(logits.dtype)
+    log_odds = torch.full(labels.shape, -torch.inf, dtype=dtype, device=logits.device)
+    for rows in _row_blocks(labels != ignore_index, logits.shape[1], dtype):
+        anchored_RV = _anchored(logits[rows], labels[rows])
+        competitors_RV = anchored_RV.scatter_(1, labels[rows].long()[:, None], -torch.inf)
+        log_odds[rows] = torch.logsumexp(competitors_RV, 1)
+    logp = -torch.logaddexp(log_odds, torch.zeros_like(log_odds))
+    return logp, log_odds
+
+
+def logits_logprob_backward(
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, log_odds: Tensor, ignore_index: int
+) -> Tensor:
+    """d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v), in new memory."""
+    grad_logits = torch.zeros_like(logits)
+    _write_gradient(grad_logp, logits, labels, log_odds, ignore_index, grad_logits)
+    return grad_logits
+
+
+def logits_logprob_backward_(
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, log_odds: Tensor, ignore_index: int
+) -> None:
+    """The same, over the logits' own memory: a block is read before it is overwritten."""
+    _write_gradient(grad_logp, logits, labels, log_odds, ignore_index, logits)
+    dead = live_rows((labels == ignore_index) | (grad_logp == 0))
+    logits[dead] = 0
+
+
+def _write_gradient(
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, log_odds: Tensor, ignore_index: int, out: Tensor
+) -> None:
+    dtype = compute_dtype(logits.dtype)
+    for rows in _row_blocks((labels != ignore_index) & (grad_logp != 0), logits.shape[1], dtype):
+        pull_R = grad_logp[rows].to(dtype) * torch.sigmoid(log_odds[rows])
+        tile_RV = _anchored(logits[rows], labels[rows]).sub_(log_odds[rows, None]).exp_().neg_()
+        tile_RV.scatter_(1, labels[rows].long()[:, None], 1.0)
+        out[rows] = tile_RV.mul_(pull_R[:, None]).to(out.dtype)
+
+
+def _row_blocks(mask: Tensor, vocab: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Indices of the rows where `mask` holds, a block of about BLOCK_BYTES at a time."""
+    rows = mask.nonzero().squeeze(1)
+    for block in blocks(rows.numel(), max(BLOCK_BYTES // (vocab * dtype.itemsize), 1)):
+        yield rows[block]
+
+
+def _anchored(logits_RV: Tensor, labels_R: Tensor) -> Tensor:
+    """A copy of the rows in the compute dtype, less each row's own target logit."""
+    rows_RV = logits_RV.to(compute_dtype(logits_RV.dtype), copy=True)
+    return rows_RV.sub_(rows_RV.gather(1, labels_R.long()[:, None]))

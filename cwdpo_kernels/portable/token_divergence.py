@@ -1,0 +1,65 @@
+"""TV, JS and KL between the next-token distributions of two heads, in two sweeps over the vocabulary, no logits.
+
+The first sweep finds both log-normalisers; the second adds up, per token, with p and q and their logs a tile at a time,
+
+    tv = 1/2 sum |p - q|        kl = sum p (log p - log q)        js = 1/2 KL(p || m) + 1/2 KL(q || m),  m = (p + q) / 2
+
+Since p, q and m each sum to one, KL(p || q) = sum [p (log p - log q) - p + q], whose terms are all >= 0: no
+cancellation between tokens when p and q are close.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels.portable.tiles import TiledHead
+
+
+def token_divergence(
+    hidden_p: Tensor, weight_p: Tensor, bias_p: Tensor | None, scale_p: float, softcap_p: float | None,
+    hidden_q: Tensor, weight_q: Tensor, bias_q: Tensor | None, scale_q: float, softcap_q: float | None,
+    workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """tv, js, kl [N]."""
+    half = workspace_bytes // 2
+    head_p = TiledHead(hidden_p, weight_p, bias_p, scale_p, softcap_p, half)
+    head_q = TiledHead(hidden_q, weight_q, bias_q, scale_q, softcap_q, half)
+    # Both walk the same tiles: the finer plan of the two, which fits either buffer.
+    head_p.tile_columns = head_q.tile_columns = min(head_p.tile_columns, head_q.tile_columns)
+    norm_p_N, norm_q_N = _log_normalizer(head_p), _log_normalizer(head_q)
+
+    tv_N, js_N, kl_N = torch.zeros_like(norm_p_N), torch.zeros_like(norm_p_N), torch.zeros_like(norm_p_N)
+    for columns in head_p.columns():
+        weight_p_BD, weight_q_BD = head_p.weight_tile(columns), head_q.weight_tile(columns)
+        for rows in head_p.rows():
+            log_p = head_p.logits(rows, columns, weight_p_BD).sub_(norm_p_N[rows, None])
+            log_q = head_q.logits(rows, columns, weight_q_BD).sub_(norm_q_N[rows, None])
+            p, q = log_p.exp(), log_q.exp()
+            log_m, m = torch.logaddexp(log_p, log_q).sub_(math.log(2)), (p + q).mul_(0.5)
+            tv_N[rows] += (p - q).abs_().sum(1) / 2
+            kl_N[rows] += _kl_terms(p, log_p, q, log_q).sum(1)
+            js_N[rows] += (_kl_terms(p, log_p, m, log_m) + _kl_terms(q, log_q, m, log_m)).sum(1) / 2
+    return tv_N, js_N.clamp_min_(0), kl_N.clamp_min_(0)
+
+
+def _kl_terms(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
+    return p * (log_p - log_q) + (q - p)
+
+
+def _log_normalizer(head: TiledHead) -> Tensor:
+    """log sum_v exp(z_v) [N]."""
+    rows_total = head.hidden.shape[0]
+    peak_N = torch.full((rows_total,), torch.finfo(head.dtype).min, dtype=head.dtype, device=head.hidden.device)
+    total_N = torch.zeros_like(peak_N)
+    for columns in head.columns():
+        weight_BD = head.weight_tile(columns)
+        for rows in head.rows():
+            tile_RB = head.logits(rows, columns, weight_BD)
+            peak_R = torch.maximum(peak_N[rows], tile_RB.amax(1))
+            decay_R = torch.exp(peak_N[rows] - peak_R)
+            total_N[rows] = total_N[rows] * decay_R + tile_RB.sub_(peak_R[:, None]).exp_().sum(1)
+            peak_N[rows] = peak_R
+    return peak_N + torch.log(total_N)

@@ -1,0 +1,21 @@
+"""token_stats by full probabilities."""
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels.reference.linear_logprob import head_logits
+from cwdpo_kernels.reference.logits_logprob import logits_logprob
+from cwdpo_kernels.types import Head, TokenStats
+
+
+def token_stats(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = -100) -> TokenStats:
+    logits = head_logits(hidden, head)
+    log_p = torch.log_softmax(logits, -1)
+    entropy = -(log_p.exp() * log_p).sum(-1)
+    used = labels != ignore_index
+    return TokenStats(
+        logits_logprob(logits, labels, ignore_index),
+        torch.where(used, entropy, 0.0),
+        torch.where(used, log_p.amax(-1).exp(), 0.0),
+        used & (log_p.argmax(-1) == labels),
+    )

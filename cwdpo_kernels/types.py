@@ -1,0 +1,173 @@
+"""The values that go in and out of the public functions: frozen options and named results.
+
+Shapes: N tokens, S sequences, P pairs, D hidden, V vocabulary. Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels.validation import expect
+
+IGNORE_INDEX = -100
+
+
+@dataclass(frozen=True)
+class Head:
+    """The output head: logits = softcap(scale * (hidden @ weight.T + bias)), softcap(z) = cap * tanh(z / cap).
+
+    weight [V, D]; bias [V] or None; `scale` multiplies the logits (1 / temperature goes here); `softcap` is the
+    cap of Gemma-like models, in logits, or None. Tensors are used as they are: gradients flow into them.
+    """
+
+    weight: Tensor
+    bias: Tensor | None = None
+    scale: float = 1.0
+    softcap: float | None = None
+
+    @classmethod
+    def of(cls, module: torch.nn.Module, scale: float = 1.0, softcap: float | None = None) -> Head:
+        """The head of a linear-like module: its `weight` [V, D] and, if it has one, its `bias` [V]."""
+        weight = getattr(module, "weight", None)
+        expect(
+            isinstance(weight, Tensor),
+            "Head.of",
+            "module",
+            "attribute weight of type",
+            "Tensor",
+            type(weight).__name__,
+        )
+        return cls(weight, getattr(module, "bias", None), scale, softcap)
+
+
+@dataclass(frozen=True)
+class Cooling:
+    """How hard a rejected answer pushes: w_c = sigmoid((mean_logp - logp_floor) / temperature), without gradient.
+
+    `logp_floor` and `temperature` (tau > 0) are in nats per token. `constant` replaces w_c by a fixed weight
+    in [0, 1]; 1.0 is vanilla DPO. Pairs whose rejected mean log-prob lies below `drop_below` leave the loss.
+    Source: CW-DPO, arXiv 2510.11978.
+    """
+
+    logp_floor: float = -3.0
+    temperature: float = 1.0
+    constant: float | None = None
+    drop_below: float | None = None
+
+    def __post_init__(self) -> None:
+        expect(math.isfinite(self.logp_floor), "Cooling", "logp_floor", "value", "finite", self.logp_floor)
+        ok = math.isfinite(self.temperature) and self.temperature > 0
+        expect(ok, "Cooling", "temperature", "value", "finite and > 0", self.temperature)
+        ok = self.constant is None or 0 <= self.constant <= 1
+        expect(ok, "Cooling", "constant", "value", "None or in [0, 1]", self.constant)
+        ok = self.drop_below is None or not math.isnan(self.drop_below)
+        expect(ok, "Cooling", "drop_below", "value", "None or a number", self.drop_below)
+
+
+@dataclass(frozen=True)
+class GentleNegatives:
+    """The second term of stage 1: what supervised fine-tuning does with the rejected answers.
+
+    mode "hinge":     weight * relu(nll_floor - mean_batch NLL(rejected)): keeps rejected answers from becoming
+                      likely, and stops pushing once their mean NLL reaches `nll_floor` (lambda and C of the paper).
+    mode "smoothed":  weight * label-smoothed cross-entropy of the rejected answers, with mass `smoothing` spread
+                      uniformly: low-weight smoothed supervision, as in the paper's abstract.
+    `normalize` "token": an answer's NLL is per token (nats per token); "sequence": its sum.
+    """
+
+    weight: float = 0.1
+    nll_floor: float = 3.0
+    mode: str = "hinge"
+    smoothing: float = 0.1
+    normalize: str = "token"
+
+    def __post_init__(self) -> None:
+        op = "GentleNegatives"
+        ok = math.isfinite(self.weight) and self.weight >= 0
+        expect(ok, op, "weight", "value", "finite and >= 0", self.weight)
+        expect(math.isfinite(self.nll_floor), op, "nll_floor", "value", "finite", self.nll_floor)
+        expect(self.mode in ("hinge", "smoothed"), op, "mode", "value", "'hinge' or 'smoothed'", self.mode)
+        expect(0 <= self.smoothing < 1, op, "smoothing", "value", "in [0, 1)", self.smoothing)
+        ok = self.normalize in ("token", "sequence")
+        expect(ok, op, "normalize", "value", "'token' or 'sequence'", self.normalize)
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes a linear op may use beyond its inputs, outputs and gradients; changes speed, never the result.
+
+    `workspace_bytes` bounds the vocabulary tile that is alive at a time (a tile has at least 128 rows and
+    columns). `kept_bytes` is what forward may keep for backward so that those tiles are not recomputed.
+    """
+
+    workspace_bytes: int = 4 << 20
+    kept_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        op = "MemoryBudget"
+        expect(self.workspace_bytes > 0, op, "workspace_bytes", "value", "> 0", self.workspace_bytes)
+        expect(self.kept_bytes >= 0, op, "kept_bytes", "value", ">= 0", self.kept_bytes)
+
+
+class SequenceLogprob(NamedTuple):
+    """Per sequence [S]: `total` (nats), `mean` (nats per token; 0 for an empty sequence), `count` (tokens, int64)."""
+
+    total: Tensor
+    mean: Tensor
+    count: Tensor
+
+
+class TokenStats(NamedTuple):
+    """Per token: `logp` of its label (nats), `entropy` (nats), `top1_prob`, `is_top1` (bool). 0 where ignored."""
+
+    logp: Tensor
+    entropy: Tensor
+    top1_prob: Tensor
+    is_top1: Tensor
+
+
+class Divergence(NamedTuple):
+    """Per token, between distributions p and q: `tv` in [0, 1], `js` in [0, ln 2], `kl` = KL(p || q) (nats)."""
+
+    tv: Tensor
+    js: Tensor
+    kl: Tensor
+
+
+class CWDPOOutput(NamedTuple):
+    """`loss` (scalar, differentiable) and, detached and per pair [P], what a trainer logs.
+
+    `chosen_reward` = beta * D_w, `rejected_reward` = beta * D_l, `margin` = their difference (not cooled),
+    `accuracy` = 1.0 where margin > 0, `cooling_weight` = w_c, `chosen_logp` / `rejected_logp` of the policy,
+    `kept` = False where the pair left the mean (an empty answer, or below `Cooling.drop_below`).
+    """
+
+    loss: Tensor
+    chosen_reward: Tensor
+    rejected_reward: Tensor
+    margin: Tensor
+    accuracy: Tensor
+    cooling_weight: Tensor
+    chosen_logp: SequenceLogprob
+    rejected_logp: SequenceLogprob
+    kept: Tensor
+
+
+class ConstrainedSFTOutput(NamedTuple):
+    """`loss` (scalar, differentiable) and, detached, the scalars it is made of and the policy's log-probs.
+
+    `chosen_nll`, `rejected_nll`: batch means in nats per token (or per sequence); `penalty`: the second term,
+    weight included.
+    """
+
+    loss: Tensor
+    chosen_nll: Tensor
+    rejected_nll: Tensor
+    penalty: Tensor
+    chosen_logp: SequenceLogprob
+    rejected_logp: SequenceLogprob

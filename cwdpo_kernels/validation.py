@@ -1,0 +1,111 @@
+"""Checks of public arguments, with one error template. Nothing here waits for a device."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+INDEX_DTYPES = (torch.int64, torch.int32)
+
+
+def expect(condition: bool, op: str, arg: str, prop: str, expected: Any, actual: Any) -> None:
+    """Raise the package's ValueError unless `condition` holds: which argument, what was expected, what came."""
+    if not condition:
+        raise ValueError(f"{op}: expected {arg} to have {prop} {expected}, got {actual}")
+
+
+def check_dtype(op: str, arg: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:
+    expect(isinstance(tensor, Tensor), op, arg, "type", "Tensor", type(tensor).__name__)
+    expect(tensor.dtype in expected, op, arg, "dtype", " or ".join(map(str, expected)), tensor.dtype)
+
+
+def check_device(op: str, arg: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
+    expect(tensor.device == like.device, op, arg, "device", f"{like.device} (as {like_name})", tensor.device)
+
+
+def check_head(op: str, hidden: Tensor, head: Any, hidden_name: str = "hidden", head_name: str = "head") -> None:
+    """A head that fits `hidden` [..., D]: shapes, one dtype, one device, a finite transform."""
+    check_dtype(op, hidden_name, hidden, FLOAT_DTYPES)
+    expect(hidden.dim() >= 1, op, hidden_name, "dimensions", ">= 1", hidden.dim())
+    weight, bias = head.weight, head.bias
+    check_dtype(op, f"{head_name}.weight", weight, FLOAT_DTYPES)
+    expect(weight.dim() == 2, op, f"{head_name}.weight", "shape", "[V, D]", list(weight.shape))
+    expect(weight.shape[0] >= 1, op, f"{head_name}.weight", "V", ">= 1", weight.shape[0])
+    expect(
+        weight.shape[1] == hidden.shape[-1], op, f"{head_name}.weight", "D",
+        f"{hidden.shape[-1]} (as {hidden_name})", weight.shape[1],
+    )  # fmt: skip
+    tensors = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
+    for name, tensor in tensors:
+        arg = f"{head_name}.{name}"
+        expect(tensor.dtype == hidden.dtype, op, arg, "dtype", f"{hidden.dtype} (as {hidden_name})", tensor.dtype)
+        check_device(op, arg, tensor, hidden, hidden_name)
+    if bias is not None:
+        expect(
+            bias.shape == weight.shape[:1],
+            op,
+            f"{head_name}.bias",
+            "shape",
+            [weight.shape[0]],
+            list(bias.shape),
+        )
+    softcap = head.softcap
+    expect(softcap is None or softcap > 0, op, f"{head_name}.softcap", "value", "None or > 0", softcap)
+
+
+def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: int, ignore_index: int) -> None:
+    """Labels that fit `like` [..., X]. Their values are read on the CPU only, where that costs no device sync."""
+    check_dtype(op, "labels", labels, INDEX_DTYPES)
+    expected = list(like.shape[:-1])
+    expect(
+        list(labels.shape) == expected,
+        op,
+        "labels",
+        "shape",
+        f"{expected} (as {like_name})",
+        list(labels.shape),
+    )
+    check_device(op, "labels", labels, like, like_name)
+    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+        wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
+        if wrong.any():
+            value = labels[wrong][0].item()
+            expect(False, op, "labels", "values", f"in [0, {vocab}) or {ignore_index}", value)
+
+
+def check_rows(op: str, rows: Tensor, labels: Tensor) -> None:
+    check_dtype(op, "rows", rows, INDEX_DTYPES)
+    expect(rows.dim() == 1, op, "rows", "shape", "[M], indices of labelled tokens", list(rows.shape))
+    check_device(op, "rows", rows, labels, "labels")
+
+
+def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
+    """Offsets [S + 1] of packed sequences; on the CPU also that they rise from 0 to the number of tokens."""
+    check_dtype(op, "cu_seqlens", cu_seqlens, INDEX_DTYPES)
+    ok = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
+    expect(ok, op, "cu_seqlens", "shape", "[S + 1]", list(cu_seqlens.shape))
+    check_device(op, "cu_seqlens", cu_seqlens, tokens, "labels")
+    expect(tokens.dim() == 1, op, "labels", "shape", "[N] (packed, as cu_seqlens is given)", list(tokens.shape))
+    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+        expected = f"0 <= ... <= {tokens.numel()}, rising from 0 to the number of tokens"
+        ok = cu_seqlens[0] == 0 and cu_seqlens[-1] == tokens.numel() and bool((cu_seqlens.diff() >= 0).all())
+        expect(ok, op, "cu_seqlens", "values", expected, cu_seqlens.tolist())
+
+
+def check_pairs(op: str, arg: str, sequences: int) -> int:
+    """The number of pairs P in 2P sequences, chosen first."""
+    expect(sequences % 2 == 0, op, arg, "number of sequences", "even (chosen first, rejected second)", sequences)
+    return sequences // 2
+
+
+def check_per_pair(op: str, arg: str, tensor: Tensor, pairs: int, like: Tensor) -> None:
+    check_dtype(op, arg, tensor, FLOAT_DTYPES)
+    expect(list(tensor.shape) == [pairs], op, arg, "shape", f"[{pairs}] (one per pair)", list(tensor.shape))
+    check_device(op, arg, tensor, like, "the policy's log-probs")
+
+
+def check_choice(op: str, arg: str, value: str, choices: tuple[str, ...]) -> None:
+    expect(value in choices, op, arg, "value", " or ".join(map(repr, choices)), repr(value))
