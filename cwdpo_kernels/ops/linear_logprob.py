@@ -1,7 +1,7 @@
 """linear_logprob: log-probability of a label under a linear head, without its logits.
 
-Saved for backward: hidden, weight, bias, labels and one float a row (the log-odds against the label); with a
-frozen head only the direction [N, D], the log-odds and nothing of the head.
+Saved for backward: hidden, weight, bias, labels and two floats a row (peak, total: the odds against the label); with
+a frozen head only the direction [N, D] and the odds, nothing of the head.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ define(
     "linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
     "bool with_direction, SymInt workspace_bytes, SymInt kept_bytes) "
-    "-> (Tensor logp, Tensor log_odds, Tensor direction, Tensor kept)",
+    "-> (Tensor logp, Tensor peak, Tensor total, Tensor direction, Tensor kept)",
 )
 define(
     "linear_logprob_backward",
-    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor log_odds, Tensor kept, "
+    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor peak, Tensor total, Tensor kept, "
     "float scale, float? softcap, int ignore_index, bool needs_hidden, bool needs_weight, bool needs_bias, "
     "SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
@@ -33,12 +33,18 @@ implement("linear_logprob_backward", "default", portable.linear_logprob_backward
 def _(hidden, weight, bias, labels, scale, softcap, ignore_index, with_direction, workspace_bytes, kept_bytes):
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
     direction = hidden.new_empty(hidden.shape if with_direction else (0, hidden.shape[1]))
-    return logp, torch.empty_like(logp), direction, hidden.new_empty(kept_bytes, dtype=torch.uint8)
+    return (
+        logp,
+        torch.empty_like(logp),
+        torch.empty_like(logp),
+        direction,
+        hidden.new_empty(kept_bytes, dtype=torch.uint8),
+    )
 
 
 @torch.library.register_fake("cwdpo::linear_logprob_backward")
-def _(grad_logp, hidden, weight, bias, labels, log_odds, kept, scale, softcap, ignore_index, *needs_and_bytes):
-    needs_hidden, needs_weight, needs_bias, _ = needs_and_bytes
+def _(grad_logp, hidden, weight, bias, *rest):
+    *_, needs_hidden, needs_weight, needs_bias, _ = rest
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
@@ -48,13 +54,13 @@ def _(grad_logp, hidden, weight, bias, labels, log_odds, kept, scale, softcap, i
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, *ctx.transform, ctx.with_direction, ctx.workspace_bytes, _ = inputs
-    _, log_odds, direction, kept = output
+    _, peak, total, direction, kept = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(log_odds, direction, kept)
+    ctx.mark_non_differentiable(peak, total, direction, kept)
     if ctx.with_direction:
-        ctx.save_for_backward(log_odds, direction)
+        ctx.save_for_backward(peak, total, direction)
     else:
-        ctx.save_for_backward(log_odds, kept, hidden, weight, bias, labels)
+        ctx.save_for_backward(peak, total, kept, hidden, weight, bias, labels)
 
 
 def _backward(ctx, grad_logp: Tensor | None, *_):
@@ -62,13 +68,13 @@ def _backward(ctx, grad_logp: Tensor | None, *_):
     if grad_logp is None:
         return none
     if ctx.with_direction:
-        log_odds, direction = ctx.saved_tensors
-        pull = grad_logp * torch.sigmoid(log_odds)
+        peak, total, direction = ctx.saved_tensors
+        pull = grad_logp * torch.sigmoid(peak + torch.log(total))  # d logp / d h = (1 - p_y) * direction
         return (direction * pull[:, None]).to(direction.dtype), *none[1:]
-    log_odds, kept, hidden, weight, bias, labels = ctx.saved_tensors
+    peak, total, kept, hidden, weight, bias, labels = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = torch.ops.cwdpo.linear_logprob_backward(
-        grad_logp, hidden, weight, bias, labels, log_odds, kept, *ctx.transform, *needs, ctx.workspace_bytes
+        grad_logp, hidden, weight, bias, labels, peak, total, kept, *ctx.transform, *needs, ctx.workspace_bytes
     )
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none[3:])
 

@@ -1,6 +1,6 @@
 """logits_logprob: log-probability of a label from logits that exist already.
 
-Saved for backward: the logits and one float a row. With `reuse_logits` the gradient is written over the saved
+Saved for backward: the logits and two floats a row. With `reuse_logits` the gradient is written over the saved
 logits: one backward only, which autograd's version counter enforces.
 """
 
@@ -15,19 +15,19 @@ from cwdpo_kernels.portable.tiles import compute_dtype
 
 define(
     "logits_logprob",
-    "(Tensor logits, Tensor labels, int ignore_index, bool reuse_logits) -> (Tensor logp, Tensor log_odds)",
+    "(Tensor logits, Tensor labels, int ignore_index, bool reuse_logits) -> (Tensor logp, Tensor peak, Tensor total)",
 )
 define(
     "logits_logprob_backward",
-    "(Tensor grad_logp, Tensor logits, Tensor labels, Tensor log_odds, int ignore_index) -> Tensor",
+    "(Tensor grad_logp, Tensor logits, Tensor labels, Tensor peak, Tensor total, int ignore_index) -> Tensor",
 )
 define(
     "logits_logprob_backward_",
-    "(Tensor grad_logp, Tensor(a!) logits, Tensor labels, Tensor log_odds, int ignore_index) -> ()",
+    "(Tensor grad_logp, Tensor(a!) logits, Tensor labels, Tensor peak, Tensor total, int ignore_index) -> ()",
 )
 
 
-def _portable(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: bool) -> tuple[Tensor, Tensor]:
+def _portable(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
     return portable.logits_logprob(logits, labels, ignore_index)
 
 
@@ -39,32 +39,32 @@ implement("logits_logprob_backward_", "default", portable.logits_logprob_backwar
 @torch.library.register_fake("cwdpo::logits_logprob")
 def _(logits, labels, ignore_index, reuse_logits):
     logp = logits.new_empty(labels.shape, dtype=compute_dtype(logits.dtype))
-    return logp, torch.empty_like(logp)
+    return logp, torch.empty_like(logp), torch.empty_like(logp)
 
 
 @torch.library.register_fake("cwdpo::logits_logprob_backward")
-def _(grad_logp, logits, labels, log_odds, ignore_index):
+def _(grad_logp, logits, labels, peak, total, ignore_index):
     return torch.empty_like(logits)
 
 
 @torch.library.register_fake("cwdpo::logits_logprob_backward_")
-def _(grad_logp, logits, labels, log_odds, ignore_index):
+def _(grad_logp, logits, labels, peak, total, ignore_index):
     return None
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logits, labels, ctx.ignore_index, ctx.reuse_logits = inputs
-    _, log_odds = output
+    _, peak, total = output
     ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(log_odds)
-    ctx.save_for_backward(logits, labels, log_odds)
+    ctx.mark_non_differentiable(peak, total)
+    ctx.save_for_backward(logits, labels, peak, total)
 
 
 def _backward(ctx, grad_logp: Tensor | None, *_):
     if grad_logp is None:
         return None, None, None, None
-    logits, labels, log_odds = ctx.saved_tensors
-    args = (grad_logp, logits, labels, log_odds, ctx.ignore_index)
+    logits, labels, peak, total = ctx.saved_tensors
+    args = (grad_logp, logits, labels, peak, total, ctx.ignore_index)
     if not ctx.reuse_logits:
         return torch.ops.cwdpo.logits_logprob_backward(*args), None, None, None
     torch.ops.cwdpo.logits_logprob_backward_(*args)

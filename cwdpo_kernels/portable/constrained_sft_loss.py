@@ -24,8 +24,10 @@ def constrained_sft_loss(
     pairs = total.shape[0] // 2
     length = count.clamp_min(1) if per_token else torch.ones_like(count)
     used = (count > 0).view(2, pairs)
-    share = (used / used.sum(1, keepdim=True).clamp_min(1)).flatten() / length
-    chosen_nll, rejected_nll = -(total * share).view(2, pairs).sum(1).to(total.dtype).unbind()
+    share = used.to(total.dtype) / used.sum(1, keepdim=True).clamp_min(1)
+    share = share.flatten() / length
+    nll = (-total * share).to(total.dtype)
+    chosen_nll, rejected_nll = nll[:pairs].sum(), nll[pairs:].sum()
 
     shortfall = nll_floor - rejected_nll
     # No rejected answer at all: nothing to hold down, whatever the floor.

@@ -33,7 +33,7 @@ def cwdpo_loss(
     kept = (count[:pairs] > 0) & (count[pairs:] > 0)
     if drop_below is not None:
         kept = kept & (mean[pairs:] >= drop_below)
-    share = kept / kept.sum().clamp_min(1)
+    share = kept.to(total.dtype) / kept.sum().clamp_min(1)
 
     logit = beta * (ratio_chosen - weight * ratio_rejected)
     loss = (torch.where(kept, -logsigmoid(logit), 0.0) * share).sum()

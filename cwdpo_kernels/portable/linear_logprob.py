@@ -7,11 +7,12 @@ Anchor the softmax at the target. With z the logits of a token, y its label and 
 
 Neither subtracts two nearly equal numbers, however confident the token: both are functions of the log-odds
 log s alone, logp = -softplus(log s) and 1 - p_y = sigmoid(log s). log s is a logsumexp over the competitors,
-carried over the vocabulary tiles as (peak, total): log s = peak + log(total), total = sum exp(z_v - c - peak).
-`peak` follows the largest competitor, so nothing overflows for any finite logits.
+carried over the vocabulary tiles as (peak, total): peak = max_{v != y} z_v - c, total = sum exp(z_v - c - peak),
+log s = peak + log(total). Nothing overflows, for any finite logits.
 
-The gradient needs the competitors only through the distribution among themselves, q_v = exp(z_v - c - log s)
-(it sums to one over v != y):
+The gradient needs the competitors only through the distribution among themselves (it sums to one over v != y),
+
+    q_v = exp(z_v - c - peak) / total
 
     d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v)
     d logp / d h   = (1 - p_y) * scale * (W_y - sum_{v != y} q_v W_v)      pull to the label, push from the rest
@@ -35,27 +36,40 @@ from cwdpo_kernels.portable.tiles import TiledHead, compute_dtype, fill_target, 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
     ignore_index: int, with_direction: bool, workspace_bytes: int, kept_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp [N], log-odds against the label [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logp [N], peak [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
     dtype = compute_dtype(hidden.dtype)
     logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
-    log_odds = torch.full_like(logp, -torch.inf)
+    peak, total = torch.zeros_like(logp), torch.zeros_like(logp)
     direction = torch.zeros_like(hidden) if with_direction else hidden.new_empty(0, hidden.shape[1])
     kept = torch.empty(kept_bytes, dtype=torch.uint8, device=hidden.device)
 
     rows = live_rows(labels != ignore_index)
     labels_N = labels[rows].long()
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
-    log_odds_N, direction_ND = _forward(head, labels_N, with_direction, KeptTiles(kept, head))
-    log_odds[rows] = log_odds_N
-    logp[rows] = -torch.logaddexp(log_odds_N, torch.zeros_like(log_odds_N))
+    peak_N, total_N, direction_ND = _forward(head, labels_N, with_direction, KeptTiles(kept, head))
+    peak[rows], total[rows] = peak_N, total_N
+    logp[rows] = logp_of(peak_N, total_N)
     if with_direction:
         direction[rows] = direction_ND.to(hidden.dtype)
-    return logp, log_odds, direction, kept
+    return logp, peak, total, direction, kept
 
 
-def _forward(head: TiledHead, labels_N: Tensor, with_direction: bool, kept: KeptTiles) -> tuple[Tensor, Tensor | None]:
-    """One sweep over the vocabulary: log s [N] and, if asked, scale * (W_y - sum q W) [N, D]."""
+def logp_of(peak_N: Tensor, total_N: Tensor) -> Tensor:
+    """-log1p(s) = -softplus(log s)."""
+    log_odds_N = peak_N + torch.log(total_N)
+    return -torch.logaddexp(log_odds_N, torch.zeros_like(log_odds_N))
+
+
+def miss_probability(peak_N: Tensor, total_N: Tensor) -> Tensor:
+    """1 - p_y = s / (1 + s) = sigmoid(log s)."""
+    return torch.sigmoid(peak_N + torch.log(total_N))
+
+
+def _forward(
+    head: TiledHead, labels_N: Tensor, with_direction: bool, kept: KeptTiles
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """One sweep over the vocabulary: peak [N], total [N] and, if asked, scale * (W_y - sum q W) [N, D]."""
     anchor_N = head.target_logits(labels_N)
     peak_N = torch.full_like(anchor_N, torch.finfo(head.dtype).min)
     total_N = torch.zeros_like(anchor_N)
@@ -84,7 +98,7 @@ def _forward(head: TiledHead, labels_N: Tensor, with_direction: bool, kept: Kept
         # No competitor at all (V = 1) leaves total = 0: the clamp keeps 0 / 0 out, 1 - p_y = 0 does the rest.
         pushed_ND.div_(total_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
         _pull_to_label(head, labels_N, anchor_N, pushed_ND)
-    return peak_N + torch.log(total_N), pushed_ND
+    return peak_N, total_N, pushed_ND
 
 
 def _pull_to_label(head: TiledHead, labels_N: Tensor, anchor_N: Tensor, pushed_ND: Tensor) -> None:
@@ -98,21 +112,22 @@ def _pull_to_label(head: TiledHead, labels_N: Tensor, anchor_N: Tensor, pushed_N
 
 
 def linear_logprob_backward(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, log_odds: Tensor,
-    kept: Tensor, scale: float, softcap: float | None, ignore_index: int, needs_hidden: bool, needs_weight: bool,
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, peak: Tensor,
+    total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int, needs_hidden: bool, needs_weight: bool,
     needs_bias: bool, workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
     dtype = compute_dtype(hidden.dtype)
     labelled = labels != ignore_index
     rows = live_rows(labelled & (grad_logp != 0))
-    labels_N, log_odds_N = labels[rows].long(), log_odds[rows]
+    labels_N, peak_N, total_N = labels[rows].long(), peak[rows], total[rows]
     # Forward laid its kept tiles out for all labelled rows, in tiles planned for that many: plan the same.
     n_labelled = int(labelled.sum())
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
     kept_tiles = KeptTiles(kept, head, n_labelled, live=_positions(labelled, rows))
 
-    pull_N = grad_logp[rows].to(dtype) * torch.sigmoid(log_odds_N) * scale
+    pull_N = grad_logp[rows].to(dtype) * miss_probability(peak_N, total_N) * scale
+    push_N = -pull_N / total_N
     anchor_N = head.target_logits(labels_N)
     grad_hidden_ND = anchor_N.new_zeros(head.hidden.shape) if needs_hidden else None
     grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
@@ -126,8 +141,11 @@ def linear_logprob_backward(
             tile_RB = kept_tiles.load(block, columns)
             if tile_RB is None:
                 tile_RB = head.logits(block, columns, weight_BD).sub_(anchor_N[block, None])
-            grad_RB = _logit_gradient(head, tile_RB, anchor_N[block], log_odds_N[block], labels_N[block], columns)
-            grad_RB.mul_(pull_N[block, None])
+            slope_RB = None if softcap is None else head.slope(tile_RB + anchor_N[block, None])
+            grad_RB = tile_RB.sub_(peak_N[block, None]).exp_().mul_(push_N[block, None])
+            fill_target(grad_RB, labels_N[block], columns, pull_N[block, None])  # over exp(-peak), which may overflow
+            if slope_RB is not None:
+                grad_RB.mul_(slope_RB)
             if needs_hidden:
                 grad_hidden_ND[block].addmm_(grad_RB, weight_BD)
             if needs_weight:
@@ -143,16 +161,6 @@ def linear_logprob_backward(
     if needs_hidden:
         grad_hidden[rows] = grad_hidden_ND.to(hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
-
-
-def _logit_gradient(
-    head: TiledHead, tile_RB: Tensor, anchor_R: Tensor, log_odds_R: Tensor, labels_R: Tensor, columns: slice
-) -> Tensor:
-    """(d logp / d z) / (1 - p_y) = 1 at the label and -q elsewhere, times the soft cap's slope, in place."""
-    slope_RB = None if head.softcap is None else head.slope(tile_RB + anchor_R[:, None])
-    tile_RB.sub_(log_odds_R[:, None]).exp_().neg_()
-    fill_target(tile_RB, labels_R, columns, 1.0)  # also replaces exp(0 - log s), which may have overflowed
-    return tile_RB if slope_RB is None else tile_RB.mul_(slope_RB)
 
 
 def _accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:

@@ -11,50 +11,52 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from cwdpo_kernels.portable.linear_logprob import logp_of, miss_probability
 from cwdpo_kernels.portable.tiles import blocks, compute_dtype, live_rows
 
 BLOCK_BYTES = 4 << 20
 
 
-def logits_logprob(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor]:
-    """logp [N] and log-odds against the label [N]; 0 and -inf where ignored."""
+def logits_logprob(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
+    """logp, peak and total [N]; 0 where ignored."""
     dtype = compute_dtype(logits.dtype)
-    log_odds = torch.full(labels.shape, -torch.inf, dtype=dtype, device=logits.device)
+    logp, peak, total = (torch.zeros(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
     for rows in _row_blocks(labels != ignore_index, logits.shape[1], dtype):
         anchored_RV = _anchored(logits[rows], labels[rows])
         competitors_RV = anchored_RV.scatter_(1, labels[rows].long()[:, None], -torch.inf)
-        log_odds[rows] = torch.logsumexp(competitors_RV, 1)
-    logp = -torch.logaddexp(log_odds, torch.zeros_like(log_odds))
-    return logp, log_odds
+        peak_R = competitors_RV.amax(1).clamp_min(torch.finfo(dtype).min)  # V = 1 has no competitor: total = 0
+        total_R = competitors_RV.sub_(peak_R[:, None]).exp_().sum(1)
+        peak[rows], total[rows], logp[rows] = peak_R, total_R, logp_of(peak_R, total_R)
+    return logp, peak, total
 
 
 def logits_logprob_backward(
-    grad_logp: Tensor, logits: Tensor, labels: Tensor, log_odds: Tensor, ignore_index: int
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, peak: Tensor, total: Tensor, ignore_index: int
 ) -> Tensor:
     """d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v), in new memory."""
     grad_logits = torch.zeros_like(logits)
-    _write_gradient(grad_logp, logits, labels, log_odds, ignore_index, grad_logits)
+    _write_gradient(grad_logp, logits, labels, peak, total, ignore_index, grad_logits)
     return grad_logits
 
 
 def logits_logprob_backward_(
-    grad_logp: Tensor, logits: Tensor, labels: Tensor, log_odds: Tensor, ignore_index: int
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, peak: Tensor, total: Tensor, ignore_index: int
 ) -> None:
     """The same, over the logits' own memory: a block is read before it is overwritten."""
-    _write_gradient(grad_logp, logits, labels, log_odds, ignore_index, logits)
+    _write_gradient(grad_logp, logits, labels, peak, total, ignore_index, logits)
     dead = live_rows((labels == ignore_index) | (grad_logp == 0))
     logits[dead] = 0
 
 
 def _write_gradient(
-    grad_logp: Tensor, logits: Tensor, labels: Tensor, log_odds: Tensor, ignore_index: int, out: Tensor
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, peak: Tensor, total: Tensor, ignore_index: int, out: Tensor
 ) -> None:
     dtype = compute_dtype(logits.dtype)
     for rows in _row_blocks((labels != ignore_index) & (grad_logp != 0), logits.shape[1], dtype):
-        pull_R = grad_logp[rows].to(dtype) * torch.sigmoid(log_odds[rows])
-        tile_RV = _anchored(logits[rows], labels[rows]).sub_(log_odds[rows, None]).exp_().neg_()
-        tile_RV.scatter_(1, labels[rows].long()[:, None], 1.0)
-        out[rows] = tile_RV.mul_(pull_R[:, None]).to(out.dtype)
+        pull_R1 = (grad_logp[rows].to(dtype) * miss_probability(peak[rows], total[rows])).unsqueeze(1)
+        tile_RV = _anchored(logits[rows], labels[rows]).sub_(peak[rows, None]).exp_()
+        tile_RV.mul_(-pull_R1 / total[rows, None])
+        out[rows] = tile_RV.scatter_(1, labels[rows].long()[:, None], pull_R1).to(out.dtype)
 
 
 def _row_blocks(mask: Tensor, vocab: int, dtype: torch.dtype) -> Iterator[Tensor]:

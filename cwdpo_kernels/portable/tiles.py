@@ -101,9 +101,9 @@ class TiledHead:
         return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
 
 
-def fill_target(tile_RB: Tensor, labels_R: Tensor, columns: slice, value: float) -> None:
-    """tile[t, y_t] = value, for the rows whose label lies in this tile; no synchronisation."""
+def fill_target(tile_RB: Tensor, labels_R: Tensor, columns: slice, value: float | Tensor) -> None:
+    """tile[t, y_t] = value (a number, or [R, 1]), for the rows whose label lies in this tile; no synchronisation."""
     local_R1 = (labels_R - columns.start).unsqueeze(1)
     inside = (local_R1 >= 0) & (local_R1 < tile_RB.shape[1])
     spot = local_R1.clamp(0, tile_RB.shape[1] - 1)
-    tile_RB.scatter_(1, spot, tile_RB.gather(1, spot).masked_fill(inside, value))
+    tile_RB.scatter_(1, spot, torch.where(inside, value, tile_RB.gather(1, spot)))

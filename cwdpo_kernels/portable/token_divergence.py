@@ -46,7 +46,9 @@ def token_divergence(
 
 
 def _kl_terms(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
-    return p * (log_p - log_q) + (q - p)
+    """p (log p - log q) - p + q >= 0. With d = log p - log q near 0 it is p (d + expm1(-d)): no rounded p, q subtracted."""
+    d = log_p - log_q
+    return torch.where(d > -1, p * (d + torch.expm1(-d)), p * d + (q - p))
 
 
 def _log_normalizer(head: TiledHead) -> Tensor:

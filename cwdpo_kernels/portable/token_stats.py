@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cwdpo_kernels.portable.linear_logprob import logp_of
 from cwdpo_kernels.portable.tiles import TiledHead, compute_dtype, fill_target, live_rows
 
 
@@ -27,8 +28,7 @@ def token_stats(
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
     peak_N, total_N, moment_N = _sweep(head, labels[rows].long())
 
-    log_odds_N = peak_N + torch.log(total_N)
-    logp[rows] = -torch.logaddexp(log_odds_N, torch.zeros_like(log_odds_N))
+    logp[rows] = logp_of(peak_N, total_N)
     top_N = peak_N.clamp_min(0)
     # Z - 1, the weight of everything but the top token, so that log Z keeps its digits when Z is close to 1.
     rest_N = torch.where(peak_N > 0, (total_N - 1) + torch.exp(-top_N), torch.exp(peak_N - top_N) * total_N)

@@ -1,0 +1,86 @@
+"""Inputs and error budgets that tests and benchmarks share. float64 is the truth."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels.types import IGNORE_INDEX, Head
+
+
+def make_inputs(
+    shape: tuple[int, ...], vocab: int, dim: int, dtype: torch.dtype = torch.float32, *, bias: bool = False,
+    scale: float = 1.0, softcap: float | None = None, labelled: float = 0.7, logit_std: float = 3.0, seed: int = 0,
+) -> tuple[Tensor, Head, Tensor]:  # fmt: skip
+    """hidden [*shape, D], a head whose raw logits have standard deviation `logit_std`, labels with some ignored.
+
+    Everything that can take a gradient requires one.
+    """
+    random = torch.Generator().manual_seed(seed)
+
+    def leaf(*size: int, std: float) -> Tensor:
+        values = torch.randn(*size, generator=random, dtype=torch.float64) * std
+        return values.to(dtype).requires_grad_()
+
+    hidden = leaf(*shape, dim, std=1.0)
+    weight = leaf(vocab, dim, std=logit_std / math.sqrt(dim))
+    labels = torch.randint(vocab, shape, generator=random)
+    labels[torch.rand(shape, generator=random) >= labelled] = IGNORE_INDEX
+    return hidden, Head(weight, leaf(vocab, std=1.0) if bias else None, scale, softcap), labels
+
+
+def confident_inputs(
+    p_label: float, tokens: int, vocab: int, dim: int, dtype: torch.dtype, seed: int = 0
+) -> tuple[Tensor, Head, Tensor]:
+    """Tokens whose label has probability `p_label` (up to the rounding of the inputs to `dtype`).
+
+    Each hidden state points along its label's row of the head, as far as bisection finds that it has to.
+    """
+    random = torch.Generator().manual_seed(seed)
+    weight = torch.randn(vocab, dim, generator=random, dtype=torch.float64).div_(math.sqrt(dim)).to(dtype)
+    labels = torch.randint(vocab, (tokens,), generator=random)
+    direction = weight.double()[labels] + 0.3 * torch.randn(tokens, dim, generator=random).double() / math.sqrt(dim)
+    logits = direction @ weight.double().T
+    low, high = torch.zeros(tokens, 1).double(), torch.full((tokens, 1), 100.0).double()
+    for _ in range(60):
+        middle = (low + high) / 2
+        logp = torch.log_softmax(middle * logits, -1)
+        too_low = logp.gather(1, labels[:, None]) < math.log(p_label)
+        low, high = torch.where(too_low, middle, low), torch.where(too_low, high, middle)
+    return (high * direction).to(dtype).requires_grad_(), Head(weight.requires_grad_()), labels
+
+
+def as_float64(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """The same values as float64 leaves: the truth is computed from the rounded inputs."""
+
+    def leaf(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
+
+    return leaf(hidden), Head(leaf(head.weight), leaf(head.bias), head.scale, head.softcap)
+
+
+def leaves(hidden: Tensor, head: Head) -> list[Tensor]:
+    """What gradients are asked of: hidden, weight and bias, as far as they exist and require one."""
+    return [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
+
+
+def relative_error(actual: Tensor, truth: Tensor) -> float:
+    """|actual - truth| / |truth| in the 2-norm, in float64; inf if `actual` is not finite."""
+    actual, truth = actual.detach().double(), truth.detach().double()
+    if not torch.isfinite(actual).all():
+        return math.inf
+    error, size = torch.linalg.vector_norm(actual - truth).item(), torch.linalg.vector_norm(truth).item()
+    return error / size if size else (0.0 if error == 0 else math.inf)
+
+
+def check_budget(name: str, actual: Tensor, eager: Tensor, truth: Tensor) -> None:
+    """Raise unless the error is at most twice that of the same-dtype eager computation, plus rounding.
+
+    Rounding is that of the result's dtype and that of the float64 truth itself.
+    """
+    rounding = 4 * torch.finfo(actual.dtype).eps + 1e-13
+    error, allowed = relative_error(actual, truth), 2 * relative_error(eager, truth) + rounding
+    if not error <= allowed:
+        raise AssertionError(f"{name}: relative error {error:.3g} against float64, allowed {allowed:.3g}")

@@ -1,0 +1,192 @@
+import itertools
+
+import pytest
+import torch
+
+import cwdpo_kernels as ck
+from cwdpo_kernels import reference
+from cwdpo_kernels.testing import as_float64, check_budget, leaves, make_inputs, relative_error
+
+DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+HEADS = [
+    pytest.param({}, id="plain"),
+    pytest.param({"bias": True}, id="bias"),
+    pytest.param({"bias": True, "scale": 0.5, "softcap": 5.0}, id="softcap"),
+]
+# Tiny workspaces and kept tiles of part of the vocabulary take every branch of the tiling.
+BUDGETS = [
+    pytest.param(ck.MemoryBudget(), id="default"),
+    pytest.param(ck.MemoryBudget(workspace_bytes=1, kept_bytes=200_000), id="kept"),
+]
+
+
+def freeze(head: ck.Head) -> ck.Head:
+    return ck.Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap)
+
+
+def value_and_grads(function, hidden, head, labels, upstream):
+    logp = function(hidden, head, labels)
+    return logp, torch.autograd.grad(logp, leaves(hidden, head), upstream.to(logp.dtype))
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("options", HEADS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_within_the_error_budget(dtype, options, budget, frozen):
+    hidden, head, labels = make_inputs((5, 61), 507, 123, dtype, **options)
+    head = freeze(head) if frozen else head
+    upstream = torch.randn(labels.shape)
+    upstream[1] = 0  # rows that backward skips
+
+    ours = value_and_grads(lambda *a: ck.linear_logprob(*a, budget=budget), hidden, head, labels, upstream)
+    eager = value_and_grads(reference.linear_logprob, hidden, head, labels, upstream)
+    truth = value_and_grads(reference.linear_logprob, *as_float64(hidden, head), labels, upstream)
+
+    check_budget("logp", ours[0], eager[0], truth[0])
+    assert ours[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+    assert (ours[0] <= 0).all()
+    for name, ours_g, eager_g, truth_g in zip(("hidden", "weight", "bias"), ours[1], eager[1], truth[1], strict=False):
+        assert ours_g.dtype == dtype
+        check_budget(f"grad_{name}", ours_g, eager_g, truth_g)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "vocab", "dim"), [(1, 1, 1), (1, 507, 123), (3, 2, 5), (130, 129, 1), (200, 300, 7)]
+)
+def test_odd_sizes_in_float64(tokens, vocab, dim):
+    hidden, head, labels = make_inputs((tokens,), vocab, dim, torch.float64, bias=True, labelled=1.0)
+    upstream = torch.randn(tokens)
+    budget = ck.MemoryBudget(workspace_bytes=1)
+    ours = value_and_grads(lambda *a: ck.linear_logprob(*a, budget=budget), hidden, head, labels, upstream)
+    truth = value_and_grads(reference.linear_logprob, hidden, head, labels, upstream)
+    for actual, expected in zip((ours[0], *ours[1]), (truth[0], *truth[1]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("spread", [1e2, 1e4])
+def test_any_finite_logits(spread, frozen):
+    """Logits up to +-spread, targets at the very top and at the very bottom: exact, finite, no overflow."""
+    vocab, dim = 507, 16
+    weight = torch.zeros(vocab, dim)
+    weight[:, 0] = torch.linspace(-spread, spread, vocab)
+    hidden = torch.zeros(6, dim)
+    hidden[:, 0] = torch.tensor([1.0, 1.0, 1.0, -1.0, -1.0, 1.0])
+    labels = torch.tensor([0, vocab - 1, 250, 0, vocab - 1, -100])
+    hidden.requires_grad_()
+    head = ck.Head(weight.requires_grad_(not frozen))
+    upstream = torch.ones(6)
+
+    ours = value_and_grads(ck.linear_logprob, hidden, head, labels, upstream)
+    truth = value_and_grads(reference.linear_logprob, *as_float64(hidden, head), labels, upstream)
+    assert truth[0].min() <= -spread
+    for actual, expected in zip((ours[0], *ours[1]), (truth[0], *truth[1]), strict=True):
+        assert relative_error(actual, expected) < 1e-6
+
+
+def test_garbage_targets_among_random_logits():
+    hidden, head, labels = make_inputs((40,), 507, 123, logit_std=3000.0, labelled=1.0)
+    ours = value_and_grads(ck.linear_logprob, hidden, head, labels, torch.ones(40))
+    eager = value_and_grads(reference.linear_logprob, hidden, head, labels, torch.ones(40))
+    truth = value_and_grads(reference.linear_logprob, *as_float64(hidden, head), labels, torch.ones(40))
+    assert truth[0].min() < -1e4
+    for name, o, e, t in zip("lhw", (ours[0], *ours[1]), (eager[0], *eager[1]), (truth[0], *truth[1]), strict=True):
+        check_budget(name, o, e, t)
+
+
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+@pytest.mark.parametrize("shape", [(0,), (4,), (2, 0)])
+def test_nothing_labelled(shape, frozen):
+    hidden, head, labels = make_inputs(shape, 507, 123, labelled=0.0, bias=True)
+    head = freeze(head) if frozen else head
+    logp = ck.linear_logprob(hidden, head, labels)
+    assert torch.equal(logp, torch.zeros(shape))
+    for tensor, grad in zip(leaves(hidden, head), torch.autograd.grad(logp.sum(), leaves(hidden, head)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(tensor))
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
+def test_layouts_and_label_dtypes(dtype):
+    """Non-contiguous hidden and weight, int32 labels: the same bits as their contiguous int64 twins."""
+    hidden, head, labels = make_inputs((6, 10), 50, 12)
+    plain = value_and_grads(ck.linear_logprob, hidden, head, labels, torch.ones(6, 10))
+    strided = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
+    weight = head.weight.detach().T.contiguous().T.requires_grad_()
+    assert not strided.is_contiguous()
+    assert not weight.is_contiguous()
+    other = value_and_grads(ck.linear_logprob, strided, ck.Head(weight), labels.to(dtype), torch.ones(6, 10))
+    for actual, expected in zip((other[0], *other[1]), (plain[0], *plain[1]), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_rows_are_a_speed_option():
+    hidden, head, labels = make_inputs((4, 9), 50, 12)
+    rows = (labels.flatten() != -100).nonzero().squeeze(1)
+    for chosen in (rows, rows.int(), torch.arange(36)):
+        assert torch.equal(
+            ck.linear_logprob(hidden, head, labels, rows=chosen), ck.linear_logprob(hidden, head, labels)
+        )
+
+
+def test_a_bare_weight_is_a_head():
+    hidden, head, labels = make_inputs((7,), 50, 12)
+    assert torch.equal(ck.linear_logprob(hidden, head.weight, labels), ck.linear_logprob(hidden, head, labels))
+
+
+@pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
+def test_any_subset_of_gradients(needs):
+    hidden, head, labels = make_inputs((9,), 50, 12, torch.float64, bias=True, labelled=1.0)
+    for tensor, need in zip((hidden, head.weight, head.bias), needs, strict=True):
+        tensor.requires_grad_(need)
+    logp = ck.linear_logprob(hidden, head, labels)
+    assert logp.requires_grad == any(needs)
+    if any(needs):
+        truth = reference.linear_logprob(hidden, head, labels)
+        wanted = leaves(hidden, head)
+        for a, b in zip(torch.autograd.grad(logp.sum(), wanted), torch.autograd.grad(truth.sum(), wanted), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("options", HEADS)
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_gradcheck(options, frozen):
+    hidden, head, labels = make_inputs((5,), 11, 4, torch.float64, logit_std=1.0, **options)
+
+    def function(hidden, weight, bias):
+        return ck.linear_logprob(hidden, ck.Head(weight, bias, head.scale, head.softcap), labels)
+
+    weight, bias = (head.weight, head.bias) if not frozen else (head.weight.detach(), freeze(head).bias)
+    assert torch.autograd.gradcheck(function, (hidden, weight, bias))
+
+
+def test_backward_twice_gives_the_same():
+    hidden, head, labels = make_inputs((9,), 500, 12)
+    logp = ck.linear_logprob(hidden, head, labels, budget=ck.MemoryBudget(kept_bytes=10_000))
+    first, second = (torch.autograd.grad(logp.sum(), leaves(hidden, head), retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_autocast_follows_torch():
+    """Inputs in autocast's dtype, log-probs in float32 from unrounded logits, gradients in the parameters' dtype."""
+    hidden, head, labels = make_inputs((20,), 507, 123)
+    with torch.autocast("cpu", torch.bfloat16):
+        inside = ck.linear_logprob(hidden, head, labels)
+    rounded = ck.linear_logprob(hidden.bfloat16(), ck.Head(head.weight.bfloat16()), labels)
+    assert inside.dtype == torch.float32
+    assert torch.equal(inside, rounded)
+    with torch.autocast("cpu", torch.bfloat16):  # a backward inside the region keeps its own precision
+        inside.sum().backward()
+    expected = torch.autograd.grad(rounded.sum(), [hidden, head.weight])
+    for actual, truth in zip((hidden.grad, head.weight.grad), expected, strict=True):
+        assert actual.dtype == torch.float32
+        assert torch.equal(actual, truth)
+
+
+def test_inference_mode_and_no_grad():
+    hidden, head, labels = make_inputs((20,), 507, 123)
+    expected = ck.linear_logprob(hidden, head, labels).detach()
+    with torch.inference_mode():
+        assert torch.equal(ck.linear_logprob(hidden, head, labels), expected)
+    with torch.no_grad():
+        assert torch.equal(ck.linear_logprob(hidden, head, labels), expected)
