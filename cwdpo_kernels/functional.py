@@ -53,7 +53,7 @@ def logits_logprob(
     ok = not reuse_logits or logits.is_contiguous()
     check.expect(ok, op, "logits", "layout", "contiguous (for reuse_logits)", "non-contiguous")
     flat = logits.reshape(-1, logits.shape[-1])
-    logp, _ = torch.ops.cwdpo.logits_logprob(flat, labels.reshape(-1), ignore_index, reuse_logits)
+    logp, *_ = torch.ops.cwdpo.logits_logprob(flat, labels.reshape(-1), ignore_index, reuse_logits)
     return logp.view(labels.shape)
 
 

@@ -113,6 +113,7 @@ def linear_constrained_sft_loss(
     token_logp = F._linear_logprob(op, hidden, head, labels, rows, budget, ignore_index)
     offsets = F.sequence_offsets(op, labels, cu_seqlens)
     smoothing = None
+    _check_negatives(op, negatives)
     if negatives.mode == "smoothed":
         token_smoothing = _smoothing(op, hidden, F._as_head(op, "head", head), labels, ignore_index)
         summed = F.sequence_logprob(token_smoothing, labels, cu_seqlens, ignore_index=ignore_index).total
@@ -169,8 +170,7 @@ def _constrained_sft(
     op: str, logp: Tensor, labels: Tensor | None, count: Tensor | None, offsets: Tensor, negatives: GentleNegatives,
     rejected_smoothing: Tensor | None, ignore_index: int,
 ) -> ConstrainedSFTOutput:  # fmt: skip
-    kind = type(negatives).__name__
-    check.expect(isinstance(negatives, GentleNegatives), op, "negatives", "type", "GentleNegatives", kind)
+    _check_negatives(op, negatives)
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
     hinge, per_token = negatives.mode == "hinge", negatives.normalize == "token"
     loss, chosen_nll, rejected_nll, penalty, total, mean, count, _ = torch.ops.cwdpo.constrained_sft_loss(
@@ -194,6 +194,11 @@ def _constrained_sft(
         extra = negatives.weight * negatives.smoothing * spread
         loss, penalty = loss + extra, penalty + extra.detach()
     return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *_split_pairs(total, mean, count))
+
+
+def _check_negatives(op: str, negatives: GentleNegatives) -> None:
+    kind = type(negatives).__name__
+    check.expect(isinstance(negatives, GentleNegatives), op, "negatives", "type", "GentleNegatives", kind)
 
 
 def _stack_pairs(op: str, chosen: SequenceLogprob, rejected: SequenceLogprob) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """linear_logprob: log-probability of a label under a linear head, without its logits.
 
-Saved for backward: hidden, weight, bias, labels and two floats a row (peak, total: the odds against the label); with
-a frozen head only the direction [N, D] and the odds, nothing of the head.
+Saved for backward: hidden, weight, bias, labels and three floats a row (logp, peak, total);
+with a frozen head only logp and the direction [N, D], nothing of the head.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ define(
 )
 define(
     "linear_logprob_backward",
-    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor peak, Tensor total, Tensor kept, "
-    "float scale, float? softcap, int ignore_index, bool needs_hidden, bool needs_weight, bool needs_bias, "
-    "SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logp, Tensor peak, "
+    "Tensor total, Tensor kept, float scale, float? softcap, int ignore_index, bool needs_hidden, bool needs_weight, "
+    "bool needs_bias, SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 implement("linear_logprob", "default", portable.linear_logprob)
 implement("linear_logprob_backward", "default", portable.linear_logprob_backward)
@@ -54,13 +54,13 @@ def _(grad_logp, hidden, weight, bias, *rest):
 
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, *ctx.transform, ctx.with_direction, ctx.workspace_bytes, _ = inputs
-    _, peak, total, direction, kept = output
+    logp, peak, total, direction, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(peak, total, direction, kept)
     if ctx.with_direction:
-        ctx.save_for_backward(peak, total, direction)
+        ctx.save_for_backward(logp, direction)
     else:
-        ctx.save_for_backward(peak, total, kept, hidden, weight, bias, labels)
+        ctx.save_for_backward(logp, peak, total, kept, hidden, weight, bias, labels)
 
 
 def _backward(ctx, grad_logp: Tensor | None, *_):
@@ -68,13 +68,13 @@ def _backward(ctx, grad_logp: Tensor | None, *_):
     if grad_logp is None:
         return none
     if ctx.with_direction:
-        peak, total, direction = ctx.saved_tensors
-        pull = grad_logp * torch.sigmoid(peak + torch.log(total))  # d logp / d h = (1 - p_y) * direction
+        logp, direction = ctx.saved_tensors
+        pull = grad_logp * -torch.expm1(logp)  # d logp / d h = (1 - p_y) * direction
         return (direction * pull[:, None]).to(direction.dtype), *none[1:]
-    peak, total, kept, hidden, weight, bias, labels = ctx.saved_tensors
+    logp, peak, total, kept, hidden, weight, bias, labels = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = torch.ops.cwdpo.linear_logprob_backward(
-        grad_logp, hidden, weight, bias, labels, peak, total, kept, *ctx.transform, *needs, ctx.workspace_bytes
+        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, *ctx.transform, *needs, ctx.workspace_bytes
     )
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none[3:])
 

@@ -1,6 +1,6 @@
 """logits_logprob: log-probability of a label from logits that exist already.
 
-Saved for backward: the logits and two floats a row. With `reuse_logits` the gradient is written over the saved
+Saved for backward: the logits and three floats a row. With `reuse_logits` the gradient is written over the saved
 logits: one backward only, which autograd's version counter enforces.
 """
 
@@ -19,11 +19,13 @@ define(
 )
 define(
     "logits_logprob_backward",
-    "(Tensor grad_logp, Tensor logits, Tensor labels, Tensor peak, Tensor total, int ignore_index) -> Tensor",
+    "(Tensor grad_logp, Tensor logits, Tensor labels, Tensor logp, Tensor peak, Tensor total, "
+    "int ignore_index) -> Tensor",
 )
 define(
     "logits_logprob_backward_",
-    "(Tensor grad_logp, Tensor(a!) logits, Tensor labels, Tensor peak, Tensor total, int ignore_index) -> ()",
+    "(Tensor grad_logp, Tensor(a!) logits, Tensor labels, Tensor logp, Tensor peak, Tensor total, "
+    "int ignore_index) -> ()",
 )
 
 
@@ -43,28 +45,28 @@ def _(logits, labels, ignore_index, reuse_logits):
 
 
 @torch.library.register_fake("cwdpo::logits_logprob_backward")
-def _(grad_logp, logits, labels, peak, total, ignore_index):
+def _(grad_logp, logits, labels, logp, peak, total, ignore_index):
     return torch.empty_like(logits)
 
 
 @torch.library.register_fake("cwdpo::logits_logprob_backward_")
-def _(grad_logp, logits, labels, peak, total, ignore_index):
+def _(grad_logp, logits, labels, logp, peak, total, ignore_index):
     return None
 
 
 def _setup_context(ctx, inputs, output) -> None:
     logits, labels, ctx.ignore_index, ctx.reuse_logits = inputs
-    _, peak, total = output
+    logp, peak, total = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(peak, total)
-    ctx.save_for_backward(logits, labels, peak, total)
+    ctx.save_for_backward(logits, labels, logp, peak, total)
 
 
 def _backward(ctx, grad_logp: Tensor | None, *_):
     if grad_logp is None:
         return None, None, None, None
-    logits, labels, peak, total = ctx.saved_tensors
-    args = (grad_logp, logits, labels, peak, total, ctx.ignore_index)
+    logits, labels, logp, peak, total = ctx.saved_tensors
+    args = (grad_logp, logits, labels, logp, peak, total, ctx.ignore_index)
     if not ctx.reuse_logits:
         return torch.ops.cwdpo.logits_logprob_backward(*args), None, None, None
     torch.ops.cwdpo.logits_logprob_backward_(*args)

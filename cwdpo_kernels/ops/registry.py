@@ -44,6 +44,7 @@ def backend(device: str | torch.device = "cpu") -> str:
     Errors: RuntimeError (torch's own) for a device type that torch does not know.
     """
     device_type = torch.device(device).type
+    faster = FASTER_BACKENDS.get(device_type)
     key = torch._C._dispatch_key_for_device(device_type)
     served = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear_logprob", key)
-    return FASTER_BACKENDS[device_type] if served else "portable"
+    return faster if faster and served else "portable"

@@ -1,18 +1,21 @@
 r"""The method: log-probabilities of labels under a linear head, without the logits, and their exact gradient.
 
-Anchor the softmax at the target. With z the logits of a token, y its label and c = z_y (a dot product),
+Compare the label with its competitors. With z the logits of a token, y its label and c = z_y (a dot product),
 
     s = sum_{v != y} exp(z_v - c)              the odds against the label
     logp = -log1p(s)         1 - p_y = s / (1 + s)
 
-Neither subtracts two nearly equal numbers, however confident the token: both are functions of the log-odds
-log s alone, logp = -softplus(log s) and 1 - p_y = sigmoid(log s). log s is a logsumexp over the competitors,
-carried over the vocabulary tiles as (peak, total): peak = max_{v != y} z_v - c, total = sum exp(z_v - c - peak),
-log s = peak + log(total). Nothing overflows, for any finite logits.
+Neither subtracts two nearly equal numbers, however confident the token. s itself may overflow on a garbage label,
+so it is carried over the vocabulary tiles as (peak, total), the competitors' own running maximum and sum:
+
+    peak = max_{v != y} z_v        total = sum_{v != y} exp(z_v - peak)        log s = (peak - c) + log(total)
+
+logp = -softplus(log s) is then exact for any finite logits. (Taking z_v - c first rounds each term once more: with
+the label 200 nats under the top the head's gradient was 30 times less accurate.)
 
 The gradient needs the competitors only through the distribution among themselves (it sums to one over v != y),
 
-    q_v = exp(z_v - c - peak) / total
+    q_v = exp(z_v - peak) / total
 
     d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v)
     d logp / d h   = (1 - p_y) * scale * (W_y - sum_{v != y} q_v W_v)      pull to the label, push from the rest
@@ -47,41 +50,36 @@ def linear_logprob(
     rows = live_rows(labels != ignore_index)
     labels_N = labels[rows].long()
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
-    peak_N, total_N, direction_ND = _forward(head, labels_N, with_direction, KeptTiles(kept, head))
-    peak[rows], total[rows] = peak_N, total_N
-    logp[rows] = logp_of(peak_N, total_N)
+    target_N = head.target_logits(labels_N)
+    kept_tiles = KeptTiles(kept, head)
+    kept[kept_tiles.used_bytes :] = 0  # no byte of an output is left uninitialised
+    peak_N, total_N, direction_ND = _forward(head, labels_N, target_N, with_direction, kept_tiles)
+    logp[rows], peak[rows], total[rows] = logp_of(target_N, peak_N, total_N), peak_N, total_N
     if with_direction:
         direction[rows] = direction_ND.to(hidden.dtype)
     return logp, peak, total, direction, kept
 
 
-def logp_of(peak_N: Tensor, total_N: Tensor) -> Tensor:
+def logp_of(target_N: Tensor, peak_N: Tensor, total_N: Tensor) -> Tensor:
     """-log1p(s) = -softplus(log s)."""
-    log_odds_N = peak_N + torch.log(total_N)
+    log_odds_N = (peak_N - target_N) + torch.log(total_N)
     return -torch.logaddexp(log_odds_N, torch.zeros_like(log_odds_N))
 
 
-def miss_probability(peak_N: Tensor, total_N: Tensor) -> Tensor:
-    """1 - p_y = s / (1 + s) = sigmoid(log s)."""
-    return torch.sigmoid(peak_N + torch.log(total_N))
-
-
 def _forward(
-    head: TiledHead, labels_N: Tensor, with_direction: bool, kept: KeptTiles
+    head: TiledHead, labels_N: Tensor, target_N: Tensor, with_direction: bool, kept: KeptTiles
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """One sweep over the vocabulary: peak [N], total [N] and, if asked, scale * (W_y - sum q W) [N, D]."""
-    anchor_N = head.target_logits(labels_N)
-    peak_N = torch.full_like(anchor_N, torch.finfo(head.dtype).min)
-    total_N = torch.zeros_like(anchor_N)
-    pushed_ND = anchor_N.new_zeros(head.hidden.shape) if with_direction else None
+    peak_N = torch.full_like(target_N, torch.finfo(head.dtype).min)
+    total_N = torch.zeros_like(target_N)
+    pushed_ND = target_N.new_zeros(head.hidden.shape) if with_direction else None
 
     for columns in head.columns():
         weight_BD = head.weight_tile(columns)
         for rows in head.rows():
             tile_RB = head.logits(rows, columns, weight_BD)
-            slope_RB = head.slope(tile_RB) if with_direction else None
-            tile_RB.sub_(anchor_N[rows, None])
             kept.save(tile_RB, rows, columns)
+            slope_RB = head.slope(tile_RB) if with_direction else None
 
             fill_target(tile_RB, labels_N[rows], columns, -torch.inf)
             peak_R = torch.maximum(peak_N[rows], tile_RB.amax(1))
@@ -97,13 +95,13 @@ def _forward(
     if with_direction:
         # No competitor at all (V = 1) leaves total = 0: the clamp keeps 0 / 0 out, 1 - p_y = 0 does the rest.
         pushed_ND.div_(total_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
-        _pull_to_label(head, labels_N, anchor_N, pushed_ND)
+        _pull_to_label(head, labels_N, target_N, pushed_ND)
     return peak_N, total_N, pushed_ND
 
 
-def _pull_to_label(head: TiledHead, labels_N: Tensor, anchor_N: Tensor, pushed_ND: Tensor) -> None:
+def _pull_to_label(head: TiledHead, labels_N: Tensor, target_N: Tensor, pushed_ND: Tensor) -> None:
     """pushed <- scale * (slope_y W_y - pushed), in place."""
-    slope_N = head.slope(anchor_N)
+    slope_N = head.slope(target_N)
     for rows in head.rows():
         target_RD = head.target_weight(rows, labels_N[rows])
         if slope_N is not None:
@@ -112,9 +110,9 @@ def _pull_to_label(head: TiledHead, labels_N: Tensor, anchor_N: Tensor, pushed_N
 
 
 def linear_logprob_backward(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, peak: Tensor,
-    total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int, needs_hidden: bool, needs_weight: bool,
-    needs_bias: bool, workspace_bytes: int,
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
+    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, needs_weight: bool, needs_bias: bool, workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
     dtype = compute_dtype(hidden.dtype)
@@ -126,10 +124,9 @@ def linear_logprob_backward(
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
     kept_tiles = KeptTiles(kept, head, n_labelled, live=_positions(labelled, rows))
 
-    pull_N = grad_logp[rows].to(dtype) * miss_probability(peak_N, total_N) * scale
+    pull_N = grad_logp[rows].to(dtype) * -torch.expm1(logp[rows]) * scale  # 1 - p_y = -expm1(logp)
     push_N = -pull_N / total_N
-    anchor_N = head.target_logits(labels_N)
-    grad_hidden_ND = anchor_N.new_zeros(head.hidden.shape) if needs_hidden else None
+    grad_hidden_ND = pull_N.new_zeros(head.hidden.shape) if needs_hidden else None
     grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     grad_bias = torch.empty_like(bias) if needs_bias else weight.new_empty(0)
 
@@ -140,10 +137,10 @@ def linear_logprob_backward(
         for block in head.rows():
             tile_RB = kept_tiles.load(block, columns)
             if tile_RB is None:
-                tile_RB = head.logits(block, columns, weight_BD).sub_(anchor_N[block, None])
-            slope_RB = None if softcap is None else head.slope(tile_RB + anchor_N[block, None])
+                tile_RB = head.logits(block, columns, weight_BD)
+            slope_RB = head.slope(tile_RB)
             grad_RB = tile_RB.sub_(peak_N[block, None]).exp_().mul_(push_N[block, None])
-            fill_target(grad_RB, labels_N[block], columns, pull_N[block, None])  # over exp(-peak), which may overflow
+            fill_target(grad_RB, labels_N[block], columns, pull_N[block, None])  # over exp(c - peak): may overflow
             if slope_RB is not None:
                 grad_RB.mul_(slope_RB)
             if needs_hidden:
@@ -174,7 +171,7 @@ def _positions(labelled: Tensor, rows: Tensor | slice) -> Tensor | slice:
 
 
 class KeptTiles:
-    """The anchored logits z - c of the first vocabulary tiles, kept from forward for backward.
+    """The logits of the first vocabulary tiles, kept from forward for backward.
 
     `storage` is opaque bytes of the size that the caller allowed; whole tiles of all labelled rows are kept
     while they fit.
@@ -187,8 +184,8 @@ class KeptTiles:
         vocab = head.weight.shape[0]
         fit = storage.numel() // max(self.n_rows * head.dtype.itemsize, 1)
         self.columns = vocab if fit >= vocab else fit // head.tile_columns * head.tile_columns
-        used = storage[: self.n_rows * self.columns * head.dtype.itemsize]
-        self.tiles = used.view(head.dtype).view(self.n_rows, self.columns)
+        self.used_bytes = self.n_rows * self.columns * head.dtype.itemsize
+        self.tiles = storage[: self.used_bytes].view(head.dtype).view(self.n_rows, self.columns)
         self.head, self.live = head, live
 
     def save(self, tile_RB: Tensor, rows: slice, columns: slice) -> None:

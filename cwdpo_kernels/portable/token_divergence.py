@@ -46,7 +46,7 @@ def token_divergence(
 
 
 def _kl_terms(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
-    """p (log p - log q) - p + q >= 0. With d = log p - log q near 0 it is p (d + expm1(-d)): no rounded p, q subtracted."""
+    """p (log p - log q) - p + q >= 0; with d = log p - log q near 0, p (d + expm1(-d)): no difference of p and q."""
     d = log_p - log_q
     return torch.where(d > -1, p * (d + torch.expm1(-d)), p * d + (q - p))
 

@@ -1,9 +1,9 @@
 """Entropy, top-1 probability and top-1 correctness beside the label's log-probability, in one sweep, no logits.
 
-The competitors' (peak, total) of linear_logprob are joined by moment = sum exp(z_v - c - peak) (z_v - c - peak).
-With the label's own logit back in (z_y - c = 0) and m = max(peak, 0), Z = sum_v exp(z_v - c - m):
+The competitors' (peak, total) of linear_logprob are joined by moment = sum exp(z_v - peak) (z_v - peak). With the
+label's own logit c back in and m = max(peak, c), Z = sum_v exp(z_v - m):
 
-    entropy = log Z - (1 / Z) sum_v exp(z_v - c - m) (z_v - c - m)       top-1 probability = 1 / Z
+    entropy = log Z - (1 / Z) sum_v exp(z_v - m) (z_v - m)       top-1 probability = 1 / Z
 """
 
 from __future__ import annotations
@@ -26,27 +26,29 @@ def token_stats(
 
     rows = live_rows(labels != ignore_index)
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
-    peak_N, total_N, moment_N = _sweep(head, labels[rows].long())
+    labels_N = labels[rows].long()
+    target_N = head.target_logits(labels_N)
+    peak_N, total_N, moment_N = _sweep(head, labels_N)
 
-    logp[rows] = logp_of(peak_N, total_N)
-    top_N = peak_N.clamp_min(0)
+    logp[rows] = logp_of(target_N, peak_N, total_N)
+    lead_N = peak_N - target_N  # of the best competitor over the label
+    top_N = lead_N.clamp_min(0)  # of the top token over the label
     # Z - 1, the weight of everything but the top token, so that log Z keeps its digits when Z is close to 1.
-    rest_N = torch.where(peak_N > 0, (total_N - 1) + torch.exp(-top_N), torch.exp(peak_N - top_N) * total_N)
-    shifted_N = torch.exp(peak_N - top_N) * (moment_N + (peak_N - top_N) * total_N) - torch.exp(-top_N) * top_N
+    rest_N = torch.where(lead_N > 0, (total_N - 1) + torch.exp(-top_N), torch.exp(lead_N - top_N) * total_N)
+    shifted_N = torch.exp(lead_N - top_N) * (moment_N + (lead_N - top_N) * total_N) - torch.exp(-top_N) * top_N
     entropy[rows] = (torch.log1p(rest_N) - shifted_N / (1 + rest_N)).clamp_min(0)
     top1_prob[rows] = 1 / (1 + rest_N)
-    is_top1[rows] = peak_N <= 0
+    is_top1[rows] = lead_N <= 0
     return logp, entropy, top1_prob, is_top1
 
 
 def _sweep(head: TiledHead, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    anchor_N = head.target_logits(labels_N)
-    peak_N = torch.full_like(anchor_N, torch.finfo(head.dtype).min)
-    total_N, moment_N = torch.zeros_like(anchor_N), torch.zeros_like(anchor_N)
+    peak_N = labels_N.new_full(labels_N.shape, torch.finfo(head.dtype).min, dtype=head.dtype)
+    total_N, moment_N = torch.zeros_like(peak_N), torch.zeros_like(peak_N)
     for columns in head.columns():
         weight_BD = head.weight_tile(columns)
         for rows in head.rows():
-            tile_RB = head.logits(rows, columns, weight_BD).sub_(anchor_N[rows, None])
+            tile_RB = head.logits(rows, columns, weight_BD)
             # A finite stand-in for -inf: its weight is 0, and 0 * -inf would be NaN in the moment.
             fill_target(tile_RB, labels_N[rows], columns, torch.finfo(head.dtype).min / 2)
             peak_R = torch.maximum(peak_N[rows], tile_RB.amax(1))

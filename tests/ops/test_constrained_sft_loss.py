@@ -1,0 +1,70 @@
+import pytest
+import torch
+
+import cwdpo_kernels as ck
+from cwdpo_kernels import reference
+from cwdpo_kernels.testing import leaves, make_inputs
+
+NEGATIVES = [
+    pytest.param(ck.GentleNegatives(weight=0.3, nll_floor=50.0), id="active"),
+    pytest.param(ck.GentleNegatives(weight=0.3, nll_floor=0.5), id="satisfied"),
+    pytest.param(ck.GentleNegatives(weight=0.3, nll_floor=500.0, normalize="sequence"), id="sequence"),
+    pytest.param(ck.GentleNegatives(weight=0.3, mode="smoothed", smoothing=0.2), id="smoothed"),
+    pytest.param(ck.GentleNegatives(weight=0.3, mode="smoothed", normalize="sequence"), id="smoothed-sequence"),
+    pytest.param(ck.GentleNegatives(weight=0.0), id="plain-sft"),
+]
+
+
+def make_batch(**options):
+    hidden, head, labels = make_inputs((6, 9), 101, 12, torch.float64, **options)
+    labels[1], labels[5] = -100, -100
+    return hidden, head, labels
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_against_full_logits(negatives):
+    hidden, head, labels = make_batch(bias=True, scale=0.7)
+    truth = reference.constrained_sft_loss(reference.head_logits(hidden, head), labels, negatives)
+    out = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=negatives)
+    torch.testing.assert_close(out.loss, truth)
+    torch.testing.assert_close(out.loss, out.chosen_nll + out.penalty)
+    grads = (torch.autograd.grad(loss, leaves(hidden, head)) for loss in (out.loss, truth))
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+    packed = ck.linear_constrained_sft_loss(
+        hidden.flatten(0, 1), head, labels.flatten(), negatives=negatives, cu_seqlens=torch.arange(7) * 9
+    )
+    torch.testing.assert_close(packed.loss, truth)
+
+
+@pytest.mark.parametrize("negatives", NEGATIVES)
+def test_from_sequences(negatives):
+    hidden, head, labels = make_batch()
+    fused = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=negatives)
+    sequences = ck.linear_sequence_logprob(hidden, head, labels)
+    chosen, rejected = (ck.SequenceLogprob(*(x[part] for x in sequences)) for part in (slice(0, 3), slice(3, 6)))
+    logits = reference.head_logits(hidden, head)
+    safe = labels.clamp_min(0)[..., None]
+    spread = (logits.gather(-1, safe).squeeze(-1) - logits.mean(-1)) * (labels != -100)
+    out = ck.constrained_sft_loss(chosen, rejected, negatives=negatives, rejected_smoothing=spread[3:].sum(1))
+    torch.testing.assert_close(out.loss, fused.loss)
+    grads = (torch.autograd.grad(loss, leaves(hidden, head)) for loss in (out.loss, fused.loss))
+    for actual, expected in zip(*grads, strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("mode", ["hinge", "smoothed"])
+def test_nothing_labelled(mode):
+    hidden, head, _ = make_batch()
+    labels = torch.full((6, 9), -100)
+    out = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=ck.GentleNegatives(1.0, 5.0, mode))
+    assert [x.item() for x in out[:4]] == [0.0, 0.0, 0.0, 0.0]
+    for grad in torch.autograd.grad(out.loss, leaves(hidden, head)):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_smoothing_refuses_a_soft_cap():
+    hidden, head, labels = make_batch(softcap=5.0)
+    with pytest.raises(NotImplementedError, match="soft cap"):
+        ck.linear_constrained_sft_loss(hidden, head, labels, negatives=ck.GentleNegatives(mode="smoothed"))

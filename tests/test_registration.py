@@ -1,0 +1,143 @@
+"""Every op: schema, fake and autograd agree (opcheck); the public functions compile whole; the backend has a name."""
+
+import pytest
+import torch
+
+import cwdpo_kernels as ck
+from cwdpo_kernels.testing import make_inputs
+
+OPS = torch.ops.cwdpo
+CU = torch.arange(5) * 3
+
+
+def op_cases():
+    hidden, head, labels = make_inputs((12,), 37, 8, bias=True)
+    linear = (hidden, head.weight, head.bias, labels, 0.5, 4.0, -100)
+    frozen = (hidden, head.weight.detach(), None, labels, 1.0, None, -100)
+    logp, peak, total, _, kept = OPS.linear_logprob(*linear, False, 1 << 20, 600)
+    odds = (logp.detach(), peak, total)
+    backward = (
+        torch.ones(12),
+        *(x.detach() for x in linear[:3]),
+        labels,
+        *odds,
+        kept,
+        *linear[4:],
+        True,
+        True,
+        True,
+        1 << 20,
+    )
+    logits = torch.randn(12, 37, requires_grad=True)
+    logits_odds = tuple(x.detach() for x in OPS.logits_logprob(logits, labels, -100, False))
+    gradient = (torch.ones(12), logits.detach(), labels, *logits_odds, -100)
+    token = torch.randn(12).neg().requires_grad_()
+    refs = (torch.zeros(2), torch.zeros(2))
+    count = torch.tensor([3, 3, 0, 3])
+    cooling = (0.1, -3.0, 1.0, None, -9.0, False, -100)
+    one, none = OPS.token_stats, torch.no_grad()
+    with none:
+        stats = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in linear)
+    return [
+        ("linear_logprob", (*linear, False, 1 << 20, 600)),
+        ("linear_logprob", (*frozen, True, 1 << 20, 0)),
+        ("linear_logprob_backward", backward),
+        ("logits_logprob", (logits, labels, -100, False)),
+        ("logits_logprob_backward", gradient),
+        ("logits_logprob_backward_", gradient),
+        (one.__name__, (*stats, 1 << 20)),
+        ("token_divergence", (*stats[:3], 1.0, None, *stats[:3], 0.5, None, 1 << 20)),
+        ("cooling_weight", (torch.randn(4), -3.0, 1.0, None)),
+        ("sequence_logprob", (token, labels, CU, -100)),
+        ("sequence_logprob_backward", (torch.ones(4), torch.ones(4), labels, count, CU, -100)),
+        ("cwdpo_loss", (token, labels, None, CU, *refs, *cooling)),
+        ("cwdpo_loss", (token[:4].detach().requires_grad_(), None, count, torch.arange(5), *refs, *cooling)),
+        ("constrained_sft_loss", (token, labels, None, CU, 0.1, 5.0, True, True, -100)),
+    ]
+
+
+CASES = op_cases()
+
+
+@pytest.mark.parametrize(("name", "args"), CASES, ids=[name for name, _ in CASES])
+def test_opcheck(name, args):
+    torch.library.opcheck(getattr(OPS, name).default, args)
+
+
+def test_every_op_is_checked():
+    names = {
+        schema.name.removeprefix("cwdpo::")
+        for schema in torch._C._jit_get_all_schemas()
+        if schema.name.startswith("cwdpo::")
+    }
+    assert names == {name for name, _ in CASES}
+
+
+def public_calls():
+    hidden, head, labels = make_inputs((4, 3), 37, 8)
+    weight, refs = head.weight, (torch.zeros(2), torch.zeros(2))
+    dpo = {"beta": 0.1, "cooling": ck.Cooling()}
+    negatives = ck.GentleNegatives(nll_floor=9.0)
+    other = torch.randn(4, 3, 8)
+
+    def sequences(h):
+        out = ck.linear_sequence_logprob(h, weight, labels)
+        return ck.SequenceLogprob(*(x[:2] for x in out)), ck.SequenceLogprob(*(x[2:] for x in out))
+
+    return {
+        "linear_logprob": lambda h: ck.linear_logprob(h, ck.Head(weight, softcap=5.0), labels).sum(),
+        "linear_logprob-frozen": lambda h: ck.linear_logprob(h, weight.detach(), labels).sum(),
+        "logits_logprob": lambda h: ck.logits_logprob(h @ weight.T, labels).sum(),
+        "linear_sequence_logprob": lambda h: ck.linear_sequence_logprob(h, weight, labels).mean.sum(),
+        "logits_sequence_logprob": lambda h: ck.logits_sequence_logprob(h @ weight.T, labels).total.sum(),
+        "linear_cwdpo_loss": lambda h: ck.linear_cwdpo_loss(h, weight, labels, *refs, **dpo).loss,
+        "logits_cwdpo_loss": lambda h: ck.logits_cwdpo_loss(h @ weight.T, labels, *refs, **dpo).loss,
+        "cwdpo_loss": lambda h: ck.cwdpo_loss(*sequences(h), *refs, **dpo).loss,
+        "linear_constrained_sft_loss": lambda h: (
+            ck.linear_constrained_sft_loss(h, weight, labels, negatives=negatives).loss
+        ),
+        "constrained_sft_loss": lambda h: ck.constrained_sft_loss(*sequences(h), negatives=negatives).loss,
+        "token_stats": lambda h: ck.token_stats(h, weight, labels).entropy.sum() + h.sum(),
+        "token_divergence": lambda h: ck.token_divergence(h, weight, other, weight).js.sum() + h.sum(),
+        "cooling_weight": lambda h: ck.cooling_weight(h[:, 0, 0], ck.Cooling()).sum() + h.sum(),
+        "shift_labels": lambda h: ck.linear_logprob(h, weight, ck.shift_labels(labels)).sum(),
+    }, hidden
+
+
+CALLS, HIDDEN = public_calls()
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_compiles_as_one_graph(name):
+    torch._dynamo.reset()
+    function = CALLS[name]
+    compiled = torch.compile(function, fullgraph=True, backend="aot_eager")
+    eager_loss, compiled_loss = function(HIDDEN), compiled(HIDDEN)
+    torch.testing.assert_close(compiled_loss, eager_loss)
+    grads = (torch.autograd.grad(loss, HIDDEN, retain_graph=True)[0] for loss in (eager_loss, compiled_loss))
+    torch.testing.assert_close(*grads)
+
+
+def test_compiles_with_inductor_and_dynamic_shapes():
+    torch._dynamo.reset()
+    options = {"beta": 0.1, "cooling": ck.Cooling()}
+
+    def function(hidden, weight, labels):
+        return ck.linear_cwdpo_loss(hidden, weight, labels, torch.zeros(2), torch.zeros(2), **options).loss
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True)
+    for tokens in (5, 9):
+        hidden, head, labels = make_inputs((4, tokens), 37, 8)
+        eager = function(hidden, head.weight, labels)
+        loss = compiled(hidden, head.weight, labels)
+        torch.testing.assert_close(loss, eager)
+        grads = (torch.autograd.grad(x, [hidden, head.weight]) for x in (loss, eager))
+        for actual, expected in zip(*grads, strict=True):
+            torch.testing.assert_close(actual, expected)
+
+
+def test_backend_names():
+    assert ck.backend("cpu") == "portable"
+    assert ck.backend(torch.device("meta")) == "portable"
+    with pytest.raises(RuntimeError):
+        ck.backend("abacus")
