@@ -1,0 +1,47 @@
+# Each target does all of its own set-up; a second call finds it done. `make help` lists them.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/ready
+
+# On Linux without an NVIDIA driver only a CPU build of torch will do: its local version is asked for by name, so
+# that pip fails rather than fetch gigabytes of CUDA libraries where no CPU build is to be had. See CONTRIBUTING.md.
+CPU_ONLY := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,+cpu))
+TORCH ?= $(shell sed -n 's/^torch==.*/&/p' constraints.txt)$(CPU_ONLY)
+
+.PHONY: help demo test lint format bench clean
+
+help:
+	@echo "make demo    two-stage CW-DPO on handwritten digits; the picture and the figures land in runs/digits"
+	@echo "make test    the test suite"
+	@echo "make lint    ruff, check and format"
+	@echo "make bench   the CPU benchmarks; results land in benchmarks/results"
+	@echo "make format  ruff, applied"
+	@echo "make clean   remove everything that make made, runs included"
+
+$(READY): pyproject.toml constraints.txt
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet --constraint constraints.txt setuptools "$(TORCH)"
+	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[trainer,bench,dev]"
+	touch $@
+
+demo: $(READY)
+	$(BIN)/cwdpo run trainer/recipes/digits.yaml
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(READY)
+	$(BIN)/python -m benchmarks.linear_cwdpo
+
+clean:
+	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
