@@ -1,0 +1,147 @@
+"""A random LLaVA of one layer with its processor, and a preference data set that it can read."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (
+    AutoModelForImageTextToText,
+    CLIPImageProcessorPil,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaForConditionalGeneration,
+    LlavaProcessor,
+    PreTrainedTokenizerFast,
+)
+
+from cwdpo_trainer.collator import PairCollator
+from cwdpo_trainer.data import Row, load_rows
+
+WORDS = ["describe", "red", "green", "blue", "left", "right", "above", "below", "and", "a", "the", "square"]
+PROMPT = "<image> describe"
+
+
+def save_tiny_llava(folder: Path) -> None:
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
+    vocab = {word: place for place, word in enumerate([*special, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=["<image>"],
+    )  # fmt: skip
+    size = {"height": 8, "width": 8}
+    pictures = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, resample=0)
+    processor = LlavaProcessor(
+        pictures, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        num_additional_image_tokens=1, image_token="<image>",
+    )  # fmt: skip
+    config = LlavaConfig(
+        vision_config=CLIPVisionConfig(
+            hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=8,
+            patch_size=4, projection_dim=16,
+        ),
+        text_config=LlamaConfig(
+            vocab_size=len(vocab), hidden_size=32, intermediate_size=48, num_hidden_layers=1,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, pad_token_id=0,
+            bos_token_id=1, eos_token_id=2,
+        ),
+        image_token_index=vocab["<image>"], vision_feature_layer=-1,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    with torch.no_grad():  # predictions that differ from token to token, as those of a trained model do
+        model.lm_head.weight.mul_(20)
+    model.save_pretrained(folder)
+    processor.save_pretrained(folder)
+
+
+def write_rows(path: Path, count: int) -> None:
+    (path.parent / "images").mkdir(parents=True, exist_ok=True)
+    lines = []
+    for place in range(count):
+        color = WORDS[1 + place % 3]
+        image = Image.new("RGB", (8, 8), color=[(200, 30, 30), (30, 200, 30), (30, 30, 200)][place % 3])
+        image.putpixel((place % 8, place // 8 % 8), (255, 255, 255))
+        image.save(path.parent / "images" / f"{path.stem}{place}.png")
+        line = {
+            "prompt": PROMPT,
+            "chosen": f"a {color} square",
+            "rejected": f"a {WORDS[1 + (place + 1) % 3]} square" if place % 2 else "and and left below above",
+            "images": [f"images/{path.stem}{place}.png"],
+            "references": [f"a {color} square", f"the {color} square"],
+            "negative_source": "near" if place % 2 else "easy",
+        }
+        lines.append(json.dumps(line) + "\n")
+    path.write_text("".join(lines))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """The models are too small to share among threads, whose barriers would wait for a busy machine."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with model/, train.jsonl, heldout.jsonl and images/; tests must not change it."""
+    folder = tmp_path_factory.mktemp("task")
+    save_tiny_llava(folder / "model")
+    write_rows(folder / "train.jsonl", 32)
+    write_rows(folder / "heldout.jsonl", 12)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def collator(task: Path) -> PairCollator:
+    return PairCollator(LlavaProcessor.from_pretrained(task / "model"))
+
+
+@pytest.fixture(scope="session")
+def rows(task: Path) -> list[Row]:
+    return load_rows(task / "train.jsonl")
+
+
+@pytest.fixture
+def model(task: Path) -> LlavaForConditionalGeneration:
+    """A fresh copy of the tiny model."""
+    return AutoModelForImageTextToText.from_pretrained(task / "model")
+
+
+@pytest.fixture
+def settings(task: Path, tmp_path: Path) -> dict:
+    """A short run of both stages, to be written as YAML."""
+    stage = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "eval_steps": 3,
+             "logging_steps": 2, "save_steps": 2, "disable_tqdm": True}  # fmt: skip
+    return {
+        "output_dir": str(tmp_path / "run"),
+        "seed": 1,
+        "model": {"path": str(task / "model")},
+        "data": {"train": str(task / "train.jsonl"), "heldout": str(task / "heldout.jsonl")},
+        "sft": {**stage},
+        "dpo": {**stage, "onpolicy_fraction": 0.5, "refresh_steps": 2},
+        "probes": {"rows": 12, "batch_size": 8, "caption_rows": 12},
+        "sampling": {"max_new_tokens": 6},
+    }
+
+
+@pytest.fixture
+def write_config(tmp_path: Path):
+    """Write settings as a YAML file and return its path."""
+
+    def write(settings: dict) -> Path:
+        path = tmp_path / "config.yaml"
+        path.write_text(yaml.safe_dump(settings))
+        return path
+
+    return write

@@ -1,0 +1,113 @@
+"""Configurations: what is read, and one line that names file and key for every mistake."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+import cwdpo_trainer
+from cwdpo_trainer.cli import main
+from cwdpo_trainer.config import load_config
+from cwdpo_trainer.errors import InputError
+
+
+def test_sections_become_checked_settings(settings, write_config):
+    settings["sft"]["learning_rate"] = "1e-4"  # what YAML makes of 1e-4
+    config = load_config(write_config(settings), ["dpo.beta=0.2", "dpo.tau=2", "seed=7"])
+    assert config.sft.learning_rate == 1e-4
+    assert (config.dpo.beta, config.dpo.cooling.temperature, config.seed, config.dpo.seed) == (0.2, 2.0, 7, 7)
+    assert config.raw["dpo"]["beta"] == 0.2
+    assert config.dpo.output_dir == str(Path(settings["output_dir"]) / "checkpoints" / "dpo")
+    assert config.sft.gentle_negatives.mode == "hinge"
+
+
+def test_a_run_has_the_stages_that_have_a_section(settings, write_config):
+    del settings["sft"]
+    assert load_config(write_config(settings)).sft is None
+
+
+def test_the_recipe_that_ships_is_valid():
+    config = load_config(Path(cwdpo_trainer.__file__).parent / "recipes" / "digits.yaml")
+    assert config.base == Path("runs/digits-data")
+    assert config.sft is not None
+    assert config.dpo is not None
+
+
+MISTAKES = [
+    (
+        "dpo.bta=0.1",
+        "config.yaml: expected key dpo.bta to have a known name (did you mean 'beta'?), got 'bta'",
+    ),
+    ("dop.beta=0.1", "expected key dop to have a known name (did you mean 'dpo'?), got 'dop'"),
+    ("dpo.beta=high", "config.yaml: expected dpo.beta to have type float, got 'high' (str)"),
+    ("dpo.max_steps=2.5", "expected dpo.max_steps to have type int, got 2.5 (float)"),
+    ("dpo.beta=-1", "config.yaml: dpo: expected beta to have value finite and > 0, got -1.0"),
+    ("dpo.tau=0", "dpo: Cooling: expected temperature to have value finite and > 0, got 0.0"),
+    ("dpo.onpolicy_fraction=1.5", "dpo: expected onpolicy_fraction to have value in [0, 1], got 1.5"),
+    ("dpo.refresh_steps=0", "dpo: expected refresh_steps to have value >= 1, got 0"),
+    ("dpo.normalize=words", "dpo: expected normalize to have value sequence or token, got 'words'"),
+    ("dpo.save_total_limit=1", "dpo: expected save_total_limit to have value null or >= 2, got 1"),
+    ("dpo.early_stopping_patience=2", "dpo: expected metric_for_best_model to have value a probe"),
+    ("dpo.lr_scheduler_type=wavy", "dpo: wavy is not a valid SchedulerType"),
+    ("sft.negatives=harsh", "sft: GentleNegatives: expected mode to have value"),
+    ("sft.output_dir=x", "expected key sft.output_dir to have a place"),
+    ("data.sft_fraction=1", "data: expected sft_fraction to have value in (0, 1), got 1.0"),
+    ("data.train=null", "expected data.train to have type str, got nothing"),
+    ("model.dtype=int8", "model: expected dtype to have value in auto, float32"),
+    ("probes=3", "expected probes to have type mapping, got 3 (int)"),
+    ("sampling.top_p=0", "sampling: expected top_p to have value in (0, 1], got 0.0"),
+    ("output_dir=null", "expected output_dir to have type str, got nothing"),
+    ("seed=x", "expected seed to have type int, got 'x' (str)"),
+    ("prepare.function=nowhere", "expected prepare.folder to have type str, got nothing"),
+    ("nonsense", "command line: expected an override to have form section.key=value, got 'nonsense'"),
+    ("data.train=gone.jsonl", "gone.jsonl: expected the data set to have an existing file"),
+    ("model.path=./gone", "model: expected path to have an existing folder"),
+]
+
+
+@pytest.mark.parametrize(("override", "message"), MISTAKES)
+def test_a_mistake_is_one_line_and_nothing_is_written(settings, write_config, capsys, override, message):
+    code = main(["run", str(write_config(settings)), override])
+    error = capsys.readouterr().err
+    assert code == 2
+    assert error.startswith("cwdpo: ")
+    assert error.count("\n") == 1
+    assert message in error
+    assert not Path(settings["output_dir"]).exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [1", "config.yaml:1: expected the file to have valid YAML"),
+        ("- 1", "expected the file to have type mapping of sections, got list"),
+        ("model: {}\nsft: {}\noutput_dir: x", "expected model.path to have a value, got none"),
+        (
+            "model: {path: m}\ndata: {train: a, heldout: b}\noutput_dir: x",
+            "the file to have a section sft or dpo",
+        ),
+    ],
+)
+def test_a_malformed_file_is_named(tmp_path, text, message):
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(InputError) as error:
+        load_config(path)
+    assert str(path) in str(error.value)
+    assert message in str(error.value)
+
+
+def test_prepare_is_called_with_its_folder_and_keys(settings, write_config, tmp_path, capsys):
+    settings["prepare"] = {"function": "os:makedirs", "folder": str(tmp_path / "made"), "mode": 0o700}
+    settings["data"]["train"] = "train.jsonl"  # beside what prepare made, where there is none
+    assert main(["run", str(write_config(settings))]) == 2
+    assert (tmp_path / "made").is_dir()
+    assert f"{tmp_path / 'made' / 'train.jsonl'}: expected the data set" in capsys.readouterr().err
+
+
+def test_a_wrong_key_of_prepare_is_named(settings, write_config, tmp_path, capsys):
+    settings["prepare"] = {"function": "os:makedirs", "folder": str(tmp_path / "made"), "mod": 1}
+    assert main(["run", str(write_config(settings))]) == 2
+    assert "expected keys of os:makedirs" in capsys.readouterr().err
+    assert not (tmp_path / "made").exists()

@@ -1,0 +1,150 @@
+"""Whole runs through the command line: the files they leave, and going on after a kill."""
+
+from __future__ import annotations
+
+import csv
+import json
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cwdpo_trainer.cli import main
+
+KILLED_IN_A_SAVE = """
+import os, signal, sys
+import torch
+from cwdpo_trainer import cli, stages
+
+def killed(self, folder):
+    if self.state.global_step == {step}:
+        os.kill(os.getpid(), signal.SIGKILL)
+    self.pool.save(self._pool_path(folder))
+
+stages.CWDPOTrainer._save_more = killed
+torch.set_num_threads(1)
+cli.main(["run", sys.argv[1]])
+"""
+
+
+def results(folder: Path) -> dict:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics.pop("timing")
+    return metrics
+
+
+def run_killed(config: Path, step: int) -> None:
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED_IN_A_SAVE.format(step=step), str(config)],
+        capture_output=True,
+        text=True,
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+
+
+@pytest.fixture
+def config(settings, write_config) -> Path:
+    return write_config(settings)
+
+
+def test_a_run_leaves_its_results_and_is_not_repeated(config, settings, capsys):
+    folder = Path(settings["output_dir"])
+    assert main(["run", str(config)]) == 0
+    metrics = results(folder)
+    for label in ("after_sft", "after_cwdpo"):
+        assert 0 <= metrics[label]["exact_match"] <= 1
+        assert metrics[label]["cider"] >= 0
+        assert metrics[label]["probes"]["step"] == 6
+    delta = metrics["after_cwdpo"]["cider"] - metrics["after_sft"]["cider"]
+    assert metrics["delta"]["cider"] == pytest.approx(delta)
+    assert metrics["environment"]["torch"]
+    with (folder / "probes.csv").open() as file:
+        probes = list(csv.DictReader(file))
+    assert [(row["stage"], row["step"]) for row in probes] == [(s, t) for s in ("sft", "dpo") for t in "036"]
+    assert float(probes[-1]["chosen_ece"]) == metrics["after_cwdpo"]["probes"]["chosen_ece"]
+    assert float(probes[3]["chosen_delta_logp"]) == 0
+    predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
+    assert len(predictions) == 12
+    share = sum(line["match_after_cwdpo"] for line in predictions) / 12
+    assert share == metrics["after_cwdpo"]["exact_match"]
+    assert (folder / predictions[0]["images"][0]).is_file()
+    with Image.open(folder / "dynamics.png") as picture:
+        assert picture.width > 1000
+        assert len(picture.convert("RGB").resize((200, 80)).getcolors(maxcolors=16000)) > 50
+    table = capsys.readouterr().out
+    for text in (
+        "exact match of captions",
+        "CIDEr",
+        "ECE, chosen",
+        "TV against reference",
+        str(folder / "dynamics.png"),
+    ):
+        assert text in table
+
+    before = (folder / "metrics.json").stat().st_mtime_ns
+    assert main(["run", str(config)]) == 0
+    again = capsys.readouterr().out
+    assert "this run is finished" in again
+    assert table.strip() in again
+    assert (folder / "metrics.json").stat().st_mtime_ns == before
+
+
+def test_a_killed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp_path):
+    whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
+    assert main(["run", str(whole)]) == 0
+    config = write_config(settings)
+    run_killed(config, step=4)
+    folder = Path(settings["output_dir"])
+    assert not (folder / "checkpoints" / "dpo" / "checkpoint-4" / "COMPLETE").exists()
+    assert not (folder / "cwdpo").exists()
+    sft = (folder / "sft" / "model.safetensors").stat().st_mtime_ns
+    assert main(["run", str(config)]) == 0
+    assert (folder / "sft" / "model.safetensors").stat().st_mtime_ns == sft
+    assert results(folder) == results(tmp_path / "whole")
+    for name in ("probes.csv", "predictions.jsonl", "cwdpo/model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_stages_one_by_one_are_the_whole_run(config, settings, write_config, tmp_path, capsys):
+    assert main(["dpo", str(config)]) == 2
+    assert "expected stage sft to have state done" in capsys.readouterr().err
+    assert main(["sft", str(config)]) == 0
+    assert set(results(Path(settings["output_dir"]))) == {"after_sft", "environment", "seed"}
+    assert main(["dpo", str(config)]) == 0
+    whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
+    assert main(["run", str(whole)]) == 0
+    assert results(Path(settings["output_dir"])) == results(tmp_path / "whole")
+
+
+def test_stage_two_alone_starts_from_the_model(settings, write_config, capsys):
+    del settings["sft"]
+    assert main(["run", str(write_config(settings))]) == 0
+    metrics = results(Path(settings["output_dir"]))
+    assert metrics["start"]["probes"]["chosen_delta_logp"] == 0
+    assert metrics["after_cwdpo"]["probes"]["chosen_delta_logp"] != 0
+    assert "after_sft" not in metrics
+
+
+def test_a_folder_continues_its_own_run_only(config, settings, task, capsys):
+    folder = Path(settings["output_dir"])
+    assert main(["sft", str(config), "sft.max_steps=1"]) == 0
+    before = sorted(path.name for path in folder.iterdir())
+    capsys.readouterr()
+    assert main(["run", str(config)]) == 2
+    assert f"{folder}: expected config.sft.max_steps to have value 1 (this run was" in capsys.readouterr().err
+    changed = [f"data.train={task / 'heldout.jsonl'}", "sft.max_steps=1"]
+    assert main(["run", str(config), *changed]) == 2
+    assert "expected config.data.train to have value" in capsys.readouterr().err
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
+def test_a_folder_of_something_else_is_left_alone(config, settings, capsys):
+    folder = Path(settings["output_dir"])
+    folder.mkdir()
+    (folder / "thesis.tex").touch()
+    assert main(["run", str(config)]) == 2
+    assert "expected output_dir to have content none, or that of a run, got thesis.tex" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == ["thesis.tex"]

@@ -1,0 +1,157 @@
+"""The stages on the tiny model: their losses, their checks and their logs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from cwdpo_kernels import Cooling
+from cwdpo_trainer.arguments import DPOArguments, ProbeArguments, SamplingArguments, SFTArguments
+from cwdpo_trainer.collator import with_answers
+from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.probes import Probes
+from cwdpo_trainer.stages import ConstrainedSFTTrainer, CWDPOTrainer
+
+OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 2, "logging_steps": 2,
+           "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
+SAMPLING = SamplingArguments(max_new_tokens=5)
+
+
+@pytest.fixture
+def make(model, collator, rows, tmp_path):
+    """A trainer of the tiny model whose reference is a copy of it, changed by `tamper` if given."""
+
+    def make(kind, tamper=None, **options):
+        reference = copy.deepcopy(model)
+        if tamper is not None:
+            tamper(reference)
+        probes = Probes(rows, collator, ProbeArguments(rows=6), SAMPLING, Cooling(), seed=0)
+        arguments = SFTArguments if kind is ConstrainedSFTTrainer else DPOArguments
+        args = arguments(output_dir=str(tmp_path / "stage"), **{**OPTIONS, **options})
+        more = {"sampling": SAMPLING} if kind is CWDPOTrainer else {}
+        return kind(model, reference, args, rows, collator, probes, **more)
+
+    return make
+
+
+def answer_logp(model, batch):
+    """Log-probs of whole answers and their lengths, from full logits."""
+    logits = model(**batch.inputs).logits.double()
+    mask = batch.labels >= 0
+    logp = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
+    return (logp * mask).sum(-1), mask.sum(-1)
+
+
+def test_loss_of_sft_is_that_of_full_logits(make, collator, rows):
+    trainer = make(ConstrainedSFTTrainer, negatives_weight=0.5, nll_floor=6.0)
+    pairs = collator(rows[:4])
+    batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
+    total, count = answer_logp(trainer.model, batch)
+    nll = -total / count
+    expected = nll[:4].mean() + 0.5 * F.relu(6.0 - nll[4:].mean())
+    assert trainer.compute_loss(trainer.model, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_loss_of_cwdpo_is_that_of_full_logits(make, collator, rows):
+    trainer = make(CWDPOTrainer, beta=0.3, logp_floor=-4.0, tau=0.5)
+    trainer._is_first_batch = False
+    with torch.no_grad():
+        trainer.model.lm_head.weight.add_(0.5 * torch.randn_like(trainer.model.lm_head.weight))
+    pairs = collator(rows[:4])
+    batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
+    (total, count), (ref, _) = (answer_logp(model, batch) for model in (trainer.model, trainer.reference))
+    ratio = total - ref
+    weight = torch.sigmoid((total[4:] / count[4:] + 4.0) / 0.5).detach()
+    expected = -F.logsigmoid(0.3 * (ratio[:4] - weight * ratio[4:])).mean()
+    assert trainer.compute_loss(trainer.model, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def test_training_moves_the_policy_and_not_the_reference(make):
+    trainer = make(CWDPOTrainer, learning_rate=1e-3, onpolicy_fraction=0.5)
+    before = copy.deepcopy(trainer.reference.state_dict())
+    trainer.train()
+    for name, value in trainer.reference.state_dict().items():
+        assert torch.equal(value, before[name]), name
+    assert not torch.equal(trainer.model.lm_head.weight, before["lm_head.weight"])
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    names = {
+        "margin",
+        "accuracy",
+        "cooling_weight",
+        "chosen_mean_logp",
+        "rejected_mean_logp",
+        "kept",
+        "onpolicy",
+    }
+    assert [entry["step"] for entry in logs] == [2, 4]
+    assert all(names <= entry.keys() for entry in logs)
+    assert logs[0]["kept"] == 1
+    assert 0 < sum(entry["onpolicy"] for entry in logs) < 2
+    probes = [entry for entry in trainer.state.log_history if "eval_chosen_logp" in entry]
+    assert [entry["step"] for entry in probes] == [0, 2, 4]
+    assert probes[0]["eval_chosen_delta_logp"] == 0
+    assert probes[-1]["eval_chosen_delta_logp"] != 0
+
+
+def test_a_reference_that_is_not_the_start_is_refused(make):
+    def tamper(reference):
+        with torch.no_grad():
+            reference.lm_head.weight[7] *= 1.01
+
+    trainer = make(CWDPOTrainer, tamper=tamper)
+    with pytest.raises(RuntimeError, match=r"handover: expected log-ratios .* <= .* nats, got .*mean"):
+        trainer.train()
+
+
+def test_the_last_probe_is_of_the_final_weights(make):
+    trainer = make(ConstrainedSFTTrainer, max_steps=3)
+    trainer.train()
+    steps = [entry["step"] for entry in trainer.state.log_history if "eval_chosen_logp" in entry]
+    assert steps == [0, 2, 3]
+
+
+def test_early_stopping_on_a_probe(make):
+    trainer = make(
+        ConstrainedSFTTrainer, max_steps=20, eval_steps=1, learning_rate=0.0, early_stopping_patience=2,
+        metric_for_best_model="chosen_mean_logp", greater_is_better=True,
+    )  # fmt: skip
+    trainer.train()
+    # The first probe is the best that this learning rate allows, two more without a better one end it.
+    assert trainer.state.global_step == 3
+
+
+def test_the_best_weights_are_loaded_at_the_end(make, tmp_path):
+    trainer = make(
+        ConstrainedSFTTrainer, max_steps=8, eval_steps=2, save_steps=2, save_strategy="steps",
+        learning_rate=1e-3,
+        load_best_model_at_end=True, metric_for_best_model="near_mean_logp", greater_is_better=True,
+        save_total_limit=8, lr_scheduler_type="constant",
+    )  # fmt: skip
+    trainer.train()
+    probes = [entry for entry in trainer.state.log_history if "eval_near_mean_logp" in entry]
+    best = max(probes[1:-1], key=lambda entry: entry["eval_near_mean_logp"])
+    assert trainer.state.best_global_step == best["step"]
+    stored = type(trainer.model).from_pretrained(tmp_path / "stage" / f"checkpoint-{best['step']}")
+    for name, value in stored.state_dict().items():
+        assert torch.equal(trainer.model.state_dict()[name], value), name
+    assert probes[-1]["eval_near_mean_logp"] == best["eval_near_mean_logp"]
+
+
+def test_pairs_that_are_dropped_are_counted(make):
+    trainer = make(CWDPOTrainer, drop_below=0.0)
+    trainer.train()
+    logs = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["kept"] for entry in logs] == [0, 0]
+    assert "margin" not in logs[0]
+    assert [entry["loss"] for entry in logs] == [0, 0]
+
+
+def test_an_unknown_metric_is_refused_before_training(make):
+    with pytest.raises(InputError, match=r"expected metric_for_best_model to have a name of a probe .*chosen_logp"):
+        make(
+            ConstrainedSFTTrainer, early_stopping_patience=2, metric_for_best_model="chosen_lopg",
+            greater_is_better=True,
+        ).train()  # fmt: skip

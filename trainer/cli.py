@@ -1,0 +1,43 @@
+"""The command line: `cwdpo {run,sft,dpo} CONFIG.yaml [section.key=value ...]`."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from transformers.utils import logging
+
+from cwdpo_trainer.config import load_config
+from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.run import run
+
+COMMANDS = {
+    "run": "train the stages that CONFIG has a section for, and report",
+    "sft": "stage 1 of the run alone: constrained SFT",
+    "dpo": "stage 2 of the run alone: CW-DPO",
+}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command. Returns 0; wrong input is one line on stderr and 2."""
+    parser = argparse.ArgumentParser(prog="cwdpo", description="Cooling-Weighted DPO of vision-language models.")
+    commands = parser.add_subparsers(dest="command", required=True)
+    for name, text in COMMANDS.items():
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("config", type=Path, help="the YAML file of the run")
+        command.add_argument("override", nargs="*", help="section.key=value, in place of what the file says")
+    parsed = parser.parse_args(arguments)
+    logging.disable_progress_bar()  # of loading and saving weights; training keeps its own
+    try:
+        config = load_config(parsed.config, parsed.override)
+        run(config, only=None if parsed.command == "run" else parsed.command)
+    except InputError as error:
+        print(f"cwdpo: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

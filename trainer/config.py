@@ -1,0 +1,221 @@
+"""From a YAML file (and `section.key=value` overrides) to a checked `RunConfig`.
+
+Sections: model, data, sft, dpo, probes, sampling; beside them output_dir, seed and prepare. A run has the
+stages that have a section. Every mistake is one `InputError` that names the file and the key.
+"""
+
+from __future__ import annotations
+
+import difflib
+import importlib
+import inspect
+import types
+import typing
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from transformers import HfArgumentParser
+
+from cwdpo_trainer.arguments import (
+    DataArguments,
+    DPOArguments,
+    ModelArguments,
+    ProbeArguments,
+    SamplingArguments,
+    SFTArguments,
+)
+from cwdpo_trainer.errors import InputError, require
+
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments,
+    "data": DataArguments,
+    "sft": SFTArguments,
+    "dpo": DPOArguments,
+    "probes": ProbeArguments,
+    "sampling": SamplingArguments,
+}
+STAGES = ("sft", "dpo")
+# Set once for the whole run, or part of how the stages work.
+RESERVED = ("output_dir", "seed", "data_seed", "remove_unused_columns", "do_train", "do_eval", "do_predict")
+
+
+@dataclass
+class RunConfig:
+    """A run, ready to start. `raw` is the file with the overrides in it: what a run folder remembers.
+
+    `base` is the folder that relative paths of `model` and `data` start from.
+    """
+
+    raw: dict[str, Any]
+    base: Path
+    output_dir: Path
+    seed: int
+    model: ModelArguments
+    data: DataArguments
+    probes: ProbeArguments
+    sampling: SamplingArguments
+    sft: SFTArguments | None
+    dpo: DPOArguments | None
+
+
+def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+    """Read, override and check the YAML file at `path`. Nothing is written, and `prepare` is not called yet.
+
+    Raises `InputError` with the file, the key, what was expected and what came.
+    """
+    raw = _read(path)
+    for override in overrides:
+        _override(raw, override)
+    where = str(path)
+    _known_keys(where, "", raw, [*SECTIONS, "output_dir", "seed", "prepare"])
+    sections = {name: _section(where, name, raw) for name in SECTIONS}
+    require(any(sections[name] for name in STAGES), where, "the file", "a section", "sft or dpo", sorted(raw))
+    output_dir = _typed(where, "output_dir", raw.get("output_dir"), str)
+    seed = _typed(where, "seed", raw.get("seed", 0), int)
+    for name in STAGES:
+        if sections[name] is not None:
+            sections[name].seed = seed
+            sections[name].output_dir = str(Path(output_dir) / "checkpoints" / name)
+    base = _prepare_folder(where, path, raw.get("prepare"))
+    return RunConfig(raw, base, Path(output_dir), seed, **sections)
+
+
+def prepare(config: RunConfig) -> None:
+    """Call the function of the `prepare` section, if there is one, with its folder and its other keys."""
+    section = config.raw.get("prepare")
+    if section is None:
+        return
+    function = _prepare_function(section["function"])
+    options = {key: value for key, value in section.items() if key not in ("function", "folder")}
+    try:
+        inspect.signature(function).bind(config.base, **options)
+    except TypeError as error:
+        raise InputError(f"prepare: expected keys of {section['function']}, got {options}: {error}") from error
+    function(config.base, **options)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    require(path.is_file(), str(path), "the configuration", "an existing", "file", "none there")
+    try:
+        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        line = f":{mark.line + 1}" if mark else ""
+        problem = getattr(error, "problem", None) or "it cannot be parsed"
+        raise InputError(f"{path}{line}: expected the file to have valid YAML, got a mistake: {problem}") from error
+    require(isinstance(raw, dict), str(path), "the file", "type", "mapping of sections", type(raw).__name__)
+    return raw
+
+
+def _override(raw: dict[str, Any], override: str) -> None:
+    key, equals, value = override.partition("=")
+    require(bool(equals and key), "command line", "an override", "form", "section.key=value", repr(override))
+    *parents, last = key.split(".")
+    target = raw
+    for parent in parents:
+        if target.get(parent) is None:
+            target[parent] = {}
+        target = target[parent]
+        require(isinstance(target, dict), "command line", key, "type of " + parent, "mapping", repr(target))
+    try:
+        target[last] = yaml.safe_load(value)
+    except yaml.YAMLError as error:
+        raise InputError(f"command line: expected {key} to have a YAML value, got {value!r}") from error
+
+
+def _section(where: str, name: str, raw: dict[str, Any]) -> Any:
+    """The dataclass of a section; a stage without a section is None, another section has its defaults."""
+    values = raw.get(name)
+    if values is None and (name in STAGES and name not in raw):
+        return None
+    values = {} if values is None else values
+    require(isinstance(values, dict), where, name, "type", "mapping", _describe(values))
+    kind = SECTIONS[name]
+    hints = typing.get_type_hints(kind)
+    _known_keys(where, f"{name}.", values, [key for key in hints if key not in RESERVED])
+    for spec in fields(kind):
+        needed = spec.default is MISSING and spec.default_factory is MISSING
+        require(not needed or spec.name in values, where, f"{name}.{spec.name}", "a", "value", "none")
+    typed = {key: _typed(where, f"{name}.{key}", value, hints[key]) for key, value in values.items()}
+    try:
+        return HfArgumentParser(kind).parse_dict(typed)[0]
+    except (ValueError, ImportError) as error:
+        raise InputError(f"{where}: {name}: {' '.join(str(error).split())}") from error
+
+
+def _known_keys(where: str, prefix: str, values: dict[str, Any], known: list[str]) -> None:
+    for key in values:
+        if key not in known:
+            close = difflib.get_close_matches(str(key), known, n=1)
+            expected = f"a known name (did you mean {close[0]!r}?)" if close else f"a known name ({len(known)} exist)"
+            if prefix == "" and not close:
+                expected = "a name of " + ", ".join(known)
+            elif key in RESERVED:
+                expected = "a place in a stage, but it is set once for the run"
+            raise InputError(f"{where}: expected key {prefix}{key} to have {expected}, got {key!r}")
+
+
+def _typed(where: str, key: str, value: Any, hint: Any) -> Any:
+    """`value` as type `hint`; YAML reads 1e-4 as text, so text that is a number passes for a float."""
+    arms = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for arm in arms:
+        matches, converted = _match(value, arm)
+        if matches:
+            return converted
+    names = " or ".join(_type_name(arm) for arm in arms)
+    raise InputError(f"{where}: expected {key} to have type {names}, got {_describe(value)}")
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _type_name(arm: Any) -> str:
+    return "null" if arm is type(None) else getattr(arm, "__name__", str(arm))
+
+
+def _match(value: Any, arm: Any) -> tuple[bool, Any]:
+    """Whether `value` fits one arm of a type hint, and the value to use."""
+    if arm is Any:
+        return True, value
+    if arm is float and not isinstance(value, bool):
+        try:
+            return True, float(value)
+        except (TypeError, ValueError):
+            return False, value
+    if typing.get_origin(arm) is typing.Literal:
+        return value in typing.get_args(arm), value
+    kind = typing.get_origin(arm) or arm
+    if isinstance(value, bool):
+        return kind is bool, value
+    if kind is list:
+        item = (typing.get_args(arm) or (Any,))[0]
+        return isinstance(value, list) and all(_match(one, item)[0] for one in value), value
+    return isinstance(value, kind), value
+
+
+def _describe(value: Any) -> str:
+    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+
+
+def _prepare_folder(where: str, path: Path, section: Any) -> Path:
+    """Where relative paths start: the folder that `prepare` fills, or the one that the YAML file is in."""
+    if section is None:
+        return path.parent
+    require(isinstance(section, dict), where, "prepare", "type", "mapping", _describe(section))
+    for key in ("function", "folder"):
+        _typed(where, f"prepare.{key}", section.get(key), str)
+    try:
+        _prepare_function(section["function"])
+    except (ImportError, AttributeError, ValueError) as error:
+        message = f"{where}: expected prepare.function to have form package.module:function, got"
+        raise InputError(f"{message} {section['function']!r} ({error})") from error
+    return Path(section["folder"])
+
+
+def _prepare_function(name: str) -> Any:
+    module, _, function = name.partition(":")
+    return getattr(importlib.import_module(module), function)

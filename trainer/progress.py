@@ -1,0 +1,24 @@
+"""A progress bar that says what matters: a probe has some sixty figures, which belong in the log."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from transformers.trainer_callback import ProgressCallback
+
+SHOWN = (
+    "loss", "margin", "accuracy", "cooling_weight", "chosen_nll", "kept", "onpolicy", "learning_rate",
+    "eval_chosen_mean_logp", "eval_chosen_delta_logp", "eval_chosen_ece", "eval_chosen_tv",
+)  # fmt: skip
+
+
+class CompactProgress(ProgressCallback):
+    """The library's progress bar; of each log entry it prints the figures in `SHOWN`."""
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
+        if not (state.is_world_process_zero and self.training_bar is not None):
+            return
+        figures = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in SHOWN if logs and name in logs]
+        if figures:
+            kind = "probe" if any(name.startswith("eval_") for name in logs) else "train"
+            self.training_bar.write(f"{kind} {state.global_step:>5}  " + "  ".join(figures))

@@ -1,0 +1,146 @@
+"""What a run leaves behind: metrics.json, probes.csv, predictions.jsonl, dynamics.png and a printed table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import cwdpo_kernels
+from cwdpo_trainer.captions import CaptionScores, score_captions
+from cwdpo_trainer.data import Row
+from cwdpo_trainer.dynamics import draw_dynamics
+from cwdpo_trainer.files import read_json, replacing, write_json, write_text
+
+History = list[dict[str, Any]]
+PACKAGES = ("torch", "transformers", "accelerate")
+LABEL_OF_STAGE = {"sft": "after_sft", "dpo": "after_cwdpo"}
+
+
+@dataclass
+class Results:
+    """`captions` by label (start, after_sft, after_cwdpo), one per scene; `histories`: each stage's log."""
+
+    scenes: list[Row]
+    captions: dict[str, list[str]]
+    histories: dict[str, History]
+    seed: int
+    device: str
+
+
+def write_report(folder: Path, results: Results) -> None:
+    """Write all files of the report into the run folder; metrics.json is last, so that it says "finished"."""
+    scores = {label: score_captions(texts, results.scenes) for label, texts in results.captions.items()}
+    probes = {stage: probe_entries(history) for stage, history in results.histories.items()}
+    write_text(folder / "predictions.jsonl", _predictions(results, scores, folder))
+    write_text(folder / "probes.csv", _probes_csv(probes))
+    with replacing(folder / "dynamics.png") as temporary:
+        draw_dynamics(temporary, results.histories)
+    write_json(folder / "metrics.json", _metrics(results, scores, probes))
+
+
+def probe_entries(history: History) -> History:
+    """The probes of a history in the order of steps, without the prefix eval_; a step's last one counts."""
+    by_step = {
+        entry["step"]: {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
+        for entry in history
+        if "eval_chosen_logp" in entry
+    }
+    return [{"step": step, **by_step[step]} for step in sorted(by_step)]
+
+
+def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[str, History]) -> dict[str, Any]:
+    metrics: dict[str, Any] = {
+        label: {"exact_match": score.exact_match, "cider": score.cider, "captions": len(results.scenes)}
+        for label, score in scores.items()
+    }
+    for stage, entries in probes.items():
+        metrics[LABEL_OF_STAGE[stage]]["probes"] = entries[-1]
+    if "start" in metrics:
+        metrics["start"]["probes"] = probes["dpo"][0]
+    first, *others = metrics
+    for label in others:
+        metrics["delta"] = {key: metrics[label][key] - metrics[first][key] for key in ("exact_match", "cider")}
+    metrics["environment"] = {name: version(name) for name in PACKAGES} | {
+        "cwdpo_kernels": cwdpo_kernels.__version__,
+        "python": platform.python_version(),
+        "device": results.device,
+        "backend": cwdpo_kernels.backend(torch.device(results.device)),
+    }
+    metrics["seed"] = results.seed
+    metrics["timing"] = {
+        f"{stage}_train_seconds": entry["train_runtime"]  # of the process that ended the stage
+        for stage, history in results.histories.items()
+        for entry in history
+        if "train_runtime" in entry
+    }
+    return metrics
+
+
+def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Path) -> str:
+    lines = []
+    for place, row in enumerate(results.scenes):
+        line: dict[str, Any] = {
+            "row": Path(row.where).name,
+            "prompt": row.prompt,
+            "images": [os.path.relpath(path, folder) for path in row.images],
+            "references": row.references,
+        }
+        for label, texts in results.captions.items():
+            line[f"caption_{label}"] = texts[place]
+            line[f"match_{label}"] = scores[label].matches[place]
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
+
+
+def _probes_csv(probes: dict[str, History]) -> str:
+    entries = [{"stage": stage, **entry} for stage, of_stage in probes.items() for entry in of_stage]
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(entries)
+    return table.getvalue()
+
+
+def is_reported(folder: Path, stages: Sequence[str]) -> bool:
+    """Whether the folder's metrics.json covers `stages`; that of an earlier stage may be there alone."""
+    path = folder / "metrics.json"
+    return path.exists() and {LABEL_OF_STAGE[stage] for stage in stages} <= read_json(path).keys()
+
+
+def print_table(metrics: dict[str, Any], folder: Path, finished: bool) -> None:
+    """The short table of a run, and where its picture is. `finished`: the run was done before this call."""
+    labels = [label for label in ("start", "after_sft", "after_cwdpo") if label in metrics]
+    if finished:
+        print(f"{folder}: this run is finished already")
+    titles = {"start": "start", "after_sft": "after SFT", "after_cwdpo": "after CW-DPO"}
+    print(f"\n{'':38}" + "".join(f"{titles[label]:>14}" for label in labels))
+    for title, key, form in (
+        ("exact match of captions", "exact_match", ".3f"),
+        ("CIDEr (x 100)", "cider", ".1f"),
+    ):
+        print(f"{title:<38}" + "".join(f"{metrics[label][key]:>14{form}}" for label in labels))
+    sets = _sets(metrics[labels[-1]]["probes"])
+    rows = [(f"log p, {name} (nats)", f"{name}_logp") for name in sets]
+    rows += [(f"Δ log p against reference, {name}", f"{name}_delta_logp") for name in sets]
+    rows += [("ECE, chosen", "chosen_ece"), ("TV against reference, chosen", "chosen_tv")]
+    rows += [("JS against reference, chosen (nats)", "chosen_js")]
+    for title, key in rows:
+        values = (metrics[label]["probes"].get(key) for label in labels)
+        print(f"{title:<38}" + "".join(f"{'-':>14}" if value is None else f"{value:>14.3f}" for value in values))
+    print("reference: the initial model in stage 1, the model that stage 2 starts from in stage 2")
+    print(f"learning dynamics: {folder / 'dynamics.png'}\n")
+
+
+def _sets(probes: dict[str, Any]) -> Sequence[str]:
+    return [key.removesuffix("_delta_logp") for key in probes if key.endswith("_delta_logp")]

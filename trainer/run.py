@@ -1,0 +1,212 @@
+"""A run: check everything, train the stages that are not done yet, measure, write the results.
+
+The run folder holds
+
+    run.json            the configuration and digests of the data: a folder continues one run only
+    checkpoints/STAGE/  the library's checkpoints; one with a file COMPLETE was written to its end
+    sft/, cwdpo/        the model after each stage, with processor and trainer state: there when it is done
+    metrics.json, probes.csv, predictions.jsonl, dynamics.png   see report.py
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+
+from cwdpo_kernels import Cooling
+from cwdpo_trainer.arguments import StageArguments
+from cwdpo_trainer.collator import PairCollator
+from cwdpo_trainer.config import STAGES, RunConfig, prepare
+from cwdpo_trainer.data import Row, digest, distinct_prompts, load_rows, split_rows
+from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.files import read_json, replacing_folder, write_json
+from cwdpo_trainer.probes import Probes
+from cwdpo_trainer.report import LABEL_OF_STAGE, Results, is_reported, print_table, write_report
+from cwdpo_trainer.sampling import caption
+from cwdpo_trainer.stages import COMPLETE, ConstrainedSFTTrainer, CWDPOTrainer, StageTrainer
+
+MODEL_FOLDERS = {"sft": "sft", "dpo": "cwdpo"}
+STATE_FILE = "trainer_state.json"
+
+
+@dataclass
+class _Inputs:
+    """What a run needs beside its configuration, all of it checked."""
+
+    rows: dict[str, list[Row]]
+    heldout: list[Row]
+    model_path: str
+    collator: PairCollator
+    digests: dict[str, str]
+
+
+def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
+    """Train the stages of `config` (or the one named `only`); returns what metrics.json holds.
+
+    A run folder that exists is continued: stages that are done are not repeated, and a stage that was cut
+    off goes on from its newest complete checkpoint. Raises `InputError` on wrong input, before anything is
+    written to the run folder.
+    """
+    stages = [name for name in STAGES if getattr(config, name) is not None]
+    wanted = [only] if only else stages
+    require(wanted[0] in stages, "configuration", "the file", "a section", wanted[0], ", ".join(stages))
+    folder = config.output_dir
+    args: StageArguments = getattr(config, wanted[0])
+    with args.main_process_first(local=False):
+        prepare(config)
+    inputs = _load_inputs(config, stages)
+    _check_folder(config, inputs)
+    needs_sft = wanted == ["dpo"] and "sft" in stages and not _is_done(folder, "sft")
+    require(not needs_sft, str(folder), "stage sft", "state", "done (run `cwdpo sft` first)", "not done")
+    finished = is_reported(folder, wanted)
+    if not finished:
+        if args.should_save:
+            write_json(folder / "run.json", _record(config, inputs))
+        _train_stages(config, inputs, wanted)
+        with args.main_process_first(local=False):
+            if args.should_save:
+                write_report(folder, _results(config, inputs))
+    metrics = read_json(folder / "metrics.json")
+    if args.should_save:
+        print_table(metrics, folder, finished)
+    return metrics
+
+
+def _load_inputs(config: RunConfig, stages: Sequence[str]) -> _Inputs:
+    files = {name: config.base / getattr(config.data, name) for name in ("train", "heldout")}
+    train, heldout = (load_rows(path) for path in files.values())
+    if len(stages) == 2:
+        first, second = split_rows(train, config.data.sft_fraction, config.seed)
+        rows = {"sft": first, "dpo": second}
+    else:
+        rows = {stages[0]: train}
+    path = _model_path(config)
+    try:
+        processor = AutoProcessor.from_pretrained(path)
+    except (OSError, ValueError) as error:
+        message = f"model: expected path to have a vision-language model and its processor, got {path}"
+        raise InputError(f"{message} ({' '.join(str(error).split())[:200]})") from error
+    usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")
+    require(usable, path, "the processor", "parts", "tokenizer and image_processor", type(processor).__name__)
+    digests = {name: digest(path) for name, path in files.items()}
+    return _Inputs(rows, heldout, path, PairCollator(processor), digests)
+
+
+def _model_path(config: RunConfig) -> str:
+    """The folder of the model if there is one, else its name on the Hub."""
+    path = config.model.path
+    local = config.base / Path(path).expanduser()
+    require(local.is_dir() or path[0] not in "./~", "model", "path", "an existing", "folder", str(local))
+    return str(local) if local.is_dir() else path
+
+
+def _record(config: RunConfig, inputs: _Inputs) -> dict[str, Any]:
+    """What makes a run this run; where its folder lies does not matter."""
+    settings = {key: value for key, value in config.raw.items() if key != "output_dir"}
+    return json.loads(json.dumps({"config": settings, "data": inputs.digests}, default=str))
+
+
+def _check_folder(config: RunConfig, inputs: _Inputs) -> None:
+    folder = config.output_dir
+    if not folder.exists():
+        return
+    require(folder.is_dir(), str(folder), "output_dir", "type", "folder", "a file")
+    stored = folder / "run.json"
+    if not stored.exists():
+        found = sorted(path.name for path in folder.iterdir())
+        require(not found, str(folder), "output_dir", "content", "none, or that of a run", ", ".join(found[:5]))
+        return
+    before, now = _flatten(read_json(stored)), _flatten(_record(config, inputs))
+    for key in sorted(before.keys() | now.keys()):
+        same = before.get(key) == now.get(key)
+        expected = f"{before.get(key)!r} (this run was started with it; use another output_dir)"
+        require(same, str(folder), key, "value", expected, repr(now.get(key)))
+
+
+def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
+
+
+def _is_done(folder: Path, stage: str) -> bool:
+    return (folder / MODEL_FOLDERS[stage]).is_dir()
+
+
+def _train_stages(config: RunConfig, inputs: _Inputs, wanted: Sequence[str]) -> None:
+    """Stage 2 takes over the live weights of stage 1, or those on disk where stage 1 was done before."""
+    folder = config.output_dir
+    policy: PreTrainedModel | None = None
+    for stage in wanted:
+        if _is_done(folder, stage):
+            continue
+        if policy is None:
+            policy = _load_model(config, _start_path(config, inputs, stage))
+        _train_stage(config, inputs, stage, policy)
+
+
+def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: PreTrainedModel) -> None:
+    """Train `policy` in place, and save it; its copy as it is now is the stage's reference."""
+    trainer = _trainer(config, inputs, stage, policy, copy.deepcopy(policy))
+    trainer.train(resume_from_checkpoint=_newest_checkpoint(Path(trainer.args.output_dir)))
+    policy.zero_grad()  # gradients have no place in the copy that becomes the next reference
+    if trainer.args.should_save:
+        with replacing_folder(config.output_dir / MODEL_FOLDERS[stage]) as unfinished:
+            trainer.save_model(str(unfinished))
+            trainer.state.save_to_json(str(unfinished / STATE_FILE))
+
+
+def _start_path(config: RunConfig, inputs: _Inputs, stage: str) -> str:
+    after_sft = stage == "dpo" and config.sft is not None
+    return str(config.output_dir / MODEL_FOLDERS["sft"]) if after_sft else inputs.model_path
+
+
+def _load_model(config: RunConfig, path: str) -> PreTrainedModel:
+    model = AutoModelForImageTextToText.from_pretrained(path, dtype=config.model.torch_dtype)
+    # Loaded weights lie where the file has them, and CPU products round by where their operands lie. In memory of
+    # torch's own, a run that reloads its weights goes on bit by bit like one that kept them.
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.data = tensor.data.clone()
+    return model
+
+
+def _trainer(
+    config: RunConfig, inputs: _Inputs, stage: str, policy: PreTrainedModel, reference: PreTrainedModel
+) -> StageTrainer:
+    cooling = config.dpo.cooling if config.dpo is not None else Cooling()
+    probes = Probes(inputs.heldout, inputs.collator, config.probes, config.sampling, cooling, config.seed)
+    common = (policy, reference, getattr(config, stage), inputs.rows[stage], inputs.collator, probes)
+    if stage == "sft":
+        return ConstrainedSFTTrainer(*common)
+    return CWDPOTrainer(*common, sampling=config.sampling)
+
+
+def _newest_checkpoint(folder: Path) -> str | None:
+    """The newest checkpoint that was written to its end; one that was not is written anew in its turn."""
+    steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob(f"*/{COMPLETE}")}
+    return str(steps[max(steps)]) if steps else None
+
+
+def _results(config: RunConfig, inputs: _Inputs) -> Results:
+    """Captions and histories of all that is on disk, whichever process trained it."""
+    folder = config.output_dir
+    done = [stage for stage in STAGES if _is_done(folder, stage)]
+    models = {LABEL_OF_STAGE[stage]: str(folder / MODEL_FOLDERS[stage]) for stage in done}
+    if config.sft is None:
+        models = {"start": inputs.model_path, **models}
+    scenes = distinct_prompts(inputs.heldout)[: config.probes.caption_rows]
+    captions = {}
+    for label, path in models.items():
+        model = _load_model(config, path).to(getattr(config, done[0]).device)
+        captions[label] = caption(
+            model, inputs.collator, scenes, config.sampling.max_new_tokens, config.probes.batch_size
+        )
+    histories = {stage: read_json(folder / MODEL_FOLDERS[stage] / STATE_FILE)["log_history"] for stage in done}
+    return Results(scenes, captions, histories, config.seed, str(getattr(config, done[0]).device))

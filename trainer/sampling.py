@@ -1,0 +1,93 @@
+"""The model's own answers: sampled ones, for on-policy negatives and their probe, and greedy captions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from transformers import PreTrainedModel
+
+from cwdpo_trainer.arguments import SamplingArguments
+from cwdpo_trainer.collator import PairCollator, Tokens, to_device
+from cwdpo_trainer.data import Row, answer_text
+
+
+def sample_answers(
+    model: PreTrainedModel,
+    collator: PairCollator,
+    rows: Sequence[Row],
+    settings: SamplingArguments,
+    seed: int,
+) -> list[list[Tokens]]:
+    """For each row `settings.samples` answers that `model` draws, as tokens, less the right ones.
+
+    The draw depends on `seed`, the weights and the rows only, and leaves torch's random state as it was: a
+    training run that is stopped and resumed draws the same.
+    """
+    devices = [model.device] if model.device.type == "cuda" else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        drawn = _generate(
+            model, collator, rows, settings.max_new_tokens, do_sample=True, temperature=settings.temperature,
+            top_p=settings.top_p, top_k=0, num_return_sequences=settings.samples,
+        )  # fmt: skip
+    tokenizer = collator.tokenizer
+    # A placeholder of an image, or another mark of the format, cannot be part of an answer.
+    marks = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+    marks -= {tokenizer.eos_token_id}
+    answers = []
+    for place, row in enumerate(rows):
+        right = {normalise(text) for text in (*row.references, answer_text(row.chosen))}
+        of_row = drawn[place * settings.samples : (place + 1) * settings.samples]
+        texts = tokenizer.batch_decode(of_row, skip_special_tokens=True)
+        answers.append(
+            [
+                tokens
+                for tokens, text in zip(of_row, texts, strict=True)
+                if normalise(text) not in right and marks.isdisjoint(tokens)
+            ]
+        )
+    return answers
+
+
+def caption(
+    model: PreTrainedModel, collator: PairCollator, rows: Sequence[Row], max_new_tokens: int, batch_size: int
+) -> list[str]:
+    """The greedy answer to each row's prompt, as text."""
+    texts: list[str] = []
+    for batch in batched(rows, batch_size):
+        tokens = _generate(model, collator, batch, max_new_tokens, do_sample=False)
+        texts += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
+    return [text.strip() for text in texts]
+
+
+def batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
+    """`rows` in slices of `size`."""
+    for start in range(0, len(rows), size):
+        yield rows[start : start + size]
+
+
+def normalise(text: str) -> str:
+    """Lower case, words separated by one space: how answers are compared."""
+    return " ".join(text.lower().split())
+
+
+@torch.no_grad()
+def _generate(
+    model: PreTrainedModel,
+    collator: PairCollator,
+    rows: Sequence[Row],
+    max_new_tokens: int,
+    **options: object,
+) -> list[Tokens]:
+    """Generated tokens, up to and with the first end-of-sequence token."""
+    inputs = to_device(collator.prompts(rows, padding_side="left"), model.device)
+    eos, pad = collator.tokenizer.eos_token_id, collator.tokenizer.pad_token_id
+    was_training = model.training
+    model.eval()
+    outputs = model.generate(
+        **inputs, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True, **options
+    )
+    model.train(was_training)
+    new = outputs[:, inputs["input_ids"].shape[1] :].tolist()
+    return [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in new]

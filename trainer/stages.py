@@ -1,0 +1,287 @@
+"""The two stages as `transformers.Trainer`s: what each adds is its loss and the figures that it logs.
+
+Checkpoints, resume, schedules, mixed precision, progress and trackers are the library's.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from cwdpo_kernels import (
+    CWDPOOutput,
+    linear_constrained_sft_loss,
+    linear_cwdpo_loss,
+    linear_sequence_logprob,
+)
+from cwdpo_trainer.arguments import DPOArguments, SamplingArguments, SFTArguments, StageArguments
+from cwdpo_trainer.collator import Batch, PairCollator, to_device, with_answers
+from cwdpo_trainer.data import Row
+from cwdpo_trainer.errors import require
+from cwdpo_trainer.head import attach_head, check_head
+from cwdpo_trainer.onpolicy import OnPolicyPool
+from cwdpo_trainer.probes import Probes
+from cwdpo_trainer.progress import CompactProgress
+from cwdpo_trainer.sampling import sample_answers
+
+COMPLETE = "COMPLETE"  # in a checkpoint folder: everything of it was written
+
+
+class StageTrainer(Trainer):
+    """What both stages share: pairs as batches, the head call, averaged figures, probes, whole checkpoints.
+
+    `reference` is the frozen model that the stage starts from; a stage trains `model` on `rows`.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        reference: PreTrainedModel,
+        args: StageArguments,
+        rows: list[Row],
+        collator: PairCollator,
+        probes: Probes,
+    ) -> None:
+        attach_head(model)
+        attach_head(reference)
+        super().__init__(
+            model=model,
+            args=args,
+            train_dataset=rows,  # type: ignore[arg-type]  # a list has all that a map-style dataset needs
+            eval_dataset=probes.rows,  # type: ignore[arg-type]
+            data_collator=collator,
+            processing_class=collator.processor,
+        )
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            raise NotImplementedError(
+                "cwdpo: expected a model that is not sharded (FSDP, DeepSpeed), got a sharded one"
+            )
+        self.collator = collator
+        self.probes = probes
+        self.reference = self.accelerator.prepare_model(
+            reference.eval().requires_grad_(False).to(args.device), evaluation_mode=True
+        )
+        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self._is_first_batch = True
+        self.remove_callback(PrinterCallback)
+        if not args.disable_tqdm:
+            self.remove_callback(ProgressCallback)
+            self.add_callback(CompactProgress)
+        if args.early_stopping_patience is not None:
+            self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        """Train, from `resume_from_checkpoint` if given. The last probe is of the final weights."""
+        self.probes.draw_onpolicy(self.reference)
+        self._check_metric()
+        # A resumed run has measured its start already, and early stopping would count it twice.
+        self.args.eval_on_start = self.args.eval_on_start and resume_from_checkpoint is None
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        probed = [entry["step"] for entry in self.state.log_history if "eval_chosen_logp" in entry]
+        # Only the probe of the last step may be of other weights: those before the best ones were loaded.
+        if self.args.load_best_model_at_end or not probed or probed[-1] != self.state.global_step:
+            self.evaluate()
+        return output
+
+    def _check_metric(self) -> None:
+        metric = self.args.metric_for_best_model
+        names = self.probes.names()
+        known = metric is None or metric.removeprefix("eval_") in names
+        name = "a name of a probe"
+        require(known, "configuration", "metric_for_best_model", name, ", ".join(names), repr(metric))
+
+    def compute_loss(
+        self,
+        model: nn.Module,
+        inputs: dict[str, Any],
+        return_outputs: bool = False,
+        num_items_in_batch: Any = None,
+    ) -> Any:
+        if self._is_first_batch:
+            self._check_first_batch(model, inputs)
+            self._is_first_batch = False
+        batch = self._batch(inputs["prompts"], inputs["chosen"], self._negatives(model, inputs))
+        output = self._loss(model, batch)
+        for name, value in self._figures(output).items():
+            self._sums[name].append(value.detach().float().mean())
+        return (output.loss, output) if return_outputs else output.loss
+
+    def evaluate(
+        self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """The probes, logged as `eval_*` like any evaluation of the library."""
+        model = self.model_wrapped if self.is_in_train else self.model
+        figures = self.probes.measure(model, self.reference, self.args.device)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
+        return metrics
+
+    def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
+        """Training logs also get the figures of the loss, averaged since the last of them."""
+        if "loss" in logs:
+            for name, values in sorted(self._sums.items()):
+                mean = self.accelerator.reduce(torch.stack(values).nanmean(), "mean").item()
+                if not math.isnan(mean):
+                    logs[name] = mean
+            self._sums.clear()
+        super().log(logs, start_time)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        super()._save_checkpoint(model, trial)
+        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        self._save_more(folder)
+        self.accelerator.wait_for_everyone()
+        if self.args.should_save:
+            (folder / COMPLETE).touch()
+
+    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
+        self._load_weights(resume_from_checkpoint)
+
+    def _load_best_model(self) -> None:
+        self._load_weights(self.state.best_model_checkpoint)
+
+    def _load_weights(self, folder: str) -> None:
+        """The weights of a checkpoint, all of them or an error.
+
+        Some models, LLaVA among them, are saved under the names that earlier releases gave their weights. The
+        library's own resume looks for the names of today, skips what it does not find, and trains on with the
+        weights that happen to be there. `from_pretrained` knows both.
+        """
+        stored = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
+        self.model.load_state_dict(stored.state_dict())
+
+    def _batch(self, prompts: dict[str, Tensor], *answers: list[list[int]]) -> Batch:
+        return with_answers(prompts, *answers, pad_id=self.collator.tokenizer.pad_token_id)
+
+    def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        """The head is what the model computes with. One pair is enough, and its full logits fit."""
+        one = self.collator([self.train_dataset[0]])
+        batch = self._batch(to_device(one["prompts"], self.args.device), one["chosen"], one["rejected"])
+        check_head(model, *batch)
+
+    def _negatives(self, model: nn.Module, inputs: dict[str, Any]) -> list[list[int]]:
+        return inputs["rejected"]
+
+    def _save_more(self, folder: Path) -> None:
+        """What a stage adds to its checkpoints."""
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Any:
+        raise NotImplementedError
+
+    def _figures(self, output: Any) -> dict[str, Tensor]:
+        raise NotImplementedError
+
+
+class ConstrainedSFTTrainer(StageTrainer):
+    """Stage 1: NLL of the chosen answers, and gentle negatives."""
+
+    args: SFTArguments
+
+    def _loss(self, model: nn.Module, batch: Batch) -> Any:
+        negatives = self.args.gentle_negatives
+        return model(
+            **batch.inputs,
+            head_op=lambda hidden, head: linear_constrained_sft_loss(hidden, head, batch.labels, negatives=negatives),
+        )
+
+    def _figures(self, output: Any) -> dict[str, Tensor]:
+        return {name: getattr(output, name) for name in ("chosen_nll", "rejected_nll", "penalty")}
+
+
+class CWDPOTrainer(StageTrainer):
+    """Stage 2: DPO whose push on a rejected answer cools with the answer's likelihood."""
+
+    args: DPOArguments
+
+    def __init__(self, *args: Any, sampling: SamplingArguments, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.sampling = sampling
+        self.rows_by_id = {row.id: row for row in self.train_dataset}
+        self.pool = OnPolicyPool(self.args.onpolicy_fraction, self.args.refresh_steps, self.args.seed)
+
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        if resume_from_checkpoint is not None:
+            self.pool.load(self._pool_path(Path(resume_from_checkpoint)))
+        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+
+    def _negatives(self, model: nn.Module, inputs: dict[str, Any]) -> list[list[int]]:
+        def draw(rows: list[int], seed: int) -> list[list[list[int]]]:
+            policy = self.accelerator.unwrap_model(model)
+            wanted = [self.rows_by_id[row] for row in rows]
+            return sample_answers(policy, self.collator, wanted, self.sampling, seed)
+
+        rows = inputs["rows"]
+        mixed, drawn = self.pool.mix(rows, inputs["rejected"], self.state.global_step, draw)
+        self._sums["onpolicy"].append(torch.tensor(drawn / len(rows), device=self.args.device))
+        return mixed
+
+    def _reference_logp(self, batch: Batch) -> Tensor:
+        """Total log-probs under the reference [2P], in nats."""
+        with torch.no_grad():
+            return self.reference(
+                **batch.inputs,
+                head_op=lambda hidden, head: linear_sequence_logprob(hidden, head, batch.labels).total,
+            )
+
+    def _loss(self, model: nn.Module, batch: Batch) -> CWDPOOutput:
+        ref_chosen, ref_rejected = self._reference_logp(batch).chunk(2)
+        return model(
+            **batch.inputs,
+            head_op=lambda hidden, head: linear_cwdpo_loss(
+                hidden, head, batch.labels, ref_chosen, ref_rejected,
+                beta=self.args.beta, cooling=self.args.cooling, normalize=self.args.normalize,
+            ),
+        )  # fmt: skip
+
+    def _figures(self, output: CWDPOOutput) -> dict[str, Tensor]:
+        # A pair that left the loss has no say in its figures; a mean over no pair is NaN, which `log` leaves out.
+        kept = output.kept
+        names = ("margin", "accuracy", "chosen_reward", "rejected_reward", "cooling_weight")
+        figures = {name: getattr(output, name)[kept] for name in names}
+        figures |= {
+            "chosen_mean_logp": output.chosen_logp.mean,
+            "rejected_mean_logp": output.rejected_logp.mean,
+        }
+        return figures | {"kept": kept.float()}
+
+    def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
+        super()._check_first_batch(model, inputs)
+        if self.state.global_step == 0:
+            self._check_handover(model, self._batch(inputs["prompts"], inputs["chosen"], inputs["rejected"]))
+
+    @torch.no_grad()
+    def _check_handover(self, model: nn.Module, batch: Batch) -> None:
+        """At the start the policy is its reference: every log-ratio is 0 within rounding."""
+        was_training = model.training
+        model.eval()
+        logp, dtype = model(
+            **batch.inputs,
+            head_op=lambda hidden, head: (
+                linear_sequence_logprob(hidden, head, batch.labels).total,
+                hidden.dtype,
+            ),
+        )
+        model.train(was_training)
+        ratios = (logp - self._reference_logp(batch)).abs()
+        worst = ratios.max().item()
+        tolerance = 64 * torch.finfo(dtype).eps * max(1.0, logp.abs().max().item())
+        if not (math.isfinite(worst) and worst <= tolerance):
+            raise RuntimeError(
+                f"handover: expected log-ratios of the first batch to have a size <= {tolerance:.1e} nats, "
+                f"got {worst:.4g} (mean {ratios.mean().item():.4g}): "
+                "the reference is not the model that stage 2 starts from"
+            )
+
+    def _save_more(self, folder: Path) -> None:
+        self.pool.save(self._pool_path(folder))
+
+    def _pool_path(self, checkpoint: Path) -> Path:
+        return checkpoint / f"onpolicy_pool_{self.args.process_index}.json"
