@@ -58,8 +58,7 @@ class PairCollator:
             text_kwargs={"padding": True, "padding_side": padding_side, "add_special_tokens": not chat},
             return_tensors="pt",
         )
-        # A copy in memory of torch's own: what a product rounds to may depend on where its operands lie.
-        return {key: value.clone() for key, value in outputs.items()}
+        return dict(outputs)
 
     def answer_tokens(self, row: Row, answer: str | list[dict[str, Any]]) -> Tokens:
         """The tokens that a model should write after the row's prompt, the end-of-sequence token last."""

@@ -169,12 +169,7 @@ def _start_path(config: RunConfig, inputs: _Inputs, stage: str) -> str:
 
 
 def _load_model(config: RunConfig, path: str) -> PreTrainedModel:
-    model = AutoModelForImageTextToText.from_pretrained(path, dtype=config.model.torch_dtype)
-    # Loaded weights lie where the file has them, and CPU products round by where their operands lie. In memory of
-    # torch's own, a run that reloads its weights goes on bit by bit like one that kept them.
-    for tensor in (*model.parameters(), *model.buffers()):
-        tensor.data = tensor.data.clone()
-    return model
+    return AutoModelForImageTextToText.from_pretrained(path, dtype=config.model.torch_dtype)
 
 
 def _trainer(

@@ -83,13 +83,10 @@ def write_rows(path: Path, count: int) -> None:
     path.write_text("".join(lines))
 
 
-@pytest.fixture(scope="session", autouse=True)
-def one_thread():
-    """The models are too small to share among threads, whose barriers would wait for a busy machine."""
-    threads = torch.get_num_threads()
+@pytest.fixture(autouse=True)
+def one_thread() -> None:
+    """The models are too small for threads; and runs that are compared bit by bit need the same number of them."""
     torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="session")
