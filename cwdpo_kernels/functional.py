@@ -16,7 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cwdpo_kernels import ops  # noqa: F401  (registers torch.ops.cwdpo)
+from cwdpo_kernels import ops
 from cwdpo_kernels import validation as check
 from cwdpo_kernels.types import IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
 
@@ -76,7 +76,7 @@ def token_stats(
         head.scale,
         head.softcap,
     )
-    stats = getattr(torch.ops.cwdpo, op)(*args, ignore_index, budget.workspace_bytes)
+    stats = getattr(torch.ops.cwdpo, op)(*args, ignore_index, budget.workspace_bytes or ops.BACKENDS_CHOICE)
     return TokenStats(*(_scatter(field, rows, labels.shape) for field in stats))
 
 
@@ -116,7 +116,7 @@ def token_divergence(
         )
         for hidden, head in ((hidden_p, head_p), (hidden_q, head_q))
     ]
-    fields = torch.ops.cwdpo.token_divergence(*sides[0], *sides[1], budget.workspace_bytes)
+    fields = torch.ops.cwdpo.token_divergence(*sides[0], *sides[1], budget.workspace_bytes or ops.BACKENDS_CHOICE)
     return Divergence(*(field.view(hidden_p.shape[:-1]) for field in fields))
 
 
@@ -202,7 +202,7 @@ def _linear_logprob(
     kept_bytes = min(budget.kept_bytes, flat_labels.shape[0] * head.weight.shape[0] * itemsize) if trainable else 0
     logp, *_ = torch.ops.cwdpo.linear_logprob(
         flat_hidden, head.weight, head.bias, flat_labels, float(head.scale), head.softcap, ignore_index, frozen,
-        budget.workspace_bytes, kept_bytes,
+        budget.workspace_bytes or ops.BACKENDS_CHOICE, kept_bytes,
     )  # fmt: skip
     return _scatter(logp, rows, labels.shape)
 

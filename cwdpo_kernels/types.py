@@ -101,16 +101,18 @@ class GentleNegatives:
 class MemoryBudget:
     """Bytes a linear op may use beyond its inputs, outputs and gradients; changes speed, never the result.
 
-    `workspace_bytes` bounds the vocabulary tile that is alive at a time (a tile has at least 128 rows and
-    columns). `kept_bytes` is what forward may keep for backward so that those tiles are not recomputed.
+    `workspace_bytes` bounds the vocabulary tiles that are alive at a time (at least one tile is); None is what the
+    device's backend works best with: a cache-sized 4 MiB on a CPU, 256 MiB on a GPU. `kept_bytes` is what forward
+    may keep for backward so that those tiles are not recomputed.
     """
 
-    workspace_bytes: int = 4 << 20
+    workspace_bytes: int | None = None
     kept_bytes: int = 0
 
     def __post_init__(self) -> None:
         op = "MemoryBudget"
-        expect(self.workspace_bytes > 0, op, "workspace_bytes", "value", "> 0", self.workspace_bytes)
+        ok = self.workspace_bytes is None or self.workspace_bytes > 0
+        expect(ok, op, "workspace_bytes", "value", "None or > 0", self.workspace_bytes)
         expect(self.kept_bytes >= 0, op, "kept_bytes", "value", ">= 0", self.kept_bytes)
 
 

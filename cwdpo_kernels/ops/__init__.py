@@ -10,13 +10,17 @@ from cwdpo_kernels.ops import (
     token_divergence,
     token_stats,
 )
-from cwdpo_kernels.ops.registry import backend
+from cwdpo_kernels.ops.registry import backend, forced
+
+BACKENDS_CHOICE = 0  # a workspace of this many bytes leaves its size to the backend
 
 __all__ = [
+    "BACKENDS_CHOICE",
     "backend",
     "constrained_sft_loss",
     "cooling_weight",
     "cwdpo_loss",
+    "forced",
     "linear_logprob",
     "logits_logprob",
     "sequence_logprob",

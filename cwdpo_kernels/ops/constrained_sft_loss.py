@@ -14,7 +14,7 @@ define(
     "bool per_token, int ignore_index) -> (Tensor loss, Tensor chosen_nll, Tensor rejected_nll, Tensor penalty, "
     "Tensor total, Tensor mean, Tensor count_out, Tensor grad_logp)",
 )
-implement("constrained_sft_loss", "default", portable.constrained_sft_loss)
+implement("constrained_sft_loss", portable.constrained_sft_loss, triton="constrained_sft_loss")
 register_scalar_loss("constrained_sft_loss", n_inputs=9)
 
 

@@ -8,7 +8,7 @@ from cwdpo_kernels.ops.registry import define, implement
 from cwdpo_kernels.portable import cooling_weight as portable
 
 define("cooling_weight", "(Tensor mean_logp, float logp_floor, float temperature, float? constant) -> Tensor")
-implement("cooling_weight", "default", portable.cooling_weight)
+implement("cooling_weight", portable.cooling_weight)
 
 
 @torch.library.register_fake("cwdpo::cooling_weight")

@@ -15,7 +15,7 @@ define(
     "int ignore_index) -> (Tensor loss, Tensor chosen_reward, Tensor rejected_reward, Tensor margin, "
     "Tensor accuracy, Tensor weight, Tensor kept, Tensor total, Tensor mean, Tensor count_out, Tensor grad_logp)",
 )
-implement("cwdpo_loss", "default", portable.cwdpo_loss)
+implement("cwdpo_loss", portable.cwdpo_loss, triton="cwdpo_loss")
 register_scalar_loss("cwdpo_loss", n_inputs=13)
 
 

@@ -25,8 +25,8 @@ define(
     "Tensor total, Tensor kept, float scale, float? softcap, int ignore_index, bool needs_hidden, bool needs_weight, "
     "bool needs_bias, SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
-implement("linear_logprob", "default", portable.linear_logprob)
-implement("linear_logprob_backward", "default", portable.linear_logprob_backward)
+implement("linear_logprob", portable.linear_logprob, triton="linear_logprob")
+implement("linear_logprob_backward", portable.linear_logprob_backward, triton="linear_logprob")
 
 
 @torch.library.register_fake("cwdpo::linear_logprob")

@@ -33,9 +33,9 @@ def _portable(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: b
     return portable.logits_logprob(logits, labels, ignore_index)
 
 
-implement("logits_logprob", "default", _portable)
-implement("logits_logprob_backward", "default", portable.logits_logprob_backward)
-implement("logits_logprob_backward_", "default", portable.logits_logprob_backward_)
+implement("logits_logprob", _portable, triton="logits_logprob")
+implement("logits_logprob_backward", portable.logits_logprob_backward, triton="logits_logprob")
+implement("logits_logprob_backward_", portable.logits_logprob_backward_, triton="logits_logprob")
 
 
 @torch.library.register_fake("cwdpo::logits_logprob")

@@ -1,18 +1,23 @@
 """How an op is registered: its schema once, then one implementation per backend.
 
-`portable` is registered for every device ("default"). A faster backend registers the same schema under a
-device's own dispatch key, and the dispatcher prefers it: nothing above the ops changes.
+`portable` serves every device ("default"). A faster backend registers the same schema under a device's own dispatch
+key, and the dispatcher prefers it: nothing above the ops changes. A faster backend is imported at its first call.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Callable
+import importlib
+import importlib.util
+from collections.abc import Callable, Iterator
 
 import torch
 
 NAMESPACE = "cwdpo"
 FASTER_BACKENDS = {"cuda": "triton", "cpu": "csrc"}
+_PORTABLE: dict[str, Callable] = {}
+_TRITON: dict[str, Callable] = {}
 
 
 def define(name: str, schema: str) -> None:
@@ -20,26 +25,38 @@ def define(name: str, schema: str) -> None:
     torch.library.define(f"{NAMESPACE}::{name}", schema)
 
 
-def implement(name: str, device_type: str, function: Callable) -> None:
-    """Register a Python implementation for a device type ("cuda", ...) or for all of them ("default").
+def implement(name: str, function: Callable, triton: str | None = None) -> None:
+    """Register the portable implementation for every device and, where there is one, the Triton kernel for GPUs.
 
-    Autocast is switched off inside: a backend chooses its own precision, and an autocast region of the caller
-    would otherwise round its float32 products.
+    `triton` names the module of `cwdpo_kernels.triton` that has a function called like the op. It serves every dtype
+    but float64, which stays with `portable`: the truth is nobody's fast path.
     """
+    _PORTABLE[name] = _without_autocast(function)
+    torch.library.impl(f"{NAMESPACE}::{name}", "default", _PORTABLE[name])
+    if triton is not None:
+        _TRITON[name] = _without_autocast(_float64_to(function, _lazy(f"cwdpo_kernels.triton.{triton}", name)))
+        if importlib.util.find_spec("triton") is not None:
+            torch.library.impl(f"{NAMESPACE}::{name}", "cuda", _TRITON[name])
 
-    @functools.wraps(function)
-    def without_autocast(*args):
-        device = next(arg.device for arg in args if isinstance(arg, torch.Tensor))
-        if not torch.is_autocast_enabled(device.type):
-            return function(*args)
-        with torch.autocast(device.type, enabled=False):
-            return function(*args)
 
-    torch.library.impl(f"{NAMESPACE}::{name}", device_type, without_autocast)
+@contextlib.contextmanager
+def forced(device_type: str, name: str) -> Iterator[None]:
+    """Inside, the ops on `device_type` run the backend `name` ("portable" or "triton"), for tests and benchmarks.
+
+    Ops that the backend does not have stay as they were. Triton on "cpu" needs its interpreter.
+    """
+    implementations = {"portable": _PORTABLE, "triton": _TRITON}[name]
+    library = torch.library.Library(NAMESPACE, "IMPL")
+    for op, function in implementations.items():
+        library.impl(op, function, device_type.upper(), allow_override=True)
+    try:
+        yield
+    finally:
+        library._destroy()
 
 
 def backend(device: str | torch.device = "cpu") -> str:
-    """Name of the backend that serves `device`: "triton", "csrc" or "portable".
+    """Name of the backend that serves `device`: "triton", "csrc" or "portable" (float64 is always portable's).
 
     Errors: RuntimeError (torch's own) for a device type that torch does not know.
     """
@@ -48,3 +65,36 @@ def backend(device: str | torch.device = "cpu") -> str:
     key = torch._C._dispatch_key_for_device(device_type)
     served = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear_logprob", key)
     return faster if faster and served else "portable"
+
+
+def _first_tensor(args: tuple) -> torch.Tensor:
+    return next(arg for arg in args if isinstance(arg, torch.Tensor))
+
+
+def _without_autocast(function: Callable) -> Callable:
+    """A backend chooses its own precision: an autocast region of the caller would round its float32 products."""
+
+    @functools.wraps(function)
+    def call(*args):
+        device_type = _first_tensor(args).device.type
+        if not torch.is_autocast_enabled(device_type):
+            return function(*args)
+        with torch.autocast(device_type, enabled=False):
+            return function(*args)
+
+    return call
+
+
+def _float64_to(portable: Callable, fast: Callable) -> Callable:
+    def call(*args):
+        function = portable if _first_tensor(args).dtype == torch.float64 else fast
+        return function(*args)
+
+    return call
+
+
+def _lazy(module: str, name: str) -> Callable:
+    def call(*args):
+        return getattr(importlib.import_module(module), name)(*args)
+
+    return call

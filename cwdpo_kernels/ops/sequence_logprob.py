@@ -16,8 +16,8 @@ define(
     "sequence_logprob_backward",
     "(Tensor grad_total, Tensor grad_mean, Tensor labels, Tensor count, Tensor cu_seqlens, int ignore_index) -> Tensor",
 )
-implement("sequence_logprob", "default", portable.sequence_logprob)
-implement("sequence_logprob_backward", "default", portable.sequence_logprob_backward)
+implement("sequence_logprob", portable.sequence_logprob, triton="sequence_logprob")
+implement("sequence_logprob_backward", portable.sequence_logprob_backward, triton="sequence_logprob")
 
 
 @torch.library.register_fake("cwdpo::sequence_logprob")

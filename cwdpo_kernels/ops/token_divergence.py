@@ -14,7 +14,7 @@ define(
     "Tensor hidden_q, Tensor weight_q, Tensor? bias_q, float scale_q, float? softcap_q, SymInt workspace_bytes) "
     "-> (Tensor tv, Tensor js, Tensor kl)",
 )
-implement("token_divergence", "default", portable.token_divergence)
+implement("token_divergence", portable.token_divergence, triton="token_divergence")
 
 
 @torch.library.register_fake("cwdpo::token_divergence")

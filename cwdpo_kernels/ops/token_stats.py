@@ -13,7 +13,7 @@ define(
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
     "SymInt workspace_bytes) -> (Tensor logp, Tensor entropy, Tensor top1_prob, Tensor is_top1)",
 )
-implement("token_stats", "default", portable.token_stats)
+implement("token_stats", portable.token_stats, triton="token_stats")
 
 
 @torch.library.register_fake("cwdpo::token_stats")

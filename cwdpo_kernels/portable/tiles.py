@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 MIN_TILE = 128
+WORKSPACE_BYTES = 4 << 20  # fits the cache of a core
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
@@ -45,7 +46,7 @@ class TiledHead:
         self.dtype = compute_dtype(hidden.dtype)
         rows, vocab = hidden.shape[0] if max_rows is None else max_rows, weight.shape[0]
         tiles_alive = 1 if softcap is None else 2  # the soft cap's slope is a tile of its own
-        entries = max(workspace_bytes // self.dtype.itemsize // tiles_alive, MIN_TILE * MIN_TILE)
+        entries = max((workspace_bytes or WORKSPACE_BYTES) // self.dtype.itemsize // tiles_alive, MIN_TILE * MIN_TILE)
         self.tile_rows = max(min(rows, entries // MIN_TILE), 1)
         # A half-precision tile of the weight is converted: it counts as rows of the workspace too.
         converted = 0 if weight.dtype == self.dtype else weight.shape[1]

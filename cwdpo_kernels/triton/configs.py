@@ -1,0 +1,116 @@
+"""Launch configurations, a row for each chip and precision, and how an op finds its row.
+
+`source` says where a row comes from. "compiled": chosen by cross-compilation alone (no spills, tensor-core
+instructions, shared memory within the chip's limit; see benchmarks/results/triton_compiled.json), never timed.
+`python -m benchmarks.tune` times candidates on a GPU and prints rows to paste here.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+import triton
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+
+@dataclass(frozen=True)
+class TileConfig:
+    """A tile of logits: BLOCK_N tokens x BLOCK_V vocabulary entries, BLOCK_D of the hidden size at a time."""
+
+    block_n: int
+    block_v: int
+    block_d: int
+    num_warps: int
+    num_stages: int
+    group_n: int = 16  # row blocks that share a vocabulary block in the cache
+    persistent: bool = False  # one program per processor walks many tiles, else one program per tile
+    descriptors: bool = False  # tensor descriptors (TMA) where the layout allows them
+    source: str = "compiled"
+
+
+# Keys: chip, kind of the operands. "half" is bfloat16 and float16, "tf32" and "ieee" are float32.
+TILES: dict[tuple[str, str], TileConfig] = {
+    ("sm_80", "half"): TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+    ("sm_80", "tf32"): TileConfig(128, 128, 32, num_warps=8, num_stages=3),
+    ("sm_80", "ieee"): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+    ("sm_90", "half"): TileConfig(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
+    ("sm_90", "tf32"): TileConfig(128, 128, 32, num_warps=8, num_stages=4, descriptors=True),
+    ("sm_90", "ieee"): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+    ("sm_100", "half"): TileConfig(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
+    ("sm_100", "tf32"): TileConfig(128, 128, 32, num_warps=8, num_stages=4, descriptors=True),
+    ("sm_100", "ieee"): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+    ("gfx942", "half"): TileConfig(128, 128, 64, num_warps=8, num_stages=2),
+    ("gfx942", "tf32"): TileConfig(128, 128, 32, num_warps=8, num_stages=2),
+    ("gfx942", "ieee"): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+    # Small tiles on the CPU, so that small test shapes have several of each kind, whole and cut.
+    ("interpreter", "half"): TileConfig(32, 128, 64, 4, 1, group_n=2, persistent=True, descriptors=True),
+    ("interpreter", "tf32"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
+    ("interpreter", "ieee"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
+}
+# Two tiles of logits are alive at once in token_divergence: half the columns.
+TWO_HEADS_BLOCK_V = {256: 128, 128: 64, 64: 32}
+PERSISTENT_PROGRAMS_INTERPRETED = 3
+WORKSPACE_BYTES = 256 << 20  # tiles of gradients for the vendor's GEMM: large enough for its full rate
+
+
+def interpreted() -> bool:
+    return triton.knobs.runtime.interpret
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """The row of the table that serves a device: its own generation, or the newest one before it."""
+    if interpreted():
+        return "interpreter"
+    if torch.version.hip:
+        return "gfx942"
+    major, _ = torch.cuda.get_device_capability(device)
+    if major < 8:
+        raise NotImplementedError(f"the Triton backend: expected compute capability 8.0 or newer, got {major}.x")
+    return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
+
+
+def precision_of(hidden: Tensor) -> str:
+    """How tl.dot multiplies: float32 follows torch.backends.cuda.matmul."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def tile_config(hidden: Tensor) -> TileConfig:
+    kind = precision_of(hidden) if hidden.dtype == torch.float32 else "half"
+    return TILES[chip(hidden.device), kind]
+
+
+def grid(config: TileConfig, tiles: int, device: torch.device) -> tuple[int]:
+    if not config.persistent:
+        return (max(tiles, 1),)
+    processors = (
+        PERSISTENT_PROGRAMS_INTERPRETED
+        if interpreted()
+        else torch.cuda.get_device_properties(device).multi_processor_count
+    )
+    return (max(min(tiles, processors), 1),)
+
+
+def operands(
+    hidden: Tensor, weight: Tensor, block_n: int, block_v: int, block_d: int, descriptors: bool
+) -> tuple[dict, bool]:
+    """The two matrices as a kernel takes them, with their strides: descriptors, or pointers where those cannot be."""
+    strides = {
+        "stride_hidden_n": hidden.stride(0), "stride_hidden_d": hidden.stride(1),
+        "stride_weight_v": weight.stride(0), "stride_weight_d": weight.stride(1),
+    }  # fmt: skip
+    descriptors = descriptors and _describable(hidden) and _describable(weight)
+    if descriptors:
+        hidden = TensorDescriptor.from_tensor(hidden, [block_n, block_d])
+        weight = TensorDescriptor.from_tensor(weight, [block_v, block_d])
+    return {"hidden": hidden, "weight": weight, **strides}, descriptors
+
+
+def _describable(matrix: Tensor) -> bool:
+    """A descriptor wants 16-byte aligned rows, dense within, and at least one."""
+    itemsize = matrix.element_size()
+    aligned = matrix.data_ptr() % 16 == 0 and matrix.stride(0) * itemsize % 16 == 0
+    return aligned and matrix.stride(1) == 1 and matrix.numel() > 0

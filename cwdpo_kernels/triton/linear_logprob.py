@@ -1,0 +1,232 @@
+"""linear_logprob on a GPU: the algebra of portable/linear_logprob.py, a vocabulary chunk at a time.
+
+Forward: one sweep (1G = 2 N D V floating-point operations), O(N T) scratch.
+Frozen head: the sweep writes its exponentials a chunk at a time in the inputs' dtype, the vendor's GEMM adds up
+    pushed = sum_v u_v W_v in float32 (2G in all). A chunk whose anchor rises moves what is there by powers of two.
+Backward, trainable head: per chunk, the gradient of its logits in the inputs' dtype, recomputed or from the tiles
+    that forward kept, then two GEMMs: grad_weight of the chunk, written once, and grad_hidden in float32 (3G).
+    Blocks of tokens without an upstream gradient skip the recomputation.
+
+`peak` of the op is the anchor of primitives.py. Nothing waits for the device; no atomics, so the same input gives the
+same bits. Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles, B = BLOCK_V, C columns of a chunk of tiles.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from cwdpo_kernels.triton.combine import empty_sums, join_tiles, move_anchor
+from cwdpo_kernels.triton.configs import WORKSPACE_BYTES, grid, tile_config
+from cwdpo_kernels.triton.gemm import accumulate, product
+from cwdpo_kernels.triton.primitives import exp_anchored, logits_tile, slope_of, tile_position
+from cwdpo_kernels.triton.sweep import Sweep, tile_arguments
+
+DIRECTION_BLOCK_N, DIRECTION_BLOCK_D = 16, 128
+
+
+def linear_logprob(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
+    ignore_index: int, with_direction: bool, workspace_bytes: int, kept_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logp [N], peak (anchor) [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
+    labels = labels.contiguous()
+    sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index)
+    kept = torch.empty(kept_bytes, dtype=torch.uint8, device=hidden.device)
+    if with_direction:
+        return *_forward_frozen(sweep, workspace_bytes), kept
+
+    kept_tiles = KeptTiles(kept, hidden, sweep.tiles_v, sweep.config.block_v, softcap)
+    sweep.run(range(kept_tiles.count), out=kept_tiles.tiles_NC)
+    kept_tiles.anchor_TN.copy_(sweep.anchor_TN[: kept_tiles.count])
+    sweep.run(range(kept_tiles.count, sweep.tiles_v))
+    anchor_N, total_N = empty_sums(sweep.rows, hidden.device)
+    every = range(sweep.tiles_v)
+    logp_N = join_tiles(
+        sweep.anchor_TN, sweep.total_TN, every, anchor_N, total_N, labels, ignore_index, sweep.target_N
+    )
+    return logp_N, anchor_N, total_N, hidden.new_empty(0, hidden.shape[1]), kept
+
+
+def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    hidden, weight, block_v = sweep.hidden, sweep.weight, sweep.config.block_v
+    anchor_N, total_N = empty_sums(sweep.rows, hidden.device)
+    pushed_ND = hidden.new_zeros(hidden.shape, dtype=torch.float32)
+    chunk = _tiles_per_chunk(sweep.rows, hidden.element_size(), block_v, workspace_bytes)
+    workspace = hidden.new_empty(sweep.rows * min(chunk * block_v, sweep.vocab))
+    for start in range(0, sweep.tiles_v, chunk):
+        tiles = range(start, min(start + chunk, sweep.tiles_v))
+        columns = slice(tiles.start * block_v, min(tiles.stop * block_v, sweep.vocab))
+        width = columns.stop - columns.start
+        tile_NC = workspace[: sweep.rows * width].view(sweep.rows, width)
+        before_N = anchor_N.clone()
+        sweep.run(tiles, running=before_N, out=tile_NC)
+        join_tiles(sweep.anchor_TN, sweep.total_TN, tiles, anchor_N, total_N, sweep.labels, sweep.ignore_index)
+        move_anchor(tile_NC, sweep.anchor_TN, anchor_N, tiles, block_v)
+        move_anchor(pushed_ND, before_N[None], anchor_N, range(1), triton.next_power_of_2(hidden.shape[1]))
+        accumulate(pushed_ND, tile_NC, weight[columns], first=start == 0)
+    # Every tile has been joined: an empty range only finishes.
+    logp_N = join_tiles(
+        sweep.anchor_TN, sweep.total_TN, range(0), anchor_N, total_N, sweep.labels, sweep.ignore_index, sweep.target_N
+    )
+    return logp_N, anchor_N, total_N, _direction(sweep, pushed_ND, total_N)
+
+
+@triton.jit
+def _direction_kernel(
+    pushed_ptr, weight_ptr, labels_ptr, target_ptr, total_ptr, out_ptr, N, V, D, stride_weight_v, stride_weight_d,
+    scale, softcap, ignore_index, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out = scale * (slope_y W_y - pushed / total); 0 where ignored."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    mask_n, mask_d = offs_n < N, offs_d < D
+    labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index).to(tl.int64)
+    labelled = (labels != ignore_index) & (labels >= 0) & (labels < V)
+    total = tl.load(total_ptr + offs_n, mask=mask_n, other=0.0)
+    offs_weight = labels[:, None] * stride_weight_v + offs_d.to(tl.int64)[None, :] * stride_weight_d
+    pull = tl.load(weight_ptr + offs_weight, mask=labelled[:, None] & mask_d[None, :], other=0.0).to(tl.float32)
+    if HAS_SOFTCAP:
+        pull *= slope_of(tl.load(target_ptr + offs_n, mask=labelled, other=0.0), softcap)[:, None]
+    offs = offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+    mask = mask_n[:, None] & mask_d[None, :]
+    pushed = tl.load(pushed_ptr + offs, mask=mask & labelled[:, None], other=0.0)
+    # Without any competitor (V = 1) total is 0 and so is pushed.
+    push = pushed / tl.where(total > 0, total, 1.0)[:, None]
+    tl.store(out_ptr + offs, (scale * (pull - push)).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def _direction(sweep: Sweep, pushed_ND: Tensor, total_N: Tensor) -> Tensor:
+    rows, dim = pushed_ND.shape
+    out = torch.empty(rows, dim, dtype=sweep.hidden.dtype, device=sweep.hidden.device)
+    if rows and dim:
+        blocks = triton.cdiv(rows, DIRECTION_BLOCK_N), triton.cdiv(dim, DIRECTION_BLOCK_D)
+        _direction_kernel[blocks](
+            pushed_ND, sweep.weight, sweep.labels, sweep.target_N, total_N, out, rows, sweep.vocab, dim,
+            *sweep.weight.stride(), sweep.scale, 1.0 if sweep.softcap is None else sweep.softcap, sweep.ignore_index,
+            HAS_SOFTCAP=sweep.softcap is not None, BLOCK_N=DIRECTION_BLOCK_N, BLOCK_D=DIRECTION_BLOCK_D,
+        )  # fmt: skip
+    return out
+
+
+@triton.jit
+def _gradient_kernel(
+    hidden, weight, bias_ptr, labels_ptr, anchor_ptr, push_ptr, pull_ptr, kept_ptr, kept_anchor_ptr, out_ptr,
+    column_sum_ptr, N, V, D, first_tile_v, end_tile_v, out_columns, kept_columns,
+    stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, COLUMN_SUMS: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
+    GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
+):  # fmt: skip
+    """out [N, C] = slope * (push * exp(z - anchor ln 2), or pull at the label): the gradient of unscaled logits."""
+    tiles_n = tl.cdiv(N, BLOCK_N)
+    tiles_v = end_tile_v - first_tile_v
+    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+        pid_n, pid_v = tile_position(tile, tiles_n, tiles_v, GROUP_N)
+        row = pid_n * BLOCK_N
+        tile_v = first_tile_v + pid_v
+        col = tile_v * BLOCK_V
+        offs_n = row + tl.arange(0, BLOCK_N)
+        offs_v = col + tl.arange(0, BLOCK_V)
+        mask_n = offs_n < N
+        anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
+        push = tl.load(push_ptr + offs_n, mask=mask_n, other=0.0)
+        pull = tl.load(pull_ptr + offs_n, mask=mask_n, other=0.0)
+        labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1)
+        if KEPT:
+            offs_kept = offs_n.to(tl.int64)[:, None] * kept_columns + offs_v[None, :]
+            mask_kept = mask_n[:, None] & (offs_v < kept_columns)[None, :]
+            u = tl.load(kept_ptr + offs_kept, mask=mask_kept, other=0.0).to(tl.float32)
+            kept_anchor = tl.load(kept_anchor_ptr + tile_v.to(tl.int64) * N + offs_n, mask=mask_n, other=0.0)
+            gradient = u * (push * tl.exp2(kept_anchor - anchor))[:, None]
+        else:
+            live = tl.max(tl.where((push != 0) | (pull != 0), 1, 0), 0)
+            depth = tl.where(live > 0, D, 0)  # a block without an upstream gradient: zeros, and no product
+            z = logits_tile(
+                hidden, weight, bias_ptr, row, col, N, V, depth, stride_hidden_n, stride_hidden_d, stride_weight_v,
+                stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, UPCAST, BLOCK_N,
+                BLOCK_V, BLOCK_D,
+            )  # fmt: skip
+            gradient = tl.where((push != 0)[:, None], push[:, None] * exp_anchored(z, anchor[:, None]), 0.0)
+        # Over the label's own exponential, which may have overflowed.
+        gradient = tl.where(offs_v[None, :] == labels[:, None], pull[:, None], gradient)
+        if HAS_SOFTCAP:
+            gradient *= slope_of(z, softcap)
+        gradient = tl.where(mask_n[:, None] & (offs_v < V)[None, :], gradient, 0.0)
+        if COLUMN_SUMS:
+            tl.store(column_sum_ptr + pid_n.to(tl.int64) * V + offs_v, tl.sum(gradient, 0), mask=offs_v < V)
+        offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        offs_out = offs_n.to(tl.int64)[:, None] * out_columns + offs_c[None, :]
+        mask_out = mask_n[:, None] & (offs_c < out_columns)[None, :]
+        tl.store(out_ptr + offs_out, gradient.to(out_ptr.dtype.element_ty), mask=mask_out)
+
+
+def linear_logprob_backward(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
+    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, needs_weight: bool, needs_bias: bool, workspace_bytes: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
+    rows, vocab, config = hidden.shape[0], weight.shape[0], tile_config(hidden)
+    # 1 - p_y = -expm1(logp); without any competitor (V = 1) total is 0 and nothing is pushed.
+    pull_N = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp) * scale, 0.0)
+    push_N = torch.where(total > 0, -pull_N / total, 0.0)
+    grad_hidden_ND = hidden.new_zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32)
+    grad_weight = torch.zeros_like(weight) if rows == 0 else torch.empty_like(weight)
+    grad_weight = grad_weight if needs_weight else weight.new_empty(0)
+    tiles_n, tiles_v = triton.cdiv(rows, config.block_n), triton.cdiv(vocab, config.block_v)
+    column_sum = hidden.new_empty((tiles_n, vocab) if needs_bias else 0, dtype=torch.float32)
+
+    kept_tiles = KeptTiles(kept, hidden, tiles_v, config.block_v, softcap)
+    chunk = _tiles_per_chunk(rows, hidden.element_size(), config.block_v, workspace_bytes)
+    workspace = hidden.new_empty(rows * min(chunk * config.block_v, vocab))
+    arguments = {
+        **tile_arguments(hidden, weight, bias, scale, softcap, config), "labels_ptr": labels.contiguous(),
+        "anchor_ptr": peak, "push_ptr": push_N, "pull_ptr": pull_N, "kept_ptr": kept_tiles.tiles_NC,
+        "kept_anchor_ptr": kept_tiles.anchor_TN, "column_sum_ptr": column_sum, "N": rows, "V": vocab,
+        "D": hidden.shape[1], "kept_columns": kept_tiles.tiles_NC.shape[1], "COLUMN_SUMS": needs_bias,
+    }  # fmt: skip
+    for tiles, from_kept in _chunks(tiles_v, chunk, kept_tiles.count) if rows else ():
+        columns = slice(tiles.start * config.block_v, min(tiles.stop * config.block_v, vocab))
+        width = columns.stop - columns.start
+        grad_NC = workspace[: rows * width].view(rows, width)
+        _gradient_kernel[grid(config, tiles_n * len(tiles), hidden.device)](
+            **arguments, out_ptr=grad_NC, first_tile_v=tiles.start, end_tile_v=tiles.stop, out_columns=width,
+            KEPT=from_kept,
+        )  # fmt: skip
+        if needs_weight:
+            product(grad_weight[columns], grad_NC.T, hidden)
+        if needs_hidden:
+            accumulate(grad_hidden_ND, grad_NC, weight[columns], first=tiles.start == 0)
+    return grad_hidden_ND.to(hidden.dtype), grad_weight, column_sum.sum(0).to(hidden.dtype)
+
+
+def _tiles_per_chunk(rows: int, itemsize: int, block_v: int, workspace_bytes: int) -> int:
+    return max((workspace_bytes or WORKSPACE_BYTES) // max(rows * block_v * itemsize, 1), 1)
+
+
+def _chunks(tiles: int, size: int, kept: int) -> list[tuple[range, bool]]:
+    """All vocabulary tiles, at most `size` at a time, and whether forward kept them: the first `kept` are."""
+    ends = [(0, kept, True), (kept, tiles, False)]
+    return [(range(i, min(i + size, end)), flag) for start, end, flag in ends for i in range(start, end, size)]
+
+
+class KeptTiles:
+    """The exponentials of the first vocabulary tiles, kept from forward for backward, and their anchors.
+
+    `storage` is opaque bytes of the size that the caller allowed; as many whole tiles as fit are kept. A soft cap
+    keeps none: its slopes would have to be kept beside them.
+    """
+
+    def __init__(self, storage: Tensor, hidden: Tensor, tiles_v: int, block_v: int, softcap: float | None) -> None:
+        rows = hidden.shape[0]
+        bytes_per_tile = rows * (block_v * hidden.element_size() + 4)
+        fit = storage.numel() // bytes_per_tile if rows and softcap is None else 0
+        self.count = min(fit, tiles_v)
+        anchor_bytes = 4 * rows * self.count
+        tile_bytes = rows * self.count * block_v * hidden.element_size()
+        self.anchor_TN = storage[:anchor_bytes].view(torch.float32).view(self.count, rows)
+        tiles = storage[anchor_bytes : anchor_bytes + tile_bytes].view(hidden.dtype)
+        self.tiles_NC = tiles.view(rows, self.count * block_v)
