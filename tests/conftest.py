@@ -1,7 +1,23 @@
+import os
+
+# Kernels are interpreted where there is no GPU. Triton reads this once, when it is first imported.
+if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
+    os.environ["TRITON_INTERPRET"] = "1"
+
 import pytest
 import torch
+
+from cwdpo_kernels import ops
 
 
 @pytest.fixture(autouse=True)
 def _two_threads():
     torch.set_num_threads(2)
+
+
+@pytest.fixture(params=["portable", "triton"])
+def backend(request):
+    """Each op test runs once for every backend: Triton on a GPU where there is one, else on its interpreter."""
+    device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+    with torch.device(device), ops.forced(device, request.param):
+        yield request.param

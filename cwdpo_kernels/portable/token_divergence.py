@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.portable.tiles import TiledHead
+from cwdpo_kernels.portable.tiles import WORKSPACE_BYTES, TiledHead
 
 
 def token_divergence(
@@ -24,7 +24,7 @@ def token_divergence(
     workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """tv, js, kl [N]."""
-    half = workspace_bytes // 2
+    half = (workspace_bytes or WORKSPACE_BYTES) // 2
     head_p = TiledHead(hidden_p, weight_p, bias_p, scale_p, softcap_p, half)
     head_q = TiledHead(hidden_q, weight_q, bias_q, scale_q, softcap_q, half)
     # Both walk the same tiles: the finer plan of the two, which fits either buffer.

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.primitives import NO_ANCHOR, join, logp_of
+from cwdpo_kernels.triton.primitives import NO_ANCHOR, join, logp_of, rounded
 
 BLOCK_N, BLOCK_T, BLOCK_C = 32, 32, 128
 
@@ -63,7 +63,7 @@ def _move_anchor_kernel(
     mask = moved[:, None] & (offs_c < columns)[None, :]
     values = tl.load(matrix_ptr + offs, mask=mask, other=0.0)
     factor = tl.exp2(from_anchor - to_anchor)[:, None]
-    tl.store(matrix_ptr + offs, (values.to(tl.float32) * factor).to(values.dtype), mask=mask)
+    tl.store(matrix_ptr + offs, rounded(values.to(tl.float32) * factor, values.dtype), mask=mask)
 
 
 def empty_sums(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -8,7 +8,7 @@ instructions, shared memory within the chip's limit; see benchmarks/results/trit
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -50,8 +50,6 @@ TILES: dict[tuple[str, str], TileConfig] = {
     ("interpreter", "tf32"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
     ("interpreter", "ieee"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
 }
-# Two tiles of logits are alive at once in token_divergence: half the columns.
-TWO_HEADS_BLOCK_V = {256: 128, 128: 64, 64: 32}
 PERSISTENT_PROGRAMS_INTERPRETED = 3
 WORKSPACE_BYTES = 256 << 20  # tiles of gradients for the vendor's GEMM: large enough for its full rate
 
@@ -81,6 +79,12 @@ def precision_of(hidden: Tensor) -> str:
 def tile_config(hidden: Tensor) -> TileConfig:
     kind = precision_of(hidden) if hidden.dtype == torch.float32 else "half"
     return TILES[chip(hidden.device), kind]
+
+
+def two_heads(hidden: Tensor) -> TileConfig:
+    """For token_divergence, which holds two tiles of logits at once: half the columns each."""
+    config = tile_config(hidden)
+    return replace(config, block_v=config.block_v // 2)
 
 
 def grid(config: TileConfig, tiles: int, device: torch.device) -> tuple[int]:

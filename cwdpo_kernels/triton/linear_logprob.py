@@ -21,7 +21,7 @@ from torch import Tensor
 from cwdpo_kernels.triton.combine import empty_sums, join_tiles, move_anchor
 from cwdpo_kernels.triton.configs import WORKSPACE_BYTES, grid, tile_config
 from cwdpo_kernels.triton.gemm import accumulate, product
-from cwdpo_kernels.triton.primitives import exp_anchored, logits_tile, slope_of, tile_position
+from cwdpo_kernels.triton.primitives import exp_anchored, logits_tile, rounded, slope_of, tile_position
 from cwdpo_kernels.triton.sweep import Sweep, tile_arguments
 
 DIRECTION_BLOCK_N, DIRECTION_BLOCK_D = 16, 128
@@ -44,9 +44,7 @@ def linear_logprob(
     sweep.run(range(kept_tiles.count, sweep.tiles_v))
     anchor_N, total_N = empty_sums(sweep.rows, hidden.device)
     every = range(sweep.tiles_v)
-    logp_N = join_tiles(
-        sweep.anchor_TN, sweep.total_TN, every, anchor_N, total_N, labels, ignore_index, sweep.target_N
-    )
+    logp_N = join_tiles(sweep.anchor_TN, sweep.total_TN, every, anchor_N, total_N, labels, ignore_index, sweep.target_N)
     return logp_N, anchor_N, total_N, hidden.new_empty(0, hidden.shape[1]), kept
 
 
@@ -95,7 +93,7 @@ def _direction_kernel(
     pushed = tl.load(pushed_ptr + offs, mask=mask & labelled[:, None], other=0.0)
     # Without any competitor (V = 1) total is 0 and so is pushed.
     push = pushed / tl.where(total > 0, total, 1.0)[:, None]
-    tl.store(out_ptr + offs, (scale * (pull - push)).to(out_ptr.dtype.element_ty), mask=mask)
+    tl.store(out_ptr + offs, rounded(scale * (pull - push), out_ptr.dtype.element_ty), mask=mask)
 
 
 def _direction(sweep: Sweep, pushed_ND: Tensor, total_N: Tensor) -> Tensor:
@@ -117,7 +115,7 @@ def _gradient_kernel(
     column_sum_ptr, N, V, D, first_tile_v, end_tile_v, out_columns, kept_columns,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, COLUMN_SUMS: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, FLATTEN: tl.constexpr,
+    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
     GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """out [N, C] = slope * (push * exp(z - anchor ln 2), or pull at the label): the gradient of unscaled logits."""
@@ -146,7 +144,7 @@ def _gradient_kernel(
             depth = tl.where(live > 0, D, 0)  # a block without an upstream gradient: zeros, and no product
             z = logits_tile(
                 hidden, weight, bias_ptr, row, col, N, V, depth, stride_hidden_n, stride_hidden_d, stride_weight_v,
-                stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, UPCAST, BLOCK_N,
+                stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, BLOCK_N,
                 BLOCK_V, BLOCK_D,
             )  # fmt: skip
             gradient = tl.where((push != 0)[:, None], push[:, None] * exp_anchored(z, anchor[:, None]), 0.0)
@@ -160,7 +158,7 @@ def _gradient_kernel(
         offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
         offs_out = offs_n.to(tl.int64)[:, None] * out_columns + offs_c[None, :]
         mask_out = mask_n[:, None] & (offs_c < out_columns)[None, :]
-        tl.store(out_ptr + offs_out, gradient.to(out_ptr.dtype.element_ty), mask=mask_out)
+        tl.store(out_ptr + offs_out, rounded(gradient, out_ptr.dtype.element_ty), mask=mask_out)
 
 
 def linear_logprob_backward(

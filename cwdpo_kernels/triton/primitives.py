@@ -18,6 +18,9 @@ LN2_HI = tl.constexpr(0.693359375)  # 355 / 512
 LN2_LO = tl.constexpr(-2.1219444005469057e-4)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
+# The interpreter (TRITON_INTERPRET=1) multiplies the bits of bfloat16 operands, and truncates where a GPU rounds to
+# bfloat16: `operand` and `rounded` give it the GPU's arithmetic.
+INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 NO_ANCHOR = tl.constexpr(-1e30)  # of an empty sum: below every anchor, finite so that differences are numbers
 
 
@@ -87,40 +90,53 @@ def tile_position(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
 
 
 @triton.jit
+def operand(tile):
+    """A tile as tl.dot takes it."""
+    if INTERPRETED and tile.dtype == tl.bfloat16:
+        return tile.to(tl.float32)
+    else:
+        return tile
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """float32 to `dtype`, to the nearest."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        bits += 0x7FFF + ((bits >> 16) & 1)
+        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
 def load_tile(
-    operand, row, col, end_row, end_col, stride_row, stride_col,
-    BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, DESCRIPTOR: tl.constexpr, UPCAST: tl.constexpr,
+    matrix, row, col, end_row, end_col, stride_row, stride_col,
+    BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
     """[BLOCK_ROW, BLOCK_COL] of a matrix, zeros outside: by tensor descriptor (TMA), or by pointers for any layout."""
     if DESCRIPTOR:
-        tile = operand.load([row, col])
+        tile = matrix.load([row, col])
     else:
         rows = row + tl.arange(0, BLOCK_ROW)
         cols = col + tl.arange(0, BLOCK_COL)
         offsets = rows.to(tl.int64)[:, None] * stride_row + cols.to(tl.int64)[None, :] * stride_col
         mask = (rows < end_row)[:, None] & (cols < end_col)[None, :]
-        tile = tl.load(operand + offsets, mask=mask, other=0.0)
-    if UPCAST:  # the interpreter multiplies the bits of bfloat16 operands
-        tile = tile.to(tl.float32)
-    return tile
+        tile = tl.load(matrix + offsets, mask=mask, other=0.0)
+    return operand(tile)
 
 
 @triton.jit
 def logits_tile(
     hidden, weight, bias_ptr, row, col, N, V, D, stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d,
     scale, softcap, HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, PRECISION: tl.constexpr,
-    DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
+    DESCRIPTORS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """softcap(scale * (hidden @ weight.T + bias)) [BLOCK_N, BLOCK_V] in float32. D = 0 skips the product."""
     z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
-        hidden_tile = load_tile(
-            hidden, row, d, N, D, stride_hidden_n, stride_hidden_d, BLOCK_N, BLOCK_D, DESCRIPTORS, UPCAST
-        )
-        weight_tile = load_tile(
-            weight, col, d, V, D, stride_weight_v, stride_weight_d, BLOCK_V, BLOCK_D, DESCRIPTORS, UPCAST
-        )
+        hidden_tile = load_tile(hidden, row, d, N, D, stride_hidden_n, stride_hidden_d, BLOCK_N, BLOCK_D, DESCRIPTORS)
+        weight_tile = load_tile(weight, col, d, V, D, stride_weight_v, stride_weight_d, BLOCK_V, BLOCK_D, DESCRIPTORS)
         z = tl.dot(hidden_tile, weight_tile.T, z, input_precision=PRECISION)
     if HAS_BIAS:
         offs_v = col + tl.arange(0, BLOCK_V)

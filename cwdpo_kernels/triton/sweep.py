@@ -20,12 +20,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.configs import TileConfig, grid, interpreted, operands, precision_of, tile_config
+from cwdpo_kernels.triton.configs import TileConfig, grid, operands, precision_of, tile_config
 from cwdpo_kernels.triton.primitives import (
     NO_ANCHOR,
     anchor_of,
     log2_anchored,
     logits_tile,
+    rounded,
     slope_of,
     tile_position,
 )
@@ -37,7 +38,7 @@ def _sweep_kernel(
     moment_ptr, N, V, D, first_tile_v, end_tile_v, tile_columns,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap, ignore_index,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_RUNNING: tl.constexpr, WRITE_TILE: tl.constexpr,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, UPCAST: tl.constexpr,
+    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -57,7 +58,7 @@ def _sweep_kernel(
         depth = tl.where(tl.max(labelled.to(tl.int32), 0) > 0, D, 0)
         z = logits_tile(
             hidden, weight, bias_ptr, row, col, N, V, depth, stride_hidden_n, stride_hidden_d, stride_weight_v,
-            stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, UPCAST, BLOCK_N, BLOCK_V,
+            stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, BLOCK_N, BLOCK_V,
             BLOCK_D,
         )  # fmt: skip
 
@@ -84,7 +85,7 @@ def _sweep_kernel(
             offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
             offs_tile = offs_n.to(tl.int64)[:, None] * tile_columns + offs_c[None, :]
             mask_tile = mask_n[:, None] & (offs_c < tile_columns)[None, :]
-            tl.store(tile_ptr + offs_tile, u.to(tile_ptr.dtype.element_ty), mask=mask_tile)
+            tl.store(tile_ptr + offs_tile, rounded(u, tile_ptr.dtype.element_ty), mask=mask_tile)
 
 
 @dataclass
@@ -136,14 +137,12 @@ class Sweep:
 def tile_arguments(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, config: TileConfig
 ) -> dict:
-    matrices, descriptors = operands(
-        hidden, weight, config.block_n, config.block_v, config.block_d, config.descriptors
-    )
+    matrices, descriptors = operands(hidden, weight, config.block_n, config.block_v, config.block_d, config.descriptors)
     return {
         **matrices, "bias_ptr": weight if bias is None else bias.contiguous(), "scale": scale,
         "softcap": 1.0 if softcap is None else softcap, "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": softcap is not None, "PRECISION": precision_of(hidden), "DESCRIPTORS": descriptors,
-        "UPCAST": interpreted(), "FLATTEN": config.persistent, "GROUP_N": config.group_n, "BLOCK_N": config.block_n,
+        "FLATTEN": config.persistent, "GROUP_N": config.group_n, "BLOCK_N": config.block_n,
         "BLOCK_V": config.block_v, "BLOCK_D": config.block_d, "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }  # fmt: skip

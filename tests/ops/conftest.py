@@ -9,3 +9,8 @@ def _poison_uninitialised_memory():
     assert torch.utils.deterministic.fill_uninitialized_memory
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(autouse=True)
+def _every_backend(backend):
+    """The tests of an op are the contract of all its backends."""
