@@ -18,6 +18,9 @@ def _two_threads():
 @pytest.fixture(params=["portable", "triton"])
 def backend(request):
     """Each op test runs once for every backend: Triton on a GPU where there is one, else on its interpreter."""
-    device = "cuda" if request.param == "triton" and torch.cuda.is_available() else "cpu"
+    interpreted = request.param == "triton" and not torch.cuda.is_available()
+    if interpreted and request.node.get_closest_marker("slow_interpreted"):
+        pytest.skip("too large for the interpreter")
+    device = "cuda" if request.param == "triton" and not interpreted else "cpu"
     with torch.device(device), ops.forced(device, request.param):
         yield request.param

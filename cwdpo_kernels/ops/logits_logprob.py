@@ -70,6 +70,7 @@ def _backward(ctx, grad_logp: Tensor | None, *_):
     if not ctx.reuse_logits:
         return torch.ops.cwdpo.logits_logprob_backward(*args), None, None, None
     torch.ops.cwdpo.logits_logprob_backward_(*args)
+    torch.autograd.graph.increment_version(logits)  # a kernel writes behind autograd's back
     return logits, None, None, None
 
 

@@ -23,10 +23,11 @@ def _forward_kernel(
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    logp, anchor, total = 0.0, 0.0, 0.0
+    zero = tl.full((), 0.0, tl.float32)
+    logp, anchor, total = zero, zero, zero
     if label != ignore_index:
         logits_ptr += row * stride_n
-        anchor, total = NO_ANCHOR, 0.0
+        anchor = tl.full((), NO_ANCHOR, tl.float32)
         for start in range(0, V, BLOCK_V):
             offs = start + tl.arange(0, BLOCK_V)
             mask = (offs < V) & (offs != label)
@@ -52,8 +53,8 @@ def _backward_kernel(
     push, pull = tl.load(push_ptr + row), tl.load(pull_ptr + row)
     offs = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = offs < V
-    read = mask & ((push != 0) | (pull != 0))
-    z = tl.load(logits_ptr + row * stride_n + offs, mask=read, other=float("-inf")).to(tl.float32)
+    end = tl.where(tl.maximum(tl.abs(push), tl.abs(pull)) > 0, V, 0)  # of what is read
+    z = tl.load(logits_ptr + row * stride_n + offs, mask=offs < end, other=float("-inf")).to(tl.float32)
     gradient = push * exp_anchored(z, tl.load(anchor_ptr + row))
     gradient = tl.where(offs == label, pull, gradient)  # over the label's own exponential: it may have overflowed
     tl.store(out_ptr + row * stride_out + offs, rounded(gradient, out_ptr.dtype.element_ty), mask=mask)

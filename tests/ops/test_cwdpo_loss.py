@@ -127,6 +127,7 @@ def test_extreme_margins_stay_finite():
     assert chosen.total.grad.tolist() == [-0.5, 0.0]
 
 
+@pytest.mark.slow_interpreted
 def test_a_step_of_an_embedded_model_within_1e5_of_float64():
     """2 pairs, T 1024, 128 response tokens, V 49152, D 576, float32: value and gradients against full logits."""
     hidden, head, labels = make_inputs((4, 1024), 49152, 576, labelled=1.0, logit_std=2.0)
