@@ -87,15 +87,15 @@ def two_heads(hidden: Tensor) -> TileConfig:
     return replace(config, block_v=config.block_v // 2)
 
 
+def processors(device: torch.device) -> int:
+    """How many programs run at once when each takes a processor of its own."""
+    if interpreted():
+        return PERSISTENT_PROGRAMS_INTERPRETED
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def grid(config: TileConfig, tiles: int, device: torch.device) -> tuple[int]:
-    if not config.persistent:
-        return (max(tiles, 1),)
-    processors = (
-        PERSISTENT_PROGRAMS_INTERPRETED
-        if interpreted()
-        else torch.cuda.get_device_properties(device).multi_processor_count
-    )
-    return (max(min(tiles, processors), 1),)
+    return (max(min(tiles, processors(device)) if config.persistent else tiles, 1),)
 
 
 def operands(
