@@ -50,6 +50,7 @@ TILES: dict[tuple[str, str], TileConfig] = {
     ("interpreter", "tf32"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
     ("interpreter", "ieee"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
 }
+MIN_BLOCK_V = 32
 PERSISTENT_PROGRAMS_INTERPRETED = 3
 WORKSPACE_BYTES = 256 << 20  # tiles of gradients for the vendor's GEMM: large enough for its full rate
 
@@ -76,15 +77,16 @@ def precision_of(hidden: Tensor) -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
-def tile_config(hidden: Tensor) -> TileConfig:
+def tile_config(hidden: Tensor, *softcaps: float | None, narrower: int = 1) -> TileConfig:
+    """The row for these operands, with `narrower` times fewer columns where an epilogue needs the registers.
+
+    A soft cap's arithmetic does: it takes half the columns at most.
+    """
     kind = precision_of(hidden) if hidden.dtype == torch.float32 else "half"
-    return TILES[chip(hidden.device), kind]
-
-
-def two_heads(hidden: Tensor) -> TileConfig:
-    """For token_divergence, which holds two tiles of logits at once: half the columns each."""
-    config = tile_config(hidden)
-    return replace(config, block_v=config.block_v // 2)
+    config = TILES[chip(hidden.device), kind]
+    if any(softcap is not None for softcap in softcaps):
+        narrower = max(narrower, 2)
+    return replace(config, block_v=max(config.block_v // narrower, MIN_BLOCK_V))
 
 
 def processors(device: torch.device) -> int:

@@ -132,7 +132,7 @@ def _gradient_kernel(
         anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
         push = tl.load(push_ptr + offs_n, mask=mask_n, other=0.0)
         pull = tl.load(pull_ptr + offs_n, mask=mask_n, other=0.0)
-        labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1)
+        labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
         if KEPT:
             offs_kept = offs_n.to(tl.int64)[:, None] * kept_columns + offs_v[None, :]
             mask_kept = mask_n[:, None] & (offs_v < kept_columns)[None, :]
@@ -167,7 +167,7 @@ def linear_logprob_backward(
     needs_hidden: bool, needs_weight: bool, needs_bias: bool, workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
-    rows, vocab, config = hidden.shape[0], weight.shape[0], tile_config(hidden)
+    rows, vocab, config = hidden.shape[0], weight.shape[0], tile_config(hidden, softcap)
     # 1 - p_y = -expm1(logp); without any competitor (V = 1) total is 0 and nothing is pushed.
     pull_N = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp) * scale, 0.0)
     push_N = torch.where(total > 0, -pull_N / total, 0.0)

@@ -62,6 +62,7 @@ def _sweep_kernel(
             BLOCK_D,
         )  # fmt: skip
 
+        labels = labels.to(tl.int32)  # half the registers of an int64 comparison
         is_label = offs_v[None, :] == labels[:, None]
         holds_label = labelled & (labels >= col) & (labels < col + BLOCK_V)
         tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
@@ -102,7 +103,8 @@ class Sweep:
     statistics: bool = False
 
     def __post_init__(self) -> None:
-        self.config: TileConfig = tile_config(self.hidden)
+        narrower = 2 if self.statistics else 1
+        self.config: TileConfig = tile_config(self.hidden, self.softcap, narrower=narrower)
         self.rows, self.vocab = self.hidden.shape[0], self.weight.shape[0]
         self.tiles_v = triton.cdiv(self.vocab, self.config.block_v)
 

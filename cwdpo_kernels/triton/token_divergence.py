@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cwdpo_kernels.triton.combine import empty_sums, join_tiles
-from cwdpo_kernels.triton.configs import grid, two_heads
+from cwdpo_kernels.triton.configs import grid, tile_config
 from cwdpo_kernels.triton.primitives import LN2_HI, LN2_LO, logits_tile, tile_position
 from cwdpo_kernels.triton.sweep import Sweep, tile_arguments
 
@@ -85,7 +85,7 @@ def token_divergence(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """tv, js, kl [N]."""
     rows, vocab = hidden_p.shape[0], weight_p.shape[0]
-    config = two_heads(hidden_p)
+    config = tile_config(hidden_p, softcap_p, softcap_q, narrower=4)  # two tiles of logits are alive at once
     heads = (
         (hidden_p, weight_p, bias_p, scale_p, softcap_p),
         (hidden_q, weight_q, bias_q, scale_q, softcap_q),
