@@ -69,10 +69,10 @@ def recorded(chip: str, precision: str) -> Iterator[list]:
 
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(configs, "chip", lambda device: chip),
-        mock.patch.object(configs, "processors", lambda device: 132),
-        mock.patch.object(configs, "precision_of", lambda hidden: precision),
-        mock.patch("cwdpo_kernels.triton.sweep.precision_of", lambda hidden: precision),
+        mock.patch.object(configs, "chip", return_value=chip),
+        mock.patch.object(configs, "processors", return_value=132),
+        mock.patch.object(configs, "precision_of", return_value=precision),
+        mock.patch("cwdpo_kernels.triton.sweep.precision_of", return_value=precision),
     ):
         yield launches
 

@@ -94,7 +94,8 @@ def move_anchor(matrix_NC: Tensor, from_TN: Tensor, to_N: Tensor, tiles: range, 
     """
     rows, columns = matrix_NC.shape
     if rows and columns:
-        _move_anchor_kernel[triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, BLOCK_C)](
+        block_c = min(BLOCK_C, tile_columns)
+        _move_anchor_kernel[triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, block_c)](
             matrix_NC, from_TN, to_N, rows, columns, tiles.start, from_TN.stride(0), BLOCK_TILE=tile_columns,
-            BLOCK_N=BLOCK_N, BLOCK_C=min(BLOCK_C, tile_columns),
+            BLOCK_N=BLOCK_N, BLOCK_C=block_c,
         )  # fmt: skip
