@@ -9,13 +9,14 @@ READY := $(VENV)/ready
 CPU_ONLY := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,+cpu))
 TORCH ?= $(shell sed -n 's/^torch==.*/&/p' constraints.txt)$(CPU_ONLY)
 
-.PHONY: help demo test lint format bench clean
+.PHONY: help demo test lint format bench gpu clean
 
 help:
 	@echo "make demo    two-stage CW-DPO on handwritten digits; the picture and the figures land in runs/digits"
 	@echo "make test    the test suite"
 	@echo "make lint    ruff, check and format"
 	@echo "make bench   the CPU benchmarks; results land in benchmarks/results"
+	@echo "make gpu     on a machine with a GPU: the tests and the benchmarks there, into runs/gpu; installs nothing"
 	@echo "make format  ruff, applied"
 	@echo "make clean   remove everything that make made, runs included"
 
@@ -42,6 +43,9 @@ format: $(READY)
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.linear_cwdpo
+
+gpu:
+	$(PYTHON) -m benchmarks.gpu --out runs/gpu
 
 clean:
 	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .benchmarks

@@ -16,19 +16,19 @@ def make_inputs(
 ) -> tuple[Tensor, Head, Tensor]:  # fmt: skip
     """hidden [*shape, D], a head whose raw logits have standard deviation `logit_std`, labels with some ignored.
 
-    Everything that can take a gradient requires one.
+    Everything that can take a gradient requires one. Drawn on the CPU, returned on the default device.
     """
-    random = torch.Generator().manual_seed(seed)
+    random, device = torch.Generator().manual_seed(seed), torch.get_default_device()
 
     def leaf(*size: int, std: float) -> Tensor:
-        values = torch.randn(*size, generator=random, dtype=torch.float64) * std
-        return values.to(dtype).requires_grad_()
+        values = torch.randn(*size, generator=random, dtype=torch.float64, device="cpu") * std
+        return values.to(dtype).to(device).requires_grad_()
 
     hidden = leaf(*shape, dim, std=1.0)
     weight = leaf(vocab, dim, std=logit_std / math.sqrt(dim))
-    labels = torch.randint(vocab, shape, generator=random)
-    labels[torch.rand(shape, generator=random) >= labelled] = IGNORE_INDEX
-    return hidden, Head(weight, leaf(vocab, std=1.0) if bias else None, scale, softcap), labels
+    labels = torch.randint(vocab, shape, generator=random, device="cpu")
+    labels[torch.rand(shape, generator=random, device="cpu") >= labelled] = IGNORE_INDEX
+    return hidden, Head(weight, leaf(vocab, std=1.0) if bias else None, scale, softcap), labels.to(device)
 
 
 def confident_inputs(
@@ -38,10 +38,14 @@ def confident_inputs(
 
     Each hidden state points along its label's row of the head, as far as bisection finds that it has to.
     """
-    random = torch.Generator().manual_seed(seed)
-    weight = torch.randn(vocab, dim, generator=random, dtype=torch.float64).div_(math.sqrt(dim)).to(dtype)
-    labels = torch.randint(vocab, (tokens,), generator=random)
-    direction = weight.double()[labels] + 0.3 * torch.randn(tokens, dim, generator=random).double() / math.sqrt(dim)
+    random, device = torch.Generator().manual_seed(seed), torch.get_default_device()
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=random, dtype=torch.float64, device="cpu").to(device) / math.sqrt(dim)
+
+    weight = normal(vocab, dim).to(dtype)
+    labels = torch.randint(vocab, (tokens,), generator=random, device="cpu").to(device)
+    direction = weight.double()[labels] + 0.3 * normal(tokens, dim)
     logits = direction @ weight.double().T
     low, high = torch.zeros(tokens, 1).double(), torch.full((tokens, 1), 100.0).double()
     for _ in range(60):

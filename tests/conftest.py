@@ -3,6 +3,7 @@ import os
 # Kernels are interpreted where there is no GPU. Triton reads this once, when it is first imported.
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ["TRITON_INTERPRET"] = "1"
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
 
 import pytest
 import torch

@@ -1,0 +1,206 @@
+"""Everything that needs a GPU, in one command from the source tree: tests, then benchmarks, one JSON.
+
+`python -m benchmarks.gpu --out DIR [--quick]`. A short table comes last. Each time is a median of interleaved
+repetitions by CUDA events, beside the limit that benchmarks/cost.py allows at the GEMM rate and copy bandwidth
+measured in the same run. A result that misses float64 by more than the error budget stops the report.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+import cwdpo_kernels as ck
+from benchmarks import cost
+from cwdpo_kernels import reference
+from cwdpo_kernels.testing import as_float64, check_budget, leaves, make_inputs
+
+ROOT = Path(__file__).parents[1]
+TESTS = ["tests/ops", "tests/test_triton_launches.py", "tests/test_registration.py"]
+REPEATS, WARM_UP = 9, 3
+
+
+@dataclass(frozen=True)
+class Shape:
+    name: str
+    tokens: int
+    vocab: int
+    dim: int
+
+
+SHAPES = [
+    Shape("qwen2.5-7b", 8192, 151936, 4096),
+    Shape("smolvlm", 4096, 49152, 576),
+    Shape("gemma3", 2048, 262144, 2560),
+]
+
+
+def run_tests(out: Path) -> dict:
+    """The GPU tests in a process of their own, under compute-sanitizer too where it is installed."""
+    command = [sys.executable, "-m", "pytest", *TESTS, f"--junitxml={out / 'tests.xml'}"]
+    result = {"tests": subprocess.run(command, cwd=ROOT, check=False).returncode}
+    sanitizer = shutil.which("compute-sanitizer")
+    if sanitizer:
+        few = [sys.executable, "-m", "pytest", "tests/ops", "-k", "triton and budget and bfloat16"]
+        command = [sanitizer, "--error-exitcode", "9", *few]
+        result["compute_sanitizer"] = subprocess.run(command, cwd=ROOT, check=False).returncode
+    return result
+
+
+def milliseconds(step: Callable) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)
+
+
+def measure(steps: dict[str, Callable]) -> dict[str, dict]:
+    """Medians of interleaved repetitions, and the peak of allocated memory over what was there."""
+    for step in steps.values():
+        for _ in range(WARM_UP):
+            step()
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(REPEATS):
+        for name, step in steps.items():
+            times[name].append(milliseconds(step))
+    results = {}
+    for name, step in steps.items():
+        torch.cuda.synchronize()
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        step()
+        torch.cuda.synchronize()
+        extra = (torch.cuda.max_memory_allocated() - before) / 2**30
+        results[name] = {"ms": statistics.median(times[name]), "all_ms": times[name], "extra_gib": extra}
+    return results
+
+
+def limits(shape: Shape) -> tuple[float, float]:
+    """FLOP/s of torch.mm at this shape's product in bfloat16, and bytes/s of a large copy, both ways counted."""
+    a = torch.randn(shape.tokens, shape.dim, device="cuda", dtype=torch.bfloat16)
+    b = torch.randn(min(shape.vocab, 32768), shape.dim, device="cuda", dtype=torch.bfloat16)
+    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    other = torch.empty_like(big)
+    times = measure({"mm": lambda: torch.mm(a, b.T), "copy": lambda: other.copy_(big)})
+    flops = 2 * a.shape[0] * a.shape[1] * b.shape[0] / times["mm"]["ms"] * 1e3
+    return flops, 2 * big.numel() / times["copy"]["ms"] * 1e3
+
+
+def check_values() -> None:
+    """At an affordable size with the real tile sizes: values and gradients within the error budget."""
+    hidden, head, labels = make_inputs((300,), 5000, 512, torch.bfloat16)
+    results = []
+    for function, operands in (
+        (ck.linear_logprob, (hidden, head)),
+        (reference.linear_logprob, (hidden, head)),
+        (reference.linear_logprob, as_float64(hidden, head)),
+    ):
+        logp = function(*operands, labels)
+        results.append((logp, *torch.autograd.grad(logp.sum(), leaves(*operands))))
+    for name, values in zip(("logp", "grad_hidden", "grad_weight"), zip(*results, strict=True), strict=True):
+        check_budget(name, *values)
+
+
+def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
+    hidden = torch.randn(shape.tokens, shape.dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    weight = (
+        torch.randn(shape.vocab, shape.dim, device="cuda", dtype=torch.bfloat16) * shape.dim**-0.5
+    ).requires_grad_()
+    labels = torch.randint(shape.vocab, (shape.tokens,), device="cuda")
+    rows = torch.arange(shape.tokens, device="cuda")
+
+    def step(head: torch.Tensor, budget: ck.MemoryBudget = ck.MemoryBudget()) -> None:  # noqa: B008
+        logp = ck.linear_logprob(hidden, head, labels, rows=rows, budget=budget)
+        torch.autograd.grad(logp.sum(), [x for x in (hidden, head) if x.requires_grad])
+
+    def no_grad() -> None:
+        with torch.no_grad():
+            ck.linear_logprob(hidden, weight, labels, rows=rows)
+
+    kept = ck.MemoryBudget(kept_bytes=4 << 30)
+    sizes = (shape.tokens, shape.dim, shape.vocab, 2)
+    steps = {
+        "no_grad": no_grad, "frozen": lambda: step(weight.detach()), "trainable": lambda: step(weight),
+        "trainable, 4 GiB kept": lambda: step(weight, kept),
+    }  # fmt: skip
+    share = min(1.0, (4 << 30) / (shape.tokens * shape.vocab * 2))
+    costs = {name: cost.linear_logprob(*sizes, name) for name in ("no_grad", "frozen", "trainable")}
+    costs["trainable, 4 GiB kept"] = cost.linear_logprob(*sizes, "trainable", share)
+    return steps, costs
+
+
+def logits_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
+    logits = torch.randn(shape.tokens, shape.vocab, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(shape.vocab, (shape.tokens,), device="cuda")
+
+    def forward() -> None:
+        with torch.no_grad():
+            ck.logits_logprob(logits, labels)
+
+    steps = {
+        "logits forward": forward,
+        "logits": lambda: torch.autograd.grad(ck.logits_logprob(logits, labels).sum(), logits),
+    }
+    costs = {"logits forward": cost.logits_logprob(shape.tokens, shape.vocab, 2, backward=False)}
+    costs["logits"] = cost.logits_logprob(shape.tokens, shape.vocab, 2, backward=True)
+    return steps, costs
+
+
+def environment() -> dict:
+    import triton
+
+    commit = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    ).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
+        "python": sys.version.split()[0], "commit": commit,
+    }  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--quick", action="store_true", help="no tests, the first shape only")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        sys.exit("benchmarks.gpu: expected a GPU, torch.cuda.is_available() is False")
+    torch.set_default_device("cuda")
+    options.out.mkdir(parents=True, exist_ok=True)
+    report = {"environment": environment(), "measurements": []}
+    if not options.quick:
+        report |= run_tests(options.out)
+    check_values()
+    table = []
+    for shape in SHAPES[:1] if options.quick else SHAPES:
+        flops, bandwidth = limits(shape)
+        for make in (linear_steps, logits_steps):
+            steps, costs = make(shape)
+            for name, result in measure(steps).items():
+                result["of_limit"] = costs[name].seconds(flops, bandwidth) * 1e3 / result["ms"]
+                report["measurements"].append({"shape": shape.name, "op": name, **result})
+                table.append(
+                    f"{shape.name:12}{name:24}{result['ms']:9.2f}{result['extra_gib']:11.2f}{result['of_limit']:10.2f}"
+                )
+            del steps
+            torch.cuda.empty_cache()
+        report[f"limits {shape.name}"] = {"gemm_tflops": flops / 1e12, "copy_gb_per_s": bandwidth / 1e9}
+    (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
+    print(f"{report['environment']['device']}; tests: {report.get('tests', 'not run')} (0 is green)")
+    print(f"{'shape':12}{'op':24}{'ms':>9}{'extra GiB':>11}{'of limit':>10}")
+    print("\n".join(table))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,82 @@
+"""What the Triton backend promises beside its values: the same bits every time, no wait for the device, CUDA graphs."""
+
+import pytest
+import torch
+
+import cwdpo_kernels as ck
+from cwdpo_kernels import ops
+from cwdpo_kernels.testing import leaves, make_inputs
+
+pytest.importorskip("triton")
+ON_GPU = torch.cuda.is_available()
+needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
+DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def step(hidden, head, labels, rows):
+    refs = torch.full((2, 2), -9.0, device=hidden.device)
+    cooling = ck.Cooling(drop_below=-8.0)
+    out = ck.linear_cwdpo_loss(hidden, head, labels, *refs, beta=0.1, cooling=cooling, rows=rows)
+    return out.loss, *torch.autograd.grad(out.loss, leaves(hidden, head))
+
+
+def inputs(dtype=torch.bfloat16):
+    with torch.device(DEVICE):
+        hidden, head, labels = make_inputs((4, 50), 507, 128, dtype, bias=True)
+    return hidden, head, labels, (labels.flatten() != -100).nonzero().squeeze(1)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_the_same_bits_every_time(dtype):
+    arguments = inputs(dtype)
+    with ops.forced(DEVICE, "triton"):
+        first, second = step(*arguments), step(*arguments)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+def test_a_label_outside_the_vocabulary_shows_as_nan():
+    """The device is never asked about label values: a wrong one gives NaN, not a plausible number."""
+    with ops.forced(DEVICE, "triton"):
+        hidden, weight = torch.randn(3, 16, device=DEVICE), torch.randn(50, 16, device=DEVICE)
+        labels = torch.tensor([3, 50, -7], device=DEVICE)
+        logp, *_ = torch.ops.cwdpo.linear_logprob(hidden, weight, None, labels, 1.0, None, -100, False, 0, 0)
+        from_logits, *_ = torch.ops.cwdpo.logits_logprob(hidden @ weight.T, labels, -100, False)
+    assert logp.isnan().tolist() == [False, True, True]
+    assert from_logits.isnan().tolist() == [False, True, True]
+
+
+@needs_gpu
+def test_offsets_pass_two_to_the_31():
+    """3e9 entries lie between the two rows of these logits."""
+    storage = torch.zeros(3_000_000_064, dtype=torch.bfloat16, device=DEVICE)
+    logits = storage.as_strided((2, 64), (3_000_000_000, 1))
+    logits.copy_(torch.randn(2, 64))
+    labels = torch.tensor([1, 2], device=DEVICE)
+    truth = torch.log_softmax(logits.double(), 1).gather(1, labels[:, None]).squeeze(1)
+    torch.testing.assert_close(ck.logits_logprob(logits, labels).double(), truth)
+
+
+@needs_gpu
+def test_no_wait_for_the_device():
+    arguments = inputs()
+    step(*arguments)  # compiles
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        step(*arguments)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+def test_captured_in_a_cuda_graph():
+    arguments = inputs()
+    expected = step(*arguments)
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        step(*arguments)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = step(*arguments)
+    graph.replay()
+    assert all(torch.equal(a, b) for a, b in zip(captured, expected, strict=True))
