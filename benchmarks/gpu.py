@@ -88,9 +88,9 @@ def measure(steps: dict[str, Callable]) -> dict[str, dict]:
 
 def limits(shape: Shape) -> tuple[float, float]:
     """FLOP/s of torch.mm at this shape's product in bfloat16, and bytes/s of a large copy, both ways counted."""
-    a = torch.randn(shape.tokens, shape.dim, device="cuda", dtype=torch.bfloat16)
-    b = torch.randn(min(shape.vocab, 32768), shape.dim, device="cuda", dtype=torch.bfloat16)
-    big = torch.empty(1 << 30, dtype=torch.uint8, device="cuda")
+    a = torch.randn(shape.tokens, shape.dim, dtype=torch.bfloat16)
+    b = torch.randn(min(shape.vocab, 32768), shape.dim, dtype=torch.bfloat16)
+    big = torch.empty(1 << 30, dtype=torch.uint8)
     other = torch.empty_like(big)
     times = measure({"mm": lambda: torch.mm(a, b.T), "copy": lambda: other.copy_(big)})
     flops = 2 * a.shape[0] * a.shape[1] * b.shape[0] / times["mm"]["ms"] * 1e3
@@ -113,12 +113,10 @@ def check_values() -> None:
 
 
 def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
-    hidden = torch.randn(shape.tokens, shape.dim, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    weight = (
-        torch.randn(shape.vocab, shape.dim, device="cuda", dtype=torch.bfloat16) * shape.dim**-0.5
-    ).requires_grad_()
-    labels = torch.randint(shape.vocab, (shape.tokens,), device="cuda")
-    rows = torch.arange(shape.tokens, device="cuda")
+    hidden = torch.randn(shape.tokens, shape.dim, dtype=torch.bfloat16, requires_grad=True)
+    weight = (torch.randn(shape.vocab, shape.dim, dtype=torch.bfloat16) * shape.dim**-0.5).requires_grad_()
+    labels = torch.randint(shape.vocab, (shape.tokens,))
+    rows = torch.arange(shape.tokens)
 
     def step(head: torch.Tensor, budget: ck.MemoryBudget = ck.MemoryBudget()) -> None:  # noqa: B008
         logp = ck.linear_logprob(hidden, head, labels, rows=rows, budget=budget)
@@ -141,8 +139,8 @@ def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost
 
 
 def logits_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
-    logits = torch.randn(shape.tokens, shape.vocab, device="cuda", dtype=torch.bfloat16, requires_grad=True)
-    labels = torch.randint(shape.vocab, (shape.tokens,), device="cuda")
+    logits = torch.randn(shape.tokens, shape.vocab, dtype=torch.bfloat16, requires_grad=True)
+    labels = torch.randint(shape.vocab, (shape.tokens,))
 
     def forward() -> None:
         with torch.no_grad():

@@ -198,8 +198,7 @@ def _linear_logprob(
     parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
     trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable
-    itemsize = 8 if hidden.dtype == torch.float64 else 4
-    kept_bytes = min(budget.kept_bytes, flat_labels.shape[0] * head.weight.shape[0] * itemsize) if trainable else 0
+    kept_bytes = min(budget.kept_bytes, ops.useful_kept_bytes(flat_hidden, head.weight)) if trainable else 0
     logp, *_ = torch.ops.cwdpo.linear_logprob(
         flat_hidden, head.weight, head.bias, flat_labels, float(head.scale), head.softcap, ignore_index, frozen,
         budget.workspace_bytes or ops.BACKENDS_CHOICE, kept_bytes,

@@ -59,6 +59,7 @@ def op_cases():
 CASES = op_cases()
 
 
+@pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("name", "args"), CASES, ids=[name for name, _ in CASES])
 def test_opcheck(name, args):
     torch.library.opcheck(getattr(OPS, name).default, args)

@@ -10,6 +10,7 @@ from cwdpo_kernels.ops import (
     token_divergence,
     token_stats,
 )
+from cwdpo_kernels.ops.linear_logprob import useful_kept_bytes
 from cwdpo_kernels.ops.registry import backend, forced
 
 BACKENDS_CHOICE = 0  # a workspace of this many bytes leaves its size to the backend
@@ -26,4 +27,5 @@ __all__ = [
     "sequence_logprob",
     "token_divergence",
     "token_stats",
+    "useful_kept_bytes",
 ]

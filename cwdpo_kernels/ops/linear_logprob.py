@@ -52,6 +52,16 @@ def _(grad_logp, hidden, weight, bias, *rest):
     )
 
 
+def useful_kept_bytes(hidden: Tensor, weight: Tensor) -> int:
+    """More bytes than this forward cannot keep: every tile, the last one whole, and a float for each row of a tile.
+
+    A GPU keeps tiles in the inputs' dtype, a CPU as it computes them.
+    """
+    itemsize = hidden.dtype.itemsize if hidden.is_cuda else compute_dtype(hidden.dtype).itemsize
+    whole_tiles = weight.shape[0] + weight.shape[0] // 32 + 256
+    return hidden.shape[0] * whole_tiles * itemsize
+
+
 def _setup_context(ctx, inputs, output) -> None:
     hidden, weight, bias, labels, *ctx.transform, ctx.with_direction, ctx.workspace_bytes, _ = inputs
     logp, peak, total, direction, kept = output

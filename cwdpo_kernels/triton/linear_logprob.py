@@ -41,6 +41,7 @@ def linear_logprob(
     kept_tiles = KeptTiles(kept, hidden, sweep.tiles_v, sweep.config.block_v, softcap)
     sweep.run(range(kept_tiles.count), out=kept_tiles.tiles_NC)
     kept_tiles.anchor_TN.copy_(sweep.anchor_TN[: kept_tiles.count])
+    kept[kept_tiles.used_bytes :] = 0  # no byte of an output is left uninitialised
     sweep.run(range(kept_tiles.count, sweep.tiles_v))
     anchor_N, total_N = empty_sums(sweep.rows, hidden.device)
     every = range(sweep.tiles_v)
@@ -226,5 +227,6 @@ class KeptTiles:
         anchor_bytes = 4 * rows * self.count
         tile_bytes = rows * self.count * block_v * hidden.element_size()
         self.anchor_TN = storage[:anchor_bytes].view(torch.float32).view(self.count, rows)
-        tiles = storage[anchor_bytes : anchor_bytes + tile_bytes].view(hidden.dtype)
+        self.used_bytes = anchor_bytes + tile_bytes
+        tiles = storage[anchor_bytes : self.used_bytes].view(hidden.dtype)
         self.tiles_NC = tiles.view(rows, self.count * block_v)

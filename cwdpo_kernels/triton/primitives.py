@@ -75,9 +75,12 @@ def sigmoid(x):
 
 @triton.jit
 def logp_of(target, anchor, total):
-    """-log1p(s), the label's log-probability: s = exp(anchor ln 2 - target) * total, the odds against it."""
+    """-log1p(s), the label's log-probability: s = exp(anchor ln 2 - target) * total, the odds against it.
+
+    NaN where the target is: comparisons would drop it.
+    """
     log_odds = (anchor * LN2_HI - target) + (tl.log(total) + anchor * LN2_LO)
-    return -softplus(log_odds)
+    return tl.where(target == target, -softplus(log_odds), target)
 
 
 @triton.jit

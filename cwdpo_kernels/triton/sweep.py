@@ -64,7 +64,7 @@ def _sweep_kernel(
 
         labels = labels.to(tl.int32)  # half the registers of an int64 comparison
         is_label = offs_v[None, :] == labels[:, None]
-        holds_label = labelled & (labels >= col) & (labels < col + BLOCK_V)
+        holds_label = labelled & (labels >= col) & (labels < tl.minimum(col + BLOCK_V, V))
         tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
         competitor = tl.where(is_label | (offs_v >= V)[None, :], float("-inf"), z)
 

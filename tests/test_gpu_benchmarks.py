@@ -1,0 +1,63 @@
+"""The benchmarks and the tuner for a GPU do run: their steps, at a tiny size, on whatever is here."""
+
+import re
+
+import pytest
+import torch
+
+from cwdpo_kernels import ops
+
+pytest.importorskip("triton")
+from benchmarks import cost, gpu, tune
+from cwdpo_kernels.triton import configs
+
+TINY = gpu.Shape("tiny", tokens=40, vocab=300, dim=64)
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+@pytest.mark.parametrize("make", [gpu.linear_steps, gpu.logits_steps])
+def test_every_step_runs_and_has_a_cost(make):
+    with torch.device(DEVICE), ops.forced(DEVICE, "triton"):
+        steps, costs = make(TINY)
+        assert steps.keys() == costs.keys()
+        for step in steps.values():
+            step()
+
+
+def test_values_are_checked_before_anything_is_timed(monkeypatch):
+    with torch.device(DEVICE), ops.forced(DEVICE, "triton"):
+        gpu.check_values()
+        monkeypatch.setattr(gpu.ck, "linear_logprob", lambda *args: gpu.reference.linear_logprob(*args) * 1.05)
+        with pytest.raises(AssertionError, match="logp: relative error"):
+            gpu.check_values()
+
+
+def test_the_tuner_tries_a_candidate_and_rejects_a_wrong_one(monkeypatch):
+    monkeypatch.setattr(tune, "milliseconds", lambda step: step() is None or 1.0)
+    with torch.device(DEVICE):
+        arguments = torch.randn(40, 64), torch.randn(300, 64), torch.randint(300, (40,))
+        config = configs.tile_config(arguments[0])
+        _, logp = tune.milliseconds_of(config, arguments, None)
+        tune.milliseconds_of(config, arguments, logp)
+        with pytest.raises(AssertionError):
+            tune.milliseconds_of(config, arguments, logp + 1)
+    assert len(set(tune.candidates(config))) == len(tune.candidates(config))
+
+
+def test_cost_of_a_7b_model():
+    """By hand: 2 N D V operations a product, N 8192, V 151936, D 4096."""
+    product = 2 * 8192 * 151936 * 4096
+    for mode, products in (("no_grad", 1), ("frozen", 2), ("trainable", 4)):
+        assert cost.linear_logprob(8192, 4096, 151936, 2, mode).flops == products * product
+    assert cost.linear_logprob(8192, 4096, 151936, 2, "trainable", kept_share=1.0).flops == 3 * product
+    assert cost.logits_logprob(8192, 151936, 2, backward=True).bytes == 3 * 8192 * 151936 * 2
+    with pytest.raises(ValueError, match=re.escape("got 'half'")):
+        cost.linear_logprob(1, 1, 1, 2, "half")
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_without_a_gpu_the_commands_say_so(monkeypatch):
+    for module in (gpu, tune):
+        monkeypatch.setattr("sys.argv", ["benchmark", *(["--out", "unused"] if module is gpu else [])])
+        with pytest.raises(SystemExit, match="expected a GPU"):
+            module.main()
