@@ -33,7 +33,8 @@ def constrained_sft_loss(
     # No rejected answer at all: nothing to hold down, whatever the floor.
     active = used[1].any() & (shortfall > 0)
     penalty = torch.where(active, weight * shortfall, 0.0) if hinge else weight * rejected_nll
-    slope = torch.where(active, weight, 0.0) if hinge else torch.full_like(rejected_nll, -weight)
+    # A product with the mask: torch.where of two numbers would be float32, whatever the log-probs are.
+    slope = active.to(total.dtype) * weight if hinge else torch.full_like(rejected_nll, -weight)
 
     grad_total = torch.cat([-share[:pairs], slope * share[pairs:]])
     grad_logp = to_tokens(grad_total.to(logp.dtype), labelled, cu_seqlens)

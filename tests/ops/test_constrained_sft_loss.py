@@ -15,32 +15,32 @@ NEGATIVES = [
 ]
 
 
-def make_batch(**options):
-    hidden, head, labels = make_inputs((6, 9), 101, 12, torch.float64, **options)
+def make_batch(dtype, **options):
+    hidden, head, labels = make_inputs((6, 9), 101, 12, dtype, **options)
     labels[1], labels[5] = -100, -100
     return hidden, head, labels
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
-def test_against_full_logits(negatives):
-    hidden, head, labels = make_batch(bias=True, scale=0.7)
+def test_against_full_logits(negatives, exact_dtype, close):
+    hidden, head, labels = make_batch(exact_dtype, bias=True, scale=0.7)
     truth = reference.constrained_sft_loss(reference.head_logits(hidden, head), labels, negatives)
     out = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=negatives)
-    torch.testing.assert_close(out.loss, truth)
-    torch.testing.assert_close(out.loss, out.chosen_nll + out.penalty)
+    close(out.loss, truth)
+    close(out.loss, out.chosen_nll + out.penalty)
     grads = (torch.autograd.grad(loss, leaves(hidden, head)) for loss in (out.loss, truth))
     for actual, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(actual, expected)
+        close(actual, expected)
 
     packed = ck.linear_constrained_sft_loss(
         hidden.flatten(0, 1), head, labels.flatten(), negatives=negatives, cu_seqlens=torch.arange(7) * 9
     )
-    torch.testing.assert_close(packed.loss, truth)
+    close(packed.loss, truth)
 
 
 @pytest.mark.parametrize("negatives", NEGATIVES)
-def test_from_sequences(negatives):
-    hidden, head, labels = make_batch()
+def test_from_sequences(negatives, exact_dtype, close):
+    hidden, head, labels = make_batch(exact_dtype)
     fused = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=negatives)
     sequences = ck.linear_sequence_logprob(hidden, head, labels)
     chosen, rejected = (ck.SequenceLogprob(*(x[part] for x in sequences)) for part in (slice(0, 3), slice(3, 6)))
@@ -48,15 +48,15 @@ def test_from_sequences(negatives):
     safe = labels.clamp_min(0)[..., None]
     spread = (logits.gather(-1, safe).squeeze(-1) - logits.mean(-1)) * (labels != -100)
     out = ck.constrained_sft_loss(chosen, rejected, negatives=negatives, rejected_smoothing=spread[3:].sum(1))
-    torch.testing.assert_close(out.loss, fused.loss)
+    close(out.loss, fused.loss)
     grads = (torch.autograd.grad(loss, leaves(hidden, head)) for loss in (out.loss, fused.loss))
     for actual, expected in zip(*grads, strict=True):
-        torch.testing.assert_close(actual, expected)
+        close(actual, expected)
 
 
 @pytest.mark.parametrize("mode", ["hinge", "smoothed"])
-def test_nothing_labelled(mode):
-    hidden, head, _ = make_batch()
+def test_nothing_labelled(mode, exact_dtype):
+    hidden, head, _ = make_batch(exact_dtype)
     labels = torch.full((6, 9), -100)
     out = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=ck.GentleNegatives(1.0, 5.0, mode))
     assert [x.item() for x in out[:4]] == [0.0, 0.0, 0.0, 0.0]
@@ -64,7 +64,7 @@ def test_nothing_labelled(mode):
         assert torch.equal(grad, torch.zeros_like(grad))
 
 
-def test_smoothing_refuses_a_soft_cap():
-    hidden, head, labels = make_batch(softcap=5.0)
+def test_smoothing_refuses_a_soft_cap(exact_dtype):
+    hidden, head, labels = make_batch(exact_dtype, softcap=5.0)
     with pytest.raises(NotImplementedError, match="soft cap"):
         ck.linear_constrained_sft_loss(hidden, head, labels, negatives=ck.GentleNegatives(mode="smoothed"))

@@ -54,14 +54,14 @@ def test_within_the_error_budget(dtype, options, budget, frozen):
 @pytest.mark.parametrize(
     ("tokens", "vocab", "dim"), [(1, 1, 1), (1, 507, 123), (3, 2, 5), (130, 129, 1), (200, 300, 7)]
 )
-def test_odd_sizes_in_float64(tokens, vocab, dim):
-    hidden, head, labels = make_inputs((tokens,), vocab, dim, torch.float64, bias=True, labelled=1.0)
+def test_odd_sizes(tokens, vocab, dim, exact_dtype, close):
+    hidden, head, labels = make_inputs((tokens,), vocab, dim, exact_dtype, bias=True, labelled=1.0)
     upstream = torch.randn(tokens)
     budget = ck.MemoryBudget(workspace_bytes=1)
     ours = value_and_grads(lambda *a: ck.linear_logprob(*a, budget=budget), hidden, head, labels, upstream)
     truth = value_and_grads(reference.linear_logprob, hidden, head, labels, upstream)
     for actual, expected in zip((ours[0], *ours[1]), (truth[0], *truth[1]), strict=True):
-        torch.testing.assert_close(actual, expected, rtol=1e-12, atol=1e-12)
+        close(actual, expected)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -135,8 +135,8 @@ def test_a_bare_weight_is_a_head():
 
 
 @pytest.mark.parametrize("needs", list(itertools.product([False, True], repeat=3)))
-def test_any_subset_of_gradients(needs):
-    hidden, head, labels = make_inputs((9,), 50, 12, torch.float64, bias=True, labelled=1.0)
+def test_any_subset_of_gradients(needs, exact_dtype, close):
+    hidden, head, labels = make_inputs((9,), 50, 12, exact_dtype, bias=True, labelled=1.0)
     for tensor, need in zip((hidden, head.weight, head.bias), needs, strict=True):
         tensor.requires_grad_(need)
     logp = ck.linear_logprob(hidden, head, labels)
@@ -145,7 +145,7 @@ def test_any_subset_of_gradients(needs):
         truth = reference.linear_logprob(hidden, head, labels)
         wanted = leaves(hidden, head)
         for a, b in zip(torch.autograd.grad(logp.sum(), wanted), torch.autograd.grad(truth.sum(), wanted), strict=True):
-            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+            close(a, b)
 
 
 @pytest.mark.parametrize("options", HEADS)

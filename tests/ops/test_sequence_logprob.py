@@ -8,7 +8,7 @@ from cwdpo_kernels.testing import make_inputs
 LENGTHS = [0, 5, 1, 0, 7, 3]
 
 
-def packed(dtype=torch.float64):
+def packed(dtype):
     logp = -torch.rand(sum(LENGTHS), dtype=dtype, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(sum(LENGTHS))
     labels[[0, 3, 5]] = -100  # the sequence of length 1 has no label left
@@ -16,22 +16,22 @@ def packed(dtype=torch.float64):
 
 
 @pytest.mark.parametrize("index_dtype", [torch.int32, torch.int64], ids=str)
-def test_packed(index_dtype):
-    logp, labels, cu_seqlens = packed()
+def test_packed(index_dtype, exact_dtype, close):
+    logp, labels, cu_seqlens = packed(exact_dtype)
     ours = ck.sequence_logprob(logp, labels, cu_seqlens.to(index_dtype))
     truth = reference.sequence_logprob(logp, labels, cu_seqlens)
     assert torch.equal(ours.count, truth.count)
     assert ours.count.tolist() == [0, 3, 0, 0, 7, 3]
-    torch.testing.assert_close(ours.total, truth.total)
-    torch.testing.assert_close(ours.mean, truth.mean)
+    close(ours.total, truth.total)
+    close(ours.mean, truth.mean)
     assert ours.mean[0] == 0
-    weights = torch.randn(2, len(LENGTHS), dtype=torch.float64)
+    weights = torch.randn(2, len(LENGTHS), dtype=exact_dtype)
     a, b = (torch.autograd.grad((weights[0] * s.total + weights[1] * s.mean).sum(), logp)[0] for s in (ours, truth))
-    torch.testing.assert_close(a, b)
+    close(a, b)
     assert a[labels == -100].eq(0).all()
 
 
-def test_padded_equals_packed():
+def test_padded_equals_packed(exact_dtype):
     logp, labels = -torch.rand(4, 6), torch.randint(-1, 3, (4, 6)).mul(50)
     padded = ck.sequence_logprob(logp, labels, ignore_index=-50)
     flat = ck.sequence_logprob(logp.flatten(), labels.flatten(), torch.arange(5) * 6, ignore_index=-50)
@@ -54,7 +54,7 @@ def test_half_precision_inputs_are_summed_in_float32():
 
 
 def test_gradcheck():
-    logp, labels, cu_seqlens = packed()
+    logp, labels, cu_seqlens = packed(torch.float64)
     assert torch.autograd.gradcheck(lambda x: ck.sequence_logprob(x, labels, cu_seqlens)[:2], logp)
 
 
@@ -64,9 +64,9 @@ def test_empty_batches(shape):
     assert [field.tolist() for field in out] == [[0.0] * shape[0], [0.0] * shape[0], [0] * shape[0]]
 
 
-def test_fused_layouts_agree():
+def test_fused_layouts_agree(exact_dtype, close):
     """linear_ and logits_sequence_logprob, padded and packed, against the reference."""
-    hidden, head, labels = make_inputs((4, 6), 50, 12, torch.float64)
+    hidden, head, labels = make_inputs((4, 6), 50, 12, exact_dtype)
     truth = reference.sequence_logprob(reference.linear_logprob(hidden, head, labels), labels)
     logits = reference.head_logits(hidden, head)
     cu_seqlens = torch.arange(5) * 6
@@ -77,7 +77,7 @@ def test_fused_layouts_agree():
         ck.logits_sequence_logprob(logits.flatten(0, 1), labels.flatten(), cu_seqlens),
     ):
         for actual, expected in zip(out, truth, strict=True):
-            torch.testing.assert_close(actual, expected)
+            close(actual, expected)
 
 
 def test_shift_labels():
