@@ -43,10 +43,10 @@ def milliseconds_of(
         head = (hidden, weight, None, labels, 1.0, None, -100)
 
         def step() -> torch.Tensor:
-            logp, anchor, total, _, kept = linear_logprob.linear_logprob(*head, False, 0, 0)
+            logp, anchor, total, _, kept = linear_logprob.linear_logprob(*head, False, False, 0, 0)
             grad = torch.ones_like(logp)
             linear_logprob.linear_logprob_backward(
-                grad, *head[:4], logp, anchor, total, kept, *head[4:], True, True, False, 0
+                grad, *head[:4], logp, anchor, total, kept, *head[4:], True, True, False, False, 0
             )
             return logp
 

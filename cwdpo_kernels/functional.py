@@ -191,8 +191,9 @@ def sequence_offsets(op: str, labels: Tensor, cu_seqlens: Tensor | None) -> Tens
 
 def _linear_logprob(
     op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, budget: MemoryBudget,
-    ignore_index: int,
+    ignore_index: int, sparse_grad: bool = False,
 ) -> Tensor:  # fmt: skip
+    """`sparse_grad`: whole sequences may get no gradient (speed only: a GPU then takes the GEMMs that skip them)."""
     hidden, head, labels, rows = _live(op, hidden, head, labels, rows, ignore_index)
     flat_hidden, flat_labels = _gather(hidden, labels, rows)
     parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
@@ -201,6 +202,7 @@ def _linear_logprob(
     kept_bytes = min(budget.kept_bytes, ops.useful_kept_bytes(flat_hidden, head.weight)) if trainable else 0
     logp, *_ = torch.ops.cwdpo.linear_logprob(
         flat_hidden, head.weight, head.bias, flat_labels, float(head.scale), head.softcap, ignore_index, frozen,
+        sparse_grad,
         budget.workspace_bytes or ops.BACKENDS_CHOICE, kept_bytes,
     )  # fmt: skip
     return _scatter(logp, rows, labels.shape)

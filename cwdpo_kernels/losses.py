@@ -64,7 +64,9 @@ def linear_cwdpo_loss(
     tokens are projected; `rows` as in `linear_logprob`.
     """
     op = "linear_cwdpo_loss"
-    token_logp = F._linear_logprob(op, hidden, head, labels, rows, budget, ignore_index)
+    _cooling_args(op, cooling)
+    drops_gradients = cooling.drop_below is not None or cooling.constant == 0
+    token_logp = F._linear_logprob(op, hidden, head, labels, rows, budget, ignore_index, drops_gradients)
     return _token_cwdpo(
         op, token_logp, labels, cu_seqlens, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
     )

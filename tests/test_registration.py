@@ -14,7 +14,7 @@ def op_cases():
     hidden, head, labels = make_inputs((12,), 37, 8, bias=True)
     linear = (hidden, head.weight, head.bias, labels, 0.5, 4.0, -100)
     frozen = (hidden, head.weight.detach(), None, labels, 1.0, None, -100)
-    logp, peak, total, _, kept = OPS.linear_logprob(*linear, False, 1 << 20, 600)
+    logp, peak, total, _, kept = OPS.linear_logprob(*linear, False, True, 1 << 20, 600)
     odds = (logp.detach(), peak, total)
     backward = (
         torch.ones(12),
@@ -23,6 +23,7 @@ def op_cases():
         *odds,
         kept,
         *linear[4:],
+        True,
         True,
         True,
         True,
@@ -39,8 +40,8 @@ def op_cases():
     with none:
         stats = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in linear)
     return [
-        ("linear_logprob", (*linear, False, 1 << 20, 600)),
-        ("linear_logprob", (*frozen, True, 1 << 20, 0)),
+        ("linear_logprob", (*linear, False, False, 1 << 20, 600)),
+        ("linear_logprob", (*frozen, True, False, 1 << 20, 0)),
         ("linear_logprob_backward", backward),
         ("logits_logprob", (logits, labels, -100, False)),
         ("logits_logprob_backward", gradient),

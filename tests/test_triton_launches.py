@@ -39,7 +39,7 @@ def test_a_label_outside_the_vocabulary_shows_as_nan():
     with ops.forced(DEVICE, "triton"):
         hidden, weight = torch.randn(3, 16, device=DEVICE), torch.randn(50, 16, device=DEVICE)
         labels = torch.tensor([3, 50, -7], device=DEVICE)
-        logp, *_ = torch.ops.cwdpo.linear_logprob(hidden, weight, None, labels, 1.0, None, -100, False, 0, 0)
+        logp, *_ = torch.ops.cwdpo.linear_logprob(hidden, weight, None, labels, 1.0, None, -100, False, False, 0, 0)
         from_logits, *_ = torch.ops.cwdpo.logits_logprob(hidden @ weight.T, labels, -100, False)
     assert logp.isnan().tolist() == [False, True, True]
     assert from_logits.isnan().tolist() == [False, True, True]

@@ -16,21 +16,23 @@ from cwdpo_kernels.portable.tiles import compute_dtype
 define(
     "linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
-    "bool with_direction, SymInt workspace_bytes, SymInt kept_bytes) "
+    "bool with_direction, bool sparse_grad, SymInt workspace_bytes, SymInt kept_bytes) "
     "-> (Tensor logp, Tensor peak, Tensor total, Tensor direction, Tensor kept)",
 )
 define(
     "linear_logprob_backward",
     "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logp, Tensor peak, "
     "Tensor total, Tensor kept, float scale, float? softcap, int ignore_index, bool needs_hidden, bool needs_weight, "
-    "bool needs_bias, SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
+    "bool needs_bias, bool sparse_grad, SymInt workspace_bytes) "
+    "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 implement("linear_logprob", portable.linear_logprob, triton="linear_logprob")
 implement("linear_logprob_backward", portable.linear_logprob_backward, triton="linear_logprob")
 
 
 @torch.library.register_fake("cwdpo::linear_logprob")
-def _(hidden, weight, bias, labels, scale, softcap, ignore_index, with_direction, workspace_bytes, kept_bytes):
+def _(hidden, weight, bias, labels, *rest):
+    *_, with_direction, _, _, kept_bytes = rest
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
     direction = hidden.new_empty(hidden.shape if with_direction else (0, hidden.shape[1]))
     return (
@@ -44,7 +46,7 @@ def _(hidden, weight, bias, labels, scale, softcap, ignore_index, with_direction
 
 @torch.library.register_fake("cwdpo::linear_logprob_backward")
 def _(grad_logp, hidden, weight, bias, *rest):
-    *_, needs_hidden, needs_weight, needs_bias, _ = rest
+    *_, needs_hidden, needs_weight, needs_bias, _, _ = rest
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
@@ -63,7 +65,7 @@ def useful_kept_bytes(hidden: Tensor, weight: Tensor) -> int:
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, *ctx.transform, ctx.with_direction, ctx.workspace_bytes, _ = inputs
+    hidden, weight, bias, labels, *ctx.transform, ctx.with_direction, ctx.sparse_grad, ctx.workspace_bytes, _ = inputs
     logp, peak, total, direction, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(peak, total, direction, kept)
@@ -74,7 +76,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 
 def _backward(ctx, grad_logp: Tensor | None, *_):
-    none = (None,) * 10
+    none = (None,) * 11
     if grad_logp is None:
         return none
     if ctx.with_direction:
@@ -84,7 +86,19 @@ def _backward(ctx, grad_logp: Tensor | None, *_):
     logp, peak, total, kept, hidden, weight, bias, labels = ctx.saved_tensors
     needs = ctx.needs_input_grad[:3]
     grads = torch.ops.cwdpo.linear_logprob_backward(
-        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, *ctx.transform, *needs, ctx.workspace_bytes
+        grad_logp,
+        hidden,
+        weight,
+        bias,
+        labels,
+        logp,
+        peak,
+        total,
+        kept,
+        *ctx.transform,
+        *needs,
+        ctx.sparse_grad,
+        ctx.workspace_bytes,
     )
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none[3:])
 

@@ -38,7 +38,7 @@ from cwdpo_kernels.portable.tiles import TiledHead, compute_dtype, fill_target, 
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
-    ignore_index: int, with_direction: bool, workspace_bytes: int, kept_bytes: int,
+    ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp [N], peak [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
     dtype = compute_dtype(hidden.dtype)
@@ -112,9 +112,12 @@ def _pull_to_label(head: TiledHead, labels_N: Tensor, target_N: Tensor, pushed_N
 def linear_logprob_backward(
     grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
     peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
-    needs_hidden: bool, needs_weight: bool, needs_bias: bool, workspace_bytes: int,
+    needs_hidden: bool, needs_weight: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
+    """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed.
+
+    Rows without an upstream gradient are left out, whether or not `sparse_grad` foretold them.
+    """
     dtype = compute_dtype(hidden.dtype)
     labelled = labels != ignore_index
     rows = live_rows(labelled & (grad_logp != 0))

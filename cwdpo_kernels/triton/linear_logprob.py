@@ -5,7 +5,8 @@ Frozen head: the sweep writes its exponentials a chunk at a time in the inputs' 
     pushed = sum_v u_v W_v in float32 (2G in all). A chunk whose anchor rises moves what is there by powers of two.
 Backward, trainable head: per chunk, the gradient of its logits in the inputs' dtype, recomputed or from the tiles
     that forward kept, then two GEMMs: grad_weight of the chunk, written once, and grad_hidden in float32 (3G).
-    Blocks of tokens without an upstream gradient skip the recomputation.
+    Blocks of tokens without an upstream gradient skip the recomputation and, where the caller says that there will
+    be such tokens (`sparse_grad`), both GEMMs: our own then, since the vendor's cannot take a size from the device.
 
 `peak` of the op is the anchor of primitives.py. Nothing waits for the device; no atomics, so the same input gives the
 same bits. Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles, B = BLOCK_V, C columns of a chunk of tiles.
@@ -20,7 +21,7 @@ from torch import Tensor
 
 from cwdpo_kernels.triton.combine import empty_sums, join_tiles, move_anchor
 from cwdpo_kernels.triton.configs import WORKSPACE_BYTES, grid, tile_config
-from cwdpo_kernels.triton.gemm import accumulate, product
+from cwdpo_kernels.triton.gemm import LiveBlocks, accumulate, product
 from cwdpo_kernels.triton.primitives import exp_anchored, logits_tile, rounded, slope_of, tile_position
 from cwdpo_kernels.triton.sweep import Sweep, tile_arguments
 
@@ -29,7 +30,7 @@ DIRECTION_BLOCK_N, DIRECTION_BLOCK_D = 16, 128
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
-    ignore_index: int, with_direction: bool, workspace_bytes: int, kept_bytes: int,
+    ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp [N], peak (anchor) [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
     labels = labels.contiguous()
@@ -165,7 +166,7 @@ def _gradient_kernel(
 def linear_logprob_backward(
     grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
     peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
-    needs_hidden: bool, needs_weight: bool, needs_bias: bool, workspace_bytes: int,
+    needs_hidden: bool, needs_weight: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
     rows, vocab, config = hidden.shape[0], weight.shape[0], tile_config(hidden, softcap)
@@ -178,6 +179,7 @@ def linear_logprob_backward(
     tiles_n, tiles_v = triton.cdiv(rows, config.block_n), triton.cdiv(vocab, config.block_v)
     column_sum = hidden.new_empty((tiles_n, vocab) if needs_bias else 0, dtype=torch.float32)
 
+    live = LiveBlocks.of((pull_N != 0) | (push_N != 0), config) if sparse_grad else None
     kept_tiles = KeptTiles(kept, hidden, tiles_v, config.block_v, softcap)
     chunk = _tiles_per_chunk(rows, hidden.element_size(), config.block_v, workspace_bytes)
     workspace = hidden.new_empty(rows * min(chunk * config.block_v, vocab))
@@ -195,9 +197,13 @@ def linear_logprob_backward(
             **arguments, out_ptr=grad_NC, first_tile_v=tiles.start, end_tile_v=tiles.stop, out_columns=width,
             KEPT=from_kept,
         )  # fmt: skip
-        if needs_weight:
+        if needs_weight and sparse_grad:
+            live.product(grad_weight[columns], grad_NC, hidden)
+        elif needs_weight:
             product(grad_weight[columns], grad_NC.T, hidden)
-        if needs_hidden:
+        if needs_hidden and sparse_grad:
+            live.accumulate(grad_hidden_ND, grad_NC, weight[columns])
+        elif needs_hidden:
             accumulate(grad_hidden_ND, grad_NC, weight[columns], first=tiles.start == 0)
     return grad_hidden_ND.to(hidden.dtype), grad_weight, column_sum.sum(0).to(hidden.dtype)
 

@@ -190,3 +190,21 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(ck.linear_logprob(hidden, head, labels), expected)
     with torch.no_grad():
         assert torch.equal(ck.linear_logprob(hidden, head, labels), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("dead", [slice(0, 0), slice(40, 200), slice(0, 250)], ids=["none", "some", "all"])
+def test_rows_foretold_to_have_no_gradient(dead, dtype):
+    """`sparse_grad` of the op changes speed, never the result."""
+    hidden, head, labels = make_inputs((250,), 507, 123, dtype, bias=True)
+    upstream = torch.randn(250)
+    upstream[dead] = 0
+
+    def grads(sparse_grad):
+        args = (hidden, head.weight, head.bias, labels, 0.7, None, -100, False, sparse_grad, 60_000, 0)
+        logp, *_ = torch.ops.cwdpo.linear_logprob(*args)
+        return torch.autograd.grad(logp, leaves(hidden, head), upstream)
+
+    rounding = 2 * torch.finfo(dtype).eps
+    for name, actual, expected in zip("hwb", grads(True), grads(False), strict=True):
+        assert relative_error(actual, expected) <= rounding, name
