@@ -94,7 +94,12 @@ def _float64_to(portable: Callable, fast: Callable) -> Callable:
 
 
 def _lazy(module: str, name: str) -> Callable:
+    """The function, imported when it is called; on a GPU with its arguments' device as the current one."""
+
     def call(*args):
-        return getattr(importlib.import_module(module), name)(*args)
+        function = getattr(importlib.import_module(module), name)
+        device = _first_tensor(args).device
+        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+            return function(*args)
 
     return call

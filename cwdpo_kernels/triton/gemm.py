@@ -91,9 +91,9 @@ class LiveBlocks:
 
     @classmethod
     def of(cls, live_N: Tensor, config: TileConfig) -> LiveBlocks:
-        size = config.block_n
-        padded = torch.nn.functional.pad(live_N, (0, -live_N.shape[0] % size))
-        live_B = padded.view(-1, size).any(1)
+        rows, size = live_N.shape[0], config.block_n
+        padded = torch.nn.functional.pad(live_N, (0, -rows % size))
+        live_B = padded.view(triton.cdiv(rows, size), size).any(1)
         return cls(torch.argsort(live_B, descending=True, stable=True), live_B.sum(), config)
 
     def accumulate(self, out: Tensor, a: Tensor, b: Tensor) -> None:

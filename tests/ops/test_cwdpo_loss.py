@@ -127,6 +127,16 @@ def test_extreme_margins_stay_finite():
     assert chosen.total.grad.tolist() == [-0.5, 0.0]
 
 
+@pytest.mark.parametrize("tokens", [0, 3])
+def test_filtered_batches_without_a_label(tokens):
+    hidden, head, labels = make_inputs((4, tokens), 50, 12, labelled=0.0)
+    cooling = ck.Cooling(drop_below=-5.0)
+    out = ck.linear_cwdpo_loss(hidden, head, labels, torch.zeros(2), torch.zeros(2), beta=0.1, cooling=cooling)
+    assert out.loss.item() == 0
+    for tensor, grad in zip(leaves(hidden, head), torch.autograd.grad(out.loss, leaves(hidden, head)), strict=True):
+        assert torch.equal(grad, torch.zeros_like(tensor))
+
+
 @pytest.mark.slow_interpreted
 def test_a_step_of_an_embedded_model_within_1e5_of_float64():
     """2 pairs, T 1024, 128 response tokens, V 49152, D 576, float32: value and gradients against full logits."""
