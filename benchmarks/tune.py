@@ -38,7 +38,7 @@ def milliseconds_of(
 ) -> tuple[float, torch.Tensor]:
     """Median time of a no-grad forward and of a backward with this configuration; raises where it is wrong."""
     hidden, weight, labels = arguments
-    key = (configs.chip(hidden.device), "half" if hidden.itemsize == 2 else configs.precision_of(hidden))
+    key = (configs.chip(hidden.device), "half" if hidden.itemsize == 2 else configs.precision())
     with mock.patch.dict(configs.TILES, {key: config}):
         head = (hidden, weight, None, labels, 1.0, None, -100)
 

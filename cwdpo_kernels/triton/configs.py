@@ -72,7 +72,7 @@ def chip(device: torch.device) -> str:
     return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
 
 
-def precision_of(hidden: Tensor) -> str:
+def precision() -> str:
     """How tl.dot multiplies: float32 follows torch.backends.cuda.matmul."""
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
@@ -82,7 +82,7 @@ def tile_config(hidden: Tensor, *softcaps: float | None, narrower: int = 1) -> T
 
     A soft cap's arithmetic does: it takes half the columns at most.
     """
-    kind = precision_of(hidden) if hidden.dtype == torch.float32 else "half"
+    kind = precision() if hidden.dtype == torch.float32 else "half"
     config = TILES[chip(hidden.device), kind]
     if any(softcap is not None for softcap in softcaps):
         narrower = max(narrower, 2)

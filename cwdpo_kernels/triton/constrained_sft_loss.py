@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.segments import BLOCK_TOKENS, segment_sums, spread
+from cwdpo_kernels.triton.segments import BLOCK_TOKENS, all_segment_sums, spread_all
 
 
 @triton.jit
@@ -33,13 +33,10 @@ def _sft_kernel(
     HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, HINGE: tl.constexpr, PER_TOKEN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    for sequence in range(2 * P):
-        segment_sums(
-            logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_ptr, mean_ptr, count_out_ptr, sequence,
-            ignore_index, HAS_LABELS, HAS_COUNT, BLOCK,
-        )  # fmt: skip
-    tl.debug_barrier()  # what one thread stored above, others load below
-
+    all_segment_sums(
+        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_ptr, mean_ptr, count_out_ptr, 2 * P, ignore_index,
+        HAS_LABELS, HAS_COUNT, BLOCK,
+    )  # fmt: skip
     offs = tl.arange(0, BLOCK_P)
     mask = offs < P
     chosen_nll, chosen_share, _ = _mean_nll(total_ptr, count_out_ptr, offs, mask, PER_TOKEN)
@@ -57,10 +54,7 @@ def _sft_kernel(
     tl.store(penalty_ptr, penalty)
     tl.store(grad_total_ptr + offs, -chosen_share, mask=mask)
     tl.store(grad_total_ptr + P + offs, slope * rejected_share, mask=mask)
-    tl.debug_barrier()
-    for sequence in range(2 * P):
-        value = tl.load(grad_total_ptr + sequence)
-        spread(value, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, sequence, ignore_index, HAS_LABELS, BLOCK)
+    spread_all(grad_total_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, ignore_index, HAS_LABELS, BLOCK)
 
 
 def constrained_sft_loss(

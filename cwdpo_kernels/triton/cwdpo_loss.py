@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from cwdpo_kernels.triton.primitives import sigmoid, softplus
-from cwdpo_kernels.triton.segments import BLOCK_TOKENS, segment_sums, spread
+from cwdpo_kernels.triton.segments import BLOCK_TOKENS, all_segment_sums, spread_all
 
 
 @triton.jit
@@ -24,13 +24,10 @@ def _cwdpo_kernel(
     ignore_index, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_CONSTANT: tl.constexpr,
     HAS_DROP: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    for sequence in range(2 * P):
-        segment_sums(
-            logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_ptr, mean_ptr, count_out_ptr, sequence,
-            ignore_index, HAS_LABELS, HAS_COUNT, BLOCK,
-        )  # fmt: skip
-    tl.debug_barrier()  # what one thread stored above, others load below
-
+    all_segment_sums(
+        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_ptr, mean_ptr, count_out_ptr, 2 * P, ignore_index,
+        HAS_LABELS, HAS_COUNT, BLOCK,
+    )  # fmt: skip
     offs = tl.arange(0, BLOCK_P)
     mask = offs < P
     count_chosen = tl.load(count_out_ptr + offs, mask=mask, other=0)
@@ -68,10 +65,7 @@ def _cwdpo_kernel(
     tl.store(accuracy_ptr + offs, tl.where(margin > 0, 1.0, 0.0), mask=mask)
     tl.store(weight_ptr + offs, weight, mask=mask)
     tl.store(kept_ptr + offs, kept, mask=mask)
-    tl.debug_barrier()
-    for sequence in range(2 * P):
-        value = tl.load(grad_total_ptr + sequence)
-        spread(value, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, sequence, ignore_index, HAS_LABELS, BLOCK)
+    spread_all(grad_total_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, ignore_index, HAS_LABELS, BLOCK)
 
 
 def cwdpo_loss(

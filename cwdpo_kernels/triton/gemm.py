@@ -14,27 +14,30 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.configs import TileConfig, precision_of
+from cwdpo_kernels.triton.configs import TileConfig, precision
 from cwdpo_kernels.triton.primitives import load_tile, rounded
 
 
-def accumulate(out: Tensor, a: Tensor, b: Tensor, first: bool) -> None:
-    """out (float32) = a @ b, or += where not `first`. The products of half-precision operands are never rounded."""
-    beta = 0.0 if first else 1.0
-    if a.dtype == out.dtype:
-        torch.addmm(out, a, b, beta=beta, out=out)
-    elif out.is_cuda:
-        torch.addmm(out, a, b, out_dtype=out.dtype, beta=beta, out=out)
-    else:  # under the interpreter: the CPU has no product of half-precision operands into float32
-        torch.addmm(out, a.to(out.dtype), b.to(out.dtype), beta=beta, out=out)
+class AllRows:
+    """The vendor's GEMMs over every row."""
 
+    @staticmethod
+    def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
+        """out [N, D] (float32) += a [N, K] @ b [K, D]. Products of half-precision operands are never rounded."""
+        if a.dtype == out.dtype:
+            torch.addmm(out, a, b, out=out)
+        elif out.is_cuda:
+            torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
+        else:  # under the interpreter: the CPU has no product of half-precision operands into float32
+            torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
 
-def product(out: Tensor, a: Tensor, b: Tensor) -> None:
-    """out = a @ b, accumulated in float32 and rounded once."""
-    if a.is_cuda or a.dtype == torch.float32:
-        torch.mm(a, b, out=out)
-    else:
-        out.copy_(a.float() @ b.float())
+    @staticmethod
+    def product(out: Tensor, a: Tensor, b: Tensor) -> None:
+        """out [C, D] = a [N, C].T @ b [N, D], accumulated in float32 and rounded once."""
+        if a.is_cuda or a.dtype == torch.float32:
+            torch.mm(a.T, b, out=out)
+        else:
+            out.copy_(a.T.float() @ b.float())
 
 
 @triton.jit
@@ -60,7 +63,8 @@ def _live_rows_kernel(
 
 @triton.jit
 def _live_sum_kernel(
-    a_ptr, b_ptr, out_ptr, blocks_ptr, n_blocks_ptr, N, C, D, stride_a, stride_b_n, stride_b_d, stride_out,
+    a_ptr, b_ptr, out_ptr, blocks_ptr, n_blocks_ptr, N, C, D, stride_a, stride_b_n, stride_b_d,
+    stride_out_c, stride_out_d,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
@@ -76,7 +80,7 @@ def _live_sum_kernel(
         acc = tl.dot(a.T, b, acc, input_precision=PRECISION)
     offs_c = row_a + tl.arange(0, BLOCK_C)
     offs_d = col + tl.arange(0, BLOCK_D)
-    offs = offs_c.to(tl.int64)[:, None] * stride_out + offs_d[None, :]
+    offs = offs_c.to(tl.int64)[:, None] * stride_out_c + offs_d.to(tl.int64)[None, :] * stride_out_d
     mask = (offs_c < C)[:, None] & (offs_d < D)[None, :]
     tl.store(out_ptr + offs, rounded(acc, out_ptr.dtype.element_ty), mask=mask)
 
@@ -110,11 +114,11 @@ class LiveBlocks:
         sizes, options = self._launch(a)
         block_c = sizes["BLOCK_D"]
         _live_sum_kernel[triton.cdiv(columns, block_c), triton.cdiv(dim, block_c)](
-            a, b, out, self.blocks, self.count, rows, columns, dim, a.stride(0), *b.stride(), out.stride(0),
+            a, b, out, self.blocks, self.count, rows, columns, dim, a.stride(0), *b.stride(), *out.stride(),
             BLOCK_C=block_c, **sizes, **options,
         )  # fmt: skip
 
     def _launch(self, a: Tensor) -> tuple[dict, dict]:
         side, depth = min(self.config.block_n, 128), min(self.config.block_d, 32)
-        sizes = {"PRECISION": precision_of(a), "BLOCK_R": self.config.block_n, "BLOCK_D": side, "BLOCK_K": depth}
+        sizes = {"PRECISION": precision(), "BLOCK_R": self.config.block_n, "BLOCK_D": side, "BLOCK_K": depth}
         return sizes, {"num_warps": self.config.num_warps, "num_stages": self.config.num_stages}

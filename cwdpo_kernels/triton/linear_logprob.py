@@ -21,7 +21,7 @@ from torch import Tensor
 
 from cwdpo_kernels.triton.combine import empty_sums, join_tiles, move_anchor
 from cwdpo_kernels.triton.configs import WORKSPACE_BYTES, grid, tile_config
-from cwdpo_kernels.triton.gemm import LiveBlocks, accumulate, product
+from cwdpo_kernels.triton.gemm import AllRows, LiveBlocks
 from cwdpo_kernels.triton.primitives import exp_anchored, logits_tile, rounded, slope_of, tile_position
 from cwdpo_kernels.triton.sweep import Sweep, tile_arguments
 
@@ -66,7 +66,7 @@ def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor,
         join_tiles(sweep.anchor_TN, sweep.total_TN, tiles, anchor_N, total_N, sweep.labels, sweep.ignore_index)
         move_anchor(tile_NC, sweep.anchor_TN, anchor_N, tiles, block_v)
         move_anchor(pushed_ND, before_N[None], anchor_N, range(1), triton.next_power_of_2(hidden.shape[1]))
-        accumulate(pushed_ND, tile_NC, weight[columns], first=start == 0)
+        AllRows.accumulate(pushed_ND, tile_NC, weight[columns])
     # Every tile has been joined: an empty range only finishes.
     logp_N = join_tiles(
         sweep.anchor_TN, sweep.total_TN, range(0), anchor_N, total_N, sweep.labels, sweep.ignore_index, sweep.target_N
@@ -174,12 +174,13 @@ def linear_logprob_backward(
     pull_N = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp) * scale, 0.0)
     push_N = torch.where(total > 0, -pull_N / total, 0.0)
     grad_hidden_ND = hidden.new_zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32)
-    grad_weight = torch.zeros_like(weight) if rows == 0 else torch.empty_like(weight)
-    grad_weight = grad_weight if needs_weight else weight.new_empty(0)
+    grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
+    if rows == 0:
+        grad_weight.zero_()
     tiles_n, tiles_v = triton.cdiv(rows, config.block_n), triton.cdiv(vocab, config.block_v)
     column_sum = hidden.new_empty((tiles_n, vocab) if needs_bias else 0, dtype=torch.float32)
 
-    live = LiveBlocks.of((pull_N != 0) | (push_N != 0), config) if sparse_grad else None
+    gemms = LiveBlocks.of((pull_N != 0) | (push_N != 0), config) if sparse_grad else AllRows
     kept_tiles = KeptTiles(kept, hidden, tiles_v, config.block_v, softcap)
     chunk = _tiles_per_chunk(rows, hidden.element_size(), config.block_v, workspace_bytes)
     workspace = hidden.new_empty(rows * min(chunk * config.block_v, vocab))
@@ -197,15 +198,13 @@ def linear_logprob_backward(
             **arguments, out_ptr=grad_NC, first_tile_v=tiles.start, end_tile_v=tiles.stop, out_columns=width,
             KEPT=from_kept,
         )  # fmt: skip
-        if needs_weight and sparse_grad:
-            live.product(grad_weight[columns], grad_NC, hidden)
-        elif needs_weight:
-            product(grad_weight[columns], grad_NC.T, hidden)
-        if needs_hidden and sparse_grad:
-            live.accumulate(grad_hidden_ND, grad_NC, weight[columns])
-        elif needs_hidden:
-            accumulate(grad_hidden_ND, grad_NC, weight[columns], first=tiles.start == 0)
-    return grad_hidden_ND.to(hidden.dtype), grad_weight, column_sum.sum(0).to(hidden.dtype)
+        if needs_weight:
+            gemms.product(grad_weight[columns], grad_NC, hidden)
+        if needs_hidden:
+            gemms.accumulate(grad_hidden_ND, grad_NC, weight[columns])
+    # In the layout of hidden, as the op's fake promises.
+    grad_hidden = torch.empty_like(hidden).copy_(grad_hidden_ND) if needs_hidden else hidden.new_empty(0)
+    return grad_hidden, grad_weight, column_sum.sum(0).to(hidden.dtype)
 
 
 def _tiles_per_chunk(rows: int, itemsize: int, block_v: int, workspace_bytes: int) -> int:

@@ -9,7 +9,7 @@ BLOCK_TOKENS = 1024
 
 
 @triton.jit
-def segment_sums(
+def segment_sum(
     logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_out_ptr, mean_out_ptr, count_out_ptr, sequence,
     ignore_index, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -47,3 +47,29 @@ def spread(
             labels = tl.load(labels_ptr + offs, mask=mask, other=ignore_index)
             values = tl.where(labels != ignore_index, values, 0.0)
         tl.store(out_ptr + offs, values, mask=mask)
+
+
+@triton.jit
+def all_segment_sums(
+    logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_out_ptr, mean_out_ptr, count_out_ptr, sequences,
+    ignore_index, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """segment_sum of every sequence by one program, which may load the results afterwards."""
+    for sequence in range(sequences):
+        segment_sum(
+            logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_out_ptr, mean_out_ptr, count_out_ptr, sequence,
+            ignore_index, HAS_LABELS, HAS_COUNT, BLOCK,
+        )  # fmt: skip
+    tl.debug_barrier()  # what one thread stored, others will load
+
+
+@triton.jit
+def spread_all(
+    values_ptr, out_ptr, labels_ptr, cu_seqlens_ptr, sequences, ignore_index, HAS_LABELS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """spread every sequence's value by the one program that stored them."""
+    tl.debug_barrier()  # what one thread stored, others load now
+    for sequence in range(sequences):
+        value = tl.load(values_ptr + sequence)
+        spread(value, out_ptr, labels_ptr, cu_seqlens_ptr, sequence, ignore_index, HAS_LABELS, BLOCK)

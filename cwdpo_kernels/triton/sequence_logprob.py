@@ -7,14 +7,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.segments import BLOCK_TOKENS, segment_sums, spread
+from cwdpo_kernels.triton.segments import BLOCK_TOKENS, segment_sum, spread
 
 
 @triton.jit
 def _forward_kernel(
     logp_ptr, labels_ptr, cu_seqlens_ptr, total_ptr, mean_ptr, count_ptr, ignore_index, BLOCK: tl.constexpr
 ):
-    segment_sums(
+    segment_sum(
         logp_ptr, labels_ptr, labels_ptr, cu_seqlens_ptr, total_ptr, mean_ptr, count_ptr, tl.program_id(0),
         ignore_index, True, False, BLOCK,
     )  # fmt: skip

@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.configs import TileConfig, grid, operands, precision_of, tile_config
+from cwdpo_kernels.triton.configs import TileConfig, grid, operands, precision, tile_config
 from cwdpo_kernels.triton.primitives import (
     NO_ANCHOR,
     anchor_of,
@@ -143,7 +143,7 @@ def tile_arguments(
     return {
         **matrices, "bias_ptr": weight if bias is None else bias.contiguous(), "scale": scale,
         "softcap": 1.0 if softcap is None else softcap, "HAS_BIAS": bias is not None,
-        "HAS_SOFTCAP": softcap is not None, "PRECISION": precision_of(hidden), "DESCRIPTORS": descriptors,
+        "HAS_SOFTCAP": softcap is not None, "PRECISION": precision(), "DESCRIPTORS": descriptors,
         "FLATTEN": config.persistent, "GROUP_N": config.group_n, "BLOCK_N": config.block_n,
         "BLOCK_V": config.block_v, "BLOCK_D": config.block_d, "num_warps": config.num_warps,
         "num_stages": config.num_stages,

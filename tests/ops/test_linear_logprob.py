@@ -192,11 +192,14 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(ck.linear_logprob(hidden, head, labels), expected)
 
 
+@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dead", [slice(0, 0), slice(40, 200), slice(0, 250)], ids=["none", "some", "all"])
-def test_rows_foretold_to_have_no_gradient(dead, dtype):
+def test_rows_foretold_to_have_no_gradient(dead, dtype, transposed):
     """`sparse_grad` of the op changes speed, never the result."""
     hidden, head, labels = make_inputs((250,), 507, 123, dtype, bias=True)
+    if transposed:
+        head = ck.Head(head.weight.detach().T.contiguous().T.requires_grad_(), head.bias)
     upstream = torch.randn(250)
     upstream[dead] = 0
 
