@@ -1,0 +1,96 @@
+#include "head.h"
+
+#include "../check.h"
+
+namespace cwdpo {
+namespace {
+
+constexpr int64_t kMinTile = 128;
+constexpr int64_t kMaxRows = 1024;
+constexpr int64_t kWorkspaceBytes = 4 << 20;
+
+}  // namespace
+
+void check_head(const char* op, const HeadArguments& head, const Tensor& labels) {
+  expect_dims(op, "hidden", head.hidden, 2);
+  expect_dims(op, "weight", head.weight, 2);
+  expect_dims(op, "labels", labels, 1);
+  expect_size(op, "weight", head.weight, 1, head.hidden.size(1));
+  expect_size(op, "labels", labels, 0, head.hidden.size(0));
+  expect_dtype(op, "weight", head.weight, head.hidden.scalar_type());
+  if (head.bias) {
+    expect_dims(op, "bias", *head.bias, 1);
+    expect_size(op, "bias", *head.bias, 0, head.weight.size(0));
+  }
+}
+
+LiveRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab) {
+  const Tensor as_int64 = contiguous_as<int64_t>(labels);
+  const int64_t* values = data<int64_t>(as_int64);
+  LiveRows live;
+  for (int64_t i = 0; i < labels.numel(); ++i) {
+    if (values[i] == ignore_index) continue;
+    expect(values[i] >= 0 && values[i] < vocab, op, "labels", "values below", vocab, values[i]);
+    live.positions.push_back(i);
+    live.labels.push_back(values[i]);
+  }
+  return live;
+}
+
+TilePlan plan_tiles(const HeadArguments& head, int64_t live_rows, size_t item_size) {
+  const int64_t bytes = head.workspace_bytes == 0 ? kWorkspaceBytes : head.workspace_bytes;
+  const int64_t entries = std::max<int64_t>(bytes / item_size, kMinTile * kMinTile);
+  const int64_t rows = std::clamp<int64_t>(std::min(live_rows, entries / kMinTile), 1, kMaxRows);
+  // A half-precision tile of the weight is converted: it counts as rows of the workspace too.
+  const int64_t converted = head.weight.element_size() == item_size ? 0 : head.weight.size(1);
+  const int64_t columns = std::max<int64_t>(entries / (rows + converted) / kMinTile, 1) * kMinTile;
+  return {rows, std::min(columns, head.weight.size(0))};
+}
+
+template <class T>
+TiledHead<T>::TiledHead(const HeadArguments& arguments, const LiveRows& live, TilePlan tile_plan)
+    : plan(tile_plan),
+      rows(live.size()),
+      vocab(arguments.weight.size(0)),
+      dim(arguments.weight.size(1)),
+      scale(static_cast<T>(arguments.scale)),
+      cap(static_cast<T>(arguments.softcap.value_or(0))),
+      live_(live),
+      weight_tensor_(arguments.weight),
+      buffer_(empty<T>({std::min(plan.rows, rows) * plan.columns})) {
+  const bool all = rows == arguments.hidden.size(0);
+  hidden_tensor_ = all ? arguments.hidden : index_rows(arguments.hidden, live.positions.data(), rows);
+  if (hidden_tensor_.scalar_type() != dtype_of<T>()) hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
+  hidden_ = matrix<T>(hidden_tensor_);
+  if (arguments.bias) bias_tensor_ = contiguous_as<T>(*arguments.bias);
+  bias_ = bias_tensor_ ? data<T>(*bias_tensor_) : nullptr;
+  if (weight_tensor_.scalar_type() != dtype_of<T>()) weight_buffer_ = empty<T>({plan.columns, dim});
+}
+
+template <class T>
+Matrix<T> TiledHead<T>::weight(Span columns) const {
+  if (!weight_buffer_) return matrix<T>(weight_tensor_).block(columns.start, columns.size);
+  Tensor tile = slice_rows(*weight_buffer_, 0, columns.size);
+  torch::stable::copy_(tile, slice_rows(weight_tensor_, columns.start, columns.size));
+  return matrix<T>(tile);
+}
+
+template <class T>
+std::vector<T> TiledHead<T>::target_logits() const {
+  std::vector<T> logits(rows);
+  for_spans(rows, plan.rows, [&](Span block) {
+    const Tensor own_weight = target_weight(block), own_hidden = torch::stable::contiguous(hidden(block).tensor());
+    for_rows(block.size, dim, [&](int64_t i) {
+      const int64_t row = block.start + i;
+      logits[row] = static_cast<T>(dot_row(data<T>(own_hidden) + i * dim, data<T>(own_weight) + i * dim, dim));
+      const T* bias = bias_ == nullptr ? nullptr : bias_ + live_.labels[row];
+      transform_row(&logits[row], bias, 1, scale, cap);
+    });
+  });
+  return logits;
+}
+
+template class TiledHead<float>;
+template class TiledHead<double>;
+
+}  // namespace cwdpo

@@ -1,0 +1,112 @@
+// Logits of a linear head, one cache-sized vocabulary tile at a time, never rounded below float32.
+//
+// Legend: N live rows (tokens that count), R rows of a block, D hidden, V vocabulary, B columns of a tile.
+#pragma once
+
+#include <algorithm>
+#include <limits>
+#include <optional>
+#include <vector>
+
+#include "rows.h"
+#include "tensors.h"
+
+namespace cwdpo {
+
+struct Span {
+  int64_t start, size;
+  int64_t stop() const { return start + size; }
+  bool contains(int64_t i) const { return start <= i && i < stop(); }
+};
+
+// f(span) for [0, total) in spans of at most `size`.
+template <class F>
+void for_spans(int64_t total, int64_t size, const F& f) {
+  for (int64_t start = 0; start < total; start += size) f(Span{start, std::min(size, total - start)});
+}
+
+// How the op was called: the head, its transform, and what may be used.
+struct HeadArguments {
+  const Tensor& hidden;
+  const Tensor& weight;
+  const std::optional<Tensor>& bias;
+  double scale;
+  std::optional<double> softcap;
+  int64_t workspace_bytes;
+};
+
+// Throws unless the tensors fit together: op names the caller in the message.
+void check_head(const char* op, const HeadArguments& head, const Tensor& labels);
+
+// The rows that count: positions among all tokens, and their labels (checked to lie in [0, vocab)).
+struct LiveRows {
+  std::vector<int64_t> positions, labels;
+  int64_t size() const { return static_cast<int64_t>(positions.size()); }
+};
+LiveRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab);
+
+struct TilePlan {
+  int64_t rows, columns;
+};
+
+// Narrow column tiles come first: a tile, its part of the weight and the hidden rows should stay in cache together.
+TilePlan plan_tiles(const HeadArguments& head, int64_t live_rows, size_t item_size);
+
+template <class T>
+class TiledHead {
+ public:
+  TiledHead(const HeadArguments& arguments, const LiveRows& live, TilePlan plan);
+
+  const TilePlan plan;
+  const int64_t rows, vocab, dim;
+  const T scale, cap;  // cap 0: none
+  T inverse_cap() const { return cap == T(0) ? T(0) : T(1) / cap; }
+  T slope(T logit) const { return T(1) - (logit * inverse_cap()) * (logit * inverse_cap()); }
+
+  Matrix<T> hidden(Span block) const { return hidden_.block(block.start, block.size); }
+  Matrix<T> buffer(Span block, Span columns) const {
+    return {data<T>(buffer_), block.size, columns.size, columns.size};
+  }
+  // The weight's rows of the tile, converted into a buffer where they are of another dtype.
+  Matrix<T> weight(Span columns) const;
+  // z <- softcap(scale * (z + bias)) of one row of the tile.
+  void transform(T* z, Span columns) const {
+    transform_row(z, bias_ == nullptr ? nullptr : bias_ + columns.start, columns.size, scale, cap);
+  }
+  // Each row's own row of the weight, [R, D], for a block of rows.
+  Tensor target_weight(Span block) const {
+    return contiguous_as<T>(index_rows(weight_tensor_, live_.labels.data() + block.start, block.size));
+  }
+  // c [N], each row's logit of its own label: a dot product, no vocabulary work.
+  std::vector<T> target_logits() const;
+
+ private:
+  const LiveRows& live_;
+  Tensor hidden_tensor_, weight_tensor_, buffer_;
+  std::optional<Tensor> bias_tensor_, weight_buffer_;
+  Matrix<T> hidden_;
+  const T* bias_;
+};
+
+// The logits of the first vocabulary tiles, kept from forward for backward in opaque bytes: whole tiles [N, B] of all
+// labelled rows, one after the other, while they fit.
+template <class T>
+class KeptTiles {
+ public:
+  KeptTiles(const Tensor& storage, TilePlan plan, int64_t labelled, int64_t vocab) : labelled_(labelled) {
+    const int64_t fit = storage.numel() / std::max<int64_t>(labelled * sizeof(T), 1);
+    columns_ = fit >= vocab ? vocab : fit / plan.columns * plan.columns;
+    start_ = data<T>(storage);
+  }
+  int64_t used_bytes() const { return labelled_ * columns_ * static_cast<int64_t>(sizeof(T)); }
+  bool has(Span columns) const { return columns.stop() <= columns_; }
+  Matrix<T> tile(Span columns) const {
+    return {start_ + labelled_ * columns.start, labelled_, columns.size, columns.size};
+  }
+
+ private:
+  int64_t labelled_, columns_;
+  T* start_;
+};
+
+}  // namespace cwdpo

@@ -1,0 +1,292 @@
+// linear_logprob and its backward on the CPU: the algorithm of cwdpo_kernels/portable/linear_logprob.py, with the
+// passes over a tile of logits (transform, maximum, exponential, sum, gradient) made row by row while the row is in
+// the first-level cache, and kept tiles read and written in place.
+//
+// Bytes that move from memory: the weight once forward and once backward, its gradient once; everything else is N x D
+// or stays in cache. Legend: see head.h.
+
+#include "../check.h"
+#include "../ops.h"
+#include "head.h"
+
+namespace cwdpo {
+namespace {
+
+template <class T>
+struct Forward {
+  std::vector<T> peak, total;
+  Tensor pushed;  // sum q_v W_v scaled by total; [N, D], or undefined without a direction
+};
+
+// The competitors' running maximum and sum take in one row of a tile; returns the decay of what was summed before.
+template <class T>
+class RowSweep {
+ public:
+  RowSweep(const TiledHead<T>& head, const LiveRows& live, Forward<T>& state)
+      : head_(head), live_(live), state_(state) {}
+
+  // z is left as it was (transformed); only exp is summed.
+  void sum(T* z, int64_t row, Span columns) const {
+    const Masked label(z, live_.labels[row], columns);
+    const T decay = raise_peak(max_of_row(z, columns.size), row);
+    state_.total[row] = state_.total[row] * decay + exp_sums_of_row(z, columns.size, state_.peak[row]).total;
+  }
+
+  // z becomes exp(z - peak) * slope, 0 at the label; `pushed` [D] decays with the sum.
+  void exponentiate(T* z, int64_t row, Span columns, T* pushed) const {
+    const int64_t label = live_.labels[row] - columns.start;
+    const bool inside = columns.contains(live_.labels[row]);
+    if (inside) z[label] = -std::numeric_limits<T>::infinity();
+    const T decay = raise_peak(max_of_row(z, columns.size), row);
+    const T sum = exp_row(z, z, columns.size, state_.peak[row], T(1), head_.inverse_cap());
+    if (inside) z[label] = T(0);
+    state_.total[row] = state_.total[row] * decay + sum;
+    if (decay != T(1)) scale_row(pushed, head_.dim, decay);
+  }
+
+ private:
+  // The label's entry is -inf while the object lives.
+  struct Masked {
+    Masked(T* z, int64_t label, Span columns) {
+      if (!columns.contains(label)) return;
+      spot = z + (label - columns.start);
+      value = *spot;
+      *spot = -std::numeric_limits<T>::infinity();
+    }
+    ~Masked() {
+      if (spot != nullptr) *spot = value;
+    }
+    T* spot = nullptr;
+    T value{};
+  };
+
+  T raise_peak(T candidate, int64_t row) const {
+    const T before = state_.peak[row], peak = std::max(before, candidate);
+    state_.peak[row] = peak;
+    return peak == before ? T(1) : std::exp(before - peak);
+  }
+
+  const TiledHead<T>& head_;
+  const LiveRows& live_;
+  Forward<T>& state_;
+};
+
+template <class T>
+Forward<T> sweep(const TiledHead<T>& head, const LiveRows& live, const KeptTiles<T>& kept, bool with_direction) {
+  Forward<T> state{std::vector<T>(head.rows, std::numeric_limits<T>::lowest()), std::vector<T>(head.rows), Tensor()};
+  if (with_direction) state.pushed = zeros({head.rows, head.dim}, dtype_of<T>());
+  const Matrix<T> pushed = with_direction ? matrix<T>(state.pushed) : Matrix<T>{};
+  const RowSweep<T> rows(head, live, state);
+
+  for_spans(head.vocab, head.plan.columns, [&](Span columns) {
+    const Matrix<T> weight = head.weight(columns);
+    for_spans(head.rows, head.plan.rows, [&](Span block) {
+      const bool keep = kept.has(columns);
+      const Matrix<T> tile = keep ? kept.tile(columns).block(block.start, block.size) : head.buffer(block, columns);
+      multiply(tile, head.hidden(block), weight.transposed(), /*accumulate=*/false);
+      for_rows(block.size, columns.size, [&](int64_t i) {
+        const int64_t row = block.start + i;
+        head.transform(tile.row(i), columns);
+        if (with_direction) rows.exponentiate(tile.row(i), row, columns, pushed.row(row));
+        else rows.sum(tile.row(i), row, columns);
+      });
+      if (with_direction) multiply(pushed.block(block.start, block.size), tile, weight, /*accumulate=*/true);
+    });
+  });
+  return state;
+}
+
+// pushed <- scale * (slope_y W_y - pushed / total), in place.
+template <class T>
+void pull_to_label(const TiledHead<T>& head, const std::vector<T>& target, const Forward<T>& state) {
+  const Matrix<T> pushed = matrix<T>(state.pushed);
+  for_spans(head.rows, head.plan.rows, [&](Span block) {
+    const Tensor own_weight = head.target_weight(block);
+    for_rows(block.size, head.dim, [&](int64_t i) {
+      const int64_t row = block.start + i;
+      // No competitor at all (V = 1) leaves total = 0: 1 / tiny keeps 0 / 0 out, 1 - p_y = 0 does the rest.
+      scale_row(pushed.row(row), head.dim, T(1) / std::max(state.total[row], std::numeric_limits<T>::min()));
+      pull_row(pushed.row(row), data<T>(own_weight) + i * head.dim, head.dim, head.slope(target[row]), head.scale);
+    });
+  });
+}
+
+template <class T>
+LinearLogprob forward(
+    const HeadArguments& arguments, const Tensor& labels, const LiveRows& live, bool with_direction,
+    int64_t kept_bytes) {
+  const int64_t tokens = labels.numel();
+  LinearLogprob out{
+      zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()),
+      zeros({with_direction ? tokens : 0, arguments.hidden.size(1)}, arguments.hidden.scalar_type()),
+      empty({kept_bytes}, ScalarType::Byte)};
+  auto& [logp, peak, total, direction, kept] = out;
+
+  const TilePlan plan = plan_tiles(arguments, live.size(), sizeof(T));
+  // A frozen head's backward needs no tile.
+  const KeptTiles<T> kept_tiles(
+      with_direction ? slice_rows(kept, 0, 0) : kept, plan, live.size(), arguments.weight.size(0));
+  std::memset(data<char>(kept) + kept_tiles.used_bytes(), 0, kept_bytes - kept_tiles.used_bytes());
+  if (live.size() == 0) return out;
+
+  const TiledHead<T> head(arguments, live, plan);
+  const std::vector<T> target = head.target_logits();
+  const Forward<T> state = sweep(head, live, kept_tiles, with_direction);
+  for (int64_t i = 0; i < live.size(); ++i) {
+    const int64_t token = live.positions[i];
+    data<T>(peak)[token] = state.peak[i];
+    data<T>(total)[token] = state.total[i];
+    data<T>(logp)[token] = logp_of(target[i], state.peak[i], state.total[i]);
+  }
+  if (with_direction) {
+    pull_to_label(head, target, state);
+    scatter_rows(direction, live.positions, state.pushed);
+  }
+  return out;
+}
+
+// The rows with a label and an upstream gradient, where they stand among the labelled rows, and the two numbers that
+// turn exp(z - peak) into the gradient of z: `pull` at the label, `push` elsewhere.
+template <class T>
+struct Upstream {
+  LiveRows live;
+  std::vector<int64_t> labelled;
+  std::vector<T> pull, push, peak;
+};
+
+template <class T>
+Upstream<T> upstream_of(
+    const LiveRows& labelled, const Tensor& grad_logp, const Tensor& logp, const Tensor& peak, const Tensor& total,
+    double scale) {
+  const Tensor grads = contiguous_as<T>(grad_logp), logps = contiguous_as<T>(logp), peaks = contiguous_as<T>(peak),
+               totals = contiguous_as<T>(total);
+  Upstream<T> up;
+  for (int64_t i = 0; i < labelled.size(); ++i) {
+    const int64_t token = labelled.positions[i];
+    const T grad = data<T>(grads)[token];
+    if (grad == T(0)) continue;
+    up.live.positions.push_back(token);
+    up.live.labels.push_back(labelled.labels[i]);
+    up.labelled.push_back(i);
+    const T pull = grad * -std::expm1(data<T>(logps)[token]) * static_cast<T>(scale);  // 1 - p_y = -expm1(logp)
+    up.pull.push_back(pull);
+    up.push.push_back(-pull / data<T>(totals)[token]);
+    up.peak.push_back(data<T>(peaks)[token]);
+  }
+  return up;
+}
+
+// sum over the tile's rows, into [B]
+template <class T>
+void add_columns(T* sums, const Matrix<T>& tile) {
+  constexpr int64_t kChunk = 512;
+  const int64_t chunks = (tile.columns + kChunk - 1) / kChunk;
+  for_rows(chunks, tile.rows * kChunk, [&](int64_t chunk) {
+    const int64_t start = chunk * kChunk, size = std::min(kChunk, tile.columns - start);
+    for (int64_t i = 0; i < tile.rows; ++i) add_row(sums + start, tile.row(i) + start, size);
+  });
+}
+
+// The accumulator of one tile of a gradient: the output's own memory where that has the compute dtype, else a buffer.
+template <class T>
+struct Accumulator {
+  Accumulator(const Tensor& out, Span rows)
+      : slice(slice_rows(out, rows.start, rows.size)),
+        sums(out.scalar_type() == dtype_of<T>()
+                 ? slice
+                 : empty<T>(std::vector<int64_t>(slice.sizes().begin(), slice.sizes().end()))) {}
+  void store() {
+    if (slice.scalar_type() != dtype_of<T>()) torch::stable::copy_(slice, sums);
+  }
+  Tensor slice, sums;
+};
+
+template <class T>
+LinearLogprobGrads backward(
+    const HeadArguments& arguments, const LiveRows& labelled, const Upstream<T>& up, const Tensor& kept,
+    LinearLogprobGrads out, bool needs_hidden, bool needs_weight, bool needs_bias) {
+  auto& [grad_hidden, grad_weight, grad_bias] = out;
+  // Forward laid its kept tiles out for all labelled rows, in tiles planned for that many: plan the same.
+  const TilePlan plan = plan_tiles(arguments, labelled.size(), sizeof(T));
+  const TiledHead<T> head(arguments, up.live, plan);
+  const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), head.vocab);
+  const Tensor grad_hidden_live = needs_hidden ? empty<T>({head.rows, head.dim}) : Tensor();
+
+  for_spans(head.vocab, plan.columns, [&](Span columns) {
+    const Matrix<T> weight = head.weight(columns);
+    std::optional<Accumulator<T>> weight_sums, bias_sums;
+    if (needs_weight) weight_sums.emplace(grad_weight, columns);
+    if (needs_bias) {
+      bias_sums.emplace(grad_bias, columns);
+      torch::stable::zero_(bias_sums->sums);
+    }
+    for_spans(head.rows, plan.rows, [&](Span block) {
+      const Matrix<T> grad = head.buffer(block, columns);
+      const bool recompute = !kept_tiles.has(columns);
+      if (recompute) multiply(grad, head.hidden(block), weight.transposed(), /*accumulate=*/false);
+      for_rows(block.size, columns.size, [&](int64_t i) {
+        const int64_t row = block.start + i, label = up.live.labels[row];
+        if (recompute) head.transform(grad.row(i), columns);
+        const T* z = recompute ? grad.row(i) : kept_tiles.tile(columns).row(up.labelled[row]);
+        const T target = columns.contains(label) ? z[label - columns.start] : T(0);
+        exp_row(z, grad.row(i), columns.size, up.peak[row], up.push[row], head.inverse_cap());
+        // exp(c - peak) may overflow: the label's entry is written over it.
+        if (columns.contains(label)) grad.row(i)[label - columns.start] = up.pull[row] * head.slope(target);
+      });
+      if (needs_hidden) {
+        multiply(matrix<T>(grad_hidden_live).block(block.start, block.size), grad, weight, columns.start > 0);
+      }
+      if (needs_weight) {
+        multiply(matrix<T>(weight_sums->sums), grad.transposed(), head.hidden(block), block.start > 0);
+      }
+      if (needs_bias) add_columns(data<T>(bias_sums->sums), grad);
+    });
+    if (needs_weight) weight_sums->store();
+    if (needs_bias) bias_sums->store();
+  });
+  if (needs_hidden) scatter_rows(grad_hidden, up.live.positions, grad_hidden_live);
+  return out;
+}
+
+}  // namespace
+
+LinearLogprob linear_logprob(
+    const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, double scale,
+    std::optional<double> softcap, int64_t ignore_index, bool with_direction, bool /*sparse_grad*/,
+    int64_t workspace_bytes, int64_t kept_bytes) {
+  const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
+  check_head("linear_logprob", arguments, labels);
+  const LiveRows live = labelled_rows("linear_logprob", labels, ignore_index, weight.size(0));
+  return with_compute_type(hidden.scalar_type(), [&](auto type) {
+    return forward<decltype(type)>(arguments, labels, live, with_direction, kept_bytes);
+  });
+}
+
+LinearLogprobGrads linear_logprob_backward(
+    const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
+    double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_weight,
+    bool needs_bias, bool /*sparse_grad*/, int64_t workspace_bytes) {
+  const char* op = "linear_logprob_backward";
+  const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
+  check_head(op, arguments, labels);
+  for (const Tensor* per_token : {&grad_logp, &logp, &peak, &total}) {
+    expect(per_token->numel() == labels.numel(), op, "grad_logp, logp, peak, total", "size", labels.numel(),
+           per_token->numel());
+  }
+  const LiveRows labelled = labelled_rows(op, labels, ignore_index, weight.size(0));
+  const auto gradient = [](bool needed, const Tensor& like) {
+    return needed ? zeros({like.sizes().begin(), like.sizes().end()}, like.scalar_type())
+                  : empty({0}, like.scalar_type());
+  };
+  LinearLogprobGrads out{
+      gradient(needs_hidden, hidden), gradient(needs_weight, weight), gradient(needs_bias, bias ? *bias : weight)};
+  return with_compute_type(hidden.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Upstream<T> up = upstream_of<T>(labelled, grad_logp, logp, peak, total, scale);
+    if (up.live.size() == 0) return out;
+    return backward<T>(arguments, labelled, up, kept, out, needs_hidden, needs_weight, needs_bias);
+  });
+}
+
+}  // namespace cwdpo

@@ -1,0 +1,129 @@
+// Raw views of tensors, torch's BLAS on them, and the few tensor operations the ops need: all through the stable ABI.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <cstring>
+#include <type_traits>
+#include <vector>
+
+namespace cwdpo {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+template <class T>
+constexpr ScalarType dtype_of() {
+  if constexpr (std::is_same_v<T, double>) return ScalarType::Double;
+  else if constexpr (std::is_same_v<T, float>) return ScalarType::Float;
+  else if constexpr (std::is_same_v<T, int64_t>) return ScalarType::Long;
+  else return ScalarType::Bool;
+}
+
+// Calls f(T{}) with the type that `dtype` is computed in: double for float64, float for everything else.
+template <class F>
+auto with_compute_type(ScalarType dtype, F&& f) {
+  return dtype == ScalarType::Double ? f(double{}) : f(float{});
+}
+
+inline torch::stable::Device cpu() { return {torch::headeronly::DeviceType::CPU}; }
+
+inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
+  return torch::stable::empty(sizes, dtype, std::nullopt, cpu());
+}
+
+template <class T>
+Tensor empty(std::vector<int64_t> sizes) {
+  return empty(std::move(sizes), dtype_of<T>());
+}
+
+inline Tensor zeros(std::vector<int64_t> sizes, ScalarType dtype) {
+  Tensor out = empty(std::move(sizes), dtype);
+  return torch::stable::zero_(out);
+}
+
+template <class T>
+T* data(const Tensor& tensor) {
+  return static_cast<T*>(tensor.data_ptr());
+}
+
+// The tensor itself where it is contiguous and of that dtype already.
+inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
+  return torch::stable::contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
+}
+
+template <class T>
+Tensor contiguous_as(const Tensor& tensor) {
+  return contiguous_as(tensor, dtype_of<T>());
+}
+
+// Rows [start, start + size) as a view. (A Tensor is a handle: the copy shares the memory.)
+inline Tensor slice_rows(Tensor tensor, int64_t start, int64_t size) {
+  return torch::stable::narrow(tensor, 0, start, size);
+}
+
+inline Tensor index_rows(const Tensor& tensor, const int64_t* rows, int64_t n_rows) {
+  // index_select only reads the indices.
+  Tensor index = torch::stable::from_blob(const_cast<int64_t*>(rows), {n_rows}, {1}, cpu(), ScalarType::Long);
+  std::array<StableIValue, 3> stack{
+      torch::stable::detail::from(tensor), torch::stable::detail::from(int64_t{0}),
+      torch::stable::detail::from(index)};
+  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
+  return torch::stable::detail::to<Tensor>(stack[0]);
+}
+
+// out[rows[i]] = values[i], converted to out's dtype; out is contiguous, of one or two dimensions.
+inline void scatter_rows(const Tensor& out, const std::vector<int64_t>& rows, const Tensor& values) {
+  const Tensor source = contiguous_as(values, out.scalar_type());
+  const size_t bytes = out.element_size() * (out.dim() == 2 ? out.size(1) : 1);
+  const char* from = data<char>(source);
+  char* to = data<char>(out);
+  for (size_t i = 0; i < rows.size(); ++i) std::memcpy(to + rows[i] * bytes, from + i * bytes, bytes);
+}
+
+// A strided view of memory that somebody else owns.
+template <class T>
+struct Matrix {
+  T* data;
+  int64_t rows, columns, row_stride, column_stride = 1;
+
+  T* row(int64_t i) const { return data + i * row_stride; }
+  Matrix block(int64_t start, int64_t count) const {
+    return {row(start), count, columns, row_stride, column_stride};
+  }
+  Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
+  Tensor tensor() const {
+    return torch::stable::from_blob(data, {rows, columns}, {row_stride, column_stride}, cpu(), dtype_of<T>());
+  }
+};
+
+template <class T>
+Matrix<T> matrix(const Tensor& tensor) {
+  return {data<T>(tensor), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
+}
+
+// out = a @ b, or out += a @ b. Straight to the CPU kernel: the caller's autocast cannot round the operands.
+template <class T>
+void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool accumulate) {
+  const Tensor result = out.tensor(), left = a.tensor(), right = b.tensor();
+  if (accumulate) {
+    STABLE_TORCH_ERROR_CODE_CHECK(
+        aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+  } else {
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+  }
+}
+
+// f(row) for every row of a tile, on all threads; a thread gets at least about 16 K entries.
+template <class F>
+void for_rows(int64_t rows, int64_t columns, const F& f) {
+  constexpr int64_t kEntries = 16384;
+  const int64_t grain = std::max<int64_t>(kEntries / std::max<int64_t>(columns, 1), 1);
+  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) f(row);
+  });
+}
+
+}  // namespace cwdpo
