@@ -18,7 +18,7 @@ from cwdpo_kernels.losses import (
     linear_cwdpo_loss,
     logits_cwdpo_loss,
 )
-from cwdpo_kernels.ops import backend
+from cwdpo_kernels.ops import backend, missing_backend
 from cwdpo_kernels.types import (
     ConstrainedSFTOutput,
     Cooling,
@@ -54,6 +54,7 @@ __all__ = [
     "logits_cwdpo_loss",
     "logits_logprob",
     "logits_sequence_logprob",
+    "missing_backend",
     "sequence_logprob",
     "shift_labels",
     "token_divergence",

@@ -103,17 +103,19 @@ class MemoryBudget:
 
     `workspace_bytes` bounds the vocabulary tiles that are alive at a time (at least one tile is); None is what the
     device's backend works best with: a cache-sized 4 MiB on a CPU, 256 MiB on a GPU. `kept_bytes` is what forward
-    may keep for backward so that those tiles are not recomputed.
+    of a trainable head may keep for backward so that those tiles are not recomputed; None is 80 MiB on a CPU (about
+    what a small head's gradient takes), nothing on a GPU. 0 recomputes everything.
     """
 
     workspace_bytes: int | None = None
-    kept_bytes: int = 0
+    kept_bytes: int | None = None
 
     def __post_init__(self) -> None:
         op = "MemoryBudget"
         ok = self.workspace_bytes is None or self.workspace_bytes > 0
         expect(ok, op, "workspace_bytes", "value", "None or > 0", self.workspace_bytes)
-        expect(self.kept_bytes >= 0, op, "kept_bytes", "value", ">= 0", self.kept_bytes)
+        ok = self.kept_bytes is None or self.kept_bytes >= 0
+        expect(ok, op, "kept_bytes", "value", "None or >= 0", self.kept_bytes)
 
 
 class SequenceLogprob(NamedTuple):

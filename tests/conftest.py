@@ -16,12 +16,14 @@ def _two_threads():
     torch.set_num_threads(2)
 
 
-@pytest.fixture(params=["portable", "triton"])
+@pytest.fixture(params=["portable", "csrc", "triton"])
 def backend(request):
     """Each op test runs once for every backend: Triton on a GPU where there is one, else on its interpreter."""
     interpreted = request.param == "triton" and not torch.cuda.is_available()
     if interpreted and request.node.get_closest_marker("slow_interpreted"):
         pytest.skip("too large for the interpreter")
+    if request.param == "csrc" and ops.missing_backend("cpu"):
+        pytest.skip(ops.missing_backend("cpu"))  # tests/test_library.py fails if there was a compiler
     device = "cuda" if request.param == "triton" and not interpreted else "cpu"
     with torch.device(device), ops.forced(device, request.param):
         yield request.param

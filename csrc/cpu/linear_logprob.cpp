@@ -7,76 +7,38 @@
 
 #include "../check.h"
 #include "../ops.h"
+#include "competitors.h"
 #include "head.h"
+#include "upstream.h"
 
 namespace cwdpo {
 namespace {
 
+// What one sweep over the vocabulary finds for the N live rows.
 template <class T>
 struct Forward {
-  std::vector<T> peak, total;
-  Tensor pushed;  // sum q_v W_v scaled by total; [N, D], or undefined without a direction
+  std::vector<Competitors<T>> others;
+  Tensor pushed;  // sum exp(z_v - peak) W_v [N, D], or undefined without a direction
 };
 
-// The competitors' running maximum and sum take in one row of a tile; returns the decay of what was summed before.
+// z, one row of a tile, becomes exp(z - peak) * slope, 0 at the label; `pushed` [D] decays with the sum.
 template <class T>
-class RowSweep {
- public:
-  RowSweep(const TiledHead<T>& head, const LiveRows& live, Forward<T>& state)
-      : head_(head), live_(live), state_(state) {}
-
-  // z is left as it was (transformed); only exp is summed.
-  void sum(T* z, int64_t row, Span columns) const {
-    const Masked label(z, live_.labels[row], columns);
-    const T decay = raise_peak(max_of_row(z, columns.size), row);
-    state_.total[row] = state_.total[row] * decay + exp_sums_of_row(z, columns.size, state_.peak[row]).total;
-  }
-
-  // z becomes exp(z - peak) * slope, 0 at the label; `pushed` [D] decays with the sum.
-  void exponentiate(T* z, int64_t row, Span columns, T* pushed) const {
-    const int64_t label = live_.labels[row] - columns.start;
-    const bool inside = columns.contains(live_.labels[row]);
-    if (inside) z[label] = -std::numeric_limits<T>::infinity();
-    const T decay = raise_peak(max_of_row(z, columns.size), row);
-    const T sum = exp_row(z, z, columns.size, state_.peak[row], T(1), head_.inverse_cap());
-    if (inside) z[label] = T(0);
-    state_.total[row] = state_.total[row] * decay + sum;
-    if (decay != T(1)) scale_row(pushed, head_.dim, decay);
-  }
-
- private:
-  // The label's entry is -inf while the object lives.
-  struct Masked {
-    Masked(T* z, int64_t label, Span columns) {
-      if (!columns.contains(label)) return;
-      spot = z + (label - columns.start);
-      value = *spot;
-      *spot = -std::numeric_limits<T>::infinity();
-    }
-    ~Masked() {
-      if (spot != nullptr) *spot = value;
-    }
-    T* spot = nullptr;
-    T value{};
-  };
-
-  T raise_peak(T candidate, int64_t row) const {
-    const T before = state_.peak[row], peak = std::max(before, candidate);
-    state_.peak[row] = peak;
-    return peak == before ? T(1) : std::exp(before - peak);
-  }
-
-  const TiledHead<T>& head_;
-  const LiveRows& live_;
-  Forward<T>& state_;
-};
+void exponentiate(const TiledHead<T>& head, T* z, int64_t size, int64_t label, Competitors<T>& others, T* pushed) {
+  T top = std::numeric_limits<T>::lowest();
+  without_label(size, label, [&](int64_t start, int64_t n) { top = std::max(top, max_of_row(z + start, n)); });
+  const T decay = others.raise(top);
+  without_label(size, label, [&](int64_t start, int64_t n) {
+    others.total += exp_row(z + start, z + start, n, others.peak, T(1), head.inverse_cap());
+  });
+  if (0 <= label && label < size) z[label] = T(0);
+  if (decay != T(1)) scale_row(pushed, head.dim, decay);
+}
 
 template <class T>
 Forward<T> sweep(const TiledHead<T>& head, const LiveRows& live, const KeptTiles<T>& kept, bool with_direction) {
-  Forward<T> state{std::vector<T>(head.rows, std::numeric_limits<T>::lowest()), std::vector<T>(head.rows), Tensor()};
+  Forward<T> state{std::vector<Competitors<T>>(head.rows), Tensor()};
   if (with_direction) state.pushed = zeros({head.rows, head.dim}, dtype_of<T>());
   const Matrix<T> pushed = with_direction ? matrix<T>(state.pushed) : Matrix<T>{};
-  const RowSweep<T> rows(head, live, state);
 
   for_spans(head.vocab, head.plan.columns, [&](Span columns) {
     const Matrix<T> weight = head.weight(columns);
@@ -85,10 +47,11 @@ Forward<T> sweep(const TiledHead<T>& head, const LiveRows& live, const KeptTiles
       const Matrix<T> tile = keep ? kept.tile(columns).block(block.start, block.size) : head.buffer(block, columns);
       multiply(tile, head.hidden(block), weight.transposed(), /*accumulate=*/false);
       for_rows(block.size, columns.size, [&](int64_t i) {
-        const int64_t row = block.start + i;
-        head.transform(tile.row(i), columns);
-        if (with_direction) rows.exponentiate(tile.row(i), row, columns, pushed.row(row));
-        else rows.sum(tile.row(i), row, columns);
+        const int64_t row = block.start + i, label = live.labels[row] - columns.start;
+        T* z = tile.row(i);
+        head.transform(z, columns);
+        if (with_direction) return exponentiate(head, z, columns.size, label, state.others[row], pushed.row(row));
+        without_label(columns.size, label, [&](int64_t start, int64_t n) { state.others[row].add(z + start, n); });
       });
       if (with_direction) multiply(pushed.block(block.start, block.size), tile, weight, /*accumulate=*/true);
     });
@@ -105,7 +68,7 @@ void pull_to_label(const TiledHead<T>& head, const std::vector<T>& target, const
     for_rows(block.size, head.dim, [&](int64_t i) {
       const int64_t row = block.start + i;
       // No competitor at all (V = 1) leaves total = 0: 1 / tiny keeps 0 / 0 out, 1 - p_y = 0 does the rest.
-      scale_row(pushed.row(row), head.dim, T(1) / std::max(state.total[row], std::numeric_limits<T>::min()));
+      scale_row(pushed.row(row), head.dim, T(1) / std::max(state.others[row].total, std::numeric_limits<T>::min()));
       pull_row(pushed.row(row), data<T>(own_weight) + i * head.dim, head.dim, head.slope(target[row]), head.scale);
     });
   });
@@ -134,46 +97,15 @@ LinearLogprob forward(
   const Forward<T> state = sweep(head, live, kept_tiles, with_direction);
   for (int64_t i = 0; i < live.size(); ++i) {
     const int64_t token = live.positions[i];
-    data<T>(peak)[token] = state.peak[i];
-    data<T>(total)[token] = state.total[i];
-    data<T>(logp)[token] = logp_of(target[i], state.peak[i], state.total[i]);
+    data<T>(peak)[token] = state.others[i].peak;
+    data<T>(total)[token] = state.others[i].total;
+    data<T>(logp)[token] = logp_of(target[i], state.others[i]);
   }
   if (with_direction) {
     pull_to_label(head, target, state);
     scatter_rows(direction, live.positions, state.pushed);
   }
   return out;
-}
-
-// The rows with a label and an upstream gradient, where they stand among the labelled rows, and the two numbers that
-// turn exp(z - peak) into the gradient of z: `pull` at the label, `push` elsewhere.
-template <class T>
-struct Upstream {
-  LiveRows live;
-  std::vector<int64_t> labelled;
-  std::vector<T> pull, push, peak;
-};
-
-template <class T>
-Upstream<T> upstream_of(
-    const LiveRows& labelled, const Tensor& grad_logp, const Tensor& logp, const Tensor& peak, const Tensor& total,
-    double scale) {
-  const Tensor grads = contiguous_as<T>(grad_logp), logps = contiguous_as<T>(logp), peaks = contiguous_as<T>(peak),
-               totals = contiguous_as<T>(total);
-  Upstream<T> up;
-  for (int64_t i = 0; i < labelled.size(); ++i) {
-    const int64_t token = labelled.positions[i];
-    const T grad = data<T>(grads)[token];
-    if (grad == T(0)) continue;
-    up.live.positions.push_back(token);
-    up.live.labels.push_back(labelled.labels[i]);
-    up.labelled.push_back(i);
-    const T pull = grad * -std::expm1(data<T>(logps)[token]) * static_cast<T>(scale);  // 1 - p_y = -expm1(logp)
-    up.pull.push_back(pull);
-    up.push.push_back(-pull / data<T>(totals)[token]);
-    up.peak.push_back(data<T>(peaks)[token]);
-  }
-  return up;
 }
 
 // sum over the tile's rows, into [B]
@@ -227,7 +159,7 @@ LinearLogprobGrads backward(
       for_rows(block.size, columns.size, [&](int64_t i) {
         const int64_t row = block.start + i, label = up.live.labels[row];
         if (recompute) head.transform(grad.row(i), columns);
-        const T* z = recompute ? grad.row(i) : kept_tiles.tile(columns).row(up.labelled[row]);
+        const T* z = recompute ? grad.row(i) : kept_tiles.tile(columns).row(up.among_labelled[row]);
         const T target = columns.contains(label) ? z[label - columns.start] : T(0);
         exp_row(z, grad.row(i), columns.size, up.peak[row], up.push[row], head.inverse_cap());
         // exp(c - peak) may overflow: the label's entry is written over it.
@@ -270,21 +202,24 @@ LinearLogprobGrads linear_logprob_backward(
   const char* op = "linear_logprob_backward";
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   check_head(op, arguments, labels);
-  for (const Tensor* per_token : {&grad_logp, &logp, &peak, &total}) {
-    expect(per_token->numel() == labels.numel(), op, "grad_logp, logp, peak, total", "size", labels.numel(),
-           per_token->numel());
-  }
+  check_per_token(op, labels, grad_logp, logp, peak, total);
   const LiveRows labelled = labelled_rows(op, labels, ignore_index, weight.size(0));
   const auto gradient = [](bool needed, const Tensor& like) {
-    return needed ? zeros({like.sizes().begin(), like.sizes().end()}, like.scalar_type())
-                  : empty({0}, like.scalar_type());
+    return empty(needed ? std::vector<int64_t>(like.sizes().begin(), like.sizes().end()) : std::vector<int64_t>{0},
+                 like.scalar_type());
   };
   LinearLogprobGrads out{
       gradient(needs_hidden, hidden), gradient(needs_weight, weight), gradient(needs_bias, bias ? *bias : weight)};
+  torch::stable::zero_(std::get<0>(out));
   return with_compute_type(hidden.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Upstream<T> up = upstream_of<T>(labelled, grad_logp, logp, peak, total, scale);
-    if (up.live.size() == 0) return out;
+    const Upstream<T> up(labelled, grad_logp, logp, peak, total, scale);
+    if (up.live.size() == 0) {
+      torch::stable::zero_(std::get<1>(out));
+      torch::stable::zero_(std::get<2>(out));
+      return out;
+    }
+    // Every tile of the weight's gradient is written: zeros first would be a second pass over memory.
     return backward<T>(arguments, labelled, up, kept, out, needs_hidden, needs_weight, needs_bias);
   });
 }

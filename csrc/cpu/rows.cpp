@@ -2,6 +2,7 @@
 
 #include <array>
 #include <bit>
+#include <cmath>
 #include <limits>
 
 // One body per function, compiled for AVX-512, AVX2 and the base processor; the loader picks. Elsewhere (clang, ARM)
@@ -98,13 +99,21 @@ CWDPO_INLINE T max_of(const T* z, int64_t n) {
 }
 
 template <class T>
+CWDPO_INLINE T exp_sum(const T* z, int64_t n, T peak) {
+  T total = 0;
+#pragma omp simd reduction(+ : total)
+  for (int64_t i = 0; i < n; ++i) total += fast_exp(z[i] - peak);
+  return total;
+}
+
+template <class T>
 CWDPO_INLINE ExpSums<T> exp_sums(const T* z, int64_t n, T peak) {
   T total = 0, moment = 0;
 #pragma omp simd reduction(+ : total, moment)
   for (int64_t i = 0; i < n; ++i) {
     const T x = z[i] - peak, weight = fast_exp(x);
     total += weight;
-    moment += weight * (x < Exp<T>::kLow ? Exp<T>::kLow : x);  // 0 * -inf would be NaN
+    moment += weight * x;
   }
   return {total, moment};
 }
@@ -136,6 +145,7 @@ CWDPO_INLINE double dot(const T* a, const T* b, int64_t n) {
     transform(z, bias, n, scale, cap);                                                                    \
   }                                                                                                       \
   CWDPO_FOR_EACH_PROCESSOR T max_of_row(const T* z, int64_t n) { return max_of(z, n); }                   \
+  CWDPO_FOR_EACH_PROCESSOR T exp_sum_of_row(const T* z, int64_t n, T peak) { return exp_sum(z, n, peak); } \
   CWDPO_FOR_EACH_PROCESSOR ExpSums<T> exp_sums_of_row(const T* z, int64_t n, T peak) {                    \
     return exp_sums(z, n, peak);                                                                          \
   }                                                                                                       \

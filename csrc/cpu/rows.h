@@ -2,7 +2,6 @@
 // Each function exists for float and double.
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 
 namespace cwdpo {
@@ -20,7 +19,9 @@ void transform_row(double* z, const double* bias, int64_t n, double scale, doubl
 float max_of_row(const float* z, int64_t n);
 double max_of_row(const double* z, int64_t n);
 
-// An entry of -inf weighs nothing in either sum.
+// sum exp(z - peak), and the same with the moment.
+float exp_sum_of_row(const float* z, int64_t n, float peak);
+double exp_sum_of_row(const double* z, int64_t n, double peak);
 ExpSums<float> exp_sums_of_row(const float* z, int64_t n, float peak);
 ExpSums<double> exp_sums_of_row(const double* z, int64_t n, double peak);
 
@@ -42,13 +43,5 @@ void scale_row(float* y, int64_t n, float factor);
 void scale_row(double* y, int64_t n, double factor);
 void add_row(float* y, const float* x, int64_t n);
 void add_row(double* y, const double* x, int64_t n);
-
-// -log1p(s) = -softplus(log s), s the odds against the label.
-template <class T>
-T logp_of(T target, T peak, T total) {
-  const T log_odds = (peak - target) + std::log(total);
-  if (std::isnan(log_odds)) return log_odds;
-  return -(std::fmax(log_odds, T(0)) + std::log1p(std::exp(-std::fabs(log_odds))));
-}
 
 }  // namespace cwdpo

@@ -4,14 +4,17 @@ from cwdpo_kernels.ops import (
     constrained_sft_loss,
     cooling_weight,
     cwdpo_loss,
+    library,
     linear_logprob,
     logits_logprob,
     sequence_logprob,
     token_divergence,
     token_stats,
 )
-from cwdpo_kernels.ops.linear_logprob import useful_kept_bytes
-from cwdpo_kernels.ops.registry import backend, forced
+from cwdpo_kernels.ops.linear_logprob import kept_bytes
+from cwdpo_kernels.ops.registry import backend, forced, missing_backend
+
+library.missing()  # loads it: every schema is defined by now
 
 BACKENDS_CHOICE = 0  # a workspace of this many bytes leaves its size to the backend
 
@@ -22,10 +25,11 @@ __all__ = [
     "cooling_weight",
     "cwdpo_loss",
     "forced",
+    "kept_bytes",
     "linear_logprob",
     "logits_logprob",
+    "missing_backend",
     "sequence_logprob",
     "token_divergence",
     "token_stats",
-    "useful_kept_bytes",
 ]

@@ -13,6 +13,8 @@ from cwdpo_kernels.ops.registry import define, implement
 from cwdpo_kernels.portable import linear_logprob as portable
 from cwdpo_kernels.portable.tiles import compute_dtype
 
+KEPT_BYTES_ON_A_CPU = 80 << 20
+
 define(
     "linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
@@ -54,14 +56,16 @@ def _(grad_logp, hidden, weight, bias, *rest):
     )
 
 
-def useful_kept_bytes(hidden: Tensor, weight: Tensor) -> int:
-    """More bytes than this forward cannot keep: every tile, the last one whole, and a float for each row of a tile.
+def kept_bytes(hidden: Tensor, weight: Tensor, budget: int | None) -> int:
+    """What forward of a trainable head keeps, of at most `budget` bytes (None: the device's own choice).
 
-    A GPU keeps tiles in the inputs' dtype, a CPU as it computes them.
+    A GPU keeps tiles in the inputs' dtype and needs room for whole tiles; a CPU keeps them as it computes them.
     """
-    itemsize = hidden.dtype.itemsize if hidden.is_cuda else compute_dtype(hidden.dtype).itemsize
-    whole_tiles = weight.shape[0] + weight.shape[0] // 32 + 256
-    return hidden.shape[0] * whole_tiles * itemsize
+    if hidden.is_cuda:
+        whole_tiles = weight.shape[0] + weight.shape[0] // 32 + 256
+        return min(budget or 0, hidden.shape[0] * whole_tiles * hidden.dtype.itemsize)
+    useful = hidden.shape[0] * weight.shape[0] * compute_dtype(hidden.dtype).itemsize
+    return min(KEPT_BYTES_ON_A_CPU if budget is None else budget, useful)
 
 
 def _setup_context(ctx, inputs, output) -> None:

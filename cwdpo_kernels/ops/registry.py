@@ -1,7 +1,8 @@
 """How an op is registered: its schema once, then one implementation per backend.
 
 `portable` serves every device ("default"). A faster backend registers the same schema under a device's own dispatch
-key, and the dispatcher prefers it: nothing above the ops changes. A faster backend is imported at its first call.
+key, and the dispatcher prefers it: nothing above the ops changes. Triton is imported at its first call; the C++ backend
+registers itself when its library is loaded (see `library`).
 """
 
 from __future__ import annotations
@@ -10,14 +11,17 @@ import contextlib
 import functools
 import importlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 
 import torch
 
+from cwdpo_kernels.ops import library
+
 NAMESPACE = "cwdpo"
-FASTER_BACKENDS = {"cuda": "triton", "cpu": "csrc"}
 _PORTABLE: dict[str, Callable] = {}
 _TRITON: dict[str, Callable] = {}
+_FORCED: dict[str, str] = {}  # device type -> the backend that `forced` put there
 
 
 def define(name: str, schema: str) -> None:
@@ -41,30 +45,50 @@ def implement(name: str, function: Callable, triton: str | None = None) -> None:
 
 @contextlib.contextmanager
 def forced(device_type: str, name: str) -> Iterator[None]:
-    """Inside, the ops on `device_type` run the backend `name` ("portable" or "triton"), for tests and benchmarks.
+    """Inside, the ops on `device_type` run the backend `name` ("portable", "triton" or "csrc").
 
     Ops that the backend does not have stay as they were. Triton on "cpu" needs its interpreter.
+    Errors: RuntimeError if the backend is not to be had there: it is never replaced by another.
     """
-    implementations = {"portable": _PORTABLE, "triton": _TRITON}[name]
-    library = torch.library.Library(NAMESPACE, "IMPL")
-    for op, function in implementations.items():
-        library.impl(op, function, device_type.upper(), allow_override=True)
+    reason = missing_backend(device_type) if name == "csrc" and device_type == "cpu" else None
+    if reason or (name == "csrc" and device_type != "cpu"):
+        raise RuntimeError(f"forced: expected the backend csrc on {device_type}, got none: {reason or 'CPU only'}")
+    override = torch.library.Library(NAMESPACE, "IMPL")
+    implementations = {"portable": _PORTABLE, "triton": _TRITON, "csrc": {}}[name]
+    with warnings.catch_warnings():  # overriding what is registered is the purpose
+        warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
+        for op, function in implementations.items():
+            override.impl(op, function, device_type.upper(), allow_override=True)
+    before = _FORCED.get(device_type)
+    _FORCED[device_type] = name
     try:
         yield
     finally:
-        library._destroy()
+        override._destroy()
+        del _FORCED[device_type]
+        if before is not None:
+            _FORCED[device_type] = before
 
 
 def backend(device: str | torch.device = "cpu") -> str:
-    """Name of the backend that serves `device`: "triton", "csrc" or "portable" (float64 is always portable's).
+    """Name of the backend that serves `device`: "triton", "csrc" or "portable".
 
+    Float64 on a GPU and the ops that a faster backend lacks are always portable's.
     Errors: RuntimeError (torch's own) for a device type that torch does not know.
     """
     device_type = torch.device(device).type
-    faster = FASTER_BACKENDS.get(device_type)
-    key = torch._C._dispatch_key_for_device(device_type)
-    served = torch._C._dispatch_has_kernel_for_dispatch_key(f"{NAMESPACE}::linear_logprob", key)
-    return faster if faster and served else "portable"
+    faster = {"cuda": "triton", "cpu": "csrc"}.get(device_type, "portable")
+    return _FORCED.get(device_type) or ("portable" if missing_backend(device_type) else faster)
+
+
+def missing_backend(device: str | torch.device = "cpu") -> str | None:
+    """Why `device` is not served by the faster backend made for it, and what helps; None if it is, or if there is none."""
+    device_type = torch.device(device).type
+    if device_type == "cpu":
+        return library.missing()
+    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
+        return "Triton is not installed: pip install triton"
+    return None
 
 
 def _first_tensor(args: tuple) -> torch.Tensor:
