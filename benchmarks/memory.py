@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
+import ctypes
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
 
-from benchmarks.workloads import IMPLEMENTATIONS, WORKLOADS
+from benchmarks.workloads import WORKLOADS, implementations
 
 
 def extra_bytes(workload: str, implementation: str) -> int:
@@ -26,11 +27,14 @@ def _status(field: str) -> int:
 
 def _measure(name: str, implementation: str) -> int:
     workload = next(x for x in WORKLOADS if x.name == name)
-    step = IMPLEMENTATIONS[implementation]
-    # Threads, BLAS and autograd take their own memory once: let them, on a small copy of the workload.
-    step(*replace(workload, tokens=16, response=8, vocab=2048).make()).backward()
+    step = implementations()[implementation].step
+    # Threads, BLAS, autograd and compilers take their own memory once: let them, on small copies of the workload
+    # (two sizes: a compiler makes its code for any size at the second).
+    for size in (8, 16):
+        step(*replace(workload, tokens=2 * size, response=size, vocab=2048 + size).make()).backward()
 
     hidden, head, labels, refs = workload.make()
+    ctypes.CDLL(None).malloc_trim(0)  # what making the inputs has left in the allocator would be reused unseen
     before = _status("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM) to the present
     step(hidden, head, labels, refs).backward()

@@ -102,9 +102,9 @@ class MemoryBudget:
     """Bytes a linear op may use beyond its inputs, outputs and gradients; changes speed, never the result.
 
     `workspace_bytes` bounds the vocabulary tiles that are alive at a time (at least one tile is); None is what the
-    device's backend works best with: a cache-sized 4 MiB on a CPU, 256 MiB on a GPU. `kept_bytes` is what forward
-    of a trainable head may keep for backward so that those tiles are not recomputed; None is 80 MiB on a CPU (about
-    what a small head's gradient takes), nothing on a GPU. 0 recomputes everything.
+    device's backend works best with: a cache-sized 2 or 4 MiB on a CPU, 256 MiB on a GPU. `kept_bytes` is what forward
+    of a trainable head may keep for backward so that those tiles are not recomputed; None is 96 MiB on a CPU,
+    nothing on a GPU. 0 recomputes everything.
     """
 
     workspace_bytes: int | None = None

@@ -7,7 +7,7 @@ namespace {
 
 constexpr int64_t kMinTile = 128;
 constexpr int64_t kMaxRows = 1024;
-constexpr int64_t kWorkspaceBytes = 4 << 20;
+constexpr int64_t kWorkspaceBytes = 2 << 20;
 
 }  // namespace
 
