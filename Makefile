@@ -9,18 +9,19 @@ READY := $(VENV)/ready
 CPU_ONLY := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,+cpu))
 TORCH ?= $(shell sed -n 's/^torch==.*/&/p' constraints.txt)$(CPU_ONLY)
 
-.PHONY: help demo test lint format bench gpu clean
+.PHONY: help demo test sanitize lint format bench gpu clean
 
 help:
 	@echo "make demo    two-stage CW-DPO on handwritten digits; the picture and the figures land in runs/digits"
 	@echo "make test    the test suite"
+	@echo "make sanitize  the op tests on a C++ backend that watches its memory and its arithmetic (ASan, UBSan)"
 	@echo "make lint    ruff, check and format"
 	@echo "make bench   the CPU benchmarks; results land in benchmarks/results"
 	@echo "make gpu     on a machine with a GPU: the tests and the benchmarks there, into runs/gpu; installs nothing"
 	@echo "make format  ruff, applied"
 	@echo "make clean   remove everything that make made, runs included"
 
-$(READY): pyproject.toml constraints.txt
+$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.cpp" -o -name "*.h")
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --constraint constraints.txt setuptools "$(TORCH)"
@@ -32,6 +33,19 @@ demo: $(READY)
 
 test: $(READY)
 	$(BIN)/python -m pytest
+
+# A copy, so that the library of the tree stays as it is. Only the C++ is instrumented: leaks are Python's own business.
+SANITIZED := build/sanitized
+sanitize: $(READY)
+	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
+	cp -r cwdpo_kernels csrc tests benchmarks setup.py pyproject.toml README.md LICENSE $(SANITIZED)
+	rm -f $(SANITIZED)/cwdpo_kernels/*.so
+	cd $(SANITIZED) && CFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
+		LDFLAGS="-fsanitize=address,undefined" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace --force
+	nm -D $(SANITIZED)/cwdpo_kernels/libcwdpo_cpu.so | grep -q __asan_report  # else the tests would prove nothing
+	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
+		ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/test_library.py \
+		-k "csrc or (test_library and not compiler)"
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -1,4 +1,4 @@
-"""The command line: `cwdpo {run,sft,dpo} CONFIG.yaml [section.key=value ...]`."""
+"""The command line: `cwdpo {run,sft,dpo} CONFIG.yaml [section.key=value ...]` and `cwdpo check`."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from cwdpo_trainer.check import environment_report
 from cwdpo_trainer.config import load_config
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.run import run
@@ -28,7 +29,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         command = commands.add_parser(name, help=text, description=text)
         command.add_argument("config", type=Path, help="the YAML file of the run")
         command.add_argument("override", nargs="*", help="section.key=value, in place of what the file says")
+    text = "what is installed, and which backend runs on each device"
+    commands.add_parser("check", help=text, description=text)
     parsed = parser.parse_args(arguments)
+    if parsed.command == "check":
+        print(environment_report())
+        return 0
     logging.disable_progress_bar()  # of loading and saving weights; training keeps its own
     try:
         config = load_config(parsed.config, parsed.override)

@@ -82,7 +82,7 @@ def backend(device: str | torch.device = "cpu") -> str:
 
 
 def missing_backend(device: str | torch.device = "cpu") -> str | None:
-    """Why `device` is not served by the faster backend made for it, and what helps; None if it is, or if there is none."""
+    """Why `device` has to do without the faster backend made for it, and what helps; None where it has it."""
     device_type = torch.device(device).type
     if device_type == "cpu":
         return library.missing()

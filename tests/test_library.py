@@ -1,0 +1,114 @@
+"""The C++ backend as a library: built where there is a compiler, never missed silently, alike for any thread count."""
+
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+
+import cwdpo_kernels as ck
+from cwdpo_kernels import ops, reference
+from cwdpo_kernels.ops import library
+from cwdpo_kernels.testing import as_float64, leaves, make_inputs, relative_error
+
+ROOT = Path(__file__).parents[1]
+needs_library = pytest.mark.skipif(library.missing() is not None, reason="the C++ backend was not built")
+
+
+def step(hidden, head, labels, budget=ck.MemoryBudget()):  # noqa: B008
+    logp = ck.linear_logprob(hidden, head, labels, budget=budget)
+    return logp.detach(), *torch.autograd.grad(logp.sum(), leaves(hidden, head))
+
+
+def test_a_machine_with_a_compiler_has_it():
+    if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+        assert library.missing() is None
+        assert ck.backend("cpu") == "csrc"
+    else:
+        assert ck.backend("cpu") == "portable"
+
+
+def test_without_the_library(monkeypatch, tmp_path):
+    """Not built, or built and broken: portable is named, with the reason; asked for by name there is an error."""
+    monkeypatch.setattr(library, "PATH", tmp_path / "libcwdpo_cpu.so")
+    monkeypatch.setattr(library, "missing", library.missing.__wrapped__)
+    assert ck.backend("cpu") == "portable"
+    assert "was not built: install a C++ compiler" in ck.missing_backend("cpu")
+    with pytest.raises(RuntimeError, match="expected the backend csrc on cpu"), ops.forced("cpu", "csrc"):
+        pass
+    library.PATH.write_text("no library")
+    with pytest.warns(RuntimeWarning, match="built but cannot be loaded"):
+        assert ck.backend("cpu") == "portable"
+
+
+def test_there_is_no_csrc_on_a_gpu():
+    with pytest.raises(RuntimeError, match="expected the backend csrc on cuda, got none: CPU only"):
+        ops.forced("cuda", "csrc").__enter__()
+
+
+@needs_library
+def test_the_library_is_what_runs():
+    """Arguments that the public functions would refuse reach the C++ checks, in their own words."""
+    hidden, weight, labels = torch.randn(3, 8), torch.randn(5, 8), torch.tensor([0, 5, -100])
+    arguments = (1.0, None, -100, False, False, 0, 0)
+    with pytest.raises(RuntimeError, match="linear_logprob: expected labels to have values below 5, got 5"):
+        torch.ops.cwdpo.linear_logprob(hidden, weight, None, labels, *arguments)
+    with pytest.raises(RuntimeError, match="expected weight to have size of dimension 1 8, got 7"):
+        torch.ops.cwdpo.linear_logprob(hidden, weight[:, :7], None, labels, *arguments)
+    refs, offsets = (torch.zeros(1), torch.zeros(1)), torch.tensor([0, 1, 4])
+    with pytest.raises(RuntimeError, match="expected cu_seqlens to have last value 3, got 4"):
+        torch.ops.cwdpo.cwdpo_loss(torch.zeros(3), labels, None, offsets, *refs, 0.1, -3, 1, None, None, False, -100)
+    with ops.forced("cpu", "portable"):
+        assert ck.backend("cpu") == "portable"
+    assert ck.backend("cpu") == "csrc"
+
+
+@needs_library
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_threads(frozen):
+    """The same bits from run to run at a fixed number of threads; within rounding between numbers of threads."""
+    hidden, head, labels = make_inputs((300,), 3001, 65, bias=not frozen)
+    head.weight.requires_grad_(not frozen)
+    runs = {}
+    for threads in (1, 2, 7):
+        torch.set_num_threads(threads)
+        runs[threads], again = step(hidden, head, labels), step(hidden, head, labels)
+        assert all(torch.equal(a, b) for a, b in zip(runs[threads], again, strict=True))
+    for threads in (2, 7):
+        for actual, expected in zip(runs[threads], runs[1], strict=True):
+            assert relative_error(actual, expected) < 1e-6
+
+
+@needs_library
+@pytest.mark.parametrize("kept_bytes", [0, 3001 * 300 * 2, None], ids=["none", "half", "all"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_what_is_kept_changes_no_bit(dtype, kept_bytes):
+    hidden, head, labels = make_inputs((300,), 3001, 65, dtype)
+    kept = step(hidden, head, labels, ck.MemoryBudget(kept_bytes=kept_bytes))
+    recomputed = step(hidden, head, labels, ck.MemoryBudget(kept_bytes=0))
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@needs_library
+def test_log_probs_of_bfloat16_are_as_exact_as_of_float32():
+    hidden, head, labels = make_inputs((64,), 3001, 65, torch.bfloat16)
+    truth = reference.linear_logprob(*as_float64(hidden, head), labels)
+    assert relative_error(ck.linear_logprob(hidden, head, labels), truth) < 1e-6
+
+
+def test_installs_without_a_compiler(tmp_path, monkeypatch):
+    """The wheel is made all the same, without the library."""
+    source = tmp_path / "source"
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "runs", "*.egg-info")
+    shutil.copytree(ROOT, source, ignore=ignored)
+    monkeypatch.setenv("CC", "/bin/false")
+    monkeypatch.setenv("CXX", "/bin/false")
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
+    subprocess.run([*command, source], check=True, capture_output=True)
+    (wheel,) = tmp_path.glob("cwdpo_kernels-*-py3-none-*.whl")
+    names = zipfile.ZipFile(wheel).namelist()
+    assert "cwdpo_kernels/ops/library.py" in names
+    assert not [name for name in names if name.endswith(".so")]
