@@ -93,6 +93,25 @@ def test_what_is_kept_changes_no_bit(dtype, kept_bytes):
 
 
 @needs_library
+def test_gradients_keep_the_layout_of_what_they_belong_to():
+    """As the fakes promise, for a compiler that plans strides from them: transposed tensors straight into the ops."""
+    hidden, weight, labels = torch.randn(8, 30).T, torch.randn(8, 50).T, torch.arange(30)
+    labels[::3] = -100
+    arguments = (hidden, weight, None, labels, 1.0, None, -100, False, False, 0, 0)
+    torch.library.opcheck(torch.ops.cwdpo.linear_logprob.default, arguments)
+    grads = []
+    for layout in (lambda x: x, torch.Tensor.contiguous):
+        leaves_ = [layout(x).detach().requires_grad_() for x in (hidden, weight)]
+        logp, *_ = torch.ops.cwdpo.linear_logprob(*leaves_, *arguments[2:])
+        logits = layout(torch.randn(50, 30, generator=torch.Generator().manual_seed(0)).T).requires_grad_()
+        logp = logp.sum() + torch.ops.cwdpo.logits_logprob(logits, labels, -100, False)[0].sum()
+        grads.append(torch.autograd.grad(logp, [*leaves_, logits]))
+        assert [grad.stride() for grad in grads[-1]] == [x.stride() for x in (*leaves_, logits)]
+    for transposed, plain in zip(*grads, strict=True):
+        torch.testing.assert_close(transposed, plain)
+
+
+@needs_library
 def test_log_probs_of_bfloat16_are_as_exact_as_of_float32():
     hidden, head, labels = make_inputs((64,), 3001, 65, torch.bfloat16)
     truth = reference.linear_logprob(*as_float64(hidden, head), labels)

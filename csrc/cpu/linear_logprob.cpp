@@ -205,8 +205,7 @@ LinearLogprobGrads linear_logprob_backward(
   check_per_token(op, labels, grad_logp, logp, peak, total);
   const LiveRows labelled = labelled_rows(op, labels, ignore_index, weight.size(0));
   const auto gradient = [](bool needed, const Tensor& like) {
-    return empty(needed ? std::vector<int64_t>(like.sizes().begin(), like.sizes().end()) : std::vector<int64_t>{0},
-                 like.scalar_type());
+    return needed ? torch::stable::empty_like(like) : empty({0}, like.scalar_type());
   };
   LinearLogprobGrads out{
       gradient(needs_hidden, hidden), gradient(needs_weight, weight), gradient(needs_bias, bias ? *bias : weight)};

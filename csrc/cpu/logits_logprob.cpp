@@ -119,7 +119,7 @@ Tensor logits_logprob_backward(
   check_logits(op, logits, labels);
   check_per_token(op, labels, grad_logp, logp, peak, total);
   const LiveRows labelled = labelled_rows(op, labels, ignore_index, logits.size(1));
-  const Tensor grad_logits = empty({logits.size(0), logits.size(1)}, logits.scalar_type());
+  const Tensor grad_logits = torch::stable::empty_like(logits);
   with_compute_type(logits.scalar_type(), [&](auto type) {
     write_gradient<decltype(type)>(grad_logp, logits, labelled, logp, peak, total, grad_logits);
   });

@@ -78,13 +78,21 @@ inline Tensor index_rows(const Tensor& tensor, const int64_t* rows, int64_t n_ro
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out[rows[i]] = values[i], converted to out's dtype; out is contiguous, of one or two dimensions.
+// out[rows[i]] = values[i], converted to out's dtype; out has one or two dimensions and any layout.
 inline void scatter_rows(const Tensor& out, const std::vector<int64_t>& rows, const Tensor& values) {
   const Tensor source = contiguous_as(values, out.scalar_type());
+  const int64_t size = rows.size();
+  if (!out.is_contiguous()) {
+    for (int64_t i = 0; i < size; ++i) {
+      Tensor row = slice_rows(out, rows[i], 1);
+      torch::stable::copy_(row, slice_rows(source, i, 1));
+    }
+    return;
+  }
   const size_t bytes = out.element_size() * (out.dim() == 2 ? out.size(1) : 1);
   const char* from = data<char>(source);
   char* to = data<char>(out);
-  for (size_t i = 0; i < rows.size(); ++i) std::memcpy(to + rows[i] * bytes, from + i * bytes, bytes);
+  for (int64_t i = 0; i < size; ++i) std::memcpy(to + rows[i] * bytes, from + i * bytes, bytes);
 }
 
 // A strided view of memory that somebody else owns.
