@@ -178,8 +178,8 @@ def main() -> None:
         report["measurements"].append(measured)
         for name, result in measured["results"].items():
             print_row(workload.name, name, result)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(report, indent=2) + "\n")
+        options.out.parent.mkdir(parents=True, exist_ok=True)
+        options.out.write_text(json.dumps(report, indent=2) + "\n")
     print(f"written: {options.out}")
 
 
