@@ -89,6 +89,17 @@ void write_gradient(
   }
 }
 
+void checked_gradient(
+    const char* op, const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp,
+    const Tensor& peak, const Tensor& total, int64_t ignore_index, const Tensor& out) {
+  check_logits(op, logits, labels);
+  check_per_token(op, labels, grad_logp, logp, peak, total);
+  const LiveRows labelled = labelled_rows(op, labels, ignore_index, logits.size(1));
+  with_compute_type(logits.scalar_type(), [&](auto type) {
+    write_gradient<decltype(type)>(grad_logp, logits, labelled, logp, peak, total, out);
+  });
+}
+
 }  // namespace
 
 LogitsLogprob logits_logprob(
@@ -103,27 +114,15 @@ LogitsLogprob logits_logprob(
 void logits_logprob_backward_(
     const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& peak,
     const Tensor& total, int64_t ignore_index) {
-  const char* op = "logits_logprob_backward_";
-  check_logits(op, logits, labels);
-  check_per_token(op, labels, grad_logp, logp, peak, total);
-  const LiveRows labelled = labelled_rows(op, labels, ignore_index, logits.size(1));
-  with_compute_type(logits.scalar_type(), [&](auto type) {
-    write_gradient<decltype(type)>(grad_logp, logits, labelled, logp, peak, total, logits);
-  });
+  checked_gradient("logits_logprob_backward_", grad_logp, logits, labels, logp, peak, total, ignore_index, logits);
 }
 
 Tensor logits_logprob_backward(
     const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& peak,
     const Tensor& total, int64_t ignore_index) {
-  const char* op = "logits_logprob_backward";
-  check_logits(op, logits, labels);
-  check_per_token(op, labels, grad_logp, logp, peak, total);
-  const LiveRows labelled = labelled_rows(op, labels, ignore_index, logits.size(1));
-  const Tensor grad_logits = torch::stable::empty_like(logits);
-  with_compute_type(logits.scalar_type(), [&](auto type) {
-    write_gradient<decltype(type)>(grad_logp, logits, labelled, logp, peak, total, grad_logits);
-  });
-  return grad_logits;
+  const Tensor out = torch::stable::empty_like(logits);
+  checked_gradient("logits_logprob_backward", grad_logp, logits, labels, logp, peak, total, ignore_index, out);
+  return out;
 }
 
 }  // namespace cwdpo
