@@ -89,7 +89,7 @@ LinearLogprob forward(
   // A frozen head's backward needs no tile.
   const KeptTiles<T> kept_tiles(
       with_direction ? slice_rows(kept, 0, 0) : kept, plan, live.size(), arguments.weight.size(0));
-  std::memset(data<char>(kept) + kept_tiles.used_bytes(), 0, kept_bytes - kept_tiles.used_bytes());
+  std::fill_n(data<char>(kept) + kept_tiles.used_bytes(), kept_bytes - kept_tiles.used_bytes(), char{0});
   if (live.size() == 0) return out;
 
   const TiledHead<T> head(arguments, live, plan);
