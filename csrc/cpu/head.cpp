@@ -57,7 +57,7 @@ TiledHead<T>::TiledHead(const HeadArguments& arguments, const LiveRows& live, Ti
       cap(static_cast<T>(arguments.softcap.value_or(0))),
       live_(live),
       weight_tensor_(arguments.weight),
-      buffer_(empty<T>({std::min(plan.rows, rows) * plan.columns})) {
+      buffer_(empty<T>({plan.columns * padded(std::min(plan.rows, rows))})) {
   const bool all = rows == arguments.hidden.size(0);
   hidden_tensor_ = all ? arguments.hidden : index_rows(arguments.hidden, live.positions.data(), rows);
   if (hidden_tensor_.scalar_type() != dtype_of<T>()) hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
@@ -83,8 +83,7 @@ std::vector<T> TiledHead<T>::target_logits() const {
     for_rows(block.size, dim, [&](int64_t i) {
       const int64_t row = block.start + i;
       logits[row] = static_cast<T>(dot_row(data<T>(own_hidden) + i * dim, data<T>(own_weight) + i * dim, dim));
-      const T* bias = bias_ == nullptr ? nullptr : bias_ + live_.labels[row];
-      transform_row(&logits[row], bias, 1, scale, cap);
+      transform_row(&logits[row], 1, bias(live_.labels[row]), scale, cap);
     });
   });
   return logits;

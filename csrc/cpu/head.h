@@ -1,6 +1,7 @@
 // Logits of a linear head, one cache-sized vocabulary tile at a time, never rounded below float32.
 //
-// Legend: N live rows (tokens that count), R rows of a block, D hidden, V vocabulary, B columns of a tile.
+// Legend: N live rows (tokens that count), R rows of a block, D hidden, V vocabulary, B columns of a tile. A tile is
+// stored [B, R], vocabulary first: torch.mm makes W H^T 10 to 15 % faster than H W^T.
 #pragma once
 
 #include <algorithm>
@@ -65,13 +66,17 @@ class TiledHead {
 
   Matrix<T> hidden(Span block) const { return hidden_.block(block.start, block.size); }
   Matrix<T> buffer(Span block, Span columns) const {
-    return {data<T>(buffer_), block.size, columns.size, columns.size};
+    return {data<T>(buffer_), columns.size, block.size, padded(block.size)};
   }
   // The weight's rows of the tile, converted into a buffer where they are of another dtype.
   Matrix<T> weight(Span columns) const;
-  // z <- softcap(scale * (z + bias)) of one row of the tile.
-  void transform(T* z, Span columns) const {
-    transform_row(z, bias_ == nullptr ? nullptr : bias_ + columns.start, columns.size, scale, cap);
+  int64_t label(int64_t row) const { return live_.labels[row]; }
+  // z <- softcap(scale * (z + bias)) of a tile.
+  void transform(const Matrix<T>& tile, Span columns) const {
+    if (bias_ == nullptr && scale == T(1) && cap == T(0)) return;
+    for_rows(columns.size, tile.columns, [&](int64_t v) {
+      transform_row(tile.row(v), tile.columns, bias(columns.start + v), scale, cap);
+    });
   }
   // Each row's own row of the weight, [R, D], for a block of rows.
   Tensor target_weight(Span block) const {
@@ -81,6 +86,10 @@ class TiledHead {
   std::vector<T> target_logits() const;
 
  private:
+  // Rows a power of two apart would meet in the same few sets of a cache when a column is read.
+  static int64_t padded(int64_t rows) { return rows + 16; }
+  T bias(int64_t v) const { return bias_ == nullptr ? T(0) : bias_[v]; }
+
   const LiveRows& live_;
   Tensor hidden_tensor_, weight_tensor_, buffer_;
   std::optional<Tensor> bias_tensor_, weight_buffer_;
@@ -88,7 +97,7 @@ class TiledHead {
   const T* bias_;
 };
 
-// The logits of the first vocabulary tiles, kept from forward for backward in opaque bytes: whole tiles [N, B] of all
+// The logits of the first vocabulary tiles, kept from forward for backward in opaque bytes: whole tiles [B, N] of all
 // labelled rows, one after the other, while they fit.
 template <class T>
 class KeptTiles {
@@ -101,7 +110,7 @@ class KeptTiles {
   int64_t used_bytes() const { return labelled_ * columns_ * static_cast<int64_t>(sizeof(T)); }
   bool has(Span columns) const { return columns.stop() <= columns_; }
   Matrix<T> tile(Span columns) const {
-    return {start_ + labelled_ * columns.start, labelled_, columns.size, columns.size};
+    return {start_ + labelled_ * columns.start, columns.size, labelled_, labelled_};
   }
 
  private:

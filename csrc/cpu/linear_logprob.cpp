@@ -1,9 +1,11 @@
 // linear_logprob and its backward on the CPU: the algorithm of cwdpo_kernels/portable/linear_logprob.py, with the
-// passes over a tile of logits (transform, maximum, exponential, sum, gradient) made row by row while the row is in
-// the first-level cache, and kept tiles read and written in place.
+// passes over a tile of logits (transform, maximum, exponential, sum, gradient) made while it is in cache, and kept
+// tiles read and written in place.
 //
 // Bytes that move from memory: the weight once forward and once backward, its gradient once; everything else is N x D
 // or stays in cache. Legend: see head.h.
+
+#include <utility>
 
 #include "../check.h"
 #include "../ops.h"
@@ -21,21 +23,8 @@ struct Forward {
   Tensor pushed;  // sum exp(z_v - peak) W_v [N, D], or undefined without a direction
 };
 
-// z, one row of a tile, becomes exp(z - peak) * slope, 0 at the label; `pushed` [D] decays with the sum.
 template <class T>
-void exponentiate(const TiledHead<T>& head, T* z, int64_t size, int64_t label, Competitors<T>& others, T* pushed) {
-  T top = std::numeric_limits<T>::lowest();
-  without_label(size, label, [&](int64_t start, int64_t n) { top = std::max(top, max_of_row(z + start, n)); });
-  const T decay = others.raise(top);
-  without_label(size, label, [&](int64_t start, int64_t n) {
-    others.total += exp_row(z + start, z + start, n, others.peak, T(1), head.inverse_cap());
-  });
-  if (0 <= label && label < size) z[label] = T(0);
-  if (decay != T(1)) scale_row(pushed, head.dim, decay);
-}
-
-template <class T>
-Forward<T> sweep(const TiledHead<T>& head, const LiveRows& live, const KeptTiles<T>& kept, bool with_direction) {
+Forward<T> sweep(const TiledHead<T>& head, const KeptTiles<T>& kept, bool with_direction) {
   Forward<T> state{std::vector<Competitors<T>>(head.rows), Tensor()};
   if (with_direction) state.pushed = zeros({head.rows, head.dim}, dtype_of<T>());
   const Matrix<T> pushed = with_direction ? matrix<T>(state.pushed) : Matrix<T>{};
@@ -44,16 +33,15 @@ Forward<T> sweep(const TiledHead<T>& head, const LiveRows& live, const KeptTiles
     const Matrix<T> weight = head.weight(columns);
     for_spans(head.rows, head.plan.rows, [&](Span block) {
       const bool keep = kept.has(columns);
-      const Matrix<T> tile = keep ? kept.tile(columns).block(block.start, block.size) : head.buffer(block, columns);
-      multiply(tile, head.hidden(block), weight.transposed(), /*accumulate=*/false);
-      for_rows(block.size, columns.size, [&](int64_t i) {
-        const int64_t row = block.start + i, label = live.labels[row] - columns.start;
-        T* z = tile.row(i);
-        head.transform(z, columns);
-        if (with_direction) return exponentiate(head, z, columns.size, label, state.others[row], pushed.row(row));
-        without_label(columns.size, label, [&](int64_t start, int64_t n) { state.others[row].add(z + start, n); });
+      const Matrix<T> tile = keep ? kept.tile(columns).beside(block.start, block.size) : head.buffer(block, columns);
+      multiply(tile, weight, head.hidden(block).transposed(), /*accumulate=*/false);
+      const Sweep kind = with_direction ? Sweep::kExponentials : Sweep::kTotals;
+      add_tile(head, tile, columns, block, kind, state.others, [&](int64_t row, T decay) {
+        if (with_direction) scale_row(pushed.row(row), head.dim, decay);
       });
-      if (with_direction) multiply(pushed.block(block.start, block.size), tile, weight, /*accumulate=*/true);
+      if (with_direction) {
+        multiply(pushed.block(block.start, block.size), tile.transposed(), weight, /*accumulate=*/true);
+      }
     });
   });
   return state;
@@ -94,7 +82,7 @@ LinearLogprob forward(
 
   const TiledHead<T> head(arguments, live, plan);
   const std::vector<T> target = head.target_logits();
-  const Forward<T> state = sweep(head, live, kept_tiles, with_direction);
+  const Forward<T> state = sweep(head, kept_tiles, with_direction);
   for (int64_t i = 0; i < live.size(); ++i) {
     const int64_t token = live.positions[i];
     data<T>(peak)[token] = state.others[i].peak;
@@ -108,15 +96,31 @@ LinearLogprob forward(
   return out;
 }
 
-// sum over the tile's rows, into [B]
+// The gradient of a tile's logits [B, R], into `grad`. `logits` may be `grad` itself; from[row], where it is given, is
+// the column of `logits` that holds a row.
 template <class T>
-void add_columns(T* sums, const Matrix<T>& tile) {
-  constexpr int64_t kChunk = 512;
-  const int64_t chunks = (tile.columns + kChunk - 1) / kChunk;
-  for_rows(chunks, tile.rows * kChunk, [&](int64_t chunk) {
-    const int64_t start = chunk * kChunk, size = std::min(kChunk, tile.columns - start);
-    for (int64_t i = 0; i < tile.rows; ++i) add_row(sums + start, tile.row(i) + start, size);
+void write_gradient(
+    const TiledHead<T>& head, const Upstream<T>& up, Span columns, Span block, const Matrix<T>& logits,
+    const Matrix<T>& grad, const int64_t* from) {
+  const auto column = [&](int64_t n) { return from == nullptr ? n : from[block.start + n]; };
+  std::vector<std::pair<T*, T>> at_labels;
+  for (int64_t n = 0; n < block.size; ++n) {
+    const int64_t row = block.start + n, label = up.live.labels[row];
+    if (!columns.contains(label)) continue;
+    const T target = logits.row(label - columns.start)[column(n)];
+    at_labels.emplace_back(grad.row(label - columns.start) + n, up.pull[row] * head.slope(target));
+  }
+  const T *peak = up.peak.data() + block.start, *push = up.push.data() + block.start;
+  for_rows(columns.size, block.size, [&](int64_t v) {
+    const T* z = logits.row(v);
+    T* out = grad.row(v);
+    if (from != nullptr) {
+      for (int64_t n = 0; n < block.size; ++n) out[n] = z[column(n)];
+      z = out;
+    }
+    exp_across(z, out, block.size, peak, push, head.inverse_cap());
   });
+  for (const auto& [entry, value] : at_labels) *entry = value;  // over exp(c - peak), which may overflow
 }
 
 // The accumulator of one tile of a gradient: the output's own memory where that has the compute dtype, else a buffer.
@@ -154,24 +158,27 @@ LinearLogprobGrads backward(
     }
     for_spans(head.rows, plan.rows, [&](Span block) {
       const Matrix<T> grad = head.buffer(block, columns);
-      const bool recompute = !kept_tiles.has(columns);
-      if (recompute) multiply(grad, head.hidden(block), weight.transposed(), /*accumulate=*/false);
-      for_rows(block.size, columns.size, [&](int64_t i) {
-        const int64_t row = block.start + i, label = up.live.labels[row];
-        if (recompute) head.transform(grad.row(i), columns);
-        const T* z = recompute ? grad.row(i) : kept_tiles.tile(columns).row(up.among_labelled[row]);
-        const T target = columns.contains(label) ? z[label - columns.start] : T(0);
-        exp_row(z, grad.row(i), columns.size, up.peak[row], up.push[row], head.inverse_cap());
-        // exp(c - peak) may overflow: the label's entry is written over it.
-        if (columns.contains(label)) grad.row(i)[label - columns.start] = up.pull[row] * head.slope(target);
-      });
+      if (kept_tiles.has(columns)) {
+        // Rows without an upstream gradient were kept too: where there are some, rows are gathered.
+        const Matrix<T> tile = kept_tiles.tile(columns);
+        const bool all = head.rows == labelled.size();
+        const Matrix<T> logits = all ? tile.beside(block.start, block.size) : tile;
+        write_gradient(head, up, columns, block, logits, grad, all ? nullptr : up.among_labelled.data());
+      } else {
+        multiply(grad, weight, head.hidden(block).transposed(), /*accumulate=*/false);
+        head.transform(grad, columns);
+        write_gradient(head, up, columns, block, grad, grad, nullptr);
+      }
       if (needs_hidden) {
-        multiply(matrix<T>(grad_hidden_live).block(block.start, block.size), grad, weight, columns.start > 0);
+        const Matrix<T> sums = matrix<T>(grad_hidden_live).block(block.start, block.size);
+        multiply(sums, grad.transposed(), weight, columns.start > 0);
       }
       if (needs_weight) {
-        multiply(matrix<T>(weight_sums->sums), grad.transposed(), head.hidden(block), block.start > 0);
+        multiply(matrix<T>(weight_sums->sums), grad, head.hidden(block), block.start > 0);
       }
-      if (needs_bias) add_columns(data<T>(bias_sums->sums), grad);
+      for (int64_t v = 0; needs_bias && v < columns.size; ++v) {
+        data<T>(bias_sums->sums)[v] += sum_of_row(grad.row(v), block.size);
+      }
     });
     if (needs_weight) weight_sums->store();
     if (needs_bias) bias_sums->store();

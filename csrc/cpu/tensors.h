@@ -105,6 +105,9 @@ struct Matrix {
   Matrix block(int64_t start, int64_t count) const {
     return {row(start), count, columns, row_stride, column_stride};
   }
+  Matrix beside(int64_t start, int64_t count) const {
+    return {data + start * column_stride, rows, count, row_stride, column_stride};
+  }
   Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
   Tensor tensor() const {
     return torch::stable::from_blob(data, {rows, columns}, {row_stride, column_stride}, cpu(), dtype_of<T>());

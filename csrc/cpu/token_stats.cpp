@@ -27,21 +27,14 @@ Stats<T> stats_of(T target, const Competitors<T>& others) {
 }
 
 template <class T>
-std::vector<Competitors<T>> sweep(const TiledHead<T>& head, const LiveRows& live) {
+std::vector<Competitors<T>> sweep(const TiledHead<T>& head) {
   std::vector<Competitors<T>> others(head.rows);
   for_spans(head.vocab, head.plan.columns, [&](Span columns) {
     const Matrix<T> weight = head.weight(columns);
     for_spans(head.rows, head.plan.rows, [&](Span block) {
       const Matrix<T> tile = head.buffer(block, columns);
-      multiply(tile, head.hidden(block), weight.transposed(), /*accumulate=*/false);
-      for_rows(block.size, columns.size, [&](int64_t i) {
-        const int64_t row = block.start + i;
-        T* z = tile.row(i);
-        head.transform(z, columns);
-        without_label(columns.size, live.labels[row] - columns.start, [&](int64_t start, int64_t n) {
-          others[row].add_with_moment(z + start, n);
-        });
-      });
+      multiply(tile, weight, head.hidden(block).transposed(), /*accumulate=*/false);
+      add_tile(head, tile, columns, block, Sweep::kMoments, others, [](int64_t, T) {});
     });
   });
   return others;
@@ -63,7 +56,7 @@ TokenStats token_stats(
     if (live.size() == 0) return out;
     const TiledHead<T> head(arguments, live, plan_tiles(arguments, live.size(), sizeof(T)));
     const std::vector<T> target = head.target_logits();
-    const std::vector<Competitors<T>> others = sweep(head, live);
+    const std::vector<Competitors<T>> others = sweep(head);
     for (int64_t i = 0; i < live.size(); ++i) {
       const int64_t token = live.positions[i];
       const Stats<T> stats = stats_of(target[i], others[i]);

@@ -1,0 +1,63 @@
+// What the vectorised loops share: how a function is compiled for several processors, and exp.
+#pragma once
+
+#include <array>
+#include <bit>
+#include <cstdint>
+
+// One body per function, compiled for AVX-512, AVX2 and the base processor; the loader picks. Elsewhere (clang, ARM)
+// the base version is what the compiler vectorises.
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#define CWDPO_FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define CWDPO_FOR_EACH_PROCESSOR
+#endif
+#define CWDPO_INLINE inline __attribute__((always_inline))
+
+namespace cwdpo {
+
+// exp by x = n ln 2 + r, |r| <= ln 2 / 2: a Taylor polynomial in r, then n added to the exponent's bits. Adding
+// `magic` leaves n in the low bits of the sum, so that no conversion instruction is needed.
+template <class T>
+struct Exp;
+
+template <>
+struct Exp<float> {
+  using Bits = uint32_t;
+  static constexpr int kDegree = 7, kMantissa = 23;
+  static constexpr float kLow = -87.0f, kHigh = 88.0f, kMagic = 12582912.0f;
+  static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+};
+
+template <>
+struct Exp<double> {
+  using Bits = uint64_t;
+  static constexpr int kDegree = 13, kMantissa = 52;
+  static constexpr double kLow = -708.0, kHigh = 709.0, kMagic = 6755399441055744.0;
+  static constexpr double kLn2High = 0.693145751953125, kLn2Low = 1.42860682030941723212e-6;
+};
+
+template <class T>
+constexpr auto kInverseFactorials = [] {
+  std::array<T, Exp<T>::kDegree + 1> values{};
+  double factorial = 1;
+  for (int k = 0; k <= Exp<T>::kDegree; ++k, factorial *= k) values[k] = static_cast<T>(1 / factorial);
+  return values;
+}();
+
+// Within 1e-7 (float), 2e-16 (double) relative; 0 below Exp::kLow, NaN for NaN.
+template <class T>
+CWDPO_INLINE T fast_exp(T x) {
+  using E = Exp<T>;
+  T clamped = x < E::kLow ? E::kLow : x;
+  clamped = clamped > E::kHigh ? E::kHigh : clamped;
+  const T shifted = clamped * T(1.44269504088896340736) + E::kMagic;
+  const T n = shifted - E::kMagic;
+  const T r = (clamped - n * E::kLn2High) - n * E::kLn2Low;
+  T p = kInverseFactorials<T>[E::kDegree];
+  for (int k = E::kDegree - 1; k >= 0; --k) p = p * r + kInverseFactorials<T>[k];
+  const auto bits = std::bit_cast<typename E::Bits>(p) + (std::bit_cast<typename E::Bits>(shifted) << E::kMantissa);
+  return x < E::kLow ? T(0) : std::bit_cast<T>(bits);
+}
+
+}  // namespace cwdpo
