@@ -79,12 +79,12 @@ def seconds(step: Callable, inputs) -> float:
 def gemm_seconds(workload: Workload) -> dict[str, float]:
     """What torch.mm takes for each product of a whole vocabulary, on tiles of the shapes that ours has, in float32."""
     rows, dim, tiles = workload.labelled, workload.dim, 8
-    hidden, logits, grad_hidden = torch.randn(rows, dim), torch.randn(rows, TILE), torch.zeros(rows, dim)
+    hidden, logits, grad_hidden = torch.randn(rows, dim), torch.randn(TILE, rows), torch.zeros(rows, dim)
     weight, out = torch.randn(tiles * TILE, dim), torch.zeros(tiles * TILE, dim)
     products = {
-        "logits": lambda tile: torch.mm(hidden, weight[tile].T, out=logits),
-        "grad_hidden": lambda tile: torch.addmm(grad_hidden, logits, weight[tile], out=grad_hidden),
-        "grad_weight": lambda tile: torch.mm(logits.T, hidden, out=out[tile]),
+        "logits": lambda tile: torch.mm(weight[tile], hidden.T, out=logits),
+        "grad_hidden": lambda tile: torch.addmm(grad_hidden, logits.T, weight[tile], out=grad_hidden),
+        "grad_weight": lambda tile: torch.mm(logits, hidden, out=out[tile]),
     }
     result = {}
     for name, product in products.items():
