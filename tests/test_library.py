@@ -93,6 +93,23 @@ def test_what_is_kept_changes_no_bit(dtype, kept_bytes):
 
 
 @needs_library
+@pytest.mark.parametrize("kept_bytes", [3001 * 300 * 2, None], ids=["half", "all"])
+def test_rows_without_a_gradient_are_left_out_of_kept_tiles(kept_bytes):
+    """Kept tiles hold every labelled row: the rows that still count are picked from between those that do not."""
+    hidden, head, labels = make_inputs((300,), 3001, 65, bias=True, scale=0.7, softcap=5.0)
+    counts = (torch.arange(300) % 3 == 0).float()
+    grads = []
+    for budget in (ck.MemoryBudget(kept_bytes=kept_bytes), ck.MemoryBudget(kept_bytes=0)):
+        logp = ck.linear_logprob(hidden, head, labels, budget=budget)
+        grads.append(torch.autograd.grad((logp * counts).sum(), leaves(hidden, head)))
+    hidden64, head64 = as_float64(hidden, head)
+    logp = reference.linear_logprob(hidden64, head64, labels)
+    expected = torch.autograd.grad((logp * counts).sum(), leaves(hidden64, head64))
+    for found in grads:
+        assert all(relative_error(a, b) < 2e-6 for a, b in zip(found, expected, strict=True))
+
+
+@needs_library
 def test_gradients_keep_the_layout_of_what_they_belong_to():
     """As the fakes promise, for a compiler that plans strides from them: transposed tensors straight into the ops."""
     hidden, weight, labels = torch.randn(8, 30).T, torch.randn(8, 50).T, torch.arange(30)
