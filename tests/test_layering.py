@@ -18,6 +18,7 @@ ALLOWED = {
     "types": {"validation"},
     "validation": set(),
     "testing": {"types"},
+    "adapters": {"Head", "linear_logprob", "validation"},  # public names, which nothing else may import back
     "ops": {"ops", *BACKENDS},
     "reference": {"reference", "types"},
     **{backend: {backend} for backend in BACKENDS},

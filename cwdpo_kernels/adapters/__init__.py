@@ -1,0 +1,1 @@
+"""Drop-ins with the signatures of other projects, over the public functions; none of those projects is needed."""
