@@ -37,12 +37,15 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """`train`, `heldout`: JSONL files of preference pairs. Where both stages run, stage 1 takes a share
-    `sft_fraction` of the training rows (seeded shuffle) and stage 2 the others; one stage alone takes all."""
+    """`train`, `heldout`: JSONL or JSON files of preference pairs (columns: data.py and layouts.py). Where both
+    stages run, stage 1 takes a share `sft_fraction` of the training rows (seeded shuffle) and stage 2 the others;
+    one stage alone takes all. A bad row stops the run before it starts; with `skip_bad_rows` such rows are left
+    out, and their number and the first ten are printed."""
 
     train: str
     heldout: str
     sft_fraction: float = 0.75
+    skip_bad_rows: bool = False
 
     def __post_init__(self) -> None:
         _check(0 < self.sft_fraction < 1, "sft_fraction", "value", "in (0, 1)", self.sft_fraction)

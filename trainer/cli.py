@@ -22,7 +22,7 @@ COMMANDS = {
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0; wrong input is one line on stderr and 2."""
+    """Run a command. Returns 0; wrong input is a message on stderr and 2."""
     parser = argparse.ArgumentParser(prog="cwdpo", description="Cooling-Weighted DPO of vision-language models.")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, text in COMMANDS.items():

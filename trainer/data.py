@@ -1,4 +1,4 @@
-"""Preference rows from JSONL files, checked one by one before a run writes anything.
+"""Preference rows from JSONL or JSON files, checked one by one before a run writes anything.
 
 A row has the columns
 
@@ -9,7 +9,8 @@ A row has the columns
     references optional list of texts that count as right answers (default: the chosen one)
     negative_source  optional name of where the rejected answer is from; the probes group by it
 
-Text is used as it stands: between prompt and answer nothing is added but the end-of-sequence token after it.
+or those of another project's layout, see layouts.py. Text is used as it stands: between prompt and answer
+nothing is added but the end-of-sequence token after it. All rows are read before the bad ones are reported.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ import hashlib
 import json
 import random
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ from typing import Any
 from PIL import Image
 
 from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.layouts import canonical
 
-COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "references", "negative_source")
+SHOWN = 10  # bad rows that a report quotes
 Message = dict[str, Any]
 
 
@@ -58,19 +60,80 @@ class Row:
         return loaded
 
 
-def load_rows(path: Path) -> list[Row]:
-    """Every row of the JSONL file at `path`. Raises `InputError` with file:line, column, expected and got."""
+def load_rows(path: Path, skipped: Callable[[str], None] | None = None) -> list[Row]:
+    """Every row of the file at `path`: one JSON object a line or, in a .json file, an array of objects.
+
+    Raises one `InputError` about all the bad rows, each with file:line, column, expected and got. With `skipped`
+    the good rows are returned instead, if there are any, and `skipped` is called with the report.
+    """
     require(path.is_file(), str(path), "the data set", "an existing", "file", "none there")
-    rows = []
-    with path.open(encoding="utf-8") as lines:
-        for number, line in enumerate(lines, start=1):
-            if line.strip():
-                rows.append(_row(len(rows), f"{path}:{number}", line, path.parent))
+    rows: list[Row] = []
+    problems: list[str] = []
+    for where, values in _read(path):
+        try:
+            row = _row(len(rows), where, values, path.parent)
+            if rows:  # one batch is rendered one way
+                first, kind = type(rows[0].prompt).__name__, type(row.prompt).__name__
+                require(kind == first, where, "prompt", "type", f"{first} (as {rows[0].where})", kind)
+            rows.append(row)
+        except InputError as error:
+            problems.append(str(error))
+    if problems:
+        skip = skipped is not None and bool(rows)
+        report = _report(path, problems, len(rows) + len(problems), " and are left out" if skip else "")
+        if not skip:
+            raise InputError(problems[0] if len(problems) == 1 else report)
+        skipped(report)
     require(bool(rows), str(path), "the data set", "number of rows", ">= 1", 0)
-    for row in rows:  # one batch is rendered one way
-        first, kind = type(rows[0].prompt).__name__, type(row.prompt).__name__
-        require(kind == first, row.where, "prompt", "type", f"{first} (as {rows[0].where})", kind)
     return rows
+
+
+def _report(path: Path, problems: Sequence[str], total: int, fate: str) -> str:
+    shown = problems[:SHOWN]
+    which = f"; the first {SHOWN}" if len(problems) > SHOWN else ""
+    return "\n  ".join([f"{path}: {len(problems)} of {total} rows cannot be used{fate}{which}:", *shown])
+
+
+def _read(path: Path) -> Iterator[tuple[str, Any]]:
+    """("file:line", what stands there) of each row; an `InputError` in place of a line that is not JSON."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: expected the data set to have encoding UTF-8, got {error}") from error
+    if path.suffix == ".json" and text.lstrip().startswith("["):
+        yield from _read_array(path, text)
+        return
+    for number, line in enumerate(text.split("\n"), start=1):
+        if line.strip():
+            try:
+                yield f"{path}:{number}", json.loads(line)
+            except json.JSONDecodeError as error:
+                yield f"{path}:{number}", _not_json(f"{path}:{number}", error)
+
+
+def _not_json(where: str, error: json.JSONDecodeError) -> InputError:
+    return InputError(f"{where}: expected the row to have valid JSON, got {error}")
+
+
+def _read_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
+    """The elements of an array, each with the line that it begins in. Nothing after a mistake can be read."""
+    decoder, gap = json.JSONDecoder(), re.compile(r"\s*")
+    place, number, separator = text.index("["), 1, "["
+    line_start = 0  # up to here `number` has counted
+    while separator != "]":
+        start = gap.match(text, place + 1).end()
+        if separator == "[" and text[start : start + 1] == "]":
+            return
+        number, line_start = number + text.count("\n", line_start, start), start
+        where = f"{path}:{number}"
+        try:
+            value, end = decoder.raw_decode(text, start)
+        except json.JSONDecodeError as error:
+            raise _not_json(where, error) from error
+        yield where, value
+        place = gap.match(text, end).end()
+        separator = text[place : place + 1]
+        require(separator in (",", "]") and separator != "", where, "the row", "after it", ", or ]", repr(separator))
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
@@ -103,14 +166,11 @@ def digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _row(row_id: int, where: str, line: str, folder: Path) -> Row:
-    try:
-        values = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise InputError(f"{where}: expected the row to have valid JSON, got {error}") from error
+def _row(row_id: int, where: str, values: Any, folder: Path) -> Row:
+    if isinstance(values, InputError):
+        raise values
     require(isinstance(values, dict), where, "the row", "type", "object", type(values).__name__)
-    unknown = sorted(set(values) - set(COLUMNS))
-    require(not unknown, where, "columns", "names in", ", ".join(COLUMNS), ", ".join(unknown))
+    values = canonical(where, values)
     prompt = _content(where, values, "prompt")
     chosen, rejected = (_content(where, values, name) for name in ("chosen", "rejected"))
     for name, answer in (("chosen", chosen), ("rejected", rejected)):

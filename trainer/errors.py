@@ -1,4 +1,5 @@
-"""What the trainer says when the user's input is wrong: one line, which the command line prints as it is."""
+"""What the trainer says when the user's input is wrong, which the command line prints as it is: one line, or
+one more for each bad row of a data set."""
 
 from __future__ import annotations
 

@@ -80,10 +80,12 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
 
 def _load_inputs(config: RunConfig, stages: Sequence[str]) -> _Inputs:
     files = {name: config.base / getattr(config.data, name) for name in ("train", "heldout")}
-    train, heldout = (load_rows(path) for path in files.values())
+    first: StageArguments = getattr(config, stages[0])
+    skipped = (print if first.should_save else lambda _: None) if config.data.skip_bad_rows else None
+    train, heldout = (load_rows(path, skipped) for path in files.values())
     if len(stages) == 2:
-        first, second = split_rows(train, config.data.sft_fraction, config.seed)
-        rows = {"sft": first, "dpo": second}
+        shares = split_rows(train, config.data.sft_fraction, config.seed)
+        rows = dict(zip(STAGES, shares, strict=True))
     else:
         rows = {stages[0]: train}
     path = _model_path(config)

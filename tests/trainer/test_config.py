@@ -53,6 +53,7 @@ MISTAKES = [
     ("sft.negatives=harsh", "sft: GentleNegatives: expected mode to have value"),
     ("sft.output_dir=x", "expected key sft.output_dir to have a place"),
     ("data.sft_fraction=1", "data: expected sft_fraction to have value in (0, 1), got 1.0"),
+    ("data.skip_bad_rows=maybe", "expected data.skip_bad_rows to have type bool, got 'maybe' (str)"),
     ("data.train=null", "expected data.train to have type str, got nothing"),
     ("model.dtype=int8", "model: expected dtype to have value in auto, float32"),
     ("probes=3", "expected probes to have type mapping, got 3 (int)"),
@@ -104,6 +105,19 @@ def test_prepare_is_called_with_its_folder_and_keys(settings, write_config, tmp_
     assert main(["run", str(write_config(settings))]) == 2
     assert (tmp_path / "made").is_dir()
     assert f"{tmp_path / 'made' / 'train.jsonl'}: expected the data set" in capsys.readouterr().err
+
+
+def test_bad_rows_stop_a_run_or_are_skipped_and_counted(settings, write_config, tmp_path, capsys):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text("{oops\n" * 2 + '{"prompt": "x", "chosen": "a", "rejected": "b"}\n' * 2)
+    command = ["run", str(write_config(settings)), f"data.train={bad}", "model.path=./gone"]
+    assert main(command) == 2
+    assert f"cwdpo: {bad}: 2 of 4 rows cannot be used:\n  {bad}:1: expected the row" in capsys.readouterr().err
+    assert main([*command, "data.skip_bad_rows=true"]) == 2
+    said = capsys.readouterr()
+    assert said.out.startswith(f"{bad}: 2 of 4 rows cannot be used and are left out:\n  {bad}:1: expected the row")
+    assert "expected path to have an existing folder" in said.err  # the data did not stop it
+    assert not Path(settings["output_dir"]).exists()
 
 
 def test_a_wrong_key_of_prepare_is_named(settings, write_config, tmp_path, capsys):

@@ -62,6 +62,67 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
         load_rows(write(tmp_path))
 
 
+def test_all_bad_rows_are_counted_and_the_first_ten_shown(tmp_path):
+    path = write(tmp_path, GOOD, *[without("chosen")] * 11, GOOD, "{oops")
+    with pytest.raises(InputError) as error:
+        load_rows(path)
+    first, *shown = str(error.value).split("\n")
+    assert first == f"{path}: 12 of 14 rows cannot be used; the first 10:"
+    assert [line.split(": expected")[0].strip() for line in shown] == [f"{path}:{line}" for line in range(2, 12)]
+
+
+def test_bad_rows_are_skipped_on_request_and_reported(tmp_path):
+    path = write(tmp_path, without("chosen"), GOOD, "{oops", {**GOOD, "prompt": [{"role": "user", "content": "x"}]})
+    reports: list[str] = []
+    (row,) = load_rows(path, reports.append)
+    assert (row.id, row.where) == (0, f"{path}:2")
+    (report,) = reports
+    assert report.startswith(
+        f"{path}: 3 of 4 rows cannot be used and are left out:\n  {path}:1: expected chosen to have a value"
+    )
+    assert f"{path}:4: expected prompt to have type str (as {path}:2), got list" in report
+    load_rows(write(tmp_path, GOOD), reports.append)
+    assert len(reports) == 1
+
+
+def test_a_file_of_bad_rows_alone_is_never_skipped(tmp_path):
+    with pytest.raises(InputError, match=r"2 of 2 rows cannot be used"):
+        load_rows(write(tmp_path, "{oops", "{oops"), print)
+
+
+def test_a_json_file_has_an_array_of_rows(tmp_path):
+    path = tmp_path / "pairs.json"
+    path.write_text(json.dumps([GOOD, {**GOOD, "rejected": "c"}], indent=1), encoding="utf-8-sig")
+    assert [(row.where, row.rejected) for row in load_rows(path)] == [(f"{path}:2", "b"), (f"{path}:7", "c")]
+    path.write_text(json.dumps(GOOD) + "\n")
+    assert [row.where for row in load_rows(path)] == [f"{path}:1"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("[\n]", "pairs.json: expected the data set to have number of rows >= 1, got 0"),
+        ('[\n{"prompt": "x"}]', "pairs.json:2: expected chosen to have a value"),
+        ("[\n%s,\n{oops]", "pairs.json:3: expected the row to have valid JSON"),
+        ("[%s\n%s]", "pairs.json:1: expected the row to have after it , or ], got '{'"),
+        ("[%s,\n", "pairs.json:2: expected the row to have valid JSON"),
+        ("[%s", "pairs.json:1: expected the row to have after it , or ], got ''"),
+    ],
+)
+def test_a_mistake_in_an_array_is_named(tmp_path, text, message):
+    path = tmp_path / "pairs.json"
+    path.write_text(text.replace("%s", json.dumps(GOOD)))
+    with pytest.raises(InputError) as error:
+        load_rows(path)
+    assert message in str(error.value)
+
+
+def test_another_encoding_is_named(tmp_path):
+    (tmp_path / "pairs.jsonl").write_bytes(b'{"prompt": "\xff"}')
+    with pytest.raises(InputError, match=r"pairs.jsonl: expected the data set to have encoding UTF-8"):
+        load_rows(tmp_path / "pairs.jsonl")
+
+
 def test_defaults_and_image_paths(tmp_path):
     (tmp_path / "one.png").touch()
     row, plain = load_rows(write(tmp_path, {**GOOD, "image": "one.png"}, GOOD))

@@ -1,0 +1,170 @@
+"""Rows of other projects' layouts become the trainer's own, images and all."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from cwdpo_trainer.collator import PairCollator
+from cwdpo_trainer.data import load_rows
+from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.layouts import canonical
+
+ASK = {"role": "user", "content": "where"}
+SYSTEM = {"role": "system", "content": "be brief"}
+QUESTION, GOOD, BAD = (
+    {"from": "human", "value": "where"},
+    {"from": "gpt", "value": "left"},
+    {"from": "gpt", "value": "up"},
+)
+# What chat templates of vision-language models do: walk over the parts, drop what is no part.
+TEMPLATE = (
+    "{% for m in messages %}{{ '<s> ' + m.role + ' ' }}{% for p in m.content %}"
+    "{% if p.type == 'image' %}{{ '<image> ' }}{% elif p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
+    "{{ ' </s> ' }}{% endfor %}{% if add_generation_prompt %}{{ '<s> assistant ' }}{% endif %}"
+)
+
+
+def said(text: str) -> dict:
+    return {"role": "assistant", "content": text}
+
+
+TEXT_LAYOUTS = {
+    "trl": {"prompt": [ASK], "chosen": [said("left")], "rejected": [said("up")]},
+    "trl, implicit": {"chosen": [ASK, said("left")], "rejected": [ASK, said("up")]},
+    "trl, prompt repeated": {"prompt": "where", "chosen": [ASK, said("left")], "rejected": [ASK, said("up")]},
+    "swift": {"messages": [ASK, said("left")], "rejected_response": "up"},
+    "swift, messages": {"messages": [ASK, said("left")], "rejected_messages": [ASK, said("up")]},
+    "sharegpt": {"conversations": [QUESTION], "chosen": GOOD, "rejected": BAD},
+    "sharegpt, openai": {"messages": [ASK], "chosen": said("left"), "rejected": said("up")},
+    "alpaca": {"instruction": "where", "input": "", "chosen": "left", "rejected": "up"},
+}
+
+
+def text_of(answer: object) -> object:
+    return answer[0]["content"] if isinstance(answer, list) else answer
+
+
+@pytest.mark.parametrize("values", TEXT_LAYOUTS.values(), ids=TEXT_LAYOUTS)
+def test_every_layout_is_the_same_pair(values):
+    row = canonical("f:1", {**values, "references": ["left"], "score_chosen": 9.0, "videos": None})
+    assert (row["prompt"], row["references"]) == ([ASK], ["left"])
+    assert (text_of(row["chosen"]), text_of(row["rejected"])) == ("left", "up")
+    assert set(row) == {"prompt", "chosen", "rejected", "references"}
+
+
+@pytest.mark.parametrize("values", TEXT_LAYOUTS.values(), ids=TEXT_LAYOUTS)
+def test_every_layout_loads_with_an_image_and_reaches_the_model(tmp_path, collator, values):
+    """The image, which no text of these rows mentions, is at the beginning of the question."""
+    (tmp_path / "pictures").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "one.png")
+    (tmp_path / "a.jsonl").write_text(json.dumps({**values, "images": ["pictures/one.png"]}))
+    rows = load_rows(tmp_path / "a.jsonl")
+    assert rows[0].images == (tmp_path / "pictures" / "one.png",)
+    processor = copy.deepcopy(collator.processor)
+    processor.chat_template = TEMPLATE
+    pairs = PairCollator(processor)(rows)
+    tokens = processor.tokenizer.convert_ids_to_tokens(pairs["prompts"]["input_ids"][0])
+    assert tokens == ["<s>", "<unk>", *["<image>"] * 4, "<unk>", "</s>", "<s>", "<unk>"]
+    assert processor.tokenizer.convert_ids_to_tokens(pairs["chosen"][0]) == ["left", "</s>"]
+    assert len(pairs["rejected"][0]) == 2
+
+
+@pytest.mark.parametrize("images", [{"images": ["a", "b"]}, {"images": [{"path": "a", "bytes": None}, {"path": "b"}]}])
+def test_tags_are_images_at_their_place(images):
+    asked = {"from": "human", "value": "<image>\nand <image> differ?"}
+    row = canonical("f:1", {"conversations": [asked], "chosen": GOOD, "rejected": BAD, "system": "be brief", **images})
+    parts = [
+        {"type": "image"},
+        {"type": "text", "text": "\nand "},
+        {"type": "image"},
+        {"type": "text", "text": " differ?"},
+    ]
+    assert row["prompt"] == [
+        {"role": "system", "content": [{"type": "text", "text": "be brief"}]},
+        {"role": "user", "content": parts},
+    ]
+    assert row["images"] == ["a", "b"]
+
+
+@pytest.mark.parametrize("content", ["<|image_pad|> x", "[IMG] x", "<start_of_image> x", [{"type": "image"}]])
+def test_a_prompt_with_its_own_placeholder_stands_as_it_is(content):
+    prompt = [{"role": "user", "content": content}]
+    values = {"prompt": prompt, "chosen": "a", "rejected": "b", "image": "one.png"}
+    assert canonical("f:1", values) == values
+
+
+def test_text_prompts_are_not_touched():
+    values = {"prompt": "<image> x", "chosen": "a", "rejected": "b", "images": ["one.png"]}
+    assert canonical("f:1", values) == values
+
+
+@pytest.mark.parametrize(
+    ("chosen", "rejected", "prompt"),
+    [
+        ("The sky is blue.", "The sky is black.", "The sky is"),
+        ("H: hi\n\nA: yes", "H: hi\n\nA: no", "H: hi\n\nA:"),
+    ],
+)
+def test_an_implicit_prompt_of_text_ends_between_words(chosen, rejected, prompt):
+    row = canonical("f:1", {"chosen": chosen, "rejected": rejected})
+    assert row["prompt"] == prompt
+    assert (row["prompt"] + row["chosen"], row["prompt"] + row["rejected"]) == (chosen, rejected)
+
+
+def test_alpaca_has_system_history_and_input():
+    values = {"instruction": "where", "input": "the dog", "system": "be brief", "history": [["who", "me"]]}
+    row = canonical("f:1", {**values, "chosen": "a", "rejected": "b"})
+    asked = {"role": "user", "content": "where\nthe dog"}
+    assert row["prompt"] == [SYSTEM, {"role": "user", "content": "who"}, said("me"), asked]
+
+
+SHARE, SWIFT = TEXT_LAYOUTS["sharegpt"], TEXT_LAYOUTS["swift"]
+ALPACA = TEXT_LAYOUTS["alpaca"]
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"question": "x", "answer": "y"}, "columns to have the names prompt, chosen, rejected (TRL), messages"),
+        ({"question": "x", "answer": "y"}, "got answer, question"),
+        ({}, "got none"),
+        ({"messages": [ASK, said("a")]}, "got messages"),
+        ({"chosen": "a", "rejected": [said("b")]}, "chosen and rejected to have one type of text and list"),
+        ({"chosen": [said("a")], "rejected": [said("b")]}, "prompt to have a value, got no such column"),
+        ({"chosen": [], "rejected": []}, "prompt to have a value, got no such column"),
+        ({**SWIFT, "tools": "[]"}, "columns to have names in messages, rejected_response, rejected_messages"),
+        ({**SWIFT, "messages": [ASK]}, "the last of messages to have role assistant, got 'user'"),
+        ({**SWIFT, "messages": [said("a")]}, "messages to have length >= 2"),
+        ({**SWIFT, "messages": []}, "messages to have type list of messages, not empty"),
+        ({**SWIFT, "messages": ["x"]}, "messages to have messages of role and content, or from and value"),
+        ({**SWIFT, "rejected_response": 3}, "rejected_response to have type text, got int"),
+        ({**SWIFT, "rejected_messages": [ASK]}, "columns to have one of rejected_response, rejected_messages"),
+        ({**TEXT_LAYOUTS["swift, messages"], "rejected_images": ["b"]}, "rejected_images to have value that of images"),
+        ({**SHARE, "conversations": [QUESTION, GOOD]}, "the last of conversations to have role human"),
+        ({**SHARE, "rejected": QUESTION}, "rejected to have role gpt, got 'user'"),
+        ({**SHARE, "chosen": {"from": "function_call", "value": "f"}}, "chosen to have role in system, user"),
+        ({**SHARE, "system": 3}, "system to have type text, got int"),
+        ({**ALPACA, "instruction": " "}, "instruction and input to have type text, the first not empty"),
+        ({**ALPACA, "history": ["x"]}, "history to have type list of [question, answer]"),
+        (
+            {**ALPACA, "instruction": "<image> <image>", "images": ["a"]},
+            "number of tags <image> 1 (as images), or none",
+        ),
+    ],
+)
+def test_a_row_that_fits_no_layout_is_named(values, message):
+    with pytest.raises(InputError) as error:
+        canonical("f:1", values)
+    assert str(error.value).startswith("f:1: expected ")
+    assert message in str(error.value)
+
+
+def test_equal_conversations_are_refused_as_equal(tmp_path: Path):
+    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": [ASK, said("a")], "rejected": [ASK, said("a")]}))
+    with pytest.raises(InputError, match=r"a.jsonl:1: expected rejected to have an answer other than chosen"):
+        load_rows(tmp_path / "a.jsonl")

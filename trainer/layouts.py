@@ -1,0 +1,229 @@
+"""Rows as other projects lay them out, turned into the columns prompt, chosen, rejected, images.
+
+A row's columns say which layout it has:
+
+    messages + rejected_response   ms-swift: the last message is the chosen answer
+    messages + rejected_messages   ms-swift: two conversations that differ in their last message
+    conversations or messages, + chosen + rejected   LLaMA-Factory's ShareGPT: {"from": ..., "value": ...} or
+                                   {"role": ..., "content": ...}; `system` is optional
+    instruction + chosen + rejected   LLaMA-Factory's alpaca: `input`, `system` and `history` are optional
+    prompt + chosen + rejected     TRL: text or messages
+    chosen + rejected              TRL without a prompt: it is what both begin with
+
+A column that is null counts as absent. Where messages of plain text come with images, each tag `<image>` becomes
+an image part of its message; without any tag the images go before the text of the first user message. A text
+that has a model's own placeholder (`<|image_pad|>`, `[IMG]`, ...) is used as it stands.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any
+
+from cwdpo_trainer.errors import InputError, require
+
+Values = dict[str, Any]
+Message = dict[str, Any]
+
+COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "references", "negative_source")
+# Beside the columns of its layout a row may have these; `METADATA` is not used.
+SHARED = frozenset({"images", "image", "references", "negative_source"})
+METADATA = frozenset({"id", "prompt_id", "score_chosen", "score_rejected", "margin", "source"})
+ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
+TAG = "<image>"
+PLACEHOLDER = re.compile(r"<[^<>\s]*(?:image|IMG)[^<>\s]*>|\[IMG\]")
+
+
+def canonical(where: str, values: Values) -> Values:
+    """`values` with the columns `COLUMNS` alone. Raises `InputError` for a row of no layout, or a wrong one."""
+    values = {name: value for name, value in values.items() if value is not None}
+    convert, own = _layout(where, values)
+    known = set(own) | SHARED | METADATA
+    unknown = sorted(set(values) - known)
+    names = ", ".join([*own, *(name for name in COLUMNS if name in SHARED)])
+    require(not unknown, where, "columns", "names in", names, ", ".join(unknown))
+    row = {name: value for name, value in values.items() if name in SHARED}
+    row |= convert(where, values)
+    if "images" in row and isinstance(row["images"], list):
+        row["images"] = [_image_path(image) for image in row["images"]]
+    return _with_image_parts(where, row)
+
+
+def _layout(where: str, values: Values) -> tuple[Callable[[str, Values], Values], tuple[str, ...]]:
+    """How to convert the row, and the columns that its layout has."""
+    if "prompt" in values:
+        same = values.get("messages") == values.get("chosen")  # some sets repeat the chosen conversation
+        return _preference, ("prompt", "chosen", "rejected", *(("messages",) if same else ()))
+    if "messages" in values and ("rejected_response" in values or "rejected_messages" in values):
+        return _swift, ("messages", "rejected_response", "rejected_messages", "rejected_images", "system")
+    answers = "chosen" in values and "rejected" in values
+    if "messages" in values and answers:
+        return _sharegpt, ("messages", "chosen", "rejected", "system")
+    if "conversations" in values and answers:
+        return _sharegpt, ("conversations", "chosen", "rejected", "system")
+    if "instruction" in values and answers:
+        return _alpaca, ("instruction", "input", "chosen", "rejected", "system", "history")
+    if answers:
+        return _implicit, ("chosen", "rejected")
+    expected = (
+        "prompt, chosen, rejected (TRL), messages, rejected_response (ms-swift), or conversations or instruction, "
+        "chosen, rejected (LLaMA-Factory)"
+    )
+    columns = ", ".join(sorted(values)) or "none"
+    raise InputError(f"{where}: expected columns to have the names {expected}, got {columns}")
+
+
+def _preference(where: str, values: Values) -> Values:
+    """TRL. A prompt that is text beside two conversations is only a copy of what they begin with."""
+    row = {name: values[name] for name in ("prompt", "chosen", "rejected") if name in values}
+    conversations = all(_is_conversation(row.get(name)) for name in ("chosen", "rejected"))
+    return _implicit(where, row) if conversations and isinstance(row["prompt"], str) else row
+
+
+def _is_conversation(value: Any) -> bool:
+    return isinstance(value, list) and len(value) > 1
+
+
+def _implicit(where: str, values: Values) -> Values:
+    """The prompt is the longest beginning of both answers; of texts, one that ends between two words."""
+    chosen, rejected = values["chosen"], values["rejected"]
+    alike = type(chosen) is type(rejected) and isinstance(chosen, (str, list))
+    types = f"{type(chosen).__name__} and {type(rejected).__name__}"
+    require(alike, where, "chosen and rejected", "one type", "of text and list of messages", types)
+    pairs = zip(chosen, rejected, strict=False)
+    shorter = min(len(chosen), len(rejected))
+    length = next((place for place, (one, other) in enumerate(pairs) if one != other), shorter)
+    if isinstance(chosen, str):  # the space before an answer belongs to it, as tokenizers have it
+        length = max((match.start() for match in re.finditer(r"\s+", chosen[:length])), default=0)
+    else:
+        length = min(length, shorter - 1)
+    require(length > 0, where, "prompt", "a", "value", "no such column")
+    return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
+
+
+def _swift(where: str, values: Values) -> Values:
+    messages = _conversation(where, "messages", values["messages"], values.get("system"))
+    if "rejected_messages" in values:
+        require(
+            "rejected_response" not in values,
+            where,
+            "columns",
+            "one of",
+            "rejected_response, rejected_messages",
+            "both",
+        )
+        same = values.get("rejected_images", values.get("images")) == values.get("images")
+        require(same, where, "rejected_images", "value", "that of images", repr(values.get("rejected_images")))
+        rejected = _conversation(where, "rejected_messages", values["rejected_messages"], values.get("system"))
+        return _implicit(where, {"chosen": messages, "rejected": rejected})
+    role = messages[-1]["role"]
+    require(role == "assistant", where, "the last of messages", "role", "assistant", repr(role))
+    require(len(messages) > 1, where, "messages", "length", ">= 2 (a prompt and its answer)", len(messages))
+    rejected = values["rejected_response"]
+    require(isinstance(rejected, str), where, "rejected_response", "type", "text", type(rejected).__name__)
+    return {"prompt": messages[:-1], "chosen": _answer(messages[-1]), "rejected": rejected}
+
+
+def _sharegpt(where: str, values: Values) -> Values:
+    name = "messages" if "messages" in values else "conversations"
+    prompt = _conversation(where, name, values[name], values.get("system"))
+    role = prompt[-1]["role"]
+    require(role != "assistant", where, f"the last of {name}", "role", "human (the answers follow it)", repr(role))
+    answers = {}
+    for column in ("chosen", "rejected"):
+        answer = values[column]
+        if not isinstance(answer, str):
+            (message,) = _conversation(where, column, [answer], None)
+            require(message["role"] == "assistant", where, column, "role", "gpt", repr(message["role"]))
+            answer = _answer(message)
+        answers[column] = answer
+    return {"prompt": prompt, **answers}
+
+
+def _alpaca(where: str, values: Values) -> Values:
+    asked = [values["instruction"], values.get("input", "")]
+    texts = all(isinstance(text, str) for text in asked) and bool(asked[0].strip())
+    require(texts, where, "instruction and input", "type", "text, the first not empty", repr(asked))
+    turns = values.get("history", [])
+    pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
+    require(pairs, where, "history", "type", "list of [question, answer]", repr(turns))
+    messages = []
+    for question, answer in turns:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
+    messages.append({"role": "user", "content": "\n".join(text for text in asked if text)})
+    prompt = _conversation(where, "history", messages, values.get("system"))
+    return {"prompt": prompt, "chosen": values["chosen"], "rejected": values["rejected"]}
+
+
+def _conversation(where: str, name: str, value: Any, system: Any) -> list[Message]:
+    """Messages of either form as {"role", "content"}, after one of the text `system` where there is one."""
+    require(isinstance(value, list) and bool(value), where, name, "type", "list of messages, not empty", repr(value))
+    messages = []
+    for message in value:
+        fields = message if isinstance(message, dict) else {}
+        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+        ok = isinstance(role, str) and isinstance(content, (str, list))
+        require(ok, where, name, "messages of", "role and content, or from and value", repr(message))
+        role = ROLES.get(role, role)
+        known = ("system", "user", "assistant", "tool")
+        require(role in known, where, name, "role", "in " + ", ".join([*known, *ROLES]), repr(role))
+        messages.append({"role": role, "content": content})
+    if system:
+        require(isinstance(system, str), where, "system", "type", "text", type(system).__name__)
+        messages.insert(0, {"role": "system", "content": system})
+    return messages
+
+
+def _answer(message: Message) -> str | list[Message]:
+    """The text of an answer, or the answer as it is if it has parts."""
+    return message["content"] if isinstance(message["content"], str) else [message]
+
+
+def _image_path(image: Any) -> Any:
+    """An image may be {"path": ...}, which is how data set libraries write it."""
+    return image["path"] if isinstance(image, dict) and isinstance(image.get("path"), str) else image
+
+
+def _with_image_parts(where: str, row: Values) -> Values:
+    """The row with its images as parts of the messages of the prompt, if these are all plain text."""
+    prompt = row.get("prompt")
+    images = [row["image"]] if "image" in row else row.get("images")
+    if not images or not isinstance(images, list) or not isinstance(prompt, list):
+        return row
+    contents = [message.get("content") if isinstance(message, dict) else None for message in prompt]
+    if not all(isinstance(content, str) for content in contents):
+        return row
+    found = [tag for content in contents for tag in PLACEHOLDER.findall(content)]
+    if any(tag != TAG for tag in found):
+        return row
+    ok = len(found) in (0, len(images))
+    require(ok, where, "prompt", "number of tags <image>", f"{len(images)} (as images), or none", len(found))
+    messages = [{**message, "content": _parts(message["content"])} for message in prompt]
+    if not found:
+        first = next((message for message in messages if message.get("role") == "user"), messages[0])
+        first["content"] = [{"type": "image"} for _ in images] + first["content"]
+    # Templates that walk over parts drop plain text, so that the answers have parts too.
+    answers = {name: _answer_parts(row[name]) for name in ("chosen", "rejected") if name in row}
+    return {**row, "prompt": messages, **answers}
+
+
+def _parts(text: str) -> list[Message]:
+    parts: list[Message] = []
+    for place, piece in enumerate(text.split(TAG)):
+        parts += [{"type": "image"}] if place else []
+        parts += [{"type": "text", "text": piece}] if piece else []
+    return parts
+
+
+def _answer_parts(answer: Any) -> Any:
+    if isinstance(answer, str) and answer.strip():
+        return [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
+    if isinstance(answer, list):
+        return [
+            {**message, "content": [{"type": "text", "text": message["content"]}]}
+            if isinstance(message, dict) and isinstance(message.get("content"), str)
+            else message
+            for message in answer
+        ]
+    return answer
