@@ -47,11 +47,13 @@ def linear_cross_entropy(
         if value is not None:
             raise NotImplementedError(f"{OP}: {name}={value!r} is not supported")
     expect(reduction in REDUCTIONS, OP, "reduction", "a value in", ", ".join(REDUCTIONS), repr(reduction))
-    expect(shift >= 0, OP, "shift", "a value", ">= 0", shift)
+    is_tensor = bias is None or isinstance(bias, Tensor)
+    expect(is_tensor, OP, "bias", "type", "Tensor or None (pass ignore_index by name)", type(bias).__name__)
     if shift:
         expect(targets.dim() >= 1, OP, "targets", "dimensions", ">= 1 (for shift)", targets.dim())
-        length = max(targets.shape[-1] - int(shift), 0)
-        e, targets = e[..., :length, :], targets[..., int(shift) :]
+        length = targets.shape[-1]
+        expect(0 <= shift < length, OP, "shift", "a value", f"between 0 and {length - 1} (as targets)", shift)
+        e, targets = e[..., : length - int(shift), :], targets[..., int(shift) :]
     counts = targets != ignore_index
     nll = -linear_logprob(e, Head(c, bias, softcap=softcap), targets, ignore_index=ignore_index)
     loss = nll if reduction == "none" else nll.sum()

@@ -28,6 +28,7 @@ def linear_cross_entropy(
     reduction: str = "mean",
     ignore_index: int | None = None,
     label_smoothing: float = 0.0,
+    options: object | None = None,
 ) -> Tensor:
     """Cross entropy of softmax(input @ linear_weight.T + linear_bias) with class indices, in nats.
 
@@ -40,8 +41,11 @@ def linear_cross_entropy(
     With smoothing, half-precision gradients of the head are sums of two rounded terms, which cancel at the label as
     `label_smoothing` nears 1.
 
-    NotImplementedError: class weights, targets that are probabilities, a K-dimensional loss.
+    NotImplementedError: `options` (chunks of tokens; here the vocabulary is tiled), class weights, targets that
+    are probabilities, a K-dimensional loss.
     """
+    if options is not None:
+        raise NotImplementedError(f"{OP}: options (torch's chunking) are not supported, memory is bounded without them")
     if weight is not None:
         raise NotImplementedError(f"{OP}: weight (a factor for each class) is not supported")
     if target.is_floating_point():

@@ -68,9 +68,15 @@ def test_only_the_import_changes(reduction, shift):
         ({"return_lse": True}, NotImplementedError, "return_lse=True is not supported"),
         ({"impl": "cce"}, NotImplementedError, "impl='cce' is not supported"),
         ({"reduction": "avg"}, ValueError, "expected reduction to have a value in none, mean, sum, got 'avg'"),
-        ({"shift": -1}, ValueError, "expected shift to have a value >= 0, got -1"),
+        ({"shift": -1}, ValueError, r"expected shift to have a value between 0 and 10 \(as targets\), got -1"),
+        ({"shift": 11}, ValueError, r"expected shift to have a value between 0 and 10 \(as targets\), got 11"),
+        (
+            {"bias": -100},
+            ValueError,
+            r"expected bias to have type Tensor or None \(pass ignore_index by name\)",
+        ),
     ],
-    ids=["filter", "lse", "impl", "reduction", "shift"],
+    ids=["filter", "lse", "impl", "reduction", "negative", "too-far", "positional"],
 )
 def test_refusals_name_the_argument(options, error, message):
     (e, c, _), targets = make((3, 11), torch.float32)

@@ -75,12 +75,13 @@ def test_the_mean_of_no_token_is_no_number():
     ("change", "error", "message"),
     [
         ({"weight": torch.ones(507)}, NotImplementedError, "weight"),
+        ({"options": object()}, NotImplementedError, "options"),
         ({"target": torch.rand(4, 507)}, NotImplementedError, "class probabilities"),
         ({"linear_weight": torch.rand(507, 2, 33)}, NotImplementedError, "more than 2 dimensions"),
         ({"reduction": "avg"}, ValueError, "expected reduction to have a value in none, mean, sum, got 'avg'"),
         ({"label_smoothing": 1.5}, ValueError, "expected label_smoothing to have a value between 0 and 1, got 1.5"),
     ],
-    ids=["class-weight", "probabilities", "dimensions", "reduction", "smoothing"],
+    ids=["class-weight", "options", "probabilities", "dimensions", "reduction", "smoothing"],
 )
 def test_refusals_name_the_argument(change, error, message):
     (hidden, weight), target = make((4,), torch.float32, bias=False)
