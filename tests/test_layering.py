@@ -18,7 +18,12 @@ ALLOWED = {
     "types": {"validation"},
     "validation": set(),
     "testing": {"types"},
-    "adapters": {"Head", "linear_logprob", "validation"},  # public names, which nothing else may import back
+    "adapters": {
+        "adapters",
+        "Head",
+        "linear_logprob",
+        "validation",
+    },  # public names of the package
     "ops": {"ops", *BACKENDS},
     "reference": {"reference", "types"},
     **{backend: {backend} for backend in BACKENDS},

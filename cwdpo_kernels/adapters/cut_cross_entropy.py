@@ -13,10 +13,10 @@ from typing import Any
 from torch import Tensor
 
 from cwdpo_kernels import Head, linear_logprob
+from cwdpo_kernels.adapters.reduction import check_reduction, reduced
 from cwdpo_kernels.validation import expect
 
 OP = "linear_cross_entropy"
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def linear_cross_entropy(
@@ -46,7 +46,7 @@ def linear_cross_entropy(
     for name, value in unsupported.items():
         if value is not None:
             raise NotImplementedError(f"{OP}: {name}={value!r} is not supported")
-    expect(reduction in REDUCTIONS, OP, "reduction", "a value in", ", ".join(REDUCTIONS), repr(reduction))
+    check_reduction(OP, reduction)
     is_tensor = bias is None or isinstance(bias, Tensor)
     expect(is_tensor, OP, "bias", "type", "Tensor or None (pass ignore_index by name)", type(bias).__name__)
     if shift:
@@ -54,9 +54,5 @@ def linear_cross_entropy(
         length = targets.shape[-1]
         expect(0 <= shift < length, OP, "shift", "a value", f"between 0 and {length - 1} (as targets)", shift)
         e, targets = e[..., : length - int(shift), :], targets[..., int(shift) :]
-    counts = targets != ignore_index
     nll = -linear_logprob(e, Head(c, bias, softcap=softcap), targets, ignore_index=ignore_index)
-    loss = nll if reduction == "none" else nll.sum()
-    if reduction == "mean":
-        loss = loss / counts.sum()
-    return loss
+    return reduced(nll, targets != ignore_index, reduction)

@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from cwdpo_kernels import Head, linear_logprob
+from cwdpo_kernels.adapters.reduction import check_reduction, reduced
 from cwdpo_kernels.validation import expect
 
 OP = "linear_cross_entropy"
-REDUCTIONS = ("none", "mean", "sum")
 
 
 def linear_cross_entropy(
@@ -52,7 +52,7 @@ def linear_cross_entropy(
         raise NotImplementedError(f"{OP}: target with class probabilities is not supported, class indices are")
     if linear_weight.dim() > 2:
         raise NotImplementedError(f"{OP}: linear_weight with more than 2 dimensions is not supported")
-    expect(reduction in REDUCTIONS, OP, "reduction", "a value in", ", ".join(REDUCTIONS), repr(reduction))
+    check_reduction(OP, reduction)
     expect(0.0 <= label_smoothing <= 1.0, OP, "label_smoothing", "a value", "between 0 and 1", label_smoothing)
     ignored = -100 if ignore_index is None else ignore_index
     loss = -linear_logprob(input, Head(linear_weight, linear_bias), target, ignore_index=ignored)
@@ -60,9 +60,7 @@ def linear_cross_entropy(
     if label_smoothing:
         lead = _lead_over_the_mean(input, linear_weight, linear_bias, target.where(counts, 0))
         loss = loss + label_smoothing * lead.where(counts, 0.0)
-    if reduction == "none":
-        return loss
-    return loss.sum() if reduction == "sum" else loss.sum() / counts.sum()
+    return reduced(loss, counts, reduction)
 
 
 def _lead_over_the_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
