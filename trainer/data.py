@@ -133,7 +133,7 @@ def _read_array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         yield where, value
         place = gap.match(text, end).end()
         separator = text[place : place + 1]
-        require(separator in (",", "]") and separator != "", where, "the row", "after it", ", or ]", repr(separator))
+        require(separator in (",", "]"), where, "the row", "after it", ", or ]", repr(separator))
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
