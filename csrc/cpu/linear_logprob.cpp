@@ -9,8 +9,8 @@
 
 #include "../check.h"
 #include "../ops.h"
-#include "competitors.h"
 #include "head.h"
+#include "sweep.h"
 #include "upstream.h"
 
 namespace cwdpo {
@@ -176,8 +176,9 @@ LinearLogprobGrads backward(
       if (needs_weight) {
         multiply(matrix<T>(weight_sums->sums), grad, head.hidden(block), block.start > 0);
       }
-      for (int64_t v = 0; needs_bias && v < columns.size; ++v) {
-        data<T>(bias_sums->sums)[v] += sum_of_row(grad.row(v), block.size);
+      if (needs_bias) {
+        T* sums = data<T>(bias_sums->sums);
+        for_rows(columns.size, block.size, [&](int64_t v) { sums[v] += sum_of_row(grad.row(v), block.size); });
       }
     });
     if (needs_weight) weight_sums->store();

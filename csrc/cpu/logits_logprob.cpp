@@ -14,6 +14,14 @@ namespace {
 constexpr int64_t kBlockBytes = 4 << 20;
 constexpr int64_t kChunk = 8192;  // entries of a row that stay in the first-level cache between two passes
 
+// f(start, size) for the entries of a row of n without the one at `label`, which may lie outside.
+template <class F>
+void without_label(int64_t n, int64_t label, const F& f) {
+  if (label < 0 || label >= n) return f(int64_t{0}, n);
+  if (label > 0) f(int64_t{0}, label);
+  if (label + 1 < n) f(label + 1, n - label - 1);
+}
+
 void check_logits(const char* op, const Tensor& logits, const Tensor& labels) {
   expect_dims(op, "logits", logits, 2);
   expect_dims(op, "labels", labels, 1);
@@ -75,7 +83,7 @@ void write_gradient(
   const Upstream<T> up(labelled, grad_logp, logp, peak, total, /*scale=*/1.0);
   const int64_t vocab = logits.size(1);
   for_logit_rows<T>(logits, up.live.positions, out, [&](int64_t i, const T* z, T* grad) {
-    exp_row(z, grad, vocab, up.peak[i], up.push[i], T(0));
+    exp_row(z, grad, vocab, up.peak[i], up.push[i]);
     grad[up.live.labels[i]] = up.pull[i];  // over exp(c - peak), which may overflow
   });
   int64_t next = 0;

@@ -62,15 +62,9 @@ CWDPO_INLINE T sum(const T* x, int64_t n) {
 }
 
 template <class T>
-CWDPO_INLINE T exponentiate(const T* z, T* out, int64_t n, T peak, T factor, T inverse_cap) {
-  T total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) {
-    const T weight = fast_exp(z[i] - peak), bend = z[i] * inverse_cap;
-    total += weight;
-    out[i] = weight * factor * (T(1) - bend * bend);
-  }
-  return total;
+CWDPO_INLINE void exponentiate(const T* z, T* out, int64_t n, T peak, T factor) {
+#pragma omp simd
+  for (int64_t i = 0; i < n; ++i) out[i] = fast_exp(z[i] - peak) * factor;
 }
 
 template <class T>
@@ -90,8 +84,8 @@ CWDPO_INLINE double dot(const T* a, const T* b, int64_t n) {
   CWDPO_FOR_EACH_PROCESSOR T max_of_row(const T* z, int64_t n) { return max_of(z, n); }                   \
   CWDPO_FOR_EACH_PROCESSOR T exp_sum_of_row(const T* z, int64_t n, T peak) { return exp_sum(z, n, peak); } \
   CWDPO_FOR_EACH_PROCESSOR T sum_of_row(const T* x, int64_t n) { return sum(x, n); }                       \
-  CWDPO_FOR_EACH_PROCESSOR T exp_row(const T* z, T* out, int64_t n, T peak, T factor, T inverse_cap) {    \
-    return exponentiate(z, out, n, peak, factor, inverse_cap);                                            \
+  CWDPO_FOR_EACH_PROCESSOR void exp_row(const T* z, T* out, int64_t n, T peak, T factor) {                \
+    exponentiate(z, out, n, peak, factor);                                                                \
   }                                                                                                       \
   CWDPO_FOR_EACH_PROCESSOR double dot_row(const T* a, const T* b, int64_t n) { return dot(a, b, n); }     \
   CWDPO_FOR_EACH_PROCESSOR void pull_row(T* y, const T* x, int64_t n, T slope, T scale) {                 \

@@ -17,10 +17,9 @@ double max_of_row(const double* z, int64_t n);
 float exp_sum_of_row(const float* z, int64_t n, float peak);
 double exp_sum_of_row(const double* z, int64_t n, double peak);
 
-// out = factor * exp(z - peak) * (1 - (z / cap)^2), the slope of the soft cap (inverse_cap 0: none); out may be z.
-// Returns sum exp(z - peak).
-float exp_row(const float* z, float* out, int64_t n, float peak, float factor, float inverse_cap);
-double exp_row(const double* z, double* out, int64_t n, double peak, double factor, double inverse_cap);
+// out = factor * exp(z - peak); out may be z.
+void exp_row(const float* z, float* out, int64_t n, float peak, float factor);
+void exp_row(const double* z, double* out, int64_t n, double peak, double factor);
 
 // sum a_i b_i, in double: a label's logit is worth it.
 double dot_row(const float* a, const float* b, int64_t n);

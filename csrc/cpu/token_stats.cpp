@@ -2,8 +2,8 @@
 // formulas are those of cwdpo_kernels/portable/token_stats.py. Bytes moved: the weight once.
 
 #include "../ops.h"
-#include "competitors.h"
 #include "head.h"
+#include "sweep.h"
 
 namespace cwdpo {
 namespace {
