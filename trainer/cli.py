@@ -9,6 +9,7 @@ from pathlib import Path
 
 from transformers.utils import logging
 
+from cwdpo_kernels.adapters.hugging_face import HeadError
 from cwdpo_trainer.check import environment_report
 from cwdpo_trainer.config import load_config
 from cwdpo_trainer.errors import InputError
@@ -39,7 +40,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         config = load_config(parsed.config, parsed.override)
         run(config, only=None if parsed.command == "run" else parsed.command)
-    except InputError as error:
+    except (InputError, HeadError) as error:
         print(f"cwdpo: {error}", file=sys.stderr)
         return 2
     return 0

@@ -21,11 +21,11 @@ from cwdpo_kernels import (
     linear_cwdpo_loss,
     linear_sequence_logprob,
 )
+from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import DPOArguments, SamplingArguments, SFTArguments, StageArguments
 from cwdpo_trainer.collator import Batch, PairCollator, to_device, with_answers
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.errors import require
-from cwdpo_trainer.head import attach_head, check_head
 from cwdpo_trainer.onpolicy import OnPolicyPool
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.progress import CompactProgress

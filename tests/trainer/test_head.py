@@ -10,9 +10,8 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from cwdpo_kernels import linear_logprob
+from cwdpo_kernels.adapters.hugging_face import HeadError, attach_head, check_head
 from cwdpo_trainer.collator import with_answers
-from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.head import attach_head, check_head
 
 
 @pytest.fixture
@@ -97,26 +96,74 @@ def test_check_head_accepts_the_model_and_keeps_its_mode(model, batch):
     assert model.training
 
 
-def test_check_head_refuses_logits_that_are_changed_after_the_head(model, batch):
-    class Scaled(LlavaForConditionalGeneration):
-        def forward(self, *args, **kwargs):
-            outputs = super().forward(*args, **kwargs)
-            outputs.logits = outputs.logits * 1.5
-            return outputs
+class Changed(LlavaForConditionalGeneration):
+    """Does to its logits what `change` says."""
 
-    scaled = Scaled(model.config)
-    attach_head(scaled)
-    with pytest.raises(InputError, match=r"Scaled: expected log-probs .* difference <= .* got .*after the head"):
-        check_head(scaled, *batch)
+    change = staticmethod(lambda logits: logits)
+
+    def forward(self, *args, **kwargs):
+        outputs = super().forward(*args, **kwargs)
+        outputs.logits = self.change(outputs.logits)
+        return outputs
+
+
+CAP = 30.0
+
+
+@pytest.mark.parametrize(
+    ("change", "scale", "softcap"),
+    [
+        (lambda z: z, 1.0, None),
+        (lambda z: z * 0.0625, 0.0625, None),
+        (lambda z: z / 3, 1 / 3, None),
+        (lambda z: CAP * torch.tanh(z / CAP), 1.0, CAP),
+        (lambda z: CAP * torch.tanh(z * 2 / CAP), 2.0, CAP),
+    ],
+    ids=["none", "scale", "third", "softcap", "both"],
+)
+def test_the_transform_of_the_logits_is_measured(model, batch, change, scale, softcap):
+    changed = Changed(model.config)
+    changed.load_state_dict(model.state_dict())
+    changed.change = change
+    receipt = attach_head(changed)
+    assert receipt.transform.scale == pytest.approx(scale, rel=1e-6)
+    assert receipt.transform.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
+    torch.testing.assert_close(fused_logp(changed, batch).double(), own_logp(changed, batch), rtol=1e-5, atol=1e-5)
+
+
+def masked(logits):
+    return torch.cat([logits[..., :3], torch.full_like(logits[..., 3:4], -1e4), logits[..., 4:]], -1)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [masked, lambda z: z + 1, lambda z: -z, lambda z: z.clamp(-50, 50), lambda z: z[..., :-1], lambda z: z.relu()],
+    ids=["masked", "shifted", "negated", "clamped", "cut", "relu"],
+)
+def test_attach_refuses_logits_of_another_function(model, change):
+    changed = Changed(model.config)
+    changed.change = change
+    with pytest.raises(HeadError, match=r"attach_head: Changed: expected its logits to"):
+        attach_head(changed)
+    assert "forward" not in vars(changed)
+    assert "forward" not in vars(changed.lm_head)
+
+
+def test_check_head_refuses_a_model_that_changed_its_mind(model, batch):
+    changed = Changed(model.config)
+    attach_head(changed)
+    changed.change = lambda logits: logits * 1.5
+    with pytest.raises(HeadError, match=r"Changed: expected log-probs .* difference <= .* got .*after the head"):
+        check_head(changed, *batch)
 
 
 def test_attach_refuses_a_head_that_is_not_plain(model):
     model.lm_head = nn.Sequential(model.lm_head)
-    with pytest.raises(InputError, match=r"expected model to have a linear output head .* got Sequential"):
+    with pytest.raises(HeadError, match=r"to have a linear output head .* got Sequential"):
         attach_head(model)
 
 
 def test_attach_refuses_a_forward_that_is_patched(model):
     model.lm_head.forward = lambda hidden: hidden
-    with pytest.raises(InputError, match=r"forwards that are not patched, got a patched Linear.forward"):
+    with pytest.raises(HeadError, match=r"forwards that are not patched, got a patched Linear.forward"):
         attach_head(model)
