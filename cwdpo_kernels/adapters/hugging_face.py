@@ -16,10 +16,11 @@ see head_transform.py. Peft may wrap the model before or after the call; see lor
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any
@@ -163,7 +164,7 @@ def _with_head_op(plain: Callable[..., Any], transform: Transform) -> Callable[.
 def _receipt(model: nn.Module, transform: Transform) -> HeadReceipt:
     """Fused log-probs of random tokens beside those of the model's logits, over a backbone that is stubbed."""
     found: dict[str, Any] = {}
-    with stubbed(model) as (hidden, inputs):
+    with stubbed(model) as (hidden, inputs), _evaluating(model):
         labels = torch.randint(0, 2**31, hidden.shape[:-1], generator=torch.Generator().manual_seed(2))
 
         def op(hidden: Tensor, head: Head) -> Tensor:
@@ -176,6 +177,18 @@ def _receipt(model: nn.Module, transform: Transform) -> HeadReceipt:
         own = model(**inputs).logits
     difference = _difference(type(model).__name__, fused, own, found.pop("labels"), found["dtype"])
     return HeadReceipt(type(model).__name__, **found, transform=transform, difference=difference)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
 
 
 def _difference(name: str, fused: Tensor, own: Tensor, labels: Tensor, dtype: torch.dtype) -> float:
@@ -203,15 +216,18 @@ def check_head(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> f
     Raises `HeadError` with the figures where the two differ by more than 1e-4 nats, or than the rounding of
     logits in a shorter dtype. Projects only the positions from the first label on, where the model can.
     """
-    was_training = model.training
-    model.eval()
-    fused, dtype = model(**inputs, head_op=lambda hidden, head: (linear_logprob(hidden, head, labels), hidden.dtype))
     first = int((labels >= 0).any(dim=0).int().argmax())
     keep = labels.shape[1] - first
     inner = _unwrapped(model)
     accepts_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
-    own = model(**inputs, use_cache=False, **({"logits_to_keep": keep} if accepts_keep else {})).logits[:, -keep:]
-    model.train(was_training)
+    options = {"use_cache": False, **({"logits_to_keep": keep} if accepts_keep else {})}
+
+    def op(hidden: Tensor, head: Head) -> tuple[Tensor, torch.dtype]:
+        return linear_logprob(hidden, head, labels), hidden.dtype
+
+    with _evaluating(model):
+        fused, dtype = model(**inputs, head_op=op)
+        own = model(**inputs, **options).logits[:, -keep:]
     return _difference(type(inner).__name__, fused[:, first:], own, labels[:, first:], dtype)
 
 
