@@ -37,10 +37,10 @@ class ModelArguments:
 
 @dataclass
 class DataArguments:
-    """`train`, `heldout`: JSONL or JSON files of preference pairs (columns: data.py and layouts.py). Where both
-    stages run, stage 1 takes a share `sft_fraction` of the training rows (seeded shuffle) and stage 2 the others;
-    one stage alone takes all. A bad row stops the run before it starts; with `skip_bad_rows` such rows are left
-    out, and their number and the first ten are printed."""
+    """`train`, `heldout`: preference pairs, in files or data sets (names: sources.py; columns: data.py, layouts.py).
+    Where both stages run, stage 1 takes a share `sft_fraction` of the training rows (seeded shuffle) and stage 2
+    the others; one stage alone takes all. A bad row stops the run before it starts; with `skip_bad_rows` such
+    rows are left out, and their number and the first ten are printed."""
 
     train: str
     heldout: str

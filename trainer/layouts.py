@@ -30,6 +30,11 @@ COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "references", "neg
 # Beside the columns of its layout a row may have these; `METADATA` is not used.
 SHARED = frozenset({"images", "image", "references", "negative_source"})
 METADATA = frozenset({"id", "prompt_id", "score_chosen", "score_rejected", "margin", "source"})
+# All that a row of some layout may have and that is used.
+ALL_COLUMNS = SHARED | {
+    "prompt", "chosen", "rejected", "messages", "rejected_response", "rejected_messages", "rejected_images",
+    "conversations", "system", "instruction", "input", "history",
+}  # fmt: skip
 ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
 TAG = "<image>"
 PLACEHOLDER = re.compile(r"<[^<>\s]*(?:image|IMG)[^<>\s]*>|\[IMG\]")

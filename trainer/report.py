@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 import platform
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -92,7 +91,7 @@ def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Pat
         line: dict[str, Any] = {
             "row": Path(row.where).name,
             "prompt": row.prompt,
-            "images": [os.path.relpath(path, folder) for path in row.images],
+            "images": [picture.name_from(folder) for picture in row.images],
             "references": row.references,
         }
         for label, texts in results.captions.items():

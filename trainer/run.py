@@ -23,12 +23,13 @@ from cwdpo_kernels import Cooling
 from cwdpo_trainer.arguments import StageArguments
 from cwdpo_trainer.collator import PairCollator
 from cwdpo_trainer.config import STAGES, RunConfig, prepare
-from cwdpo_trainer.data import Row, digest, distinct_prompts, load_rows, split_rows
+from cwdpo_trainer.data import Row, distinct_prompts, load_rows, split_rows
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.files import read_json, replacing_folder, write_json
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.report import LABEL_OF_STAGE, Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
+from cwdpo_trainer.sources import open_source
 from cwdpo_trainer.stages import COMPLETE, ConstrainedSFTTrainer, CWDPOTrainer, StageTrainer
 
 MODEL_FOLDERS = {"sft": "sft", "dpo": "cwdpo"}
@@ -79,10 +80,10 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
 
 
 def _load_inputs(config: RunConfig, stages: Sequence[str]) -> _Inputs:
-    files = {name: config.base / getattr(config.data, name) for name in ("train", "heldout")}
+    sources = {name: open_source(getattr(config.data, name), config.base) for name in ("train", "heldout")}
     first: StageArguments = getattr(config, stages[0])
     skipped = (print if first.should_save else lambda _: None) if config.data.skip_bad_rows else None
-    train, heldout = (load_rows(path, skipped) for path in files.values())
+    train, heldout = (load_rows(source, skipped) for source in sources.values())
     if len(stages) == 2:
         shares = split_rows(train, config.data.sft_fraction, config.seed)
         rows = dict(zip(STAGES, shares, strict=True))
@@ -96,7 +97,7 @@ def _load_inputs(config: RunConfig, stages: Sequence[str]) -> _Inputs:
         raise InputError(f"{message} ({' '.join(str(error).split())[:200]})") from error
     usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")
     require(usable, path, "the processor", "parts", "tokenizer and image_processor", type(processor).__name__)
-    digests = {name: digest(path) for name, path in files.items()}
+    digests = {name: source.digest() for name, source in sources.items()}
     return _Inputs(rows, heldout, path, PairCollator(processor), digests)
 
 

@@ -126,7 +126,7 @@ def test_another_encoding_is_named(tmp_path):
 def test_defaults_and_image_paths(tmp_path):
     (tmp_path / "one.png").touch()
     row, plain = load_rows(write(tmp_path, {**GOOD, "image": "one.png"}, GOOD))
-    assert row.images == (tmp_path / "one.png",)
+    assert [picture.name for picture in row.images] == [str(tmp_path / "one.png")]
     assert (row.references, row.negative_source, row.id) == (("a",), "dataset", 0)
     assert (plain.images, plain.id) == ((), 1)
 

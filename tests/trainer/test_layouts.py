@@ -64,7 +64,7 @@ def test_every_layout_loads_with_an_image_and_reaches_the_model(tmp_path, collat
     Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "one.png")
     (tmp_path / "a.jsonl").write_text(json.dumps({**values, "images": ["pictures/one.png"]}))
     rows = load_rows(tmp_path / "a.jsonl")
-    assert rows[0].images == (tmp_path / "pictures" / "one.png",)
+    assert [picture.name for picture in rows[0].images] == [str(tmp_path / "pictures" / "one.png")]
     processor = copy.deepcopy(collator.processor)
     processor.chat_template = TEMPLATE
     pairs = PairCollator(processor)(rows)

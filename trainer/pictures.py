@@ -1,0 +1,134 @@
+"""The images of rows: named when the rows are read, decoded when a batch needs them.
+
+A row's image is the path of a file, a `data:` URI, or a cell of a data set. Addresses on the network are refused:
+a run that reads its images from there cannot be repeated, and stops where the network does.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import hashlib
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from functools import cached_property
+from io import BytesIO
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from PIL import Image
+
+from cwdpo_trainer.errors import InputError, require
+
+# What Pillow raises on files that are no image, broken ones, and ones that claim to be enormous.
+BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+
+
+class Picture(ABC):
+    """An image that is not decoded yet. `name` is how messages call it; equal pictures are one image."""
+
+    name: str
+
+    @abstractmethod
+    def read_bytes(self) -> bytes:
+        """The encoded file (PNG, JPEG, ...)."""
+
+    @property
+    @abstractmethod
+    def key(self) -> str:
+        """What says whether two pictures are the same."""
+
+    def name_from(self, folder: Path) -> str:
+        """The name as a file in `folder` should give it."""
+        return self.name
+
+    def file(self) -> Path | BinaryIO:
+        """What to open; a path lets Pillow read no more than the header where that is enough."""
+        return BytesIO(self.read_bytes())
+
+    def load(self) -> Image.Image:
+        """The image as RGB, or gray as it is. Raises one of `BROKEN` where it cannot be read."""
+        with Image.open(self.file()) as image:
+            return image.convert("RGB") if image.mode not in ("RGB", "L") else image.copy()
+
+    def shape(self) -> tuple[str, tuple[int, int]]:
+        """The mode ("RGB" or "L") and size (width, height) that `load` gives, from the header alone."""
+        with Image.open(self.file()) as image:
+            return "L" if image.mode == "L" else "RGB", image.size
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({self.name!r})"
+
+
+class FilePicture(Picture):
+    """A file; its path says which image it is."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.name = str(path)
+
+    def read_bytes(self) -> bytes:
+        return self.path.read_bytes()
+
+    def file(self) -> Path:
+        return self.path
+
+    @property
+    def key(self) -> str:
+        return self.name
+
+    def name_from(self, folder: Path) -> str:
+        return os.path.relpath(self.path, folder)
+
+
+class StoredPicture(Picture):
+    """Bytes that `read` finds, in a data set or a row itself; a digest of them says which image it is."""
+
+    def __init__(self, name: str, read: Callable[[], bytes]) -> None:
+        self.name = name
+        self.read = read
+
+    def read_bytes(self) -> bytes:
+        return self.read()
+
+    @cached_property
+    def key(self) -> str:
+        return "sha256:" + hashlib.sha256(self.read()).hexdigest()
+
+
+def pictures_of(where: str, values: dict[str, Any], folder: Path) -> tuple[Picture, ...]:
+    """The pictures in the columns `image` or `images` of a row; relative paths start at `folder`."""
+    require(not ("image" in values and "images" in values), where, "columns", "one of", "image, images", "both")
+    if "image" in values:
+        image = values["image"]
+        require(isinstance(image, (str, Picture)), where, "image", "type", "text", type(image).__name__)
+    images = [values["image"]] if "image" in values else values.get("images", [])
+    ok = isinstance(images, list) and all(isinstance(image, (str, Picture)) for image in images)
+    require(ok, where, "images", "type", "list of texts", repr(images))
+    return tuple(
+        image if isinstance(image, Picture) else _picture(where, f"{where} images[{place}]", image, folder)
+        for place, image in enumerate(images)
+    )
+
+
+def _picture(where: str, name: str, text: str, folder: Path) -> Picture:
+    if text.startswith("data:"):
+        head, comma, payload = text.partition(",")
+        form = "data:image/...;base64,..."
+        require(bool(comma) and head.endswith(";base64"), where, "images", "a URI of form", form, repr(text[:40]))
+        try:
+            data = base64.b64decode(payload, validate=True)
+        except binascii.Error as error:
+            raise InputError(f"{where}: expected images to have valid base64, got {error}") from error
+        return StoredPicture(name, lambda: data)
+    address = text.startswith(("http://", "https://"))
+    require(not address, where, "images", "paths of files", "on this machine (download them first)", text)
+    require((folder / text).is_file(), where, "images", "an existing", "file", str(folder / text))
+    return FilePicture(folder / text)
