@@ -12,6 +12,7 @@ import torch
 from transformers import TrainingArguments
 
 from cwdpo_kernels import Cooling, GentleNegatives
+from cwdpo_trainer.doctor import names_of_rules
 
 
 def _check(condition: bool, arg: str, prop: str, expected: str, actual: object) -> None:
@@ -85,7 +86,8 @@ class StageArguments(TrainingArguments):
     """Options of both stages. `eval_*` of `TrainingArguments` are about the probes here.
 
     `early_stopping_patience`: stop after so many probes without a better `metric_for_best_model`
-    (any probe, e.g. `chosen_mean_logp`); None never stops.
+    (any probe, e.g. `chosen_mean_logp`); None never stops. `stop_on`: stop when a probe shows one of these
+    findings of the doctor (doctor.py).
     """
 
     eval_strategy: str = "steps"
@@ -95,6 +97,7 @@ class StageArguments(TrainingArguments):
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     early_stopping_patience: int | None = None
+    stop_on: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         # A kill in the middle of a save must leave the checkpoint before it; a limit of 1 deletes that first.
@@ -110,12 +113,17 @@ class StageArguments(TrainingArguments):
             "a probe, as early_stopping_patience is set",
             None,
         )
+        known = names_of_rules(self.stage)
+        for name in self.stop_on:
+            _check(name in known, "stop_on", "names of findings in", ", ".join(known), name)
         super().__post_init__()
 
 
 @dataclass
 class SFTArguments(StageArguments):
     """Stage 1, constrained SFT: the options of `cwdpo_kernels.GentleNegatives`; `negatives` is its mode."""
+
+    stage = "sft"  # no annotation: a fact, not an option
 
     negatives: str = "hinge"
     negatives_weight: float = GentleNegatives.weight
@@ -139,6 +147,8 @@ class DPOArguments(StageArguments):
     A share `onpolicy_fraction` of the pairs gets a negative that the policy drew itself; a drawn answer
     serves its row for `refresh_steps` optimizer steps, then it is drawn anew.
     """
+
+    stage = "dpo"
 
     beta: float = 0.1
     logp_floor: float = Cooling.logp_floor

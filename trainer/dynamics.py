@@ -14,9 +14,9 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
+from cwdpo_trainer.history import History
 from cwdpo_trainer.probes import COOLING_BINS
 
-History = list[dict[str, Any]]
 Draw = Callable[[Axes, History, list[str]], None]
 
 # Okabe and Ito's palette, for any kind of colour vision; markers and dashes tell the lines apart in grey.

@@ -6,8 +6,8 @@ import csv
 import io
 import json
 import platform
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -17,21 +17,23 @@ import torch
 import cwdpo_kernels
 from cwdpo_trainer.captions import CaptionScores, score_captions
 from cwdpo_trainer.data import Row
+from cwdpo_trainer.doctor import Finding, diagnose
 from cwdpo_trainer.dynamics import draw_dynamics
 from cwdpo_trainer.files import read_json, replacing, write_json, write_text
+from cwdpo_trainer.history import History, probe_entries, sets_of
 
-History = list[dict[str, Any]]
 PACKAGES = ("torch", "transformers", "accelerate")
 LABEL_OF_STAGE = {"sft": "after_sft", "dpo": "after_cwdpo"}
 
 
 @dataclass
 class Results:
-    """`captions` by label (start, after_sft, after_cwdpo), one per scene; `histories`: each stage's log."""
+    """`captions` by label (start, after_sft, after_cwdpo), one per scene; `histories` and `settings` by stage."""
 
     scenes: list[Row]
     captions: dict[str, list[str]]
     histories: dict[str, History]
+    settings: dict[str, Mapping[str, Any]]
     seed: int
     device: str
 
@@ -47,16 +49,6 @@ def write_report(folder: Path, results: Results) -> None:
     write_json(folder / "metrics.json", _metrics(results, scores, probes))
 
 
-def probe_entries(history: History) -> History:
-    """The probes of a history in the order of steps, without the prefix eval_; a step's last one counts."""
-    by_step = {
-        entry["step"]: {key.removeprefix("eval_"): value for key, value in entry.items() if key.startswith("eval_")}
-        for entry in history
-        if "eval_chosen_logp" in entry
-    }
-    return [{"step": step, **by_step[step]} for step in sorted(by_step)]
-
-
 def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[str, History]) -> dict[str, Any]:
     metrics: dict[str, Any] = {
         label: {"exact_match": score.exact_match, "cider": score.cider, "captions": len(results.scenes)}
@@ -69,6 +61,11 @@ def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[st
     first, *others = metrics
     for label in others:
         metrics["delta"] = {key: metrics[label][key] - metrics[first][key] for key in ("exact_match", "cider")}
+    metrics["findings"] = [
+        asdict(finding)
+        for stage, history in results.histories.items()
+        for finding in diagnose(stage, history, results.settings[stage])
+    ]
     metrics["environment"] = {name: version(name) for name in PACKAGES} | {
         "cwdpo_kernels": cwdpo_kernels.__version__,
         "python": platform.python_version(),
@@ -129,7 +126,7 @@ def print_table(metrics: dict[str, Any], folder: Path, finished: bool) -> None:
         ("CIDEr (x 100)", "cider", ".1f"),
     ):
         print(f"{title:<38}" + "".join(f"{metrics[label][key]:>14{form}}" for label in labels))
-    sets = _sets(metrics[labels[-1]]["probes"])
+    sets = sets_of(metrics[labels[-1]]["probes"])
     rows = [(f"log p, {name} (nats)", f"{name}_logp") for name in sets]
     rows += [(f"Δ log p against reference, {name}", f"{name}_delta_logp") for name in sets]
     rows += [("ECE, chosen", "chosen_ece"), ("TV against reference, chosen", "chosen_tv")]
@@ -138,8 +135,6 @@ def print_table(metrics: dict[str, Any], folder: Path, finished: bool) -> None:
         values = (metrics[label]["probes"].get(key) for label in labels)
         print(f"{title:<38}" + "".join(f"{'-':>14}" if value is None else f"{value:>14.3f}" for value in values))
     print("reference: the initial model in stage 1, the model that stage 2 starts from in stage 2")
+    for finding in metrics["findings"]:
+        print(f"found {Finding(**finding)}")
     print(f"learning dynamics: {folder / 'dynamics.png'}\n")
-
-
-def _sets(probes: dict[str, Any]) -> Sequence[str]:
-    return [key.removesuffix("_delta_logp") for key in probes if key.endswith("_delta_logp")]

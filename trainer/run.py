@@ -207,4 +207,5 @@ def _results(config: RunConfig, inputs: _Inputs) -> Results:
             model, inputs.collator, scenes, config.sampling.max_new_tokens, config.probes.batch_size
         )
     histories = {stage: read_json(folder / MODEL_FOLDERS[stage] / STATE_FILE)["log_history"] for stage in done}
-    return Results(scenes, captions, histories, config.seed, str(getattr(config, done[0]).device))
+    settings = {stage: vars(getattr(config, stage)) for stage in done}
+    return Results(scenes, captions, histories, settings, config.seed, str(getattr(config, done[0]).device))

@@ -25,6 +25,7 @@ from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import DPOArguments, SamplingArguments, SFTArguments, StageArguments
 from cwdpo_trainer.collator import Batch, PairCollator, to_device, with_answers
 from cwdpo_trainer.data import Row
+from cwdpo_trainer.doctor import Doctor
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.onpolicy import OnPolicyPool
 from cwdpo_trainer.probes import Probes
@@ -74,6 +75,7 @@ class StageTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(CompactProgress)
+        self.add_callback(Doctor)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 

@@ -74,12 +74,16 @@ def test_a_run_leaves_its_results_and_is_not_repeated(config, settings, capsys):
     with Image.open(folder / "dynamics.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").resize((200, 80)).getcolors(maxcolors=16000)) > 50
-    table = capsys.readouterr().out
+    (finding,) = metrics["findings"]  # so high a learning rate takes the model far from its reference
+    assert (finding["stage"], finding["step"], finding["name"]) == ("dpo", 6, "drift")
+    training, _, table = capsys.readouterr().out.partition("after CW-DPO")
+    assert training.count("found drift (stage dpo, step 3): ") == 1
     for text in (
         "exact match of captions",
         "CIDEr",
         "ECE, chosen",
         "TV against reference",
+        f"found drift (stage dpo, step 6): {finding['evidence']}; {finding['advice']}",
         str(folder / "dynamics.png"),
     ):
         assert text in table
@@ -112,7 +116,7 @@ def test_stages_one_by_one_are_the_whole_run(config, settings, write_config, tmp
     assert main(["dpo", str(config)]) == 2
     assert "expected stage sft to have state done" in capsys.readouterr().err
     assert main(["sft", str(config)]) == 0
-    assert set(results(Path(settings["output_dir"]))) == {"after_sft", "environment", "seed"}
+    assert set(results(Path(settings["output_dir"]))) == {"after_sft", "findings", "environment", "seed"}
     assert main(["dpo", str(config)]) == 0
     whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
     assert main(["run", str(whole)]) == 0

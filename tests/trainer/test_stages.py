@@ -123,6 +123,22 @@ def test_early_stopping_on_a_probe(make):
     assert trainer.state.global_step == 3
 
 
+def test_a_finding_ends_a_stage(make, capsys):
+    """With every pair dropped the doctor says so at the first probe after a training log."""
+    trainer = make(CWDPOTrainer, max_steps=20, drop_below=0.0, stop_on=["nothing_kept"])
+    trainer.train()
+    assert trainer.state.global_step == 2
+    said = capsys.readouterr().out
+    assert said.count("found nothing_kept (stage dpo, step 2): drop_below = 0.0 leaves 0.0% of the pairs") == 1
+    assert "ends at step 2, as stop_on says: nothing_kept" in said
+
+
+@pytest.mark.parametrize(("kind", "name"), [(DPOArguments, "squezing"), (SFTArguments, "squeezing")])
+def test_an_unknown_finding_is_refused(kind, name, tmp_path):
+    with pytest.raises(ValueError, match=f"expected stop_on to have names of findings in not_finite, .*got '{name}'"):
+        kind(output_dir=str(tmp_path), stop_on=[name])
+
+
 def test_the_best_weights_are_loaded_at_the_end(make, tmp_path):
     trainer = make(
         ConstrainedSFTTrainer, max_steps=8, eval_steps=2, save_steps=2, save_strategy="steps",

@@ -1,0 +1,194 @@
+"""The doctor's rules on synthetic histories, each where it must speak and where it must not, and on two real ones."""
+
+from __future__ import annotations
+
+import math
+from types import SimpleNamespace
+
+import pytest
+
+from cwdpo_trainer.doctor import Doctor, diagnose, names_of_rules, new_findings
+
+# A healthy stage 2: near negatives fall, easy ones are cooled, chosen answers stay where they are.
+START = {
+    "chosen_logp": -1.4, "chosen_delta_logp": 0.0, "chosen_mean_logp": -0.20, "chosen_delta_mean_logp": 0.0,
+    "chosen_entropy": 0.17, "chosen_top1_prob": 0.915, "chosen_accuracy": 0.9, "chosen_ece": 0.015,
+    "chosen_tv": 0.0, "chosen_js": 0.0,
+    "near_delta_logp": 0.0, "near_mean_logp": -1.9, "near_cooling": 0.55,
+    "easy_delta_logp": 0.0, "easy_mean_logp": -8.9, "easy_cooling": 0.0,
+    "onpolicy_delta_logp": 0.0, "onpolicy_mean_logp": -1.0, "onpolicy_cooling": 0.8,
+}  # fmt: skip
+END = START | {
+    "chosen_logp": -1.39, "chosen_delta_logp": 0.01, "chosen_mean_logp": -0.199, "chosen_delta_mean_logp": 0.001,
+    "chosen_tv": 0.02, "chosen_js": 0.002, "near_delta_logp": -1.0, "near_mean_logp": -2.1, "near_cooling": 0.45,
+    "easy_delta_logp": -0.5,
+}  # fmt: skip
+LOG = {"loss": 0.6, "kept": 1.0, "onpolicy": 0.2, "margin": 0.2}
+SETTINGS = {"constant": None, "onpolicy_fraction": 0.5, "drop_below": None}
+SQUEEZED = {
+    "chosen_delta_logp": -0.6, "chosen_delta_mean_logp": -0.06, "chosen_mean_logp": -0.26, "chosen_top1_prob": 0.93,
+}  # fmt: skip
+
+
+def history(*probes, logs=(LOG,) * 5):
+    """Probes at steps 0, 20, ... and training logs at steps 5, 10, ..., as a trainer's state has them."""
+    entries = [{"step": 20 * at, **{f"eval_{k}": v for k, v in probe.items()}} for at, probe in enumerate(probes)]
+    return [*entries, *({"step": 5 * (at + 1), **log} for at, log in enumerate(logs))]
+
+
+def found(stage, *probes, logs=(LOG,) * 5, **settings):
+    return {finding.name for finding in diagnose(stage, history(*probes, logs=logs), SETTINGS | settings)}
+
+
+def means(*values):
+    return [START | {"chosen_mean_logp": value} for value in values]
+
+
+COOL = {"near_cooling": 0.04, "easy_cooling": 0.0, "onpolicy_cooling": 0.049}
+HOT = {"near_cooling": 0.97, "easy_cooling": 0.96, "onpolicy_cooling": 0.99}
+OVERCONFIDENT = {"chosen_ece": 0.05, "chosen_top1_prob": 0.918, "chosen_accuracy": 0.87}
+COLLAPSED = {"chosen_entropy": 0.05, "chosen_mean_logp": -0.21}
+
+
+@pytest.mark.parametrize(
+    ("expected", "last", "logs", "settings"),
+    [
+        (None, {}, {}, {}),
+        ("squeezing", SQUEEZED, {}, {}),
+        # It falls, but the margin does not rise: both answers fell alike, or the negatives did not fall.
+        (None, SQUEEZED | {"near_delta_logp": -0.6, "easy_delta_logp": -0.6}, {}, {}),
+        # It falls and the margin rises, but no top token gains: the milder finding.
+        ("margin_from_rejected", SQUEEZED | {"chosen_top1_prob": 0.915}, {}, {}),
+        ("margin_from_rejected", {"chosen_delta_logp": -0.2, "chosen_delta_mean_logp": -0.01}, {}, {}),
+        (None, {"chosen_delta_logp": -0.05, "chosen_delta_mean_logp": -0.005}, {}, {}),
+        ("overconfidence", OVERCONFIDENT, {}, {}),
+        (None, OVERCONFIDENT | {"chosen_ece": 0.03}, {}, {}),
+        (None, OVERCONFIDENT | {"chosen_accuracy": 0.96}, {}, {}),  # too modest is another matter
+        ("drift", {"chosen_tv": 0.31}, {}, {}),
+        ("drift", {"chosen_js": 0.21}, {}, {}),
+        (None, {"chosen_tv": 0.29, "chosen_js": 0.19}, {}, {}),
+        ("all_cooled", COOL, {}, {}),
+        (None, COOL | {"onpolicy_cooling": 0.06}, {}, {}),
+        (None, COOL, {}, {"constant": 0.01}),
+        ("no_cooling", HOT, {}, {}),
+        (None, HOT, {}, {"constant": 1.0}),  # asked for
+        ("easy_negatives_pushed", {"easy_cooling": 0.6}, {}, {}),
+        (None, {"easy_cooling": 0.4}, {}, {}),
+        (None, {"easy_cooling": 0.6, "easy_mean_logp": -2.1}, {}, {}),
+        ("entropy_collapse", COLLAPSED, {}, {}),
+        (None, COLLAPSED | {"chosen_mean_logp": -0.19}, {}, {}),  # it has learned
+        (None, COLLAPSED | {"chosen_entropy": 0.1}, {}, {}),
+        ("onpolicy_empty", {}, {"onpolicy": 0.01}, {}),
+        (None, {}, {"onpolicy": 0.06}, {}),
+        (None, {}, {"onpolicy": 0.0}, {"onpolicy_fraction": 0.0}),
+        ("nothing_kept", {}, {"kept": 0.0}, {"drop_below": -1.0}),
+        (None, {}, {"kept": 0.1}, {"drop_below": -1.0}),
+        ("not_finite", {"chosen_logp": math.nan, "chosen_mean_logp": math.nan}, {}, {}),
+    ],
+)
+def test_rules_of_stage_two(expected, last, logs, settings):
+    names = found("dpo", START, END | last, logs=[LOG | logs] * 5, **settings)
+    assert names == ({expected} if expected else set())
+
+
+@pytest.mark.parametrize(
+    ("expected", "probes"),
+    [
+        (set(), means(-4.0, -1.0, -0.4, -0.3)),
+        ({"past_best"}, means(-4.0, -0.30, -0.31, -0.33)),
+        (set(), means(-4.0, -1.0, -0.30, -0.33)),  # one probe is no trend
+        (set(), means(-4.0, -0.30, -0.305, -0.31)),
+        (set(), means(-0.30, -0.31, -0.32, -0.33)),
+        ({"overconfidence"}, [START, START | OVERCONFIDENT]),
+        ({"entropy_collapse"}, [START, START | COLLAPSED]),
+        ({"not_finite"}, [START, START | {"chosen_entropy": math.inf}]),
+        # What is wrong in stage 2 only: an SFT model is to leave its start, and its negatives are not cooled.
+        (set(), [START, END | {"chosen_tv": 0.9, "chosen_js": 0.6} | COOL]),
+    ],
+)
+def test_rules_of_stage_one(expected, probes):
+    assert found("sft", *probes) == expected
+
+
+def test_every_rule_can_speak():
+    """So that the tables above miss none: all of stage 1's rules, and all of stage 2's."""
+    stage_two = {"squeezing", "margin_from_rejected", "drift", "all_cooled", "no_cooling", "easy_negatives_pushed",
+                 "onpolicy_empty", "nothing_kept"}  # fmt: skip
+    both = {"not_finite", "overconfidence", "entropy_collapse", "past_best"}
+    assert set(names_of_rules("sft")) == both
+    assert set(names_of_rules("dpo")) == stage_two | both
+
+
+def test_words_have_the_evidence_and_what_helps():
+    (finding,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS)
+    words = str(finding)
+    assert words.startswith("squeezing (stage dpo, step 20): chosen log-prob fell 0.60 nats (0.060 per token)")
+    assert "margin rose 0.15 nats and the top-1 probability 0.015" in words
+    assert words.endswith("raise logp_floor, raise onpolicy_fraction, or lower the learning rate")
+    (control,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS | {"constant": 1.0})
+    assert "constant: null" in control.advice
+
+
+def test_nothing_before_the_first_probe():
+    assert diagnose("dpo", history(), SETTINGS) == []
+    assert new_findings("dpo", history(), SETTINGS) == []
+
+
+def test_recent_logs_count_and_old_ones_do_not():
+    old, new = LOG | {"kept": 1.0}, LOG | {"kept": 0.0}
+    assert found("dpo", START, END, logs=[old] * 20 + [new] * 5) == {"nothing_kept"}
+    assert found("dpo", START, END, logs=[new] * 20 + [old] * 5) == set()
+
+
+def test_a_finding_is_new_once():
+    bad = END | {"chosen_tv": 0.4}
+    for probes, expected in (
+        ([START, bad], ["drift"]),
+        ([START, bad, bad], []),
+        ([START, bad, END, bad], []),
+        ([START, bad, bad | SQUEEZED], ["squeezing"]),
+    ):
+        assert [finding.name for finding in new_findings("dpo", history(*probes), SETTINGS)] == expected
+
+
+@pytest.mark.parametrize(("stop_on", "stops"), [([], False), (["drift"], True), (["squeezing"], False)])
+def test_a_named_finding_ends_the_stage(stop_on, stops, capsys):
+    args = SimpleNamespace(stage="dpo", stop_on=stop_on, **SETTINGS)
+    state = SimpleNamespace(
+        log_history=history(START, END | {"chosen_tv": 0.4}), global_step=20, is_world_process_zero=True
+    )
+    control = SimpleNamespace(should_training_stop=False)
+    Doctor().on_evaluate(args, state, control)
+    assert control.should_training_stop is stops
+    said = capsys.readouterr().out
+    assert "found drift (stage dpo, step 20): " in said
+    assert ("ends at step 20, as stop_on says: drift" in said) is stops
+
+
+# Probes of the digits recipe's stage 2 from one SFT model, with `constant: 1` (DPO) and as the recipe is (CW-DPO).
+KEYS = ("chosen_delta_logp", "chosen_delta_mean_logp", "chosen_mean_logp", "near_delta_logp", "easy_delta_logp",
+        "chosen_entropy", "chosen_top1_prob", "chosen_accuracy", "chosen_ece")  # fmt: skip
+DIGITS_START = (0.0, 0.0, -0.194, 0.0, 0.0, 0.170, 0.918, 0.898, 0.020)
+DIGITS_DPO = (
+    (-0.025, -0.003, -0.197, -1.322, -9.096, 0.180, 0.915, 0.900, 0.018),
+    (-0.171, -0.017, -0.211, -3.496, -16.448, 0.167, 0.929, 0.895, 0.036),
+    (-0.242, -0.027, -0.221, -4.330, -18.752, 0.143, 0.944, 0.898, 0.046),
+)
+DIGITS_CWDPO = (
+    (-0.049, -0.008, -0.202, -1.561, -0.045, 0.180, 0.912, 0.896, 0.017),
+    (0.047, -0.002, -0.196, -2.728, -2.079, 0.168, 0.914, 0.900, 0.015),
+    (0.035, -0.001, -0.194, -3.531, -3.321, 0.167, 0.911, 0.905, 0.007),
+)
+
+
+@pytest.mark.parametrize(
+    ("rows", "settings", "expected"),
+    [
+        (DIGITS_DPO, {"constant": 1.0}, [set(), {"margin_from_rejected"}, {"squeezing"}]),
+        (DIGITS_CWDPO, {}, [set(), set(), set()]),
+    ],
+    ids=["dpo", "cwdpo"],
+)
+def test_real_courses(rows, settings, expected):
+    probes = [START | dict(zip(KEYS, values, strict=True)) for values in (DIGITS_START, *rows)]
+    assert [found("dpo", *probes[: end + 1], **settings) for end in range(1, 4)] == expected
