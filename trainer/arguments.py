@@ -41,14 +41,21 @@ class DataArguments:
     """`train`, `heldout`: preference pairs, in files or data sets (names: sources.py; columns: data.py, layouts.py).
     Where both stages run, stage 1 takes a share `sft_fraction` of the training rows (seeded shuffle) and stage 2
     the others; one stage alone takes all. A bad row stops the run before it starts; with `skip_bad_rows` such
-    rows are left out, and their number and the first ten are printed."""
+    rows are left out, and their number and the first ten are printed. A row of more than `max_length` tokens
+    (prompt, images and the longer answer) is treated as `over_length` says, see lengths.py; None: rows have no
+    limit."""
 
     train: str
     heldout: str
     sft_fraction: float = 0.75
     skip_bad_rows: bool = False
+    max_length: int | None = None
+    over_length: str = "trim"
 
     def __post_init__(self) -> None:
+        _check(self.max_length is None or self.max_length >= 2, "max_length", "value", "null or >= 2", self.max_length)
+        policies = ("trim", "shrink", "skip")
+        _check(self.over_length in policies, "over_length", "value", "in " + ", ".join(policies), self.over_length)
         _check(0 < self.sft_fraction < 1, "sft_fraction", "value", "in (0, 1)", self.sft_fraction)
 
 

@@ -61,7 +61,8 @@ class PairCollator:
         return dict(outputs)
 
     def answer_tokens(self, row: Row, answer: str | list[dict[str, Any]]) -> Tokens:
-        """The tokens that a model should write after the row's prompt, the end-of-sequence token last."""
+        """The tokens that a model should write after the row's prompt, the end-of-sequence token last; of a row
+        with `max_answer` only so many, and then without one."""
         if isinstance(row.prompt, list):
             answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
             prompt, full = self._prompt_text(row), self.processor.apply_chat_template(row.prompt + answer)
@@ -70,7 +71,8 @@ class PairCollator:
             answer = full[len(prompt) :].rstrip()
         tokens = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
         eos = self.tokenizer.eos_token_id
-        return tokens if tokens and tokens[-1] == eos else [*tokens, eos]
+        ended = tokens if tokens and tokens[-1] == eos else [*tokens, eos]
+        return ended[: row.max_answer]
 
     def _prompt_text(self, row: Row) -> str:
         if isinstance(row.prompt, str):

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel
+from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
 
 from cwdpo_kernels import Cooling
 from cwdpo_trainer.arguments import StageArguments
@@ -26,6 +26,7 @@ from cwdpo_trainer.config import STAGES, RunConfig, prepare
 from cwdpo_trainer.data import Row, distinct_prompts, load_rows, split_rows
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.files import read_json, replacing_folder, write_json
+from cwdpo_trainer.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.report import LABEL_OF_STAGE, Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
@@ -82,14 +83,27 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
 def _load_inputs(config: RunConfig, stages: Sequence[str]) -> _Inputs:
     sources = {name: open_source(getattr(config.data, name), config.base) for name in ("train", "heldout")}
     first: StageArguments = getattr(config, stages[0])
-    skipped = (print if first.should_save else lambda _: None) if config.data.skip_bad_rows else None
-    train, heldout = (load_rows(source, skipped) for source in sources.values())
+    tell = print if first.should_save else lambda _: None
+    train, heldout = (load_rows(source, tell if config.data.skip_bad_rows else None) for source in sources.values())
+    path = model_path(config)
+    collator = PairCollator(load_processor(path))
+    if config.data.max_length is not None:
+        meter, limit = LengthMeter(collator), config.data.max_length
+        fits = [fit_rows(rows, meter, limit, config.data.over_length) for rows in (train, heldout)]
+        for source, fit in zip(sources.values(), fits, strict=True):
+            tell(fit.report(source.name, limit))
+        train, heldout = (fit.rows for fit in fits)
     if len(stages) == 2:
         shares = split_rows(train, config.data.sft_fraction, config.seed)
         rows = dict(zip(STAGES, shares, strict=True))
     else:
         rows = {stages[0]: train}
-    path = _model_path(config)
+    digests = {name: source.digest() for name, source in sources.items()}
+    return _Inputs(rows, heldout, path, collator, digests)
+
+
+def load_processor(path: str) -> ProcessorMixin:
+    """The processor of the model at `path`. Raises `InputError` where there is none for text and images."""
     try:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError) as error:
@@ -97,11 +111,10 @@ def _load_inputs(config: RunConfig, stages: Sequence[str]) -> _Inputs:
         raise InputError(f"{message} ({' '.join(str(error).split())[:200]})") from error
     usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")
     require(usable, path, "the processor", "parts", "tokenizer and image_processor", type(processor).__name__)
-    digests = {name: source.digest() for name, source in sources.items()}
-    return _Inputs(rows, heldout, path, PairCollator(processor), digests)
+    return processor
 
 
-def _model_path(config: RunConfig) -> str:
+def model_path(config: RunConfig) -> str:
     """The folder of the model if there is one, else its name on the Hub."""
     path = config.model.path
     local = config.base / Path(path).expanduser()

@@ -40,13 +40,13 @@ def sample_answers(
         right = {normalise(text) for text in (*row.references, answer_text(row.chosen))}
         of_row = drawn[place * settings.samples : (place + 1) * settings.samples]
         texts = tokenizer.batch_decode(of_row, skip_special_tokens=True)
-        answers.append(
-            [
-                tokens
-                for tokens, text in zip(of_row, texts, strict=True)
-                if normalise(text) not in right and marks.isdisjoint(tokens)
-            ]
-        )
+        wrong = [
+            tokens[: row.max_answer]  # as the row's own answers
+            for tokens, text in zip(of_row, texts, strict=True)
+            if normalise(text) not in right and marks.isdisjoint(tokens)
+        ]
+        chosen = collator.answer_tokens(row, row.chosen)
+        answers.append([tokens for tokens in wrong if tokens != chosen])
     return answers
 
 

@@ -1,0 +1,192 @@
+"""Lengths are those of the real batch; what is too long gives way by the policy, and never an image token."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
+from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+
+from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
+from cwdpo_trainer.arguments import DataArguments, SamplingArguments
+from cwdpo_trainer.cli import main
+from cwdpo_trainer.collator import PairCollator, with_answers
+from cwdpo_trainer.data import Row
+from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.lengths import LengthMeter, fit_rows
+from cwdpo_trainer.pictures import FilePicture
+from cwdpo_trainer.sampling import sample_answers
+
+
+@pytest.fixture
+def make_row(tmp_path):
+    """A row with images of the given sizes; answers and prompt may be replaced."""
+    count = iter(range(100))
+
+    def make(*sizes: tuple[int, int], **changes) -> Row:
+        place = next(count)
+        pictures = []
+        for number, size in enumerate(sizes):
+            path = tmp_path / f"{place}_{number}.png"
+            Image.new("RGB", size, (40 * place % 255, 9, 200)).save(path)
+            pictures.append(FilePicture(path))
+        prompt = " ".join(["<image>"] * len(sizes) + ["describe"])
+        values = {"prompt": prompt, "chosen": "a red square and a blue square", "rejected": "a red square"} | changes
+        return Row(place, f"f:{place + 1}", images=tuple(pictures), references=("x",), negative_source="d", **values)
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def qwen() -> PairCollator:
+    """Qwen2.5-VL's processor on 4 x 4 pixel patches, four of them a token: 8 x 8 pixels a token."""
+    words = ["<pad>", "</s>", "<unk>", "<image>", "<video>", "a", "red", "blue", "square", "and", "describe"]
+    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
+        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
+    )  # fmt: skip
+    size = {"shortest_edge": 4 * 64, "longest_edge": 100 * 64}
+    pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
+    processor = Qwen2_5_VLProcessor.__new__(Qwen2_5_VLProcessor)  # its video processor needs torchvision
+    processor.tokenizer, processor.image_processor, processor.video_processor = tokenizer, pictures, None
+    processor.image_token, processor.video_token, processor.chat_template = "<image>", "<video>", None
+    processor.image_token_id, processor.video_token_id = 3, 4
+    return PairCollator(processor)
+
+
+def real_length(collator: PairCollator, row: Row) -> int:
+    pairs = collator([row])
+    return with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0).labels.shape[1]
+
+
+def test_lengths_are_those_of_the_batch_and_each_shape_is_processed_once(qwen, make_row, monkeypatch):
+    rows = [make_row((32, 32)), make_row((32, 32)), make_row((40, 16), (8, 24)), make_row((40, 16)), make_row()]
+    expected = [real_length(qwen, row) for row in rows]
+    calls = []
+    plain = Qwen2VLImageProcessorPil.__call__
+    monkeypatch.setattr(
+        Qwen2VLImageProcessorPil, "__call__", lambda self, *args, **kw: calls.append(1) or plain(self, *args, **kw)
+    )
+    meter = LengthMeter(qwen)
+    lengths = [meter(row) for row in rows]
+    assert [length.total for length in lengths] == expected
+    assert lengths[0] == (16 + 1, 16, 8, 4)
+    assert [length.image for length in lengths] == [16, 16, 10 + 8, 10, 0]  # 8 x 24 pixels grow to 16 x 32
+    assert len(calls) == 3
+
+
+def test_nothing_happens_to_rows_that_fit(collator, make_row):
+    row = make_row((8, 8))
+    fit = fit_rows([row], LengthMeter(collator), 13, "trim")
+    assert fit.rows == [row]
+    assert fit.report("f", 13) == "f: of 1 rows all fit (max_length 13)"
+
+
+def test_trimmed_answers_have_no_end(collator, make_row):
+    """A prompt of 5 tokens: of the answers (8 and 4 tokens) the longer one is cut, and the shorter one ends."""
+    meter = LengthMeter(collator)
+    fit = fit_rows([make_row((8, 8))], meter, 11, "trim")
+    pairs = collator(fit.rows)
+    words = collator.tokenizer.convert_ids_to_tokens
+    assert words(pairs["chosen"][0]) == ["a", "red", "square", "and", "a", "blue"]
+    assert words(pairs["rejected"][0]) == ["a", "red", "square", "</s>"]
+    assert real_length(collator, fit.rows[0]) == 11
+    assert fit.report("f", 11) == "f: of 1 rows 1 have an answer trimmed (f:1) (max_length 11)"
+
+
+def test_rows_that_cannot_be_trimmed_are_left_out(collator, make_row):
+    full, alike, good = make_row((8, 8), (8, 8)), make_row((8, 8)), make_row((8, 8), rejected="blue")
+    fit = fit_rows([full, alike, good], LengthMeter(collator), 8, "trim")
+    assert [row.id for row in fit.rows] == [good.id]
+    assert fit.skipped == [full.where, alike.where]
+    assert "2 are left out (f:1, f:2)" in fit.report("f", 8)
+
+
+def test_skip_leaves_out_what_is_too_long(collator, make_row):
+    rows = [make_row((8, 8)), make_row((8, 8), chosen="a square")]
+    fit = fit_rows(rows, LengthMeter(collator), 12, "skip")
+    assert (fit.rows, fit.skipped) == ([rows[1]], ["f:1"])
+    with pytest.raises(InputError, match="max_length to have value >= the length of some row"):
+        fit_rows(rows, LengthMeter(collator), 4, "skip")
+
+
+@pytest.mark.parametrize("sizes", [[(80, 40)], [(80, 40), (16, 16)]])
+def test_shrink_lowers_the_resolution_just_enough(qwen, make_row, sizes):
+    row = make_row(*sizes)
+    meter = LengthMeter(qwen)
+    limit = meter(row).total - 10
+    (smaller,) = fit_rows([row], meter, limit, "shrink").rows
+    assert limit - 8 <= real_length(qwen, smaller) <= limit
+    assert real_length(qwen, smaller) == meter(smaller).total
+    pairs = qwen([smaller])
+    assert [len(pairs[name][0]) for name in ("chosen", "rejected")] == [8, 4]  # whole, with their end
+    assert int((pairs["prompts"]["input_ids"] == 3).sum()) == meter(smaller).image
+    small = [image.size for image in smaller.load_images()]
+    assert small[0][0] / small[0][1] == pytest.approx(2, abs=0.1)
+    assert small[1:] == sizes[1:]  # within the budget already
+
+
+def test_shrink_leaves_out_what_cannot_be_small_enough(qwen, make_row):
+    rows = [make_row((80, 40)), make_row(), make_row((16, 16))]
+    meter = LengthMeter(qwen)
+    fit = fit_rows([*rows, make_row((16, 16), chosen="a")], meter, 11, "shrink")
+    assert (len(fit.rows), fit.skipped) == (2, ["f:1", "f:3"])  # the processor makes no less than 4 tokens
+
+
+def test_shrink_is_refused_where_the_size_of_an_image_does_not_matter(collator, make_row):
+    expected = "over_length to have value trim or skip with LlavaProcessor, which makes as many tokens .*f:1 has 13"
+    with pytest.raises(InputError, match=expected):
+        fit_rows([make_row((8, 8))], LengthMeter(collator), 12, "shrink")
+
+
+def test_rows_with_different_numbers_of_images_share_a_batch(collator, model, make_row):
+    """The log-probs of each row are those that it has alone."""
+    rows = [make_row((8, 8), (8, 8)), make_row((8, 8)), make_row()]
+    attach_head(model)
+
+    def logits(of_rows):
+        pairs = collator(of_rows)
+        inputs, labels = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
+        check_head(model, inputs, labels)
+        return model(**inputs).logits, labels
+
+    with torch.no_grad():
+        together, labels = logits(rows)
+        for place, row in enumerate(rows):
+            alone, own_labels = logits([row])
+            for one, other in ((place, 0), (place + len(rows), 1)):
+                expected = alone[other][own_labels[other] >= 0]
+                torch.testing.assert_close(together[one][labels[one] >= 0], expected, rtol=1e-4, atol=1e-4)
+
+
+def test_drawn_answers_are_cut_like_the_rows_own(collator, model, make_row):
+    row = dataclasses.replace(make_row((8, 8)), max_answer=2)
+    settings = SamplingArguments(samples=16, temperature=5.0, max_new_tokens=6)
+    (drawn,) = sample_answers(model, collator, [row], settings, seed=0)
+    assert drawn
+    assert max(map(len, drawn)) == 2
+    assert collator.answer_tokens(row, row.chosen) not in drawn
+
+
+def test_a_run_reports_what_gave_way(settings, write_config, capsys):
+    del settings["sft"]
+    settings["dpo"] |= {"max_steps": 2, "eval_steps": 2}
+    settings["data"] |= {"max_length": 9}  # prompts have 5 tokens, answers 4 or 6
+    assert main(["run", str(write_config(settings))]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if "max_length" in line]
+    assert [line.split(" (")[0].split(": ")[1] for line in lines] == [
+        "of 32 rows 16 have an answer trimmed",
+        "of 12 rows 6 have an answer trimmed",
+    ]
+
+
+@pytest.mark.parametrize(("key", "value"), [("max_length", 1), ("over_length", "cut")])
+def test_wrong_settings_are_named(key, value):
+    with pytest.raises(ValueError, match=f"expected {key} to have value"):
+        DataArguments("a", "b", **{key: value})
