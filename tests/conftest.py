@@ -1,4 +1,7 @@
 import os
+import runpy
+import sys
+from pathlib import Path
 
 # Kernels are interpreted where there is no GPU. Triton reads this once, when it is first imported.
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
@@ -27,3 +30,18 @@ def backend(request):
     device = "cuda" if request.param == "triton" and not interpreted else "cpu"
     with torch.device(device), ops.forced(device, request.param):
         yield request.param
+
+
+@pytest.fixture(scope="session")
+def load_example():
+    """Run a file of docs/examples, as a script or for its functions, and return its names."""
+    folder = Path(__file__).parents[1] / "docs" / "examples"
+
+    def load(name: str, run_name: str = "example") -> dict:
+        sys.path.insert(0, str(folder))  # as Python does for a script
+        try:
+            return runpy.run_path(str(folder / f"{name}.py"), run_name=run_name)
+        finally:
+            sys.path.remove(str(folder))
+
+    return load
