@@ -22,18 +22,51 @@ def _check(condition: bool, arg: str, prop: str, expected: str, actual: object) 
 
 @dataclass
 class ModelArguments:
-    """`path`: folder or Hub name of a vision-language model and its processor; `dtype` of its weights."""
+    """`path`: folder or Hub name of a vision-language model and its processor; `dtype` of its weights.
+
+    `attn_implementation` as transformers names them ("flash_attention_2", "sdpa", ...; None: its choice).
+    `quantization` "4bit" or "8bit" loads quantised weights through bitsandbytes, to train LoRA on (QLoRA).
+    `freeze`: names of modules that are not trained, e.g. [vision_tower].
+    """
 
     path: str
     dtype: str = "auto"
+    attn_implementation: str | None = None
+    quantization: str | None = None
+    freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         known = ("auto", "float32", "bfloat16", "float16")
         _check(self.dtype in known, "dtype", "value", "in " + ", ".join(known), self.dtype)
+        known = (None, "4bit", "8bit")
+        _check(self.quantization in known, "quantization", "value", "null, 4bit or 8bit", self.quantization)
 
     @property
     def torch_dtype(self) -> torch.dtype | str:
         return self.dtype if self.dtype == "auto" else getattr(torch, self.dtype)
+
+
+@dataclass
+class LoraArguments:
+    """Train LoRA adapters in place of the model's own weights; the names are those of `peft.LoraConfig`.
+
+    `target_modules` "all-linear" is every linear layer but the head; a list names modules, lm_head among them if it
+    should have an adapter too; `modules_to_save` are trained as a whole. `adapter`: folder or Hub name of an
+    adapter to start from, in place of a new one; then the other settings are its own.
+    """
+
+    r: int = 16
+    lora_alpha: int = 32
+    lora_dropout: float = 0.0
+    target_modules: str | list[str] = "all-linear"
+    exclude_modules: str | list[str] | None = None
+    modules_to_save: list[str] | None = None
+    use_rslora: bool = False
+    adapter: str | None = None
+
+    def __post_init__(self) -> None:
+        _check(self.r >= 1, "r", "value", ">= 1", self.r)
+        _check(0 <= self.lora_dropout < 1, "lora_dropout", "value", "in [0, 1)", self.lora_dropout)
 
 
 @dataclass
@@ -123,6 +156,10 @@ class StageArguments(TrainingArguments):
         known = names_of_rules(self.stage)
         for name in self.stop_on:
             _check(name in known, "stop_on", "names of findings in", ", ".join(known), name)
+        if self.use_liger_kernel:
+            # Its kernels serve the rest of the model; its patch of the forward is about the head, which is ours.
+            fused_heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **fused_heads}
         super().__post_init__()
 
 

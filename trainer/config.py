@@ -1,7 +1,8 @@
 """From a YAML file (and `section.key=value` overrides) to a checked `RunConfig`.
 
-Sections: model, data, sft, dpo, probes, sampling; beside them output_dir, seed and prepare. A run has the
-stages that have a section. Every mistake is one `InputError` that names the file and the key.
+Sections: model, lora, data, sft, dpo, probes, sampling; beside them output_dir, seed and prepare. A run has
+the stages that have a section, and trains LoRA adapters if there is a section for them. Every mistake is one
+`InputError` that names the file and the key.
 """
 
 from __future__ import annotations
@@ -17,11 +18,11 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from transformers import HfArgumentParser
 
 from cwdpo_trainer.arguments import (
     DataArguments,
     DPOArguments,
+    LoraArguments,
     ModelArguments,
     ProbeArguments,
     SamplingArguments,
@@ -31,6 +32,7 @@ from cwdpo_trainer.errors import InputError, require
 
 SECTIONS: dict[str, type] = {
     "model": ModelArguments,
+    "lora": LoraArguments,
     "data": DataArguments,
     "sft": SFTArguments,
     "dpo": DPOArguments,
@@ -38,6 +40,7 @@ SECTIONS: dict[str, type] = {
     "sampling": SamplingArguments,
 }
 STAGES = ("sft", "dpo")
+OPTIONAL = ("lora", *STAGES)  # sections whose absence means something
 # Set once for the whole run, or part of how the stages work.
 RESERVED = ("output_dir", "seed", "data_seed", "remove_unused_columns", "do_train", "do_eval", "do_predict")
 
@@ -54,6 +57,7 @@ class RunConfig:
     output_dir: Path
     seed: int
     model: ModelArguments
+    lora: LoraArguments | None
     data: DataArguments
     probes: ProbeArguments
     sampling: SamplingArguments
@@ -127,9 +131,9 @@ def _override(raw: dict[str, Any], override: str) -> None:
 
 
 def _section(where: str, name: str, raw: dict[str, Any]) -> Any:
-    """The dataclass of a section; a stage without a section is None, another section has its defaults."""
+    """The dataclass of a section; without it a stage and LoRA are None, another section has its defaults."""
     values = raw.get(name)
-    if values is None and (name in STAGES and name not in raw):
+    if values is None and (name in OPTIONAL and name not in raw):
         return None
     values = {} if values is None else values
     require(isinstance(values, dict), where, name, "type", "mapping", _describe(values))
@@ -141,7 +145,7 @@ def _section(where: str, name: str, raw: dict[str, Any]) -> Any:
         require(not needed or spec.name in values, where, f"{name}.{spec.name}", "a", "value", "none")
     typed = {key: _typed(where, f"{name}.{key}", value, hints[key]) for key, value in values.items()}
     try:
-        return HfArgumentParser(kind).parse_dict(typed)[0]
+        return kind(**typed)
     except (ValueError, ImportError) as error:
         raise InputError(f"{where}: {name}: {' '.join(str(error).split())}") from error
 

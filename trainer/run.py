@@ -10,14 +10,14 @@ The run folder holds
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForImageTextToText, AutoProcessor, PreTrainedModel, ProcessorMixin
+from torch import nn
+from transformers import AutoProcessor, ProcessorMixin, set_seed
 
 from cwdpo_kernels import Cooling
 from cwdpo_trainer.arguments import StageArguments
@@ -27,6 +27,7 @@ from cwdpo_trainer.data import Row, distinct_prompts, load_rows, split_rows
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.files import read_json, replacing_folder, write_json
 from cwdpo_trainer.lengths import LengthMeter, fit_rows
+from cwdpo_trainer.models import Model, drop_reference, freeze_reference, load_model
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.report import LABEL_OF_STAGE, Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
@@ -119,7 +120,7 @@ def model_path(config: RunConfig) -> str:
     path = config.model.path
     local = config.base / Path(path).expanduser()
     require(local.is_dir() or path[0] not in "./~", "model", "path", "an existing", "folder", str(local))
-    return str(local) if local.is_dir() else path
+    return str(local.resolve()) if local.is_dir() else path  # an adapter remembers it
 
 
 def _record(config: RunConfig, inputs: _Inputs) -> dict[str, Any]:
@@ -159,20 +160,24 @@ def _is_done(folder: Path, stage: str) -> bool:
 def _train_stages(config: RunConfig, inputs: _Inputs, wanted: Sequence[str]) -> None:
     """Stage 2 takes over the live weights of stage 1, or those on disk where stage 1 was done before."""
     folder = config.output_dir
-    policy: PreTrainedModel | None = None
+    policy: Model | None = None
     for stage in wanted:
         if _is_done(folder, stage):
             continue
         if policy is None:
-            policy = _load_model(config, _start_path(config, inputs, stage))
+            set_seed(config.seed)  # a new adapter is random
+            policy = load_model(config.model, _start_path(config, inputs, stage), config.lora)
         _train_stage(config, inputs, stage, policy)
 
 
-def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: PreTrainedModel) -> None:
-    """Train `policy` in place, and save it; its copy as it is now is the stage's reference."""
-    trainer = _trainer(config, inputs, stage, policy, copy.deepcopy(policy))
+def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: Model) -> None:
+    """Train `policy` in place, and save it; what it is now is the stage's reference."""
+    trainer = _trainer(config, inputs, stage, policy, freeze_reference(policy))
+    if trainer.args.should_save:
+        print(f"{stage}: {trainer.receipt}")
     trainer.train(resume_from_checkpoint=_newest_checkpoint(Path(trainer.args.output_dir)))
     policy.zero_grad()  # gradients have no place in the copy that becomes the next reference
+    drop_reference(policy)
     if trainer.args.should_save:
         with replacing_folder(config.output_dir / MODEL_FOLDERS[stage]) as unfinished:
             trainer.save_model(str(unfinished))
@@ -184,13 +189,7 @@ def _start_path(config: RunConfig, inputs: _Inputs, stage: str) -> str:
     return str(config.output_dir / MODEL_FOLDERS["sft"]) if after_sft else inputs.model_path
 
 
-def _load_model(config: RunConfig, path: str) -> PreTrainedModel:
-    return AutoModelForImageTextToText.from_pretrained(path, dtype=config.model.torch_dtype)
-
-
-def _trainer(
-    config: RunConfig, inputs: _Inputs, stage: str, policy: PreTrainedModel, reference: PreTrainedModel
-) -> StageTrainer:
+def _trainer(config: RunConfig, inputs: _Inputs, stage: str, policy: Model, reference: nn.Module) -> StageTrainer:
     cooling = config.dpo.cooling if config.dpo is not None else Cooling()
     probes = Probes(inputs.heldout, inputs.collator, config.probes, config.sampling, cooling, config.seed)
     common = (policy, reference, getattr(config, stage), inputs.rows[stage], inputs.collator, probes)
@@ -215,7 +214,7 @@ def _results(config: RunConfig, inputs: _Inputs) -> Results:
     scenes = distinct_prompts(inputs.heldout)[: config.probes.caption_rows]
     captions = {}
     for label, path in models.items():
-        model = _load_model(config, path).to(getattr(config, done[0]).device)
+        model = load_model(config.model, path, config.lora, trainable=False).to(getattr(config, done[0]).device)
         captions[label] = caption(
             model, inputs.collator, scenes, config.sampling.max_new_tokens, config.probes.batch_size
         )

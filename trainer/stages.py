@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import EarlyStoppingCallback, PreTrainedModel, Trainer
+from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from cwdpo_kernels import (
@@ -27,6 +27,7 @@ from cwdpo_trainer.collator import Batch, PairCollator, to_device, with_answers
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.doctor import Doctor
 from cwdpo_trainer.errors import require
+from cwdpo_trainer.models import AdapterReference, Model, load_weights
 from cwdpo_trainer.onpolicy import OnPolicyPool
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.progress import CompactProgress
@@ -38,20 +39,22 @@ COMPLETE = "COMPLETE"  # in a checkpoint folder: everything of it was written
 class StageTrainer(Trainer):
     """What both stages share: pairs as batches, the head call, averaged figures, probes, whole checkpoints.
 
-    `reference` is the frozen model that the stage starts from; a stage trains `model` on `rows`.
+    `reference` is the frozen model that the stage starts from (`models.freeze_reference`); a stage trains `model`
+    on `rows`. `receipt` says what was found out about the model's head.
     """
 
     def __init__(
         self,
-        model: PreTrainedModel,
-        reference: PreTrainedModel,
+        model: Model,
+        reference: nn.Module,
         args: StageArguments,
         rows: list[Row],
         collator: PairCollator,
         probes: Probes,
     ) -> None:
-        attach_head(model)
-        attach_head(reference)
+        self.receipt = attach_head(model)
+        if not isinstance(reference, AdapterReference):  # which is `model` with another adapter
+            attach_head(reference)
         super().__init__(
             model=model,
             args=args,
@@ -66,9 +69,9 @@ class StageTrainer(Trainer):
             )
         self.collator = collator
         self.probes = probes
-        self.reference = self.accelerator.prepare_model(
-            reference.eval().requires_grad_(False).to(args.device), evaluation_mode=True
-        )
+        self.reference = reference.eval().requires_grad_(False).to(args.device)
+        if not isinstance(reference, AdapterReference):
+            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._is_first_batch = True
         self.remove_callback(PrinterCallback)
@@ -145,20 +148,10 @@ class StageTrainer(Trainer):
             (folder / COMPLETE).touch()
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        self._load_weights(resume_from_checkpoint)
+        load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_weights(self.state.best_model_checkpoint)
-
-    def _load_weights(self, folder: str) -> None:
-        """The weights of a checkpoint, all of them or an error.
-
-        Some models, LLaVA among them, are saved under the names that earlier releases gave their weights. The
-        library's own resume looks for the names of today, skips what it does not find, and trains on with the
-        weights that happen to be there. `from_pretrained` knows both.
-        """
-        stored = type(self.model).from_pretrained(folder, dtype=self.model.dtype)
-        self.model.load_state_dict(stored.state_dict())
+        load_weights(self.model, self.state.best_model_checkpoint)
 
     def _batch(self, prompts: dict[str, Tensor], *answers: list[list[int]]) -> Batch:
         return with_answers(prompts, *answers, pad_id=self.collator.tokenizer.pad_token_id)

@@ -1,0 +1,183 @@
+"""Runs with LoRA: the reference is the same model with another adapter, and what a stage saves goes on."""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+
+from cwdpo_trainer import stages
+from cwdpo_trainer.arguments import LoraArguments, ModelArguments
+from cwdpo_trainer.cli import main
+from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.models import AdapterReference, drop_reference, freeze_reference, load_model
+
+TARGETS = ["q_proj", "v_proj", "lm_head"]
+
+
+@pytest.fixture
+def lora_settings(settings):
+    settings["lora"] = {"r": 4, "lora_alpha": 8, "target_modules": TARGETS}
+    return settings
+
+
+def results(folder: Path) -> dict:
+    metrics = json.loads((folder / "metrics.json").read_text())
+    metrics.pop("timing")
+    return metrics
+
+
+def base_weights(folder):
+    return load_model(ModelArguments(str(folder)), str(folder), None).state_dict()
+
+
+def test_a_run_trains_the_adapters_and_nothing_else(lora_settings, write_config, task):
+    assert main(["run", str(write_config(lora_settings))]) == 0
+    folder = Path(lora_settings["output_dir"])
+    probes = results(folder)["after_cwdpo"]["probes"]
+    assert probes["chosen_delta_logp"] != 0
+    for stage in ("sft", "cwdpo"):
+        assert (folder / stage / "adapter_model.safetensors").is_file()
+        assert not (folder / stage / "model.safetensors").exists()
+        assert not (folder / stage / "reference").exists()
+    model = load_model(ModelArguments(str(task / "model")), str(folder / "cwdpo"), None, trainable=False)
+    ups = [value for name, value in model.state_dict().items() if "lora_B" in name]
+    assert len(ups) == 2 * 2 + 2 + 1  # q and v of the vision tower (2 layers) and of the language model (1), the head
+    assert all(value.any() for name, value in model.state_dict().items() if "lm_head.lora_B" in name)
+    own = {name.replace(".base_layer", ""): value for name, value in model.get_base_model().state_dict().items()}
+    for name, value in base_weights(task / "model").items():
+        assert torch.equal(own[name], value), name
+
+
+def test_the_reference_of_stage_two_is_the_adapter_of_stage_one(lora_settings, write_config, monkeypatch):
+    seen = []
+    plain = stages.CWDPOTrainer.train
+
+    def train(self, *args, **kwargs):
+        seen.append((self.reference, copy.deepcopy(self.model.state_dict())))
+        output = plain(self, *args, **kwargs)
+        seen.append((self.reference, self.model.state_dict()))
+        return output
+
+    monkeypatch.setattr(stages.CWDPOTrainer, "train", train)
+    assert main(["run", str(write_config(lora_settings))]) == 0
+    (reference, before), (_, after) = seen
+    assert isinstance(reference, AdapterReference)
+    assert reference.adapter == "reference"
+    copies = [name for name in before if ".reference." in name]
+    assert copies
+    for name in copies:
+        assert torch.equal(before[name], before[name.replace(".reference.", ".default.")]), name
+        assert torch.equal(before[name], after[name]), name
+    trained = [name for name in after if ".default." in name]
+    assert any(not torch.equal(before[name], after[name]) for name in trained)
+
+
+def test_a_run_that_was_stopped_between_checkpoints_goes_on(lora_settings, write_config, tmp_path, monkeypatch):
+    whole = write_config({**lora_settings, "output_dir": str(tmp_path / "whole")})
+    assert main(["run", str(whole)]) == 0
+    config = write_config(lora_settings)
+    plain = stages.CWDPOTrainer._loss
+
+    def stopped(self, model, batch):
+        if self.state.global_step == 5:
+            raise KeyboardInterrupt
+        return plain(self, model, batch)
+
+    monkeypatch.setattr(stages.CWDPOTrainer, "_loss", stopped)
+    with pytest.raises(KeyboardInterrupt):
+        main(["run", str(config)])
+    monkeypatch.setattr(stages.CWDPOTrainer, "_loss", plain)
+    assert main(["run", str(config)]) == 0
+    folder = Path(lora_settings["output_dir"])
+    assert results(folder) == results(tmp_path / "whole")
+    for name in ("probes.csv", "predictions.jsonl", "cwdpo/adapter_model.safetensors"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.fixture
+def adapted(task):
+    settings = ModelArguments(str(task / "model"))
+    return load_model(settings, settings.path, LoraArguments(target_modules=TARGETS, lora_dropout=0.5))
+
+
+def logits(model, collator, rows):
+    return model(**collator.prompts(rows[:2])).logits.detach()
+
+
+def test_a_new_adapter_needs_no_copy(adapted, collator, rows):
+    reference = freeze_reference(adapted)
+    assert reference.adapter is None
+    before = logits(reference, collator, rows)
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert torch.equal(logits(reference, collator, rows), before)
+    assert (logits(adapted.eval(), collator, rows) - before).abs().max() > 0.1
+    assert freeze_reference(adapted).adapter == "reference"
+
+
+def test_the_policy_is_as_it_was_after_a_call_of_its_reference(adapted, collator, rows):
+    reference = freeze_reference(adapted.train())
+    trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
+    reference(**collator.prompts(rows[:2]))
+    assert {name for name, parameter in adapted.named_parameters() if parameter.requires_grad} == trainable
+    assert trainable
+    assert all(module.training for module in adapted.modules() if isinstance(module, torch.nn.Dropout))
+    assert adapted.active_adapters == ["default"]
+    assert list(reference.parameters()) == []
+
+
+def test_a_pretrained_adapter_is_the_start_and_the_reference(adapted, collator, rows, task, tmp_path):
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path / "adapter")
+    settings = ModelArguments(str(task / "model"))
+    policy = load_model(settings, settings.path, LoraArguments(adapter=str(tmp_path / "adapter")))
+    expected = logits(adapted.eval(), collator, rows)
+    reference = freeze_reference(policy)
+    assert reference.adapter == "reference"
+    torch.testing.assert_close(logits(reference, collator, rows), expected, rtol=0, atol=0)
+    drop_reference(policy)
+    assert set(policy.peft_config) == {"default"}
+
+
+def test_a_frozen_tower_is_not_trained(task):
+    settings = ModelArguments(str(task / "model"), freeze=["vision_tower"])
+    model = load_model(settings, settings.path, None)
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    assert frozen == {name for name, _ in model.named_parameters() if "vision_tower" in name}
+    with pytest.raises(InputError, match=r"model: expected freeze to have names of modules, such as .*got 'tower'"):
+        load_model(ModelArguments(settings.path, freeze=["tower"]), settings.path, None)
+
+
+def test_wrong_targets_are_refused_by_name(task):
+    settings = ModelArguments(str(task / "model"))
+    with pytest.raises(InputError, match=r"lora: expected settings that fit the model, got .*no_such_layer"):
+        load_model(settings, settings.path, LoraArguments(target_modules=["no_such_layer"]))
+
+
+def test_checkpoints_of_activations_change_nothing(lora_settings, write_config, tmp_path):
+    lora_settings["dpo"]["onpolicy_fraction"] = 0.0
+    assert main(["run", str(write_config(lora_settings))]) == 0
+    plain = results(Path(lora_settings["output_dir"]))
+    lora_settings["output_dir"] = str(tmp_path / "checkpointed")
+    for stage in ("sft", "dpo"):
+        lora_settings[stage]["activation_checkpointing"] = True
+    assert main(["run", str(write_config(lora_settings))]) == 0
+    checkpointed = results(tmp_path / "checkpointed")
+    for key, value in plain["after_cwdpo"]["probes"].items():
+        assert checkpointed["after_cwdpo"]["probes"][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+def test_peft_is_what_trains(adapted):
+    assert isinstance(adapted, peft.PeftModel)
+    names = {name.split(".lora_")[0].rpartition(".")[2] for name, _ in adapted.named_parameters() if "lora_" in name}
+    assert names == set(TARGETS)

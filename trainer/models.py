@@ -1,0 +1,208 @@
+"""Models of a run: loaded, adapted, saved by any stage and loaded again; and the frozen reference of a stage.
+
+Without LoRA the reference is a frozen copy of the policy. With LoRA it is the policy itself with another adapter
+in place: none where the stage starts from a new adapter (which changes nothing yet), else a frozen copy of the
+adapter that the stage starts from. That costs the adapter's memory, not the model's.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
+from torch import nn
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+
+from cwdpo_trainer.arguments import LoraArguments, ModelArguments
+from cwdpo_trainer.errors import InputError, require
+
+POLICY, REFERENCE = "default", "reference"  # names of adapters
+ADAPTER_FILE = "adapter_config.json"
+Model = PreTrainedModel | PeftModel
+
+
+def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, trainable: bool = True) -> Model:
+    """The model in the folder `path` (or of that name on the Hub), which may hold an adapter, as a stage saves it.
+
+    `trainable`: with `lora` a model without an adapter gets one (new, or the one at `lora.adapter`), and
+    `settings.freeze` takes effect.
+    """
+    adapter = Path(path, ADAPTER_FILE)
+    if adapter.is_file():
+        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+        return _without_embeddings(PeftModel.from_pretrained(_load(settings, base), path, is_trainable=trainable))
+    model = _load(settings, path)
+    if not trainable:
+        return model
+    _freeze(model, settings.freeze)
+    return model if lora is None else _with_adapter(model, settings, lora)
+
+
+def _load(settings: ModelArguments, path: str) -> PreTrainedModel:
+    options: dict[str, Any] = {}
+    if settings.attn_implementation is not None:
+        options["attn_implementation"] = settings.attn_implementation
+    if settings.quantization is not None:
+        options["quantization_config"] = _quantization(settings)
+    try:
+        return AutoModelForImageTextToText.from_pretrained(path, dtype=settings.torch_dtype, **options)
+    except (OSError, ValueError, ImportError) as error:
+        message = f"model: expected path to have a model that can be loaded with {options or 'no options'}, got {path}"
+        raise InputError(f"{message} ({' '.join(str(error).split())[:300]})") from error
+
+
+def _quantization(settings: ModelArguments) -> BitsAndBytesConfig:
+    """QLoRA's: normal floats of 4 bits whose constants are quantised too, or integers of 8 bits."""
+    if settings.quantization == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    dtype = torch.bfloat16 if settings.dtype == "auto" else settings.torch_dtype
+    return BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
+    )
+
+
+def _freeze(model: nn.Module, prefixes: list[str]) -> None:
+    for prefix in prefixes:
+        found = [parameter for name, parameter in model.named_parameters() if f".{prefix}." in f".{name}"]
+        modules = sorted({name for name, module in model.named_modules() if name and name.count(".") <= 1})
+        require(bool(found), "model", "freeze", "names of modules, such as", ", ".join(modules), repr(prefix))
+        for parameter in found:
+            parameter.requires_grad_(False)
+
+
+def _with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArguments) -> PeftModel:
+    if settings.quantization is not None:
+        # The stage's arguments decide about checkpoints of activations.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    try:
+        if lora.adapter is not None:
+            return _without_embeddings(PeftModel.from_pretrained(model, lora.adapter, is_trainable=True))
+        config = LoraConfig(
+            r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
+            target_modules=lora.target_modules, exclude_modules=lora.exclude_modules,
+            modules_to_save=lora.modules_to_save, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        return _without_embeddings(get_peft_model(model, config))
+    except (OSError, ValueError) as error:
+        raise InputError(f"lora: expected settings that fit the model, got {' '.join(str(error).split())}") from error
+
+
+def _without_embeddings(policy: PeftModel) -> PeftModel:
+    """Peft would save the whole head beside an adapter on it, for vocabularies that have grown; ours do not."""
+    policy.save_pretrained = functools.partial(policy.save_pretrained, save_embedding_layers=False)
+    return policy
+
+
+def _adapter_weights(policy: PeftModel) -> dict[str, torch.Tensor]:
+    return get_peft_model_state_dict(policy, adapter_name=POLICY, save_embedding_layers=False)
+
+
+def load_weights(model: Model, folder: str) -> None:
+    """The weights of a checkpoint of `model`, all of them or an error.
+
+    Some models, LLaVA among them, are saved under the names that earlier releases gave their weights. The
+    library's own resume looks for the names of today, skips what it does not find, and trains on with the
+    weights that happen to be there. `from_pretrained` knows both.
+    """
+    if isinstance(model, PeftModel):
+        stored = load_peft_weights(folder, device="cpu")
+        wanted = set(_adapter_weights(model))
+        missing = sorted(wanted ^ set(stored))
+        require(not missing, folder, "the adapter", "weights", "of this run's", f"others: {', '.join(missing[:5])}")
+        set_peft_model_state_dict(model, stored, adapter_name=POLICY)
+        return
+    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+
+
+def freeze_reference(policy: Model) -> nn.Module:
+    """The model that `policy` is now, frozen, in evaluation mode: the reference of the stage that begins."""
+    if not isinstance(policy, PeftModel):
+        return copy.deepcopy(policy).eval().requires_grad_(False)
+    drop_reference(policy)
+    if _changes_nothing(policy):
+        return AdapterReference(policy, None)
+    weights = _adapter_weights(policy)
+    policy.add_adapter(REFERENCE, policy.peft_config[POLICY])
+    set_peft_model_state_dict(policy, {name: value.clone() for name, value in weights.items()}, REFERENCE)
+    policy.set_adapter(POLICY)
+    return AdapterReference(policy, REFERENCE)
+
+
+def drop_reference(policy: Model) -> None:
+    """Take the adapter of the reference out again, so that it is not saved with the policy."""
+    if isinstance(policy, PeftModel) and REFERENCE in policy.peft_config:
+        policy.delete_adapter(REFERENCE)
+
+
+def _changes_nothing(policy: PeftModel) -> bool:
+    """A new adapter: every B is zero, and no module is trained as a whole."""
+    weights = _adapter_weights(policy)
+    ups = {name: value for name, value in weights.items() if "lora_B" in name or "lora_embedding_B" in name}
+    downs = {name for name in weights if "lora_A" in name or "lora_embedding_A" in name}
+    return weights.keys() == ups.keys() | downs and not any(bool(value.any()) for value in ups.values())
+
+
+class AdapterReference(nn.Module):
+    """A peft model with another of its adapters in place (None: with none), without gradients and dropout.
+
+    It shares the weights of `policy` and does not own them: `parameters()` is empty. Calls and `generate` put the
+    adapter in place for their time.
+    """
+
+    def __init__(self, policy: PeftModel, adapter: str | None) -> None:
+        super().__init__()
+        self._shared = (policy,)  # a tuple, so that it is no submodule
+        self.adapter = adapter
+        self.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self._shared[0].device
+
+    def forward(self, **inputs: Any) -> Any:
+        with self._in_place() as model:
+            return model(**inputs)
+
+    def generate(self, **options: Any) -> Any:
+        with self._in_place() as model:
+            return model.generate(**options)
+
+    @contextlib.contextmanager
+    def _in_place(self) -> Iterator[PeftModel]:
+        policy = self._shared[0]
+        training = [module for module in policy.modules() if module.training]
+        policy.eval()
+        try:
+            with torch.no_grad(), _adapter(policy, self.adapter):
+                yield policy
+        finally:
+            for module in training:
+                module.training = True
+
+
+@contextlib.contextmanager
+def _adapter(policy: PeftModel, name: str | None) -> Iterator[None]:
+    """Another adapter, or none, for a while.
+
+    Peft's own ways to do so also freeze the parameters of the adapter that is put aside. A sharded parameter
+    remembers that (FSDP builds its gathered form once), and it would then never get a gradient.
+    """
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = name is None
+            layer._active_adapter = layer._active_adapter if name is None else [name]
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
