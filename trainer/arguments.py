@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 import torch
 from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
 
 from cwdpo_kernels import Cooling, GentleNegatives
 from cwdpo_trainer.doctor import names_of_rules
@@ -161,6 +162,9 @@ class StageArguments(TrainingArguments):
             fused_heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **fused_heads}
         super().__post_init__()
+        installed = get_available_reporting_integrations()
+        for name in self.report_to:
+            _check(name in installed, "report_to", "trackers that are installed in", str(installed), name)
 
 
 @dataclass

@@ -13,7 +13,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels import (
     CWDPOOutput,
@@ -88,12 +90,24 @@ class StageTrainer(Trainer):
         self._check_metric()
         # A resumed run has measured its start already, and early stopping would count it twice.
         self.args.eval_on_start = self.args.eval_on_start and resume_from_checkpoint is None
-        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if resume_from_checkpoint is not None and _had_ended(resume_from_checkpoint):
+            output = self._end_again(resume_from_checkpoint)
+        else:
+            output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         probed = [entry["step"] for entry in self.state.log_history if "eval_chosen_logp" in entry]
         # Only the probe of the last step may be of other weights: those before the best ones were loaded.
         if self.args.load_best_model_at_end or not probed or probed[-1] != self.state.global_step:
             self.evaluate()
         return output
+
+    def _end_again(self, checkpoint: str) -> TrainOutput:
+        """The end of a stage that was cut off between its last checkpoint and its saved model. The library's resume
+        would train on: it forgets that the stage had stopped, and takes a step before it looks at the limit."""
+        self.state = _state_of(checkpoint)
+        self._load_from_checkpoint(checkpoint)
+        if self.args.load_best_model_at_end:
+            self._load_best_model()
+        return TrainOutput(self.state.global_step, math.nan, {})
 
     def _check_metric(self) -> None:
         metric = self.args.metric_for_best_model
@@ -173,6 +187,15 @@ class StageTrainer(Trainer):
 
     def _figures(self, output: Any) -> dict[str, Tensor]:
         raise NotImplementedError
+
+
+def _state_of(checkpoint: str) -> TrainerState:
+    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
+
+
+def _had_ended(checkpoint: str) -> bool:
+    """Whether the stage had stopped, at its last step or early, when the checkpoint was written."""
+    return bool(_state_of(checkpoint).stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])
 
 
 class ConstrainedSFTTrainer(StageTrainer):

@@ -13,6 +13,7 @@ import pytest
 from PIL import Image
 
 from cwdpo_trainer.cli import main
+from cwdpo_trainer.stages import CWDPOTrainer
 
 KILLED_IN_A_SAVE = """
 import os, signal, sys
@@ -110,6 +111,37 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp
     assert results(folder) == results(tmp_path / "whole")
     for name in ("probes.csv", "predictions.jsonl", "cwdpo/model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+@pytest.mark.parametrize("early", [False, True], ids=["last step", "stopped early"])
+def test_a_run_killed_before_its_model_is_saved_trains_no_further(settings, write_config, tmp_path, monkeypatch, early):
+    """Its last checkpoint is of the middle of an epoch, where the library's resume would take one step more."""
+
+    def interrupted(self, output_dir=None, _internal_call=False):
+        if not _internal_call:  # as those of checkpoints are
+            raise KeyboardInterrupt
+        plain(self, output_dir, _internal_call)
+
+    plain = CWDPOTrainer.save_model
+    del settings["sft"]
+    settings["dpo"] |= {"max_steps": 3, "save_steps": 3, "onpolicy_fraction": 0.0}
+    if early:
+        settings["dpo"] |= {"max_steps": 9, "stop_on": ["nothing_kept"], "drop_below": 0.0}
+    whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
+    assert main(["run", str(whole)]) == 0
+    config = write_config(settings)
+    with monkeypatch.context() as patch:
+        patch.setattr(CWDPOTrainer, "save_model", interrupted)
+        with pytest.raises(KeyboardInterrupt):
+            main(["run", str(config)])
+    folder = Path(settings["output_dir"])
+    assert not (folder / "cwdpo").exists()
+    assert main(["run", str(config)]) == 0
+    assert results(folder)["after_cwdpo"]["probes"]["step"] == 3
+    assert results(folder) == results(tmp_path / "whole")
+    assert (folder / "cwdpo/model.safetensors").read_bytes() == (
+        tmp_path / "whole/cwdpo/model.safetensors"
+    ).read_bytes()
 
 
 def test_stages_one_by_one_are_the_whole_run(config, settings, write_config, tmp_path, capsys):
