@@ -7,12 +7,13 @@ the stages that have a section, and trains LoRA adapters if there is a section f
 
 from __future__ import annotations
 
+import contextlib
 import difflib
 import importlib
 import inspect
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -68,23 +69,56 @@ class RunConfig:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override and check the YAML file at `path`. Nothing is written, and `prepare` is not called yet.
 
-    Raises `InputError` with the file, the key, what was expected and what came.
+    Raises one `InputError` about all mistakes, each with the file, the key, what was expected and what came.
+    """
+    config, problems = read_config(path, overrides)
+    if problems:
+        raise problems[0] if len(problems) == 1 else InputError("\n".join(map(str, problems)))
+    return config
+
+
+def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | None, list[InputError]]:
+    """The configuration less what is wrong in it, and all that is wrong.
+
+    A wrong key has its default; a stage that cannot be made is None, and without model, data or output_dir there
+    is no configuration. Raises `InputError` where the file or an override cannot be read at all.
     """
     raw = _read(path)
     for override in overrides:
         _override(raw, override)
     where = str(path)
-    _known_keys(where, "", raw, [*SECTIONS, "output_dir", "seed", "prepare"])
-    sections = {name: _section(where, name, raw) for name in SECTIONS}
-    require(any(sections[name] for name in STAGES), where, "the file", "a section", "sft or dpo", sorted(raw))
-    output_dir = _typed(where, "output_dir", raw.get("output_dir"), str)
-    seed = _typed(where, "seed", raw.get("seed", 0), int)
+    problems: list[InputError] = []
+    for key in raw:
+        with _collecting(problems):
+            _known_key(where, "", key, [*SECTIONS, "output_dir", "seed", "prepare"])
+    sections = {name: _section(where, name, raw, problems) for name in SECTIONS}
+    output_dir, seed, base = None, 0, path.parent
+    with _collecting(problems):
+        stages = any(name in raw for name in STAGES)
+        require(stages, where, "the file", "a section", "sft or dpo", sorted(map(str, raw)))
+    with _collecting(problems):
+        output_dir = _typed(where, "output_dir", raw.get("output_dir"), str)
+    with _collecting(problems):
+        seed = _typed(where, "seed", raw.get("seed", 0), int)
+    with _collecting(problems):
+        base = _prepare_folder(where, path, raw.get("prepare"))
+    if output_dir is None or sections["model"] is None or sections["data"] is None:
+        return None, problems
     for name in STAGES:
         if sections[name] is not None:
             sections[name].seed = seed
             sections[name].output_dir = str(Path(output_dir) / "checkpoints" / name)
-    base = _prepare_folder(where, path, raw.get("prepare"))
-    return RunConfig(raw, base, Path(output_dir), seed, **sections)
+    for name in ("probes", "sampling"):
+        sections[name] = sections[name] or SECTIONS[name]()
+    return RunConfig(raw, base, Path(output_dir), seed, **sections), problems
+
+
+@contextlib.contextmanager
+def _collecting(problems: list[InputError]) -> Iterator[None]:
+    try:
+        yield
+    except InputError as error:
+        problems.append(error)
 
 
 def prepare(config: RunConfig) -> None:
@@ -130,36 +164,47 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise InputError(f"command line: expected {key} to have a YAML value, got {value!r}") from error
 
 
-def _section(where: str, name: str, raw: dict[str, Any]) -> Any:
-    """The dataclass of a section; without it a stage and LoRA are None, another section has its defaults."""
+def _section(where: str, name: str, raw: dict[str, Any], problems: list[InputError]) -> Any:
+    """The dataclass of a section, None if it cannot be made; without one a stage and LoRA are None, another section
+    has its defaults."""
     values = raw.get(name)
     if values is None and (name in OPTIONAL and name not in raw):
         return None
     values = {} if values is None else values
-    require(isinstance(values, dict), where, name, "type", "mapping", _describe(values))
     kind = SECTIONS[name]
     hints = typing.get_type_hints(kind)
-    _known_keys(where, f"{name}.", values, [key for key in hints if key not in RESERVED])
-    for spec in fields(kind):
-        needed = spec.default is MISSING and spec.default_factory is MISSING
-        require(not needed or spec.name in values, where, f"{name}.{spec.name}", "a", "value", "none")
-    typed = {key: _typed(where, f"{name}.{key}", value, hints[key]) for key, value in values.items()}
+    typed: dict[str, Any] = {}
+    with _collecting(problems):
+        require(isinstance(values, dict), where, name, "type", "mapping", _describe(values))
+        for key, value in values.items():
+            with _collecting(problems):
+                _known_key(where, f"{name}.", key, [key for key in hints if key not in RESERVED])
+                typed[key] = _typed(where, f"{name}.{key}", value, hints[key])
+        needed = [spec.name for spec in fields(kind) if spec.default is MISSING and spec.default_factory is MISSING]
+        for key in needed:
+            require(key in values, where, f"{name}.{key}", "a", "value", "none")
+        if all(key in typed for key in needed):
+            return _made(where, name, kind, typed)
+    return None
+
+
+def _made(where: str, name: str, kind: type, typed: dict[str, Any]) -> Any:
     try:
         return kind(**typed)
     except (ValueError, ImportError) as error:
         raise InputError(f"{where}: {name}: {' '.join(str(error).split())}") from error
 
 
-def _known_keys(where: str, prefix: str, values: dict[str, Any], known: list[str]) -> None:
-    for key in values:
-        if key not in known:
-            close = difflib.get_close_matches(str(key), known, n=1)
-            expected = f"a known name (did you mean {close[0]!r}?)" if close else f"a known name ({len(known)} exist)"
-            if prefix == "" and not close:
-                expected = "a name of " + ", ".join(known)
-            elif key in RESERVED:
-                expected = "a place in a stage, but it is set once for the run"
-            raise InputError(f"{where}: expected key {prefix}{key} to have {expected}, got {key!r}")
+def _known_key(where: str, prefix: str, key: Any, known: list[str]) -> None:
+    if key in known:
+        return
+    close = difflib.get_close_matches(str(key), known, n=1)
+    expected = f"a known name (did you mean {close[0]!r}?)" if close else f"a known name ({len(known)} exist)"
+    if prefix == "" and not close:
+        expected = "a name of " + ", ".join(known)
+    elif key in RESERVED:
+        expected = "a place in a stage, but it is set once for the run"
+    raise InputError(f"{where}: expected key {prefix}{key} to have {expected}, got {key!r}")
 
 
 def _typed(where: str, key: str, value: Any, hint: Any) -> Any:

@@ -8,7 +8,7 @@ import pytest
 
 import cwdpo_trainer
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.config import load_config
+from cwdpo_trainer.config import load_config, read_config
 from cwdpo_trainer.errors import InputError
 
 
@@ -76,6 +76,23 @@ def test_a_mistake_is_one_line_and_nothing_is_written(settings, write_config, ca
     assert error.count("\n") == 1
     assert message in error
     assert not Path(settings["output_dir"]).exists()
+
+
+def test_all_mistakes_are_named_at_once(settings, write_config):
+    overrides = ["dpo.bta=1", "dpo.max_steps=2.5", "sft.negatives=harsh", "sampling.top_p=0", "seed=x", "dop=1"]
+    with pytest.raises(InputError) as error:
+        load_config(write_config(settings), overrides)
+    lines = str(error.value).split("\n")
+    assert len(lines) == len(overrides)
+    assert all(any(name in line for line in lines) for name in ("bta", "max_steps", "mode", "top_p", "seed", "dop"))
+
+
+def test_what_is_right_is_read_beside_what_is_wrong(settings, write_config):
+    overrides = ["dpo.bta=1", "dpo.max_steps=2.5", "sft.negatives=harsh", "sampling.top_p=0"]
+    config, problems = read_config(write_config(settings), overrides)
+    assert len(problems) == 4
+    assert (config.sft, config.dpo.max_steps, config.dpo.refresh_steps) == (None, -1, 2)
+    assert config.sampling.top_p == 1
 
 
 @pytest.mark.parametrize(
