@@ -48,7 +48,7 @@ class PairCollator:
 
     def prompts(self, rows: Sequence[Row], padding_side: str = "right") -> dict[str, Tensor]:
         """The processor's outputs for the prompts; `padding_side` "left" is what generation needs."""
-        texts = [self._prompt_text(row) for row in rows]
+        texts = [self.prompt_text(row) for row in rows]
         images = [row.load_images() for row in rows]
         # A chat template writes the special tokens itself.
         chat = isinstance(rows[0].prompt, list)
@@ -65,7 +65,7 @@ class PairCollator:
         with `max_answer` only so many, and then without one."""
         if isinstance(row.prompt, list):
             answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-            prompt, full = self._prompt_text(row), self.processor.apply_chat_template(row.prompt + answer)
+            prompt, full = self.prompt_text(row), self.processor.apply_chat_template(row.prompt + answer)
             ok = full.startswith(prompt)
             require(ok, row.where, "the chat template", "a rendering that starts with", repr(prompt), repr(full))
             answer = full[len(prompt) :].rstrip()
@@ -74,7 +74,8 @@ class PairCollator:
         ended = tokens if tokens and tokens[-1] == eos else [*tokens, eos]
         return ended[: row.max_answer]
 
-    def _prompt_text(self, row: Row) -> str:
+    def prompt_text(self, row: Row) -> str:
+        """The prompt as text: as it stands, or messages as the chat template renders them."""
         if isinstance(row.prompt, str):
             return row.prompt
         return self.processor.apply_chat_template(row.prompt, add_generation_prompt=True)

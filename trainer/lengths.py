@@ -137,6 +137,10 @@ class Fit:
     shrunk: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
 
+    @property
+    def changed(self) -> list[str]:
+        return self.trimmed + self.shrunk
+
     def report(self, name: str, max_length: int) -> str:
         total = len(self.rows) + len(self.skipped)
         changes = [

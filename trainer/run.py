@@ -64,13 +64,13 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     with args.main_process_first(local=False):
         prepare(config)
     inputs = _load_inputs(config, stages)
-    _check_folder(config, inputs)
+    check_folder(config, inputs.digests)
     needs_sft = wanted == ["dpo"] and "sft" in stages and not _is_done(folder, "sft")
     require(not needs_sft, str(folder), "stage sft", "state", "done (run `cwdpo sft` first)", "not done")
     finished = is_reported(folder, wanted)
     if not finished:
         if args.should_save:
-            write_json(folder / "run.json", _record(config, inputs))
+            write_json(folder / "run.json", _record(config, inputs.digests))
         _train_stages(config, inputs, wanted)
         with args.main_process_first(local=False):
             if args.should_save:
@@ -123,13 +123,14 @@ def model_path(config: RunConfig) -> str:
     return str(local.resolve()) if local.is_dir() else path  # an adapter remembers it
 
 
-def _record(config: RunConfig, inputs: _Inputs) -> dict[str, Any]:
+def _record(config: RunConfig, digests: dict[str, str]) -> dict[str, Any]:
     """What makes a run this run; where its folder lies does not matter."""
     settings = {key: value for key, value in config.raw.items() if key != "output_dir"}
-    return json.loads(json.dumps({"config": settings, "data": inputs.digests}, default=str))
+    return json.loads(json.dumps({"config": settings, "data": digests}, default=str))
 
 
-def _check_folder(config: RunConfig, inputs: _Inputs) -> None:
+def check_folder(config: RunConfig, digests: dict[str, str]) -> None:
+    """The run folder is new, or that of this run. Raises `InputError` if not."""
     folder = config.output_dir
     if not folder.exists():
         return
@@ -139,7 +140,7 @@ def _check_folder(config: RunConfig, inputs: _Inputs) -> None:
         found = sorted(path.name for path in folder.iterdir())
         require(not found, str(folder), "output_dir", "content", "none, or that of a run", ", ".join(found[:5]))
         return
-    before, now = _flatten(read_json(stored)), _flatten(_record(config, inputs))
+    before, now = _flatten(read_json(stored)), _flatten(_record(config, digests))
     for key in sorted(before.keys() | now.keys()):
         same = before.get(key) == now.get(key)
         expected = f"{before.get(key)!r} (this run was started with it; use another output_dir)"
