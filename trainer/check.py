@@ -75,8 +75,6 @@ def _data_report(plan: Plan, name: str) -> list[str]:
     lines = [f"\ndata.{name}: {getattr(plan.config.data, name)} ({looked})"]
     if plan.unused.get(name):
         lines.append("  columns that are not used: " + ", ".join(plan.unused[name]))
-    if name in plan.fits:
-        lines.append("  " + plan.fits[name].report(name, plan.config.data.max_length))
     for title, figure in FIGURES.items():
         if lengths:
             lines += histogram(f"tokens, {title}", [figure(length) for length in lengths])
@@ -106,7 +104,7 @@ def _model_report(plan: Plan) -> list[str]:
         return []
     model, dtype = plan.model, str(plan.model.dtype).removeprefix("torch.")
     lines = [f"\n{model.name}: {model.parameters:,} parameters in {dtype}, head {model.vocab} x {model.dim}"]
-    lengths, stages = plan.all_lengths(), plan.stages()
+    lengths, stages = plan.lengths.get("train", {}).values(), plan.stages()
     if not lengths or not stages:
         return lines
     stage, args = max(stages.items(), key=lambda item: item[1].per_device_train_batch_size)
@@ -117,12 +115,12 @@ def _model_report(plan: Plan) -> list[str]:
     labelled = sum(length.chosen + length.rejected for length in longest)
     step = HeadStep(2 * len(longest), min(longest[0].total, limit), labelled, model.vocab, model.dim)
     device = args.device.type
+    shape = f"{step.sequences} sequences of {step.tokens} tokens, {step.labelled} labelled"
+    fused, frozen = (size(step.fused(device, trainable)) for trainable in (True, False))
     return [
         *lines,
-        f"  head of a step of stage {stage}, predicted for the {len(longest)} longest pairs ({step.sequences} sequences "
-        f"of {step.tokens} tokens, {step.labelled} labelled):",
-        f"    fused {size(step.fused(device, True))} ({size(step.fused(device, False))} if the head is frozen), "
-        f"with whole logits {size(step.whole_logits())}",
+        f"  head of a step of stage {stage}, predicted for the {len(longest)} longest pairs ({shape}):",
+        f"    fused {fused} ({frozen} if the head is frozen), with whole logits {size(step.whole_logits())}",
         "    beyond hidden states, weights and their gradients; without backbone, optimizer and reference",
     ]
 

@@ -142,10 +142,11 @@ def learning_rate(plan: Plan) -> Diagnosis | None:
     large = plan.model is not None and plan.model.parameters >= LARGE_MODEL
     wrong = []
     for stage, args in plan.stages().items():
-        highest = HIGHEST_RATE[stage] if large else 1e-2
+        highest = HIGHEST_RATE[stage] * (LORA_RATE if plan.config.lora else 1) if large else 1e-2
         if not LOWEST_RATE <= args.learning_rate <= highest:
             wrong.append(f"{stage}.learning_rate is {args.learning_rate:g}, not in [{LOWEST_RATE:g}, {highest:g}]")
-    return ("; ".join(wrong), "see whether a digit is wrong; 5e-7 to 5e-6 is usual for DPO") if wrong else None
+    advice = "see whether a digit is wrong; DPO is usual with 5e-7 to 5e-6, with LoRA ten to twenty times as much"
+    return ("; ".join(wrong), advice) if wrong else None
 
 
 @_rule(WARNING)
@@ -249,10 +250,10 @@ def longer_than_the_model(plan: Plan) -> Diagnosis | None:
         return None
     positions = plan.model.positions
     long = [
-        f"{row.where} ({plan.lengths[name][row.id].total})"
-        for name, rows in plan.sample.items()
-        for row in rows
-        if row.id in plan.lengths[name] and plan.lengths[name][row.id].total > positions
+        f"{row.where} ({lengths[row.id].total})"
+        for name, lengths in plan.lengths.items()
+        for row in plan.sample[name]
+        if row.id in lengths and lengths[row.id].total > positions
     ]
     if not long or (limit is not None and limit <= positions):
         return None

@@ -17,6 +17,7 @@ from cwdpo_trainer.config import RunConfig, prepare, read_config
 from cwdpo_trainer.data import Row, read_rows
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.lengths import LengthMeter, fit_rows
+from cwdpo_trainer.models import base_model, load_model
 from cwdpo_trainer.row_checks import listed, row_problems
 from cwdpo_trainer.run import load_processor, model_path
 from cwdpo_trainer.sources import open_source
@@ -85,7 +86,7 @@ def _processor(plan: Plan, rows: int) -> Iterator[Problem]:
 
 def _model(plan: Plan, rows: int) -> Iterator[Problem]:
     """From its configuration: no weights are read."""
-    path = model_path(plan.config)
+    path = base_model(model_path(plan.config))
     try:
         settings = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
@@ -131,7 +132,8 @@ def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch
 
     Raises what the model raises, and `HeadError` where the two differ.
     """
-    model = AutoModelForImageTextToText.from_pretrained(model_path(config), dtype=config.model.torch_dtype).to(device)
+    model = load_model(config.model, model_path(config), config.lora)
+    model = model if config.model.quantization else model.to(device)  # quantised weights are where they were put
     receipt = attach_head(model)
     pair = collator([row])
     answers = (pair["chosen"], pair["rejected"])

@@ -36,15 +36,20 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     `trainable`: with `lora` a model without an adapter gets one (new, or the one at `lora.adapter`), and
     `settings.freeze` takes effect.
     """
-    adapter = Path(path, ADAPTER_FILE)
-    if adapter.is_file():
-        base = json.loads(adapter.read_text())["base_model_name_or_path"]
+    base = base_model(path)
+    if base != path:
         return _without_embeddings(PeftModel.from_pretrained(_load(settings, base), path, is_trainable=trainable))
     model = _load(settings, path)
     if not trainable:
         return model
     _freeze(model, settings.freeze)
     return model if lora is None else _with_adapter(model, settings, lora)
+
+
+def base_model(path: str) -> str:
+    """`path`, or the model below it where `path` holds an adapter."""
+    adapter = Path(path, ADAPTER_FILE)
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
 
 
 def _load(settings: ModelArguments, path: str) -> PreTrainedModel:

@@ -110,5 +110,5 @@ def listed(head: str, evidence: list[str]) -> str:
 
 
 def _got(error: InputError) -> str:
-    """What came, without the place, which stands before it already."""
+    """The message without the place, which stands before it already."""
     return " ".join(str(error).partition(": expected ")[2].split())[:300]

@@ -1,0 +1,349 @@
+"""`cwdpo check CONFIG` finds what is planted in a good configuration and data set, names it, and finds nothing else."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from datasets import Dataset
+from PIL import Image
+from transformers import LlavaForConditionalGeneration, LlavaProcessor
+
+from cwdpo_trainer.check import histogram
+from cwdpo_trainer.checks import ERROR, WARNING, Problem
+from cwdpo_trainer.cli import main
+from cwdpo_trainer.dry_run import dry_run
+
+# Renders the prompt anew, longer, as soon as an answer follows: as templates that strip earlier turns do.
+REWRITES = (
+    "{% for message in messages %}{{ messages | length }} {% for part in message['content'] %}"
+    "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endfor %}"
+)
+
+
+class Case:
+    """A good run in a folder of its own, whose parts a test may spoil."""
+
+    def __init__(self, folder: Path, task: Path, settings: dict, write_config: Callable[[dict], Path]) -> None:
+        self.folder, self.settings, self.write_config = folder, settings, write_config
+        for name in ("images", "model"):
+            shutil.copytree(task / name, folder / name)
+        self.train = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
+        heldout = [json.loads(line) for line in (task / "heldout.jsonl").read_text().splitlines()]
+        self.heldout = [{**row, "prompt": row["prompt"] + " the square"} for row in heldout]  # other pairs than train's
+        settings["model"] = {"path": "model"}
+        settings["data"] = {"train": "train.jsonl", "heldout": "heldout.jsonl"}
+
+    def save(self) -> Path:
+        for name in ("train", "heldout"):
+            lines = (row if isinstance(row, str) else json.dumps(row) for row in getattr(self, name))
+            (self.folder / f"{name}.jsonl").write_text("\n".join(lines))
+        return self.write_config(self.settings)
+
+    def problems(self, *overrides: str) -> list[Problem]:
+        _, problems = dry_run(self.save(), overrides, rows=100)
+        return problems
+
+    def change(self, place: int, **columns: object) -> None:
+        self.train[place] = self.train[place] | columns
+
+    def processor(self, **changes: object) -> LlavaProcessor:
+        return LlavaProcessor.from_pretrained(self.folder / "model", **changes)
+
+
+@pytest.fixture
+def case(tmp_path, task, settings, write_config) -> Case:
+    return Case(tmp_path, task, settings, write_config)
+
+
+def test_a_good_run_has_no_problems_and_nothing_is_written(case, capsys):
+    assert main(["check", str(case.save())]) == 0
+    out = capsys.readouterr().out
+    assert "data.train: train.jsonl (32 of 32 rows looked at, 32 of them good)" in out
+    assert "tokens, prompt, images and longer answer: 9 to 11, median 11" in out
+    assert "tokens, images: 4 to 4, median 4" in out
+    assert "LlavaForConditionalGeneration: 16,864 parameters in float32, head 17 x 32" in out
+    assert "head of a step of stage sft, predicted for the 4 longest pairs (8 sequences of 11 tokens, 40" in out
+    assert "self-test: LlavaForConditionalGeneration: head 17 x 32, float32" in out
+    assert f"on the pair {case.folder}/train.jsonl:1 within" in out
+    assert out.endswith("\n0 errors, 0 warnings\n")
+    assert not Path(case.settings["output_dir"]).exists()
+
+
+Plant = Callable[[Case], None]
+
+
+def unknown_keys(case: Case) -> None:
+    case.settings["dpo"] |= {"bta": 0.1}
+    case.settings["sft"] |= {"learning_rat": 0.1}
+
+
+def no_rows_at_once(case: Case) -> None:
+    case.settings["dpo"]["per_device_train_batch_size"] = 0
+
+
+def half_precision(case: Case) -> None:
+    case.settings["model"]["dtype"] = "float16"
+
+
+def saved_in_half_precision(case: Case) -> None:
+    model = LlavaForConditionalGeneration.from_pretrained(case.folder / "model")
+    model.half().save_pretrained(case.folder / "model")
+
+
+def wild_rate(case: Case) -> None:
+    case.settings["dpo"]["learning_rate"] = 5
+
+
+def wild_beta(case: Case) -> None:
+    case.settings["dpo"]["beta"] = 50
+
+
+def another_runs_folder(case: Case) -> None:
+    case.settings["output_dir"] = str(case.folder / "other")
+    (case.folder / "other").mkdir()
+    (case.folder / "other" / "run.json").write_text('{"config": {"seed": 3}, "data": {}}')
+
+
+def few_new_tokens(case: Case) -> None:
+    case.settings["sampling"]["max_new_tokens"] = 3
+
+
+def missing_image(case: Case) -> None:
+    case.change(2, images=["images/gone.png"])
+    case.change(5, images=["images/gone.png"])
+
+
+def same_answers(case: Case) -> None:
+    case.change(3, rejected=case.train[3]["chosen"])
+
+
+def broken_line(case: Case) -> None:
+    case.train[4] = "{oops"
+
+
+def more_placeholders_than_images(case: Case) -> None:
+    case.change(1, prompt="<image> <image> describe")
+    case.change(6, prompt="describe")
+
+
+def template_rewrites_the_prompt(case: Case) -> None:
+    processor = case.processor()
+    processor.chat_template = REWRITES
+    processor.save_pretrained(case.folder / "model")
+    as_messages(case)
+
+
+def no_template(case: Case) -> None:
+    as_messages(case)
+
+
+def as_messages(case: Case) -> None:
+    for rows in (case.train, case.heldout):
+        rows[:] = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
+
+
+def end_inside_an_answer(case: Case) -> None:
+    case.change(0, chosen="a red </s> square")
+
+
+def image_in_an_answer(case: Case) -> None:
+    case.change(0, rejected="a <image> square")
+
+
+def truncated_image(case: Case) -> None:
+    path = case.folder / case.train[7]["images"][0]
+    Image.effect_noise((64, 64), 90).save(path)
+    path.write_bytes(path.read_bytes()[:2000])  # the header is whole
+
+
+def no_image_at_all(case: Case) -> None:
+    (case.folder / case.train[7]["images"][0]).write_text("<html>not found</html>")
+
+
+def long_answer(case: Case) -> None:
+    case.change(8, chosen="a " * 70)
+
+
+def small_limit(case: Case) -> None:
+    case.settings["data"]["max_length"] = 10
+
+
+def limit_that_nothing_fits(case: Case) -> None:
+    case.settings["data"] |= {"max_length": 4, "over_length": "skip"}
+
+
+def heldout_row_in_train(case: Case) -> None:
+    shutil.copy(case.folder / case.heldout[3]["images"][0], case.folder / "copy.png")
+    case.train.append({**case.heldout[3], "images": ["copy.png"]})
+
+
+def pair_twice(case: Case) -> None:
+    case.train.append(case.train[9])
+
+
+def swapped_answers(case: Case) -> None:
+    row = case.train[10]
+    case.change(10, chosen=row["rejected"], rejected=row["chosen"])
+
+
+def no_padding(case: Case) -> None:
+    processor = case.processor()
+    processor.tokenizer.pad_token = None
+    processor.save_pretrained(case.folder / "model")
+
+
+def padding_with_images(case: Case) -> None:
+    processor = case.processor()
+    processor.tokenizer.pad_token = "<image>"
+    processor.save_pretrained(case.folder / "model")
+
+
+def grown_tokenizer(case: Case) -> None:
+    processor = case.processor()
+    processor.tokenizer.add_tokens(["purple"])
+    processor.save_pretrained(case.folder / "model")
+
+
+def long_chosen(case: Case) -> None:
+    for row in case.train + case.heldout:
+        row["rejected"] = "blue"
+
+
+def no_model(case: Case) -> None:
+    case.settings["model"]["path"] = "./gone"
+
+
+def no_data(case: Case) -> None:
+    case.settings["data"]["heldout"] = "gone.jsonl"
+
+
+PLANTED: list[tuple[Plant, str, str, list[str]]] = [
+    (unknown_keys, ERROR, "configuration", ["key dpo.bta", "did you mean 'beta'", "key sft.learning_rat"]),
+    (no_rows_at_once, ERROR, "nothing_in_a_batch", ["dpo.per_device_train_batch_size is 0"]),
+    (half_precision, ERROR, "float16_weights", ["float16, as model.dtype says"]),
+    (saved_in_half_precision, ERROR, "float16_weights", ["float16, which is how the model was saved"]),
+    (wild_rate, WARNING, "learning_rate", ["dpo.learning_rate is 5, not in"]),
+    (wild_beta, WARNING, "beta", ["dpo.beta is 50, not in [0.01, 1]"]),
+    (another_runs_folder, ERROR, "folder_of_another_run", ["this run was started with it"]),
+    (few_new_tokens, WARNING, "short_samples", ["max_new_tokens is 3, and 44 of 44 chosen answers are longer"]),
+    (missing_image, ERROR, "unusable_rows", ["2 of 32 rows of data.train, expected images to have an existing file",
+                                             "train.jsonl:3: ", "train.jsonl:6: ", "images/gone.png"]),
+    (same_answers, ERROR, "unusable_rows", ["expected rejected to have an answer other than chosen", "jsonl:4: 'a"]),
+    (broken_line, ERROR, "unusable_rows", ["expected the row to have valid JSON", "train.jsonl:5: Expecting"]),
+    (more_placeholders_than_images, ERROR, "wrong_number_of_placeholders",
+     ["2 of 32 rows", "train.jsonl:2: 2 <image> in the prompt, 1 images", "train.jsonl:7: 0 <image>"]),
+    (template_rewrites_the_prompt, ERROR, "answer_is_no_continuation",
+     ["32 of 32 rows", "and 27 more", "train.jsonl:1: the chat template to have a rendering that starts with"]),
+    (no_template, ERROR, "refused_by_the_processor", ["32 of 32 rows", "train.jsonl:1: ValueError", "chat template"]),
+    (end_inside_an_answer, ERROR, "mark_in_an_answer", ["train.jsonl:1: </s> in chosen 'a red </s> square'"]),
+    (image_in_an_answer, ERROR, "mark_in_an_answer", ["train.jsonl:1: <image> in rejected 'a <image> square'"]),
+    (truncated_image, ERROR, "unreadable_image", ["1 of 32 rows of data.train", "train.jsonl:8: ", "truncated"]),
+    (no_image_at_all, ERROR, "unreadable_image", ["train.jsonl:8: ", "cannot identify image file"]),
+    (long_answer, ERROR, "longer_than_the_model", ["1 rows have more than the 64 tokens", "train.jsonl:9 (76)"]),
+    (small_limit, WARNING, "longer_than_max_length", ["data.train: of 32 rows 16 have an answer trimmed"]),
+    (limit_that_nothing_fits, ERROR, "fits", ["max_length to have value >= the length of some row (skip), got 4"]),
+    (heldout_row_in_train, ERROR, "train_and_heldout_share_pairs", ["1 pairs", "heldout.jsonl:4 = ", "train.jsonl:33"]),
+    (pair_twice, WARNING, "repeated_pairs", ["1 pairs of data.train", "train.jsonl:33"]),
+    (swapped_answers, ERROR, "rejected_is_right", ["the rejected answers of 1 rows", "train.jsonl:11"]),
+    (no_padding, ERROR, "processor", ["expected tokenizer to have a pad_token_id, got None"]),
+    (padding_with_images, ERROR, "padding_is_an_image_token", ["the tokenizer pads with '<image>'"]),
+    (grown_tokenizer, ERROR, "tokens_without_embedding", ["the tokenizer has 18 tokens, the model embeddings for 17"]),
+    (long_chosen, WARNING, "chosen_is_longer", ["longer in 44 of 44 pairs, 2.0 times on the whole"]),
+    (no_data, ERROR, "data", ["gone.jsonl: expected the data set to have an existing file"]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("plant", "severity", "name", "evidence"), PLANTED, ids=[row[0].__name__ for row in PLANTED])
+def test_a_planted_mistake_is_named_and_nothing_else(case, plant, severity, name, evidence):
+    plant(case)
+    problems = case.problems()
+    assert {(problem.severity, problem.name) for problem in problems} == {(severity, name)}
+    text = "\n".join(problem.evidence for problem in problems)
+    assert [piece for piece in evidence if piece not in text] == []
+    assert all(problem.advice for problem in problems)
+
+
+def test_all_mistakes_are_found_at_once_and_are_the_exit_status(case, capsys):
+    plants = [
+        unknown_keys,
+        no_rows_at_once,
+        missing_image,
+        end_inside_an_answer,
+        swapped_answers,
+        wild_beta,
+        pair_twice,
+    ]
+    for plant in plants:
+        plant(case)
+    assert main(["check", str(case.save()), "--no-model"]) == 1
+    out = capsys.readouterr().out
+    names = [line.split(":")[0] for line in out.splitlines() if line.startswith(("error ", "warning "))]
+    assert names == [
+        "error configuration", "error configuration", "error unusable_rows", "error mark_in_an_answer",
+        "error nothing_in_a_batch", "error rejected_is_right", "warning beta", "warning repeated_pairs",
+    ]  # fmt: skip
+    assert out.endswith("6 errors, 2 warnings\n")
+
+
+def test_warnings_alone_are_no_failure(case, capsys):
+    assert main(["check", str(case.save()), "dpo.beta=50", "--no-model"]) == 0
+    assert "warning beta: dpo.beta is 50" in capsys.readouterr().out
+
+
+def test_a_model_that_is_not_there_leaves_the_data_to_check(case):
+    no_model(case)
+    swapped_answers(case)
+    assert {problem.name for problem in case.problems()} == {"processor", "model", "rejected_is_right"}
+
+
+@pytest.mark.parametrize("override", ["model=null", "data.train=3", "nonsense"])
+def test_a_configuration_without_its_parts_is_one_problem(case, capsys, override):
+    assert main(["check", str(case.save()), override]) == 1
+    assert "error configuration: " in capsys.readouterr().out
+
+
+def test_rows_that_are_left_out_on_request_are_a_warning(case):
+    broken_line(case)
+    (problem,) = case.problems("data.skip_bad_rows=true")
+    assert (problem.severity, problem.name) == (WARNING, "unusable_rows")
+
+
+def test_a_limit_that_is_small_enough_answers_for_the_positions(case):
+    long_answer(case)
+    problems = case.problems("data.max_length=64")
+    assert [problem.name for problem in problems] == ["longer_than_max_length"]
+
+
+def test_the_self_test_finds_a_processor_of_another_model(case, capsys):
+    """It makes more tokens of an image than the model has features."""
+    case.processor(patch_size=2).save_pretrained(case.folder / "model")
+    assert main(["check", str(case.save())]) == 1
+    assert "error self_test: ValueError: Image features and image tokens do not match" in capsys.readouterr().out
+
+
+def test_a_sample_of_rows_at_even_distances(case):
+    plan, _ = dry_run(case.save(), ["data.max_length=10"], rows=10)
+    assert [row.id for row in plan.sample["train"]] == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert len(plan.fits["train"].rows) == 8
+
+
+def test_columns_that_are_not_used_are_named(case, capsys):
+    rows = [{**row, "images": [str(case.folder / row["images"][0])], "model": "x"} for row in case.train]
+    Dataset.from_list(rows).save_to_disk(case.folder / "set")
+    assert main(["check", str(case.save()), "data.train=set", "--no-model"]) == 0
+    assert "columns that are not used: model" in capsys.readouterr().out
+
+
+def test_a_histogram_has_every_value_in_its_bin():
+    lines = histogram("tokens", [1, 1, 2, 17, 30])
+    assert lines[0] == "  tokens: 1 to 30, median 2"
+    assert [line.split() for line in lines[1:]] == [
+        ["1", "-", "4", "#" * 40, "3"], ["5", "-", "8", "0"], ["9", "-", "12", "0"], ["13", "-", "16", "0"],
+        ["17", "-", "20", "#" * 14, "1"], ["21", "-", "24", "0"], ["25", "-", "28", "0"],
+        ["29", "-", "30", "#" * 14, "1"],
+    ]  # fmt: skip
+    assert histogram("tokens", [3, 3]) == ["  tokens: 3 to 3, median 3"]
