@@ -56,7 +56,7 @@ format: $(READY)
 	$(BIN)/ruff format .
 
 bench: $(READY)
-	$(BIN)/python -m benchmarks.linear_cwdpo
+	$(BIN)/python -m benchmarks.run
 
 gpu:
 	$(PYTHON) -m benchmarks.gpu --out runs/gpu

@@ -1,46 +1,51 @@
-"""Peak resident memory of one step, over its inputs and gradients, in a process of its own.
-
-`python -m benchmarks.memory WORKLOAD IMPLEMENTATION` prints the bytes.
-"""
+"""Peak resident memory of a step, over its inputs and gradients, in a process of its own (Linux)."""
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
-import subprocess
-import sys
-from dataclasses import replace
+import multiprocessing
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from benchmarks.workloads import WORKLOADS, implementations
+from torch import Tensor
+
+M_MMAP_THRESHOLD = -3  # of mallopt(3)
 
 
-def extra_bytes(workload: str, implementation: str) -> int:
-    """Measured in a fresh process: an allocator that has grown before would hide the peak."""
-    command = [sys.executable, "-m", "benchmarks.memory", workload, implementation]
-    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+@contextlib.contextmanager
+def worker() -> Iterator[Callable]:
+    """A fresh process; yields `call(function, *args)`, which runs a module-level function there.
+
+    In it every block from 64 KiB on is the kernel's again as soon as it is freed. An allocator that keeps what earlier
+    steps needed would hide the peak of the next one.
+    """
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_return_freed_blocks) as pool:
+        yield lambda function, *args: pool.submit(function, *args).result()
 
 
-def _status(field: str) -> int:
+def _return_freed_blocks() -> None:
+    if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16):
+        raise OSError("memory: mallopt refused a fixed threshold for mapped blocks")
+
+
+def extra_bytes(step: Callable[[], list[Tensor]]) -> int:
+    """Peak while `step` runs over what was there before it, less the gradients that it returns."""
+    ctypes.CDLL(None).malloc_trim(0)
+    before = status("VmRSS")
+    reset_peak()
+    gradients = step()
+    return status("VmHWM") - before - sum(x.numel() * x.itemsize for x in gradients)
+
+
+def reset_peak() -> None:
+    """VmHWM <- VmRSS."""
+    Path("/proc/self/clear_refs").write_text("5")
+
+
+def status(field: str) -> int:
+    """Bytes of a field of /proc/self/status: VmRSS is resident now, VmHWM the most since `reset_peak`."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024
-
-
-def _measure(name: str, implementation: str) -> int:
-    workload = next(x for x in WORKLOADS if x.name == name)
-    step = implementations()[implementation].step
-    # Threads, BLAS, autograd and compilers take their own memory once: let them, on small copies of the workload
-    # (two sizes: a compiler makes its code for any size at the second).
-    for size in (8, 16):
-        step(*replace(workload, tokens=2 * size, response=size, vocab=2048 + size).make()).backward()
-
-    hidden, head, labels, refs = workload.make()
-    ctypes.CDLL(None).malloc_trim(0)  # what making the inputs has left in the allocator would be reused unseen
-    before = _status("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # reset the peak (VmHWM) to the present
-    step(hidden, head, labels, refs).backward()
-    gradients = [x.grad for x in (hidden, head.weight) if x.grad is not None]
-    return _status("VmHWM") - before - sum(x.numel() * x.itemsize for x in gradients)
-
-
-if __name__ == "__main__":
-    print(_measure(*sys.argv[1:]))

@@ -1,0 +1,192 @@
+"""The ways to compute a DPO step that are compared: ours, and each peer as its own project calls it.
+
+A peer is set up as its project would set it up on the device at hand; one that cannot run there is listed with the
+reason (`cannot_run`). All take hidden [2P, T, D], a head without bias, aligned labels [2P, T] and the reference's
+total log-probs [2, P]; the loss of sequences is the same few small torch operations for all that give log-probs.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+import cwdpo_kernels as ck
+from cwdpo_kernels import reference
+
+BETA = 0.1
+COOLING = ck.Cooling(logp_floor=-12.0, temperature=1.0)
+VANILLA = ck.Cooling(constant=1.0)  # plain DPO
+OURS = "cwdpo-kernels"
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """`step` (hidden, head, labels, refs) -> the scalar loss; `logp` (hidden, head, labels) -> log-probs per token.
+
+    `package`: whose it is, for its version. `logp` is None where only the loss comes out. `cooling`: the loss that
+    `step` computes. `all_tokens`: projects all tokens, with a label or without. `only_trainable`: differs from
+    its neighbour with a trainable head only.
+    """
+
+    package: str
+    step: Callable[..., Tensor]
+    logp: Callable[..., Tensor] | None = None
+    cooling: ck.Cooling = COOLING
+    all_tokens: bool = False
+    only_trainable: bool = False
+
+
+def implementations(device: str = "cpu") -> dict[str, Implementation]:
+    """Ours, then the peers that can run on `device`."""
+    found = {
+        "cwdpo_kernels": _ours(None),
+        "cwdpo_kernels, none kept": _ours(0, only_trainable=True),
+    }
+    return found | {name: peer for name, peer in _peers(device).items() if isinstance(peer, Implementation)}
+
+
+def cannot_run(device: str = "cpu") -> dict[str, str]:
+    """Peers that cannot run on `device`, and why."""
+    return {name: peer for name, peer in _peers(device).items() if isinstance(peer, str)}
+
+
+def versions() -> dict[str, str]:
+    """Of torch and the peers that are installed."""
+    packages = ("torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
+    found = {}
+    for package in packages:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def loss_of(logp: Tensor, labels: Tensor, refs: Tensor, cooling: ck.Cooling = COOLING) -> Tensor:
+    """The CW-DPO loss of token log-probs, in plain torch."""
+    pairs = refs.shape[1]
+    sequences = reference.sequence_logprob(logp, labels)
+    chosen, rejected = (
+        ck.SequenceLogprob(*(x[part] for x in sequences)) for part in (slice(pairs), slice(pairs, None))
+    )
+    return reference.cwdpo_loss(chosen, rejected, *refs.to(logp.dtype), BETA, cooling)
+
+
+def _ours(kept_bytes: int | None, only_trainable: bool = False) -> Implementation:
+    budget = ck.MemoryBudget(kept_bytes=kept_bytes)
+
+    def logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
+        return ck.linear_logprob(hidden, head, labels, budget=budget)
+
+    def step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:
+        options = {"beta": BETA, "cooling": COOLING, "budget": budget}
+        return ck.linear_cwdpo_loss(hidden, head, labels, *refs, **options).loss
+
+    return Implementation(OURS, step, logp, only_trainable=only_trainable)
+
+
+def _of_logp(package: str, logp: Callable[..., Tensor], all_tokens: bool = False) -> Implementation:
+    def step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:
+        return loss_of(logp(hidden, head, labels), labels, refs)
+
+    return Implementation(package, step, logp, all_tokens=all_tokens)
+
+
+@functools.cache  # the compiled ones keep what they compiled
+def _peers(device: str) -> dict[str, Implementation | str]:
+    """Each peer, or why it cannot run."""
+    torch_op = hasattr(F, "linear_cross_entropy") or f"torch {torch.__version__} has no linear_cross_entropy"
+    return {
+        "eager, full logits": _of_logp("torch", eager_logp, all_tokens=True),
+        "torch.compile, full logits": _of_logp("torch", compiled(eager_logp), all_tokens=True),
+        "torch linear_cross_entropy": torch_op if isinstance(torch_op, str) else _of_logp("torch", _torch_logp),
+        "torch linear_cross_entropy, chunked": (
+            torch_op if isinstance(torch_op, str) else _of_logp("torch", _torch_chunked_logp)
+        ),
+        "cut-cross-entropy": _installed("cut_cross_entropy") or _of_logp("cut-cross-entropy", _cut_cross_entropy_logp),
+        "Liger fused linear DPO": _installed("liger_kernel")
+        or Implementation("liger-kernel", _liger_dpo_step, cooling=VANILLA, all_tokens=True),
+        "Liger scaled cross-entropy": _installed("liger_kernel")
+        or ("its kernel is for GPUs" if device == "cpu" else _of_logp("liger-kernel", _liger_scaled_logp)),
+        "TRL chunked log-prob": _installed("trl") or _of_logp("trl", _trl_logp, all_tokens=device == "cpu"),
+    }
+
+
+def _installed(module: str) -> str | None:
+    return None if importlib.util.find_spec(module) else "not installed"
+
+
+def compiled(function: Callable) -> Callable:
+    """`torch.compile`d, with an error where it would silently go on uncompiled after many shapes."""
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    return torch.compile(function)
+
+
+def eager_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
+    """What a trainer does without a fused head: all logits, in float32 for the softmax."""
+    return reference.logits_logprob(F.linear(hidden, head.weight).float(), labels)
+
+
+def _cut_cross_entropy_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
+    """Its kernels on a GPU, what it has for other devices elsewhere. It takes out the ignored tokens itself."""
+    from cut_cross_entropy import linear_cross_entropy
+
+    impl = "cce" if hidden.is_cuda else "torch_compile"
+    return -linear_cross_entropy(hidden, head.weight, labels, impl=impl, reduction="none").float()
+
+
+def _torch_logp(hidden: Tensor, head: ck.Head, labels: Tensor, options: object = None) -> Tensor:
+    """Spared the tokens without a label, which it would project."""
+    live = labels != -100
+    nll = F.linear_cross_entropy(hidden[live], head.weight, labels[live], reduction="none", options=options)
+    return hidden.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(live, -nll.float())
+
+
+def _torch_chunked_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
+    return _torch_logp(hidden, head, labels, torch.nn.LinearCrossEntropyOptions())
+
+
+def _liger_dpo_step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:
+    """Compiled and one pair at a time, as it is set up by default.
+
+    It takes no precomputed reference log-probs: without a reference model they are 0, which is the same loss as the
+    workloads', whose two references are equal.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+
+    loss, _ = LigerFusedLinearDPOLoss(beta=BETA, use_ref_model=False)(head.weight, hidden, labels)
+    return loss
+
+
+def _liger_scaled_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
+    from liger_kernel.ops import LigerFusedLinearScaledCrossEntropyFunction
+
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return -LigerFusedLinearScaledCrossEntropyFunction.apply(flat, head.weight, labels.reshape(-1)).view(labels.shape)
+
+
+def _trl_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
+    """As its `DPOTrainer` scores a batch: labelled tokens on a GPU, all of them elsewhere; the outputs that it logs
+    come with the policy's log-probs, the reference's are without."""
+    from trl.kernels import ChunkedLogProbFunction
+    from trl.kernels.chunked_logprob import _use_triton
+    from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
+
+    mask, compact = labels != -100, _use_triton(hidden.device)
+    logged = ("entropy", "mean_logits", "is_top1") if torch.is_grad_enabled() else ()
+    logp = ChunkedLogProbFunction.apply(
+        hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1]), head.weight, None,
+        labels[mask] if compact else labels.clamp(min=0).reshape(-1),
+        1.0, _CHUNKED_LOGPROB_CHUNK_SIZE, None, 1.0, ("log_probs", *logged),
+    )[0]  # fmt: skip
+    if compact:
+        return logp.new_zeros(mask.shape).masked_scatter(mask, logp)
+    return logp.view(mask.shape).masked_fill(~mask, 0)

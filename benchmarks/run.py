@@ -1,0 +1,78 @@
+"""All benchmarks of a CPU, one result file a suite, written after every measurement.
+
+`python -m benchmarks.run [--only SUITE[/NAME] ...] [--resume] [--repeats N] [--results FOLDER] [--list]`
+
+`--only` takes beginnings of names and replaces those measurements in their files; `--resume` leaves out what this
+commit has measured already. Without either, every file is started anew. Nothing else should run meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from benchmarks import accuracy, linear, logits, memory, results, sweeps, trainer_step
+from benchmarks.results import ResultFile
+
+# Suite -> module; its `measurements()` is {name: (repeats, worker's call) -> what was measured}.
+SUITES = {
+    "linear": linear,
+    "logits": logits,
+    "accuracy": accuracy,
+    "trainer": trainer_step,
+    "sweeps": sweeps,
+}
+REPEATS = 9
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", nargs="+", default=[""], metavar="SUITE[/NAME]")
+    parser.add_argument("--resume", action="store_true")
+    parser.add_argument("--repeats", type=int, default=REPEATS)
+    parser.add_argument("--results", type=Path, default=results.FOLDER)
+    parser.add_argument("--list", action="store_true", help="names only")
+    options = parser.parse_args(arguments)
+
+    todo = selected(options.only)
+    if not todo:
+        parser.error(f"--only: expected the beginning of a name (see --list), got {' '.join(options.only)}")
+    if options.list:
+        print("\n".join(f"{suite}/{name}" for suite, name, _ in todo))
+        return
+    run(todo, options.results, options.repeats, options.resume or options.only != [""], options.resume)
+
+
+def selected(only: list[str]) -> list[tuple[str, str, Callable]]:
+    """(suite, name, measurement) of every measurement whose "suite/name" begins with one of `only`."""
+    return [
+        (suite, name, measure)
+        for suite, module in SUITES.items()
+        for name, measure in module.measurements().items()
+        if f"{suite}/{name}".startswith(tuple(only))
+    ]
+
+
+def run(todo: list[tuple[str, str, Callable]], folder: Path, repeats: int, go_on: bool, skip_done: bool) -> None:
+    environment, commit, start = results.environment(), results.commit(), time.monotonic()
+    files = {
+        suite: ResultFile(results.path_of(suite, folder), environment, go_on)
+        for suite in dict.fromkeys(suite for suite, *_ in todo)
+    }
+    with memory.worker() as call:
+        for place, (suite, name, measure) in enumerate(todo, 1):
+            label = f"[{place:2}/{len(todo)}] {suite}/{name}"
+            if skip_done and files[suite].has(name, commit):
+                print(f"{label:48} measured before", flush=True)
+                continue
+            began = time.monotonic()
+            print(f"{label:48}", end=" ", flush=True)
+            files[suite].put(name, commit, measure(repeats, call))
+            now = time.monotonic()
+            print(f"{now - began:6.1f} s   {now - start:6.0f} s in all", flush=True)
+
+
+if __name__ == "__main__":
+    main()

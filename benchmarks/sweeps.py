@@ -1,0 +1,36 @@
+"""Time and memory of a step with a frozen head over one size at a time: what the pictures show (CPU).
+
+`response`: tokens of an answer, at a fixed prompt. `vocab`: entries of the vocabulary. `share`: how much of a
+sequence of fixed length is the answer; the rest is prompt and picture, which need no logits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks import linear
+from benchmarks.workloads import Workload
+
+MODE = "frozen"
+DIM = 512
+SWEEPS = {
+    "response": {
+        n: Workload(f"response {n}", 1, 256 + n, n, 16384, DIM) for n in (64, 128, 256, 512, 1024, 2048)
+    },
+    "vocab": {v: Workload(f"vocab {v}", 1, 256, 64, v, DIM) for v in (8192, 16384, 32768, 65536, 131072, 262144)},
+    "share": {
+        n / 1024: Workload(f"share {n / 1024}", 1, 1024, n, 16384, DIM) for n in (32, 64, 128, 256, 512, 1024)
+    },
+}  # fmt: skip
+
+
+def measurements() -> dict[str, Callable]:
+    return {
+        f"{sweep}/{value}": lambda repeats, call, sweep=sweep, value=value, workload=workload: {
+            "sweep": sweep,
+            "value": value,
+            **linear.measure(workload, MODE, repeats, call),
+        }
+        for sweep, points in SWEEPS.items()
+        for value, workload in points.items()
+    }

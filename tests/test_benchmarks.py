@@ -1,0 +1,202 @@
+"""The benchmarks of a CPU do run, at a tiny size, and refuse to report what is wrong."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tomllib
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+import cwdpo_kernels as ck
+from cwdpo_kernels import reference
+
+pytest.importorskip("transformers")
+from benchmarks import accuracy, linear, logits, memory, peers, results, run, timing, trainer_step, workloads
+from benchmarks.workloads import Workload
+
+ROOT = Path(__file__).parents[1]
+TINY = Workload("tiny", pairs=2, tokens=24, response=8, vocab=700, dim=32)
+TINY_LOGITS = logits.LogitsWorkload("tiny", 40, 700, torch.bfloat16)
+TINY_TRAINER = trainer_step.Shape(vocab=300, dim=32, layers=1, image_size=16, response=6)
+
+
+@pytest.fixture(autouse=True)
+def small_and_plain():
+    """One thread for tiny tensors; peers that compile themselves compute the same without, in less time."""
+    torch.set_num_threads(1)
+    with torch.compiler.set_stance("force_eager"):
+        yield
+
+
+def here(function, *args):
+    """In place of a worker: memory is then measured in this process, and of no use."""
+    return function(*args)
+
+
+@pytest.mark.parametrize("mode", workloads.MODES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_peer_computes_the_step(mode, dtype):
+    workload = replace(TINY, dtype=dtype)
+    found = linear.applicable(workload, mode)
+    expected = {"frozen": {"loss", "grad_hidden"}, "trainable": {"loss", "grad_hidden", "grad_weight"}}
+    tolerance = 2e-6 if dtype == torch.float32 else 0.02
+    for name, error in linear.errors(workload, mode, workload.make(mode), found).items():
+        assert error.keys() - {"logp"} == expected.get(mode, {"loss"}), name
+        assert ("logp" in error) == (found[name].logp is not None)
+        assert max(error.values()) < tolerance, name
+    installed = {"cwdpo_kernels", "eager, full logits", *(["cwdpo_kernels, none kept"] * (mode == "trainable"))}
+    assert found.keys() >= installed
+
+
+def test_a_step_is_measured_beside_its_peers():
+    measured = linear.measure(TINY, "trainable", 3, here)
+    assert measured["workload"]["labelled"] == 2 * 2 * 8
+    assert measured["limit_seconds"] == pytest.approx(sum(measured["gemm_seconds"].values()))
+    medians = {name: result["median_seconds"] for name, result in measured["results"].items()}
+    fastest = min(median for name, median in medians.items() if not name.startswith("cwdpo_kernels"))
+    for name, result in measured["results"].items():
+        assert len(result["seconds"]) == 3
+        assert result["of_limit"] == pytest.approx(measured["limit_seconds"] / medians[name])
+        if name.startswith("cwdpo_kernels"):
+            assert result["against_best_peer"] == pytest.approx(medians[name] / fastest)
+    json.dumps(measured)
+
+
+@pytest.mark.parametrize(
+    ("name", "mode", "what"), [("linear_cwdpo_loss", "frozen", "grad_hidden"), ("linear_logprob", "no_grad", "logp")]
+)
+def test_nothing_is_reported_of_a_wrong_step(monkeypatch, name, mode, what):
+    right = getattr(ck, name)
+
+    def wrong(hidden, *args, **kwargs):
+        value = right(hidden, *args, **kwargs)
+        return value * 1.001 if what == "logp" else value._replace(loss=value.loss + 1e-3 * hidden.sum() * 1e-3)
+
+    monkeypatch.setattr(peers.ck, name, wrong)
+    with pytest.raises(SystemExit, match=re.escape(f"tiny/{mode}: cwdpo_kernels is wrong, nothing is reported")):
+        linear.measure(TINY, mode, 1, here)
+
+
+@pytest.mark.parametrize("mode", logits.MODES)
+def test_logits_are_measured_and_checked(monkeypatch, mode):
+    measured = logits.measure(TINY_LOGITS, mode, 2, here)
+    assert {"cwdpo_kernels", "cwdpo_kernels, reuse_logits", "eager"} <= measured["results"].keys()
+    for result in measured["results"].values():
+        assert max(result["relative_error"].values()) < 0.01
+    json.dumps(measured)
+    monkeypatch.setattr(logits.ck, "logits_logprob", lambda *args, **options: reference.logits_logprob(*args))
+    with pytest.raises(SystemExit, match="nothing is reported"):  # bfloat16 log-probs
+        logits.measure(TINY_LOGITS, mode, 1, here)
+
+
+def test_accuracy_over_confidence():
+    errors = {p: accuracy.measure(torch.bfloat16, p, 16, 600, 64)["relative_error"] for p in (0.5, 0.999)}
+    assert errors[0.999]["cwdpo_kernels"]["logp"] < 1e-5 < 1e-3 < errors[0.999]["eager, full logits"]["logp"]
+    assert errors[0.999].keys() == {
+        name for name, x in peers.implementations().items() if x.logp and not x.only_trainable
+    }
+
+
+def test_a_step_of_the_trainer_is_the_same_with_either_head(monkeypatch):
+    measured = trainer_step.measure(True, 2, here, TINY_TRAINER)
+    for result in measured["results"].values():
+        assert result["pairs_per_second"] == pytest.approx(2 / result["median_seconds"])
+    json.dumps(measured)
+
+    def wrong(*args, **options):
+        out = ck.linear_cwdpo_loss(*args, **options)
+        return out._replace(loss=out.loss * 1.01)
+
+    monkeypatch.setitem(trainer_step.PATHS["fused"], "linear_cwdpo_loss", wrong)
+    with pytest.raises(SystemExit, match="nothing is reported: fused has loss"):
+        trainer_step.measure(False, 2, here, TINY_TRAINER)
+
+
+def test_peak_memory_counts_what_a_step_frees_but_not_its_gradients():
+    def step():
+        gradient = torch.ones(1 << 22)  # 16 MiB
+        torch.ones(1 << 24).sum()  # 64 MiB, freed
+        return [gradient]
+
+    assert memory.extra_bytes(step) / 2**20 == pytest.approx(64, abs=2)
+
+
+def test_the_worker_is_another_process():
+    with memory.worker() as call:
+        assert call(os.getpid) != os.getpid()
+        assert call(os.getpid) == call(os.getpid)
+
+
+def test_repetitions_are_interleaved_and_slow_ones_fewer():
+    order = []
+
+    def step(name, seconds):
+        order.append(name)
+        return seconds
+
+    times = timing.interleaved({"fast": lambda: step("fast", 0.1), "slow": lambda: step("slow", 5.0)}, 5)
+    assert order[:4] == ["fast", "slow", "fast", "slow"]
+    assert (len(times["fast"]), len(times["slow"])) == (5, 3)
+    assert timing.summary([3.0, 1.0, 2.0, 9.0, 4.0])["median_seconds"] == 3.0
+    assert timing.summary([3.0])["quartiles"] == [3.0, 3.0]
+
+
+@pytest.fixture
+def suite(monkeypatch):
+    """Two measurements that count how often they are made."""
+    made = {"a": 0, "b": 0}
+
+    def measure(name):
+        def measured(repeats, call):
+            made[name] += 1
+            return {"made": made[name]}
+
+        return measured
+
+    module = SimpleNamespace(measurements=lambda: {name: measure(name) for name in made})
+    monkeypatch.setattr(run, "SUITES", {"fake": module})
+    monkeypatch.setattr(results, "commit", lambda: "c1")
+    monkeypatch.setattr(results, "environment", lambda: {"device": "here"})
+    return made
+
+
+def test_a_run_goes_on_where_it_was_cut_off(suite, tmp_path, monkeypatch, capsys):
+    out = ["--results", str(tmp_path)]
+    run.main(["--only", "fake/a", *out])
+    run.main(["--resume", *out])
+    assert suite == {"a": 1, "b": 1}
+    run.main(["--only", "fake/b", *out])
+    assert [entry["made"] for entry in results.load("fake", tmp_path)["measurements"]] == [1, 2]
+    monkeypatch.setattr(results, "commit", lambda: "c2")
+    run.main(["--resume", *out])
+    assert suite == {"a": 2, "b": 3}
+    assert {entry["commit"] for entry in results.load("fake", tmp_path)["measurements"]} == {"c2"}
+    assert re.search(r"\[ 2/2\] fake/b .* s in all", capsys.readouterr().out)
+
+    monkeypatch.setattr(results, "environment", lambda: {"device": "there"})
+    with pytest.raises(SystemExit, match="expected environment to have value"):
+        run.main(["--resume", *out])
+    run.main(out)
+    assert results.load("fake", tmp_path)["environment"] == {"device": "there"}
+    with pytest.raises(SystemExit):
+        run.main(["--only", "fake/c", *out])
+
+
+def test_the_commit_says_whether_the_code_was_changed():
+    assert re.fullmatch(r"[0-9a-f]{40}(\+changes)?", results.commit())
+
+
+def test_single_ops_are_collected_on_request_only():
+    command = [sys.executable, "-m", "pytest", "--collect-only", "benchmarks"]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "bench_ops.py" in listed
+    assert "bench_linear.py" in listed
+    assert tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]["testpaths"] == [
+        "tests"
+    ]
