@@ -1,0 +1,90 @@
+"""Whole runs of a tiny Qwen2.5-VL, whose images become as many tokens as they have pixels, with LoRA and without.
+
+The library's processor for it wants torchvision, for videos; this one has its image processor and tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import transformers as hf
+from PIL import Image
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers.models.qwen2_vl.image_processing_pil_qwen2_vl import Qwen2VLImageProcessorPil
+
+from cwdpo_trainer.cli import main
+
+sys.path.insert(0, str(Path(__file__).parent))
+import tiny_models
+
+WORDS = ["describe", "red", "green", "blue", "a", "the", "square", "and"]
+PROMPT = "<|vision_start|> <|image_pad|> <|vision_end|> describe"
+
+
+class ImageProcessor(hf.ProcessorMixin):
+    """Qwen2.5-VL's, without videos."""
+
+    return_mm_token_type_ids = True
+
+    def __init__(self, image_processor=None, tokenizer=None, chat_template=None, **kwargs):
+        self.image_token = "<|image_pad|>"
+        self.image_token_id = tokenizer.convert_tokens_to_ids(self.image_token)
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+
+    def replace_image_token(self, image_inputs, image_idx, **kwargs):
+        return self.image_token * int(image_inputs["image_grid_thw"][image_idx].prod() // 4)
+
+
+hf.AutoProcessor.register(hf.Qwen2_5_VLConfig, ImageProcessor, exist_ok=True)
+
+
+@pytest.fixture(scope="module")
+def qwen(tmp_path_factory) -> Path:
+    """A folder with the model, its processor and rows whose images differ in size."""
+    folder = tmp_path_factory.mktemp("qwen")
+    special = ["<pad>", "<s>", "</s>", "<unk>", "<pad4>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
+               "<|vision_end|>"]  # fmt: skip
+    vocab = {word: place for place, word in enumerate([*special, *WORDS])}
+    backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer = hf.PreTrainedTokenizerFast(
+        tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+        additional_special_tokens=special[5:],
+    )  # fmt: skip
+    pictures = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=64, max_pixels=1024)
+    model, _ = tiny_models.qwen2_5_vl()
+    model.save_pretrained(folder / "model")
+    ImageProcessor(pictures, tokenizer).save_pretrained(folder / "model")
+    for name, count in (("train", 16), ("heldout", 6)):
+        lines = []
+        for place in range(count):
+            color = ["red", "green", "blue"][place % 3]
+            size = [(16, 16), (32, 16), (16, 24)][place // 3 % 3]
+            Image.new("RGB", size, color=color).save(folder / f"{name}{place}.png")
+            wrong = ["red", "green", "blue"][(place + 1) % 3]
+            lines.append({"prompt": PROMPT, "chosen": f"a {color} square", "rejected": f"a {wrong} square and",
+                          "images": [f"{name}{place}.png"]})  # fmt: skip
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return folder
+
+
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_a_run(qwen, settings, write_config, lora):
+    settings["model"] = {"path": str(qwen / "model"), "freeze": ["visual"]}
+    settings["data"] = {"train": str(qwen / "train.jsonl"), "heldout": str(qwen / "heldout.jsonl")}
+    for stage in ("sft", "dpo"):
+        settings[stage].update(learning_rate=3e-3, max_steps=8, eval_steps=4)
+    if lora:
+        targets = ["q_proj", "o_proj", "down_proj"]
+        settings["lora"] = {"r": 4, "target_modules": targets, "exclude_modules": ".*visual.*"}
+    assert main(["run", str(write_config(settings))]) == 0
+    folder = Path(settings["output_dir"])
+    metrics = json.loads((folder / "metrics.json").read_text())
+    history = json.loads((folder / "sft" / "trainer_state.json").read_text())["log_history"]
+    nll = [entry["chosen_nll"] for entry in history if "chosen_nll" in entry]
+    assert nll[-1] < nll[0]
+    assert metrics["after_cwdpo"]["probes"]["chosen_delta_logp"] != 0
+    assert (folder / "cwdpo" / ("adapter_model.safetensors" if lora else "model.safetensors")).is_file()
