@@ -20,6 +20,8 @@ from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_t
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, load_peft_weights, set_peft_model_state_dict
 from torch import nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
 
 from cwdpo_trainer.arguments import LoraArguments, ModelArguments
@@ -38,7 +40,7 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     """
     base = base_model(path)
     if base != path:
-        return _without_embeddings(PeftModel.from_pretrained(_load(settings, base), path, is_trainable=trainable))
+        return _saving_the_policy(PeftModel.from_pretrained(_load(settings, base), path, is_trainable=trainable))
     model = _load(settings, path)
     if not trainable:
         return model
@@ -90,20 +92,23 @@ def _with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraAr
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     try:
         if lora.adapter is not None:
-            return _without_embeddings(PeftModel.from_pretrained(model, lora.adapter, is_trainable=True))
+            return _saving_the_policy(PeftModel.from_pretrained(model, lora.adapter, is_trainable=True))
         config = LoraConfig(
             r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
             target_modules=lora.target_modules, exclude_modules=lora.exclude_modules,
             modules_to_save=lora.modules_to_save, task_type="CAUSAL_LM",
         )  # fmt: skip
-        return _without_embeddings(get_peft_model(model, config))
+        return _saving_the_policy(get_peft_model(model, config))
     except (OSError, ValueError) as error:
         raise InputError(f"lora: expected settings that fit the model, got {' '.join(str(error).split())}") from error
 
 
-def _without_embeddings(policy: PeftModel) -> PeftModel:
-    """Peft would save the whole head beside an adapter on it, for vocabularies that have grown; ours do not."""
-    policy.save_pretrained = functools.partial(policy.save_pretrained, save_embedding_layers=False)
+def _saving_the_policy(policy: PeftModel) -> PeftModel:
+    """Peft would also save the adapter of the reference, and beside an adapter on the head the whole head, for
+    vocabularies that have grown; ours do not."""
+    policy.save_pretrained = functools.partial(
+        policy.save_pretrained, save_embedding_layers=False, selected_adapters=[POLICY]
+    )
     return policy
 
 
@@ -125,14 +130,20 @@ def load_weights(model: Model, folder: str) -> None:
         require(not missing, folder, "the adapter", "weights", "of this run's", f"others: {', '.join(missing[:5])}")
         set_peft_model_state_dict(model, stored, adapter_name=POLICY)
         return
-    model.load_state_dict(type(model).from_pretrained(folder, dtype=model.dtype).state_dict())
+    plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    weights = plain.from_pretrained(folder, dtype=model.dtype).state_dict()
+    if isinstance(model, FSDPModule):
+        set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))
+    else:
+        model.load_state_dict(weights)
 
 
 def freeze_reference(policy: Model) -> nn.Module:
     """The model that `policy` is now, frozen, in evaluation mode: the reference of the stage that begins."""
     if not isinstance(policy, PeftModel):
         return copy.deepcopy(policy).eval().requires_grad_(False)
-    drop_reference(policy)
+    if REFERENCE in policy.peft_config:
+        policy.delete_adapter(REFERENCE)
     if _changes_nothing(policy):
         return AdapterReference(policy, None)
     weights = _adapter_weights(policy)
@@ -140,12 +151,6 @@ def freeze_reference(policy: Model) -> nn.Module:
     set_peft_model_state_dict(policy, {name: value.clone() for name, value in weights.items()}, REFERENCE)
     policy.set_adapter(POLICY)
     return AdapterReference(policy, REFERENCE)
-
-
-def drop_reference(policy: Model) -> None:
-    """Take the adapter of the reference out again, so that it is not saved with the policy."""
-    if isinstance(policy, PeftModel) and REFERENCE in policy.peft_config:
-        policy.delete_adapter(REFERENCE)
 
 
 def _changes_nothing(policy: PeftModel) -> bool:

@@ -10,6 +10,7 @@ The run folder holds
 
 from __future__ import annotations
 
+import contextlib
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from torch import nn
+from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor, ProcessorMixin, set_seed
 
 from cwdpo_kernels import Cooling
@@ -27,7 +29,7 @@ from cwdpo_trainer.data import Row, distinct_prompts, load_rows, split_rows
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.files import read_json, replacing_folder, write_json
 from cwdpo_trainer.lengths import LengthMeter, fit_rows
-from cwdpo_trainer.models import Model, drop_reference, freeze_reference, load_model
+from cwdpo_trainer.models import Model, freeze_reference, load_model
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.report import LABEL_OF_STAGE, Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
@@ -169,6 +171,8 @@ def _train_stages(config: RunConfig, inputs: _Inputs, wanted: Sequence[str]) -> 
             set_seed(config.seed)  # a new adapter is random
             policy = load_model(config.model, _start_path(config, inputs, stage), config.lora)
         _train_stage(config, inputs, stage, policy)
+        if isinstance(policy, FSDPModule):
+            policy = None  # a sharded model cannot be sharded anew: the next stage takes what was saved
 
 
 def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: Model) -> None:
@@ -178,11 +182,13 @@ def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: Model) 
         print(f"{stage}: {trainer.receipt}")
     trainer.train(resume_from_checkpoint=_newest_checkpoint(Path(trainer.args.output_dir)))
     policy.zero_grad()  # gradients have no place in the copy that becomes the next reference
-    drop_reference(policy)
-    if trainer.args.should_save:
-        with replacing_folder(config.output_dir / MODEL_FOLDERS[stage]) as unfinished:
-            trainer.save_model(str(unfinished))
+    folder = config.output_dir / MODEL_FOLDERS[stage]
+    # Every process takes part in gathering a sharded model, and one writes.
+    with replacing_folder(folder) if trainer.args.should_save else contextlib.nullcontext(folder) as unfinished:
+        trainer.save_model(str(unfinished))
+        if trainer.args.should_save:
             trainer.state.save_to_json(str(unfinished / STATE_FILE))
+    trainer.accelerator.wait_for_everyone()
 
 
 def _start_path(config: RunConfig, inputs: _Inputs, stage: str) -> str:

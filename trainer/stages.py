@@ -5,6 +5,7 @@ Checkpoints, resume, schedules, mixed precision, progress and trackers are the l
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections import defaultdict
 from pathlib import Path
@@ -18,7 +19,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels import (
+    ConstrainedSFTOutput,
     CWDPOOutput,
+    GentleNegatives,
+    Head,
+    SequenceLogprob,
+    constrained_sft_loss,
     linear_constrained_sft_loss,
     linear_cwdpo_loss,
     linear_sequence_logprob,
@@ -27,6 +33,7 @@ from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import DPOArguments, SamplingArguments, SFTArguments, StageArguments
 from cwdpo_trainer.collator import Batch, PairCollator, to_device, with_answers
 from cwdpo_trainer.data import Row
+from cwdpo_trainer.distributed import check_distribution, prepare_reference
 from cwdpo_trainer.doctor import Doctor
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.models import AdapterReference, Model, load_weights
@@ -65,15 +72,11 @@ class StageTrainer(Trainer):
             data_collator=collator,
             processing_class=collator.processor,
         )
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            raise NotImplementedError(
-                "cwdpo: expected a model that is not sharded (FSDP, DeepSpeed), got a sharded one"
-            )
+        check_distribution(self.accelerator)
         self.collator = collator
         self.probes = probes
-        self.reference = reference.eval().requires_grad_(False).to(args.device)
-        if not isinstance(reference, AdapterReference):
-            self.reference = self.accelerator.prepare_model(self.reference, evaluation_mode=True)
+        self.reference = prepare_reference(self.accelerator, reference.eval().requires_grad_(False).to(args.device))
+        self.loss_is_scaled_for_ga = True  # by compute_loss: what it returns adds up over an optimizer step
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
         self._is_first_batch = True
         self.remove_callback(PrinterCallback)
@@ -130,7 +133,17 @@ class StageTrainer(Trainer):
         output = self._loss(model, batch)
         for name, value in self._figures(output).items():
             self._sums[name].append(value.detach().float().mean())
-        return (output.loss, output) if return_outputs else output.loss
+        loss = output.loss
+        if num_items_in_batch is not None:
+            # Of all pairs of the optimizer step; the mean over processes is taken with the gradients.
+            share = self._pairs_in_mean(output, len(inputs["rows"])) / num_items_in_batch
+            loss = loss * share * self.accelerator.num_processes
+        return (loss, output) if return_outputs else loss
+
+    def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
+        """The pairs of an optimizer step, over its micro-batches and processes: what its loss is normalised by."""
+        pairs = sum(len(batch["rows"]) for batch in batch_samples)
+        return self.accelerator.reduce(torch.tensor(pairs, device=device), "sum")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
@@ -147,9 +160,11 @@ class StageTrainer(Trainer):
         """Training logs also get the figures of the loss, averaged since the last of them."""
         if "loss" in logs:
             for name, values in sorted(self._sums.items()):
-                mean = self.accelerator.reduce(torch.stack(values).nanmean(), "mean").item()
-                if not math.isnan(mean):
-                    logs[name] = mean
+                stacked = torch.stack(values)
+                sums = torch.stack([stacked.nansum(), (~stacked.isnan()).sum()])
+                total, count = self.accelerator.reduce(sums, "sum").tolist()
+                if count:
+                    logs[name] = total / count
             self._sums.clear()
         super().log(logs, start_time)
 
@@ -165,7 +180,7 @@ class StageTrainer(Trainer):
         load_weights(self.model, resume_from_checkpoint)
 
     def _load_best_model(self) -> None:
-        load_weights(self.model, self.state.best_model_checkpoint)
+        self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _batch(self, prompts: dict[str, Tensor], *answers: list[list[int]]) -> Batch:
         return with_answers(prompts, *answers, pad_id=self.collator.tokenizer.pad_token_id)
@@ -184,6 +199,10 @@ class StageTrainer(Trainer):
 
     def _loss(self, model: nn.Module, batch: Batch) -> Any:
         raise NotImplementedError
+
+    def _pairs_in_mean(self, output: Any, pairs: int) -> int | Tensor:
+        """How many of a batch's `pairs` the loss in `output` is a mean over."""
+        return pairs
 
     def _figures(self, output: Any) -> dict[str, Tensor]:
         raise NotImplementedError
@@ -204,11 +223,22 @@ class ConstrainedSFTTrainer(StageTrainer):
     args: SFTArguments
 
     def _loss(self, model: nn.Module, batch: Batch) -> Any:
-        negatives = self.args.gentle_negatives
-        return model(
-            **batch.inputs,
-            head_op=lambda hidden, head: linear_constrained_sft_loss(hidden, head, batch.labels, negatives=negatives),
-        )
+        def op(hidden: Tensor, head: Head) -> ConstrainedSFTOutput:
+            negatives = self.args.gentle_negatives
+            if negatives.mode == "hinge" and self.accelerator.num_processes > 1:
+                return self._hinge_over_processes(linear_sequence_logprob(hidden, head, batch.labels), negatives)
+            return linear_constrained_sft_loss(hidden, head, batch.labels, negatives=negatives)
+
+        return model(**batch.inputs, head_op=op)
+
+    def _hinge_over_processes(self, logp: SequenceLogprob, negatives: GentleNegatives) -> ConstrainedSFTOutput:
+        """The hinge is on the mean over the batch of all processes, so each moves its floor by how far its own mean
+        lies from that."""
+        chosen, rejected = (SequenceLogprob(*parts) for parts in zip(*(x.chunk(2) for x in logp), strict=True))
+        nll = -(rejected.mean if negatives.normalize == "token" else rejected.total).detach().mean()
+        away = self.accelerator.reduce(nll, "mean") - nll
+        moved = dataclasses.replace(negatives, nll_floor=negatives.nll_floor - away.item())
+        return constrained_sft_loss(chosen, rejected, negatives=moved)
 
     def _figures(self, output: Any) -> dict[str, Tensor]:
         return {name: getattr(output, name) for name in ("chosen_nll", "rejected_nll", "penalty")}
@@ -258,6 +288,9 @@ class CWDPOTrainer(StageTrainer):
                 beta=self.args.beta, cooling=self.args.cooling, normalize=self.args.normalize,
             ),
         )  # fmt: skip
+
+    def _pairs_in_mean(self, output: CWDPOOutput, pairs: int) -> Tensor:
+        return output.kept.sum()
 
     def _figures(self, output: CWDPOOutput) -> dict[str, Tensor]:
         # A pair that left the loss has no say in its figures; a mean over no pair is NaN, which `log` leaves out.

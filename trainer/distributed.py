@@ -1,0 +1,48 @@
+"""Several processes: what is supported, and how the frozen reference is laid out over them.
+
+DDP and FSDP2 go through accelerate, from its configuration (`accelerate launch --config_file`; see configs/). The
+policy's head is called inside the wrapped model, so that their hooks fire (`attach_head`).
+"""
+
+from __future__ import annotations
+
+from accelerate import Accelerator
+from accelerate.utils import DistributedType
+from accelerate.utils.fsdp_utils import fsdp2_prepare_model
+from torch import nn
+from torch.distributed.fsdp import register_fsdp_forward_method
+
+from cwdpo_trainer.errors import require
+from cwdpo_trainer.models import AdapterReference
+
+WHERE = "accelerate's configuration"
+
+
+def is_sharded(accelerator: Accelerator) -> bool:
+    return accelerator.distributed_type == DistributedType.FSDP
+
+
+def check_distribution(accelerator: Accelerator) -> None:
+    """Raise `InputError` for a layout that would train wrongly or could not save."""
+    kind = accelerator.distributed_type
+    require(kind != DistributedType.DEEPSPEED, WHERE, "distributed_type", "value", "NO, MULTI_* or FSDP", kind.value)
+    if not is_sharded(accelerator):
+        return
+    plugin = accelerator.state.fsdp_plugin
+    require(plugin.fsdp_version == 2, WHERE, "fsdp_version", "value", 2, plugin.fsdp_version)
+    state_dict = str(plugin.state_dict_type)
+    require("FULL" in state_dict, WHERE, "fsdp_state_dict_type", "value", "FULL_STATE_DICT", state_dict)
+    # The head is measured before it is sharded, in every process, and needs its weights there.
+    lean = plugin.cpu_ram_efficient_loading
+    require(not lean, WHERE, "fsdp_cpu_ram_efficient_loading", "value", "false", lean)
+
+
+def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
+    """The reference as the policy will be: whole, or sharded. An adapter's is the policy itself."""
+    if isinstance(reference, AdapterReference):
+        return reference
+    if not is_sharded(accelerator):
+        return accelerator.prepare_model(reference, evaluation_mode=True)
+    reference = fsdp2_prepare_model(accelerator, reference)
+    register_fsdp_forward_method(reference, "generate")
+    return reference
