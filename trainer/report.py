@@ -1,29 +1,32 @@
-"""What a run leaves behind: metrics.json, probes.csv, predictions.jsonl, dynamics.png and a printed table."""
+"""What a run leaves behind: metrics.json, probes.csv, predictions.jsonl, dynamics.png, model cards, a printed table."""
 
 from __future__ import annotations
 
 import csv
 import io
 import json
-import platform
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
-import cwdpo_kernels
 from cwdpo_trainer.captions import CaptionScores, score_captions
+from cwdpo_trainer.card import Origin, write_card
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.doctor import Finding, diagnose
 from cwdpo_trainer.dynamics import draw_dynamics
 from cwdpo_trainer.files import read_json, replacing, write_json, write_text
-from cwdpo_trainer.history import History, probe_entries, sets_of
-
-PACKAGES = ("torch", "transformers", "accelerate")
-LABEL_OF_STAGE = {"sft": "after_sft", "dpo": "after_cwdpo"}
+from cwdpo_trainer.history import History, probe_entries
+from cwdpo_trainer.summary import (
+    LABEL_OF_STAGE,
+    MODEL_FOLDERS,
+    REFERENCES,
+    TITLES,
+    environment,
+    labels_of,
+    printed,
+    table,
+)
 
 
 @dataclass
@@ -34,6 +37,7 @@ class Results:
     captions: dict[str, list[str]]
     histories: dict[str, History]
     settings: dict[str, Mapping[str, Any]]
+    origin: Origin
     seed: int
     device: str
 
@@ -46,7 +50,12 @@ def write_report(folder: Path, results: Results) -> None:
     write_text(folder / "probes.csv", _probes_csv(probes))
     with replacing(folder / "dynamics.png") as temporary:
         draw_dynamics(temporary, results.histories)
-    write_json(folder / "metrics.json", _metrics(results, scores, probes))
+    metrics = _metrics(results, scores, probes)
+    for stage in results.histories:
+        model = folder / MODEL_FOLDERS[stage]
+        name = f"{folder.resolve().name}-{model.name}"
+        write_card(model, stage, name, metrics, results.origin, folder / "dynamics.png")
+    write_json(folder / "metrics.json", metrics)
 
 
 def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[str, History]) -> dict[str, Any]:
@@ -66,12 +75,9 @@ def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[st
         for stage, history in results.histories.items()
         for finding in diagnose(stage, history, results.settings[stage])
     ]
-    metrics["environment"] = {name: version(name) for name in PACKAGES} | {
-        "cwdpo_kernels": cwdpo_kernels.__version__,
-        "python": platform.python_version(),
-        "device": results.device,
-        "backend": cwdpo_kernels.backend(torch.device(results.device)),
-    }
+    metrics["environment"] = environment(results.device)
+    metrics["base_model"] = results.origin.base_model
+    metrics["data"] = dict(results.origin.digests)
     metrics["seed"] = results.seed
     metrics["timing"] = {
         f"{stage}_train_seconds": entry["train_runtime"]  # of the process that ended the stage
@@ -116,25 +122,13 @@ def is_reported(folder: Path, stages: Sequence[str]) -> bool:
 
 def print_table(metrics: dict[str, Any], folder: Path, finished: bool) -> None:
     """The short table of a run, and where its picture is. `finished`: the run was done before this call."""
-    labels = [label for label in ("start", "after_sft", "after_cwdpo") if label in metrics]
+    labels = labels_of(metrics)
     if finished:
         print(f"{folder}: this run is finished already")
-    titles = {"start": "start", "after_sft": "after SFT", "after_cwdpo": "after CW-DPO"}
-    print(f"\n{'':38}" + "".join(f"{titles[label]:>14}" for label in labels))
-    for title, key, form in (
-        ("exact match of captions", "exact_match", ".3f"),
-        ("CIDEr (x 100)", "cider", ".1f"),
-    ):
-        print(f"{title:<38}" + "".join(f"{metrics[label][key]:>14{form}}" for label in labels))
-    sets = sets_of(metrics[labels[-1]]["probes"])
-    rows = [(f"log p, {name} (nats)", f"{name}_logp") for name in sets]
-    rows += [(f"Δ log p against reference, {name}", f"{name}_delta_logp") for name in sets]
-    rows += [("ECE, chosen", "chosen_ece"), ("TV against reference, chosen", "chosen_tv")]
-    rows += [("JS against reference, chosen (nats)", "chosen_js")]
-    for title, key in rows:
-        values = (metrics[label]["probes"].get(key) for label in labels)
-        print(f"{title:<38}" + "".join(f"{'-':>14}" if value is None else f"{value:>14.3f}" for value in values))
-    print("reference: the initial model in stage 1, the model that stage 2 starts from in stage 2")
+    print(f"\n{'':38}" + "".join(f"{TITLES[label]:>14}" for label in labels))
+    for line in table(metrics):
+        print(f"{line.title:<38}" + "".join(f"{printed(line, label):>14}" for label in labels))
+    print(REFERENCES)
     for finding in metrics["findings"]:
         print(f"found {Finding(**finding)}")
     print(f"learning dynamics: {folder / 'dynamics.png'}\n")

@@ -4,7 +4,7 @@ The run folder holds
 
     run.json            the configuration and digests of the data: a folder continues one run only
     checkpoints/STAGE/  the library's checkpoints; one with a file COMPLETE was written to its end
-    sft/, cwdpo/        the model after each stage, with processor and trainer state: there when it is done
+    sft/, cwdpo/        the model after each stage, with processor, trainer state and card: there when it is done
     metrics.json, probes.csv, predictions.jsonl, dynamics.png   see report.py
 """
 
@@ -23,6 +23,7 @@ from transformers import AutoProcessor, ProcessorMixin, set_seed
 
 from cwdpo_kernels import Cooling
 from cwdpo_trainer.arguments import StageArguments
+from cwdpo_trainer.card import Origin
 from cwdpo_trainer.collator import PairCollator
 from cwdpo_trainer.config import STAGES, RunConfig, prepare
 from cwdpo_trainer.data import Row, distinct_prompts, load_rows, split_rows
@@ -31,12 +32,12 @@ from cwdpo_trainer.files import read_json, replacing_folder, write_json
 from cwdpo_trainer.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.models import Model, freeze_reference, load_model
 from cwdpo_trainer.probes import Probes
-from cwdpo_trainer.report import LABEL_OF_STAGE, Results, is_reported, print_table, write_report
+from cwdpo_trainer.report import Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
 from cwdpo_trainer.sources import open_source
 from cwdpo_trainer.stages import COMPLETE, ConstrainedSFTTrainer, CWDPOTrainer, StageTrainer
+from cwdpo_trainer.summary import LABEL_OF_STAGE, MODEL_FOLDERS
 
-MODEL_FOLDERS = {"sft": "sft", "dpo": "cwdpo"}
 STATE_FILE = "trainer_state.json"
 
 
@@ -200,9 +201,10 @@ def _trainer(config: RunConfig, inputs: _Inputs, stage: str, policy: Model, refe
     cooling = config.dpo.cooling if config.dpo is not None else Cooling()
     probes = Probes(inputs.heldout, inputs.collator, config.probes, config.sampling, cooling, config.seed)
     common = (policy, reference, getattr(config, stage), inputs.rows[stage], inputs.collator, probes)
+    origin = _origin(config, inputs)
     if stage == "sft":
-        return ConstrainedSFTTrainer(*common)
-    return CWDPOTrainer(*common, sampling=config.sampling)
+        return ConstrainedSFTTrainer(*common, origin=origin)
+    return CWDPOTrainer(*common, origin=origin, sampling=config.sampling)
 
 
 def _newest_checkpoint(folder: Path) -> str | None:
@@ -227,4 +229,9 @@ def _results(config: RunConfig, inputs: _Inputs) -> Results:
         )
     histories = {stage: read_json(folder / MODEL_FOLDERS[stage] / STATE_FILE)["log_history"] for stage in done}
     settings = {stage: vars(getattr(config, stage)) for stage in done}
-    return Results(scenes, captions, histories, settings, config.seed, str(getattr(config, done[0]).device))
+    device = str(getattr(config, done[0]).device)
+    return Results(scenes, captions, histories, settings, _origin(config, inputs), config.seed, device)
+
+
+def _origin(config: RunConfig, inputs: _Inputs) -> Origin:
+    return Origin(inputs.model_path, config.raw, inputs.digests)

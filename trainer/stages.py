@@ -31,6 +31,7 @@ from cwdpo_kernels import (
 )
 from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import DPOArguments, SamplingArguments, SFTArguments, StageArguments
+from cwdpo_trainer.card import Origin, changed_settings, write_stage_card
 from cwdpo_trainer.collator import Batch, PairCollator, to_device, with_answers
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.distributed import check_distribution, prepare_reference
@@ -49,7 +50,8 @@ class StageTrainer(Trainer):
     """What both stages share: pairs as batches, the head call, averaged figures, probes, whole checkpoints.
 
     `reference` is the frozen model that the stage starts from (`models.freeze_reference`); a stage trains `model`
-    on `rows`. `receipt` says what was found out about the model's head.
+    on `rows`. `receipt` says what was found out about the model's head, `origin` where the model comes from,
+    for its card.
     """
 
     def __init__(
@@ -60,6 +62,7 @@ class StageTrainer(Trainer):
         rows: list[Row],
         collator: PairCollator,
         probes: Probes,
+        origin: Origin | None = None,
     ) -> None:
         self.receipt = attach_head(model)
         if not isinstance(reference, AdapterReference):  # which is `model` with another adapter
@@ -75,6 +78,7 @@ class StageTrainer(Trainer):
         check_distribution(self.accelerator)
         self.collator = collator
         self.probes = probes
+        self.origin = origin
         self.reference = prepare_reference(self.accelerator, reference.eval().requires_grad_(False).to(args.device))
         self.loss_is_scaled_for_ga = True  # by compute_loss: what it returns adds up over an optimizer step
         self._sums: dict[str, list[Tensor]] = defaultdict(list)
@@ -167,6 +171,14 @@ class StageTrainer(Trainer):
                     logs[name] = total / count
             self._sums.clear()
         super().log(logs, start_time)
+
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+        """What `push_to_hub` sends along: the card, as far as the stage has come, in place of the library's draft."""
+        if self.is_world_process_zero():
+            folder, args = Path(self.args.output_dir), self.args
+            origin = self.origin or Origin(self.model.config.name_or_path, {args.stage: changed_settings(args)}, {})
+            name, history = model_name or folder.name, self.state.log_history
+            write_stage_card(folder, args.stage, name, history, vars(args), origin, str(args.device))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         super()._save_checkpoint(model, trial)

@@ -148,7 +148,8 @@ def test_stages_one_by_one_are_the_whole_run(config, settings, write_config, tmp
     assert main(["dpo", str(config)]) == 2
     assert "expected stage sft to have state done" in capsys.readouterr().err
     assert main(["sft", str(config)]) == 0
-    assert set(results(Path(settings["output_dir"]))) == {"after_sft", "findings", "environment", "seed"}
+    kept = {"after_sft", "findings", "environment", "base_model", "data", "seed"}
+    assert set(results(Path(settings["output_dir"]))) == kept
     assert main(["dpo", str(config)]) == 0
     whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
     assert main(["run", str(whole)]) == 0

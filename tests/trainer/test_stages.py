@@ -7,6 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
+from huggingface_hub import ModelCard
 
 from cwdpo_kernels import Cooling
 from cwdpo_trainer.arguments import DPOArguments, ProbeArguments, SamplingArguments, SFTArguments
@@ -137,6 +138,21 @@ def test_a_finding_ends_a_stage(make, capsys):
 def test_an_unknown_finding_is_refused(kind, name, tmp_path):
     with pytest.raises(ValueError, match=f"expected stop_on to have names of findings in not_finite, .*got '{name}'"):
         kind(output_dir=str(tmp_path), stop_on=[name])
+
+
+def test_card_of_a_stage_without_a_run(make, tmp_path):
+    trainer = make(CWDPOTrainer, beta=0.3, hub_token="hf_secret")
+    with pytest.raises(InputError, match=r"expected the stage to have state trained.*got no probe"):
+        trainer.create_model_card()
+    trainer.train()
+    trainer.create_model_card("squares")
+    card = ModelCard.load(tmp_path / "stage" / "README.md")
+    (logp,) = (result.metric_value for result in card.data.eval_results if result.metric_type == "chosen_logp")
+    probes = [entry for entry in trainer.state.log_history if "eval_chosen_logp" in entry]
+    assert logp == probes[-1]["eval_chosen_logp"]
+    assert "beta: 0.3" in card.text
+    assert "tau" not in card.text
+    assert "secret" not in card.content
 
 
 def test_the_best_weights_are_loaded_at_the_end(make, tmp_path):

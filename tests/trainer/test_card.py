@@ -1,0 +1,116 @@
+"""The model cards: beside each model of a run, and what `push_to_hub` sends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import transformers.trainer
+import yaml
+from huggingface_hub import ModelCard
+from PIL import Image
+
+from cwdpo_trainer.card import Origin, make_card
+from cwdpo_trainer.cli import main
+from cwdpo_trainer.summary import table
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory, task):
+    """The folder of a short run of both stages."""
+    folder = tmp_path_factory.mktemp("card")
+    stage = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2,
+             "learning_rate": 1e-2, "disable_tqdm": True}  # fmt: skip
+    settings = {
+        "output_dir": str(folder / "squares"),
+        "model": {"path": str(task / "model")},
+        "data": {"train": str(task / "train.jsonl"), "heldout": str(task / "heldout.jsonl")},
+        "sft": {**stage, "hub_token": "hf_secret"},
+        "dpo": stage,
+        "probes": {"rows": 6, "caption_rows": 6},
+        "sampling": {"max_new_tokens": 6},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    assert main(["run", str(folder / "config.yaml")]) == 0
+    return folder / "squares"
+
+
+def section(card, title):
+    return card.text.split(f"## {title}\n")[1].split("\n## ")[0].strip()
+
+
+@pytest.mark.parametrize(("name", "label"), [("sft", "after_sft"), ("cwdpo", "after_cwdpo")])
+def test_card_has_the_figures_of_the_run(finished, name, label):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    card = ModelCard.load(finished / name / "README.md")
+    assert card.data.model_name == f"squares-{name}"
+    assert card.data.pipeline_tag == "image-text-to-text"
+    assert {"cwdpo", "dpo"} <= set(card.data.tags)
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model is None  # a folder, which the Hub does not know
+    assert "Trained from `model`" in card.text
+    figures = {**metrics[label], **metrics[label]["probes"]}
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert {"exact_match", "cider", "chosen_delta_logp", "chosen_ece", "near_logp", "chosen_tv"} <= results.keys()
+    assert results == {key: figures[key] for key in results}
+    rows = [line.split(" | ") for line in section(card, "Figures on held-out rows").splitlines() if line[:2] == "| "]
+    shown = {row[0].strip("| "): row[-1].strip("| ") for row in rows}
+    for line in table(metrics):
+        if line.values[label] is not None:
+            assert shown[line.title] == format(line.values[label], line.form)
+    assert ("after CW-DPO" in card.text) == (name == "cwdpo")
+    with Image.open(finished / name / "dynamics.png") as picture:
+        assert picture.width > 1000
+    assert "](dynamics.png)" in card.text
+
+
+def test_card_says_what_was_found_and_how_the_model_was_made(finished):
+    metrics = json.loads((finished / "metrics.json").read_text())
+    card = ModelCard.load(finished / "cwdpo" / "README.md")
+    assert metrics["findings"]
+    for finding in metrics["findings"]:
+        assert f"- {finding['name']} (stage {finding['stage']}, step 2): {finding['evidence']}; " in card.text
+    settings = yaml.safe_load(section(card, "Settings").strip("`").removeprefix("yaml"))
+    assert settings["dpo"]["max_steps"] == 2
+    assert "output_dir" not in settings
+    assert "secret" not in card.content
+    made = section(card, "Made with")
+    for value in (*metrics["environment"].values(), *metrics["data"].values()):
+        assert f"| {value} |" in made
+
+
+def test_a_base_model_of_the_hub_and_an_adapter_are_named():
+    metrics = {"after_cwdpo": {"probes": {"chosen_delta_logp": 0.5}}, "findings": [], "environment": {}}
+    card = make_card("dpo", "mine", metrics, Origin("owner/name", {}, {}), adapter=True)
+    data = ModelCard(str(card)).data
+    assert (data.base_model, data.library_name) == ("owner/name", "peft")
+    assert "lora" in data.tags
+    assert section(card, "What the doctor found") == "Nothing."
+
+
+def test_push_to_hub_sends_our_card(settings, write_config, monkeypatch):
+    sent = {}
+
+    class Hub:
+        def create_repo(self, name, **options):
+            return SimpleNamespace(repo_id=f"me/{name}")
+
+        def upload_folder(self, repo_id, folder_path, **options):
+            files = {path.name: path.read_bytes() for path in Path(folder_path).iterdir() if path.is_file()}
+            sent[repo_id] = files
+
+    monkeypatch.setattr(transformers.trainer, "hf_api", Hub)
+    del settings["sft"]
+    settings["dpo"] |= {"push_to_hub": True, "hub_strategy": "end", "hub_token": "hf_secret", "hub_model_id": "squares"}
+    assert main(["run", str(write_config(settings))]) == 0
+    files = sent["me/squares"]
+    assert "model.safetensors" in files
+    card = ModelCard(files["README.md"].decode())
+    metrics = json.loads((Path(settings["output_dir"]) / "metrics.json").read_text())
+    results = {result.metric_type: result.metric_value for result in card.data.eval_results}
+    assert card.data.model_name == "squares"
+    assert results["chosen_logp"] == metrics["after_cwdpo"]["probes"]["chosen_logp"]
+    assert "secret" not in card.content
+    assert files["dynamics.png"].startswith(b"\x89PNG")
