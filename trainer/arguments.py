@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from transformers import TrainingArguments
@@ -14,6 +15,10 @@ from transformers.integrations import get_available_reporting_integrations
 
 from cwdpo_kernels import Cooling, GentleNegatives
 from cwdpo_trainer.doctor import names_of_rules
+from cwdpo_trainer.schedule import Schedule
+
+AUTO = "auto"
+MODES = ("adaptive", "constant", "off")
 
 
 def _check(condition: bool, arg: str, prop: str, expected: str, actual: object) -> None:
@@ -190,32 +195,83 @@ class SFTArguments(StageArguments):
 
 @dataclass
 class DPOArguments(StageArguments):
-    """Stage 2, CW-DPO. `logp_floor`, `tau`, `constant`, `drop_below` are those of `cwdpo_kernels.Cooling`.
+    """Stage 2, CW-DPO.
 
-    A share `onpolicy_fraction` of the pairs gets a negative that the policy drew itself; a drawn answer
-    serves its row for `refresh_steps` optimizer steps, then it is drawn anew.
+    `cooling`: "adaptive" weights a rejected answer by w_c = sigmoid((mean log-prob - logp_floor) / tau),
+    "constant" by `constant_weight`, "off" by 1 (vanilla DPO). `logp_floor`, `tau`: numbers, in nats per token, or
+    "auto": measured on the first `auto_rows` pairs as the stage starts (cooling.py). In each mode pairs whose
+    rejected answer has a mean log-prob below `drop_below` (negative filtering; null: none) leave the loss.
+
+    A share `onpolicy_fraction` of the pairs (a number, or points of a schedule.py) gets a negative that the policy
+    drew itself. A drawn answer serves its row for `refresh_steps` optimizer steps, or until the row's answers have
+    lost more than `onpolicy_staleness` nats per token under the policy (null: not measured); then it is drawn anew.
+
+    `reference_cache`: folder of the reference's log-probs of the data set's pairs (reference_cache.py); one that is
+    not absolute lies in the run folder; null computes them at every step.
     """
 
     stage = "dpo"
 
     beta: float = 0.1
-    logp_floor: float = Cooling.logp_floor
-    tau: float = Cooling.temperature
-    constant: float | None = None
+    cooling: str | bool = "adaptive"  # YAML reads `off` as false
+    logp_floor: float | str = Cooling.logp_floor
+    tau: float | str = Cooling.temperature
+    auto_rows: int = 256
+    constant_weight: float | None = None
     drop_below: float | None = None
     normalize: str = "sequence"
-    onpolicy_fraction: float = 0.0
+    onpolicy_fraction: Any = 0.0
+    onpolicy_staleness: float | None = 0.1
     refresh_steps: int = 50
+    reference_cache: str | None = "reference_cache"
 
     def __post_init__(self) -> None:
-        _ = self.cooling  # its own checks
+        self.cooling = "off" if self.cooling is False else self.cooling
+        _check(self.cooling in MODES, "cooling", "value", "in " + ", ".join(MODES), self.cooling)
+        for name in ("logp_floor", "tau"):
+            value = getattr(self, name)
+            _check(value == AUTO or not isinstance(value, str), name, "value", "a number or auto", value)
+        constant, weight = self.cooling == "constant", self.constant_weight
+        expected = "a number, as cooling is constant" if constant else "null, as cooling is not constant"
+        _check(constant == (weight is not None), "constant_weight", "value", expected, weight)
+        _ = self.cooling_with(Cooling.logp_floor, Cooling.temperature)  # its own checks
+        _check(self.auto_rows >= 2, "auto_rows", "value", ">= 2", self.auto_rows)
         _check(math.isfinite(self.beta) and self.beta > 0, "beta", "value", "finite and > 0", self.beta)
         _check(self.normalize in ("sequence", "token"), "normalize", "value", "sequence or token", self.normalize)
-        share = self.onpolicy_fraction
-        _check(0 <= share <= 1, "onpolicy_fraction", "value", "in [0, 1]", share)
-        _check(self.refresh_steps >= 1, "refresh_steps", "value", ">= 1", self.refresh_steps)
+        self._check_onpolicy()
         super().__post_init__()
 
+    def _check_onpolicy(self) -> None:
+        try:
+            shares = [share for _, share in self.onpolicy_schedule.points]
+        except ValueError as error:
+            expected = "a number or rising [place, value] points"
+            raise ValueError(
+                f"expected onpolicy_fraction to have form {expected}, got {self.onpolicy_fraction!r}"
+            ) from error
+        for share in shares:
+            _check(0 <= share <= 1, "onpolicy_fraction", "value", "in [0, 1]", share)
+        limit = self.onpolicy_staleness
+        _check(limit is None or limit >= 0, "onpolicy_staleness", "value", "null or >= 0", limit)
+        _check(self.refresh_steps >= 1, "refresh_steps", "value", ">= 1", self.refresh_steps)
+
     @property
-    def cooling(self) -> Cooling:
-        return Cooling(self.logp_floor, self.tau, self.constant, self.drop_below)
+    def onpolicy_schedule(self) -> Schedule:
+        return Schedule.of(self.onpolicy_fraction)
+
+    @property
+    def is_cooling_measured(self) -> bool:
+        """Whether the cooling depends on the model that the stage starts from."""
+        return self.cooling == "adaptive" and AUTO in (self.logp_floor, self.tau)
+
+    @property
+    def fixed_cooling(self) -> Cooling | None:
+        """The cooling, or None where it has to be measured."""
+        return None if self.is_cooling_measured else self.cooling_with(Cooling.logp_floor, Cooling.temperature)
+
+    def cooling_with(self, measured_floor: float, measured_tau: float) -> Cooling:
+        """The cooling, with these in place of auto."""
+        floor = measured_floor if self.logp_floor == AUTO else self.logp_floor
+        tau = measured_tau if self.tau == AUTO else self.tau
+        weight = 1.0 if self.cooling == "off" else self.constant_weight
+        return Cooling(floor, tau, weight, self.drop_below)

@@ -108,6 +108,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         if sections[name] is not None:
             sections[name].seed = seed
             sections[name].output_dir = str(Path(output_dir) / "checkpoints" / name)
+    dpo = sections["dpo"]
+    if dpo is not None and dpo.reference_cache is not None:
+        dpo.reference_cache = str(Path(output_dir).absolute() / Path(dpo.reference_cache).expanduser())
     for name in ("probes", "sampling"):
         sections[name] = sections[name] or SECTIONS[name]()
     return RunConfig(raw, base, Path(output_dir), seed, **sections), problems

@@ -75,9 +75,12 @@ class Course:
         falls = [self.last(f"{name}_delta_logp") for name in self.negatives() if name != "onpolicy"]
         return self.last("chosen_delta_logp") - sum(falls) / len(falls) if falls else math.nan
 
+    def is_adaptive(self) -> bool:
+        return self.settings.get("cooling", "adaptive") == "adaptive"
+
     def cooling(self) -> dict[str, float]:
         """Mean w_c by set of negatives; empty where the weight is a constant, which is no finding but a choice."""
-        if self.settings.get("constant") is not None:
+        if not self.is_adaptive():
             return {}
         return {name: self.last(f"{name}_cooling") for name in self.negatives()}
 
@@ -249,7 +252,7 @@ def entropy_collapse(course: Course) -> Diagnosis | None:
 def onpolicy_empty(course: Course) -> Diagnosis | None:
     """Samples that equal a reference are no negatives. A model that is hardly ever wrong when it is sampled has none,
     and the run falls back on those of the data set."""
-    wanted, drawn = course.settings.get("onpolicy_fraction") or 0.0, course.recent("onpolicy")
+    wanted, drawn = course.recent("onpolicy_fraction"), course.recent("onpolicy")
     if not (wanted > 0 and drawn < ONPOLICY_SHARE * wanted):
         return None
     return (
@@ -287,7 +290,7 @@ def past_best(course: Course) -> Diagnosis | None:
 
 
 def _more_cooling(course: Course) -> str:
-    return "raise logp_floor" if course.settings.get("constant") is None else "let weights cool (constant: null)"
+    return "raise logp_floor" if course.is_adaptive() else "let weights cool (cooling: adaptive)"
 
 
 def _listed(values: Mapping[str, float]) -> str:

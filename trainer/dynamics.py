@@ -128,11 +128,13 @@ def _lines(keys: dict[str, str], markers: bool = True) -> Draw:
 def _cooling_histogram(ax: Axes, history: History, sets: list[str]) -> None:
     """Shares of w_c's ten bins at each probe, averaged over the data set's kinds of negatives."""
     names = [name for name in sets if name not in ("chosen", "onpolicy")]
+    steps, _ = _series(history, f"eval_{names[0]}_cooling_bin0")
+    if not steps:  # `auto`, which stage 2 measures
+        return
     shares = [
         np.mean([_series(history, f"eval_{name}_cooling_bin{place}")[1] for name in names], axis=0)
         for place in range(COOLING_BINS)
     ]
-    steps, _ = _series(history, f"eval_{names[0]}_cooling_bin0")
     edges = [*steps, steps[-1] + 1]  # a probe holds until the next one
     mesh = ax.pcolormesh(edges, np.linspace(0, 1, COOLING_BINS + 1), shares, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
     if ax.get_subplotspec().is_last_col():

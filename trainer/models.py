@@ -199,6 +199,20 @@ class AdapterReference(nn.Module):
                 module.training = True
 
 
+def describe_reference(reference: nn.Module) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a reference of `freeze_reference` computes with: its settings, and its weights by name, those of other
+    adapters left out."""
+    if not isinstance(reference, AdapterReference):
+        return {"model": type(reference).__name__, "config": reference.config.to_dict()}, reference.state_dict()
+    policy, adapter = reference._shared[0], reference.adapter
+    settings = {"model": type(policy.get_base_model()).__name__, "config": policy.get_base_model().config.to_dict()}
+    if adapter is not None:
+        settings["adapter"] = policy.peft_config[adapter].to_dict()
+    others = policy.peft_config.keys() - {adapter}
+    weights = {name: value for name, value in policy.state_dict().items() if others.isdisjoint(name.split("."))}
+    return settings, weights
+
+
 @contextlib.contextmanager
 def _adapter(policy: PeftModel, name: str | None) -> Iterator[None]:
     """Another adapter, or none, for a while.

@@ -72,7 +72,7 @@ class Probes:
         collator: PairCollator,
         settings: ProbeArguments,
         sampling: SamplingArguments,
-        cooling: Cooling,
+        cooling: Cooling | None,
         seed: int,
     ) -> None:
         self.collator = collator
@@ -97,7 +97,7 @@ class Probes:
     def names(self) -> list[str]:
         """The names of the figures of all sets."""
         cooling = ("cooling", *(f"cooling_bin{place}" for place in range(COOLING_BINS)))
-        return [f"{name}_{key}" for name in self.sets for key in (*FIGURES, *(cooling if name != "chosen" else ()))]
+        return [f"{name}_{key}" for name in self.sets for key in (*FIGURES, *(cooling if self._cools(name) else ()))]
 
     @torch.no_grad()
     def measure(self, policy: nn.Module, reference: nn.Module, device: torch.device) -> dict[str, float]:
@@ -109,11 +109,15 @@ class Probes:
             parts = [_measure_batch(policy, reference, batch) for batch in self._batches(answers, device)]
             measured = _Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
             figures |= {f"{name}_{key}": value for key, value in _summary(measured).items()}
-            if name != "chosen":
+            if self._cools(name):
                 summary = _cooling_summary(cooling_weight(measured.mean, self.cooling))
                 figures |= {f"{name}_{key}": value for key, value in summary.items()}
         policy.train(was_training)
         return figures
+
+    def _cools(self, name: str) -> bool:
+        """Whether a set has a cooling weight: `cooling` is None while it has not been measured yet (stage 1)."""
+        return name != "chosen" and self.cooling is not None
 
     def _answers_of_data(self) -> dict[str, list[Answer]]:
         sets: dict[str, dict[tuple[object, ...], Answer]] = {"chosen": {}}

@@ -8,7 +8,7 @@ from transformers.trainer_callback import ProgressCallback
 
 SHOWN = (
     "loss", "margin", "accuracy", "cooling_weight", "chosen_nll", "kept", "onpolicy", "learning_rate",
-    "eval_chosen_mean_logp", "eval_chosen_delta_logp", "eval_chosen_ece", "eval_chosen_tv",
+    "logp_floor", "tau", "eval_chosen_mean_logp", "eval_chosen_delta_logp", "eval_chosen_ece", "eval_chosen_tv",
 )  # fmt: skip
 
 

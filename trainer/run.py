@@ -3,7 +3,9 @@
 The run folder holds
 
     run.json            the configuration and digests of the data: a folder continues one run only
-    checkpoints/STAGE/  the library's checkpoints; one with a file COMPLETE was written to its end
+    checkpoints/STAGE/  the library's checkpoints; one with a file COMPLETE was written to its end; in dpo/ also
+                        negatives_PROCESS.jsonl: where each pair's negative came from, step by step
+    reference_cache/    log-probs under stage 2's reference, unless dpo.reference_cache names another place
     sft/, cwdpo/        the model after each stage, with processor, trainer state and card: there when it is done
     metrics.json, probes.csv, predictions.jsonl, dynamics.png   see report.py
 """
@@ -198,7 +200,7 @@ def _start_path(config: RunConfig, inputs: _Inputs, stage: str) -> str:
 
 
 def _trainer(config: RunConfig, inputs: _Inputs, stage: str, policy: Model, reference: nn.Module) -> StageTrainer:
-    cooling = config.dpo.cooling if config.dpo is not None else Cooling()
+    cooling = config.dpo.fixed_cooling if config.dpo is not None else Cooling()
     probes = Probes(inputs.heldout, inputs.collator, config.probes, config.sampling, cooling, config.seed)
     common = (policy, reference, getattr(config, stage), inputs.rows[stage], inputs.collator, probes)
     origin = _origin(config, inputs)

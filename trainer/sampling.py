@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 from transformers import PreTrainedModel
 
+from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_trainer.arguments import SamplingArguments
-from cwdpo_trainer.collator import PairCollator, Tokens, to_device
+from cwdpo_trainer.collator import PairCollator, Tokens, to_device, with_answers
 from cwdpo_trainer.data import Row, answer_text
+
+
+@dataclass
+class PolicyInTraining:
+    """The `onpolicy.Policy` that a model is; `rows` by id."""
+
+    model: PreTrainedModel
+    collator: PairCollator
+    rows: dict[int, Row]
+    settings: SamplingArguments
+
+    def draw(self, rows: Sequence[int], seed: int) -> list[list[Tokens]]:
+        return sample_answers(self.model, self.collator, [self.rows[row] for row in rows], self.settings, seed)
+
+    def mean_logp(self, rows: Sequence[int], answers: Sequence[Sequence[Tokens]]) -> list[list[float]]:
+        return answers_logp(self.model, self.collator, [self.rows[row] for row in rows], answers)
 
 
 def sample_answers(
@@ -48,6 +67,34 @@ def sample_answers(
         chosen = collator.answer_tokens(row, row.chosen)
         answers.append([tokens for tokens in wrong if tokens != chosen])
     return answers
+
+
+@torch.no_grad()
+def answers_logp(
+    model: PreTrainedModel, collator: PairCollator, rows: Sequence[Row], answers: Sequence[Sequence[Tokens]]
+) -> list[list[float]]:
+    """The mean log-prob (nats per token) that `model`, with a head attached, gives each of the answers to each row.
+
+    One forward for the first answer of every row, one for the second, and so on.
+    """
+    logp: list[list[float]] = [[] for _ in rows]
+    prompts = to_device(collator.prompts(rows), model.device)
+    was_training = model.training
+    model.eval()
+    for place in range(max(map(len, answers))):
+        # A row with fewer answers takes part with an end of sequence, so that the prompts serve as they are.
+        column = [of_row[place] if place < len(of_row) else [collator.tokenizer.eos_token_id] for of_row in answers]
+        inputs, labels = with_answers(prompts, column, pad_id=collator.tokenizer.pad_token_id)
+        mean = model(**inputs, head_op=lambda hidden, head, labels=labels: _mean_logp(hidden, head, labels))
+        for of_row, found, value in zip(answers, logp, mean.tolist(), strict=True):
+            if place < len(of_row):
+                found.append(value)
+    model.train(was_training)
+    return logp
+
+
+def _mean_logp(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
+    return linear_sequence_logprob(hidden, head, labels).mean
 
 
 def caption(

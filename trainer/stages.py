@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer import TRAINER_STATE_NAME
@@ -20,6 +21,7 @@ from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels import (
     ConstrainedSFTOutput,
+    Cooling,
     CWDPOOutput,
     GentleNegatives,
     Head,
@@ -33,16 +35,21 @@ from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import DPOArguments, SamplingArguments, SFTArguments, StageArguments
 from cwdpo_trainer.card import Origin, changed_settings, write_stage_card
 from cwdpo_trainer.collator import Batch, PairCollator, to_device, with_answers
+from cwdpo_trainer.cooling import measure_cooling
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.distributed import check_distribution, prepare_reference
 from cwdpo_trainer.doctor import Doctor
 from cwdpo_trainer.errors import require
+from cwdpo_trainer.files import read_json, write_json
 from cwdpo_trainer.models import AdapterReference, Model, load_weights
-from cwdpo_trainer.onpolicy import OnPolicyPool
+from cwdpo_trainer.negatives_log import NegativesLog
+from cwdpo_trainer.onpolicy import Mixed, OnPolicyPool, unmixed
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.progress import CompactProgress
-from cwdpo_trainer.sampling import sample_answers
+from cwdpo_trainer.reference import CachedReference, check_handover, open_cache
+from cwdpo_trainer.sampling import PolicyInTraining, batched
 
+COOLING_FILE = "cooling.json"  # in a checkpoint of stage 2: its `Cooling`
 COMPLETE = "COMPLETE"  # in a checkpoint folder: everything of it was written
 
 
@@ -133,8 +140,7 @@ class StageTrainer(Trainer):
         if self._is_first_batch:
             self._check_first_batch(model, inputs)
             self._is_first_batch = False
-        batch = self._batch(inputs["prompts"], inputs["chosen"], self._negatives(model, inputs))
-        output = self._loss(model, batch)
+        output = self._loss(model, inputs)
         for name, value in self._figures(output).items():
             self._sums[name].append(value.detach().float().mean())
         loss = output.loss
@@ -194,22 +200,25 @@ class StageTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
+    def _pairs(self, inputs: dict[str, Any]) -> Batch:
+        """The data set's pairs of a batch of the collator."""
+        return self._batch(inputs["prompts"], inputs["chosen"], inputs["rejected"])
+
     def _batch(self, prompts: dict[str, Tensor], *answers: list[list[int]]) -> Batch:
         return with_answers(prompts, *answers, pad_id=self.collator.tokenizer.pad_token_id)
 
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """The head is what the model computes with. One pair is enough, and its full logits fit."""
-        one = self.collator([self.train_dataset[0]])
-        batch = self._batch(to_device(one["prompts"], self.args.device), one["chosen"], one["rejected"])
-        check_head(model, *batch)
+        check_head(model, *self._pairs(self._collate([self.train_dataset[0]])))
 
-    def _negatives(self, model: nn.Module, inputs: dict[str, Any]) -> list[list[int]]:
-        return inputs["rejected"]
+    def _collate(self, rows: list[Row]) -> dict[str, Any]:
+        inputs = self.collator(rows)
+        return {**inputs, "prompts": to_device(inputs["prompts"], self.args.device)}
 
     def _save_more(self, folder: Path) -> None:
         """What a stage adds to its checkpoints."""
 
-    def _loss(self, model: nn.Module, batch: Batch) -> Any:
+    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
         raise NotImplementedError
 
     def _pairs_in_mean(self, output: Any, pairs: int) -> int | Tensor:
@@ -234,7 +243,9 @@ class ConstrainedSFTTrainer(StageTrainer):
 
     args: SFTArguments
 
-    def _loss(self, model: nn.Module, batch: Batch) -> Any:
+    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        batch = self._pairs(inputs)
+
         def op(hidden: Tensor, head: Head) -> ConstrainedSFTOutput:
             negatives = self.args.gentle_negatives
             if negatives.mode == "hinge" and self.accelerator.num_processes > 1:
@@ -261,45 +272,90 @@ class CWDPOTrainer(StageTrainer):
 
     args: DPOArguments
 
-    def __init__(self, *args: Any, sampling: SamplingArguments, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
+    def __init__(
+        self, model: Model, reference: nn.Module, args: DPOArguments, rows: list[Row],
+        collator: PairCollator, probes: Probes, *, sampling: SamplingArguments, **options: Any,
+    ) -> None:  # fmt: skip
+        cache = open_cache(args, reference, collator)  # while no weight is sharded yet
+        super().__init__(model, reference, args, rows, collator, probes, **options)
         self.sampling = sampling
-        self.rows_by_id = {row.id: row for row in self.train_dataset}
-        self.pool = OnPolicyPool(self.args.onpolicy_fraction, self.args.refresh_steps, self.args.seed)
+        self.rows_by_id = {row.id: row for row in rows}
+        self.pool = OnPolicyPool(args.refresh_steps, args.onpolicy_staleness, args.seed)
+        self.negatives_log = NegativesLog(Path(args.output_dir) / f"negatives_{args.process_index}.jsonl")
+        self.cooling = args.fixed_cooling
+        self.cached_reference = None
+        if cache is not None:
+            self.cached_reference = CachedReference(
+                cache, self._reference_logp, self.rows_by_id, collator, self.accelerator
+            )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+        step = 0
         if resume_from_checkpoint is not None:
-            self.pool.load(self._pool_path(Path(resume_from_checkpoint)))
-        return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            folder = Path(resume_from_checkpoint)
+            self.pool.load(self._pool_path(folder))
+            self.cooling = Cooling(**read_json(folder / COOLING_FILE))
+            step = _state_of(resume_from_checkpoint).global_step
+        elif self.args.is_cooling_measured:
+            self.cooling = self._measured_cooling()
+        self.probes.cooling = self.cooling
+        self.negatives_log.start(step)
+        output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+        if self.cached_reference is not None and self.is_world_process_zero():
+            print(self.cached_reference.cache.describe())
+        return output
 
-    def _negatives(self, model: nn.Module, inputs: dict[str, Any]) -> list[list[int]]:
-        def draw(rows: list[int], seed: int) -> list[list[list[int]]]:
-            policy = self.accelerator.unwrap_model(model)
-            wanted = [self.rows_by_id[row] for row in rows]
-            return sample_answers(policy, self.collator, wanted, self.sampling, seed)
+    def _measured_cooling(self) -> Cooling:
+        """The cooling with `auto` measured on the stage's first pairs."""
+        means: list[Tensor] = []
+        for rows in batched(self.train_dataset[: self.args.auto_rows], self.args.per_device_train_batch_size):
+            inputs = self._collate(rows)
+            _, total = self._reference_totals(inputs, unmixed(inputs["rejected"]))
+            means.append(total / total.new_tensor([len(tokens) for tokens in inputs["rejected"]]))
+        measured = list(measure_cooling(torch.cat(means)))
+        return self.args.cooling_with(*broadcast_object_list(measured))
 
-        rows = inputs["rows"]
-        mixed, drawn = self.pool.mix(rows, inputs["rejected"], self.state.global_step, draw)
-        self._sums["onpolicy"].append(torch.tensor(drawn / len(rows), device=self.args.device))
+    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> CWDPOOutput:
+        mixed = self._mix(model, inputs)
+        batch = self._batch(inputs["prompts"], inputs["chosen"], mixed.negatives)
+        ref_chosen, ref_rejected = self._reference_totals(inputs, mixed)
+        return model(
+            **batch.inputs,
+            head_op=lambda hidden, head: linear_cwdpo_loss(
+                hidden, head, batch.labels, ref_chosen, ref_rejected,
+                beta=self.args.beta, cooling=self.cooling, normalize=self.args.normalize,
+            ),
+        )  # fmt: skip
+
+    def _mix(self, model: nn.Module, inputs: dict[str, Any]) -> Mixed:
+        """The negatives of this step: those of the data set, some replaced by answers of the policy."""
+        step, rows = self.state.global_step, inputs["rows"]
+        fraction = self.args.onpolicy_schedule.at(step, self.state.max_steps)
+        policy = PolicyInTraining(self.accelerator.unwrap_model(model), self.collator, self.rows_by_id, self.sampling)
+        mixed = self.pool.mix(rows, inputs["rejected"], step, fraction, policy)
+        texts = self.collator.tokenizer.batch_decode(mixed.negatives, skip_special_tokens=True)
+        answers = [text if drawn else None for text, drawn in zip(texts, mixed.is_onpolicy, strict=True)]
+        self.negatives_log.write(step, zip((self.rows_by_id[row].where for row in rows), answers, strict=True))
+        figures = {"": mixed.is_onpolicy, "_fraction": [fraction], "_staleness": mixed.staleness}
+        for name, values in figures.items():
+            mean = sum(values) / len(values) if values else math.nan
+            self._sums[f"onpolicy{name}"].append(torch.tensor(mean, device=self.args.device))
         return mixed
 
+    def _reference_totals(self, inputs: dict[str, Any], mixed: Mixed) -> tuple[Tensor, Tensor]:
+        """Total log-probs [P] of chosen answers and negatives under the reference, in nats."""
+        if self.cached_reference is not None:
+            return self.cached_reference(inputs, mixed)
+        batch = self._batch(inputs["prompts"], inputs["chosen"], mixed.negatives)
+        return self._reference_logp(batch).chunk(2)
+
     def _reference_logp(self, batch: Batch) -> Tensor:
-        """Total log-probs under the reference [2P], in nats."""
+        """Total log-probs of a batch's answers [S] under the reference, in nats."""
         with torch.no_grad():
             return self.reference(
                 **batch.inputs,
                 head_op=lambda hidden, head: linear_sequence_logprob(hidden, head, batch.labels).total,
             )
-
-    def _loss(self, model: nn.Module, batch: Batch) -> CWDPOOutput:
-        ref_chosen, ref_rejected = self._reference_logp(batch).chunk(2)
-        return model(
-            **batch.inputs,
-            head_op=lambda hidden, head: linear_cwdpo_loss(
-                hidden, head, batch.labels, ref_chosen, ref_rejected,
-                beta=self.args.beta, cooling=self.args.cooling, normalize=self.args.normalize,
-            ),
-        )  # fmt: skip
 
     def _pairs_in_mean(self, output: CWDPOOutput, pairs: int) -> Tensor:
         return output.kept.sum()
@@ -318,33 +374,15 @@ class CWDPOTrainer(StageTrainer):
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         super()._check_first_batch(model, inputs)
         if self.state.global_step == 0:
-            self._check_handover(model, self._batch(inputs["prompts"], inputs["chosen"], inputs["rejected"]))
-
-    @torch.no_grad()
-    def _check_handover(self, model: nn.Module, batch: Batch) -> None:
-        """At the start the policy is its reference: every log-ratio is 0 within rounding."""
-        was_training = model.training
-        model.eval()
-        logp, dtype = model(
-            **batch.inputs,
-            head_op=lambda hidden, head: (
-                linear_sequence_logprob(hidden, head, batch.labels).total,
-                hidden.dtype,
-            ),
-        )
-        model.train(was_training)
-        ratios = (logp - self._reference_logp(batch)).abs()
-        worst = ratios.max().item()
-        tolerance = 64 * torch.finfo(dtype).eps * max(1.0, logp.abs().max().item())
-        if not (math.isfinite(worst) and worst <= tolerance):
-            raise RuntimeError(
-                f"handover: expected log-ratios of the first batch to have a size <= {tolerance:.1e} nats, "
-                f"got {worst:.4g} (mean {ratios.mean().item():.4g}): "
-                "the reference is not the model that stage 2 starts from"
-            )
+            batch, totals = self._pairs(inputs), self._reference_totals(inputs, unmixed(inputs["rejected"]))
+            check_handover(model, batch, torch.cat(totals))
+            if self.args.is_cooling_measured:
+                self.log({"logp_floor": self.cooling.logp_floor, "tau": self.cooling.temperature})
 
     def _save_more(self, folder: Path) -> None:
         self.pool.save(self._pool_path(folder))
+        if self.args.should_save:
+            write_json(folder / COOLING_FILE, dataclasses.asdict(self.cooling))
 
     def _pool_path(self, checkpoint: Path) -> Path:
         return checkpoint / f"onpolicy_pool_{self.args.process_index}.json"

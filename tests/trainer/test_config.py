@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import yaml
 
 import cwdpo_trainer
+from cwdpo_kernels import Cooling
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.config import load_config, read_config
 from cwdpo_trainer.errors import InputError
@@ -16,10 +18,34 @@ def test_sections_become_checked_settings(settings, write_config):
     settings["sft"]["learning_rate"] = "1e-4"  # what YAML makes of 1e-4
     config = load_config(write_config(settings), ["dpo.beta=0.2", "dpo.tau=2", "seed=7"])
     assert config.sft.learning_rate == 1e-4
-    assert (config.dpo.beta, config.dpo.cooling.temperature, config.seed, config.dpo.seed) == (0.2, 2.0, 7, 7)
+    assert (config.dpo.beta, config.dpo.fixed_cooling.temperature, config.seed, config.dpo.seed) == (0.2, 2.0, 7, 7)
     assert config.raw["dpo"]["beta"] == 0.2
     assert config.dpo.output_dir == str(Path(settings["output_dir"]) / "checkpoints" / "dpo")
     assert config.sft.gentle_negatives.mode == "hinge"
+    assert config.dpo.reference_cache == str(Path(settings["output_dir"]) / "reference_cache")
+
+
+@pytest.mark.parametrize(
+    ("options", "cooling"),
+    [
+        ("{}", Cooling()),
+        ("{logp_floor: -2, tau: 0.5, drop_below: -7}", Cooling(-2.0, 0.5, drop_below=-7.0)),
+        ("{cooling: constant, constant_weight: 0.4}", Cooling(constant=0.4)),
+        ("{cooling: off, drop_below: -7}", Cooling(constant=1.0, drop_below=-7.0)),
+        ("{cooling: off, logp_floor: auto}", Cooling(constant=1.0)),
+        ("{logp_floor: auto}", None),
+        ("{tau: auto}", None),
+    ],
+)
+def test_cooling_of_a_file(settings, write_config, options, cooling):
+    settings["dpo"] |= yaml.safe_load(options)
+    assert load_config(write_config(settings)).dpo.fixed_cooling == cooling
+
+
+def test_a_cache_of_references_may_lie_elsewhere_or_nowhere(settings, write_config, tmp_path):
+    path = write_config(settings)
+    assert load_config(path, [f"dpo.reference_cache={tmp_path}/shared"]).dpo.reference_cache == f"{tmp_path}/shared"
+    assert load_config(path, ["dpo.reference_cache=null"]).dpo.reference_cache is None
 
 
 def test_a_run_has_the_stages_that_have_a_section(settings, write_config):
@@ -45,6 +71,17 @@ MISTAKES = [
     ("dpo.beta=-1", "config.yaml: dpo: expected beta to have value finite and > 0, got -1.0"),
     ("dpo.tau=0", "dpo: Cooling: expected temperature to have value finite and > 0, got 0.0"),
     ("dpo.onpolicy_fraction=1.5", "dpo: expected onpolicy_fraction to have value in [0, 1], got 1.5"),
+    (
+        "dpo.onpolicy_fraction=[[0.5, 0], [0.2, 1]]",
+        "dpo: expected onpolicy_fraction to have form a number or rising [place, value] points, got [[0.5, 0], [0.2",
+    ),
+    ("dpo.onpolicy_staleness=-1", "dpo: expected onpolicy_staleness to have value null or >= 0, got -1.0"),
+    ("dpo.cooling=warm", "dpo: expected cooling to have value in adaptive, constant, off, got 'warm'"),
+    ("dpo.cooling=true", "dpo: expected cooling to have value in adaptive, constant, off, got True"),
+    ("dpo.cooling=constant", "expected constant_weight to have value a number, as cooling is constant, got None"),
+    ("dpo.constant_weight=0.5", "expected constant_weight to have value null, as cooling is not constant, got 0.5"),
+    ("dpo.logp_floor=low", "dpo: expected logp_floor to have value a number or auto, got 'low'"),
+    ("dpo.auto_rows=1", "dpo: expected auto_rows to have value >= 2, got 1"),
     ("dpo.refresh_steps=0", "dpo: expected refresh_steps to have value >= 1, got 0"),
     ("dpo.normalize=words", "dpo: expected normalize to have value sequence or token, got 'words'"),
     ("dpo.save_total_limit=1", "dpo: expected save_total_limit to have value null or >= 2, got 1"),

@@ -23,8 +23,8 @@ END = START | {
     "chosen_tv": 0.02, "chosen_js": 0.002, "near_delta_logp": -1.0, "near_mean_logp": -2.1, "near_cooling": 0.45,
     "easy_delta_logp": -0.5,
 }  # fmt: skip
-LOG = {"loss": 0.6, "kept": 1.0, "onpolicy": 0.2, "margin": 0.2}
-SETTINGS = {"constant": None, "onpolicy_fraction": 0.5, "drop_below": None}
+LOG = {"loss": 0.6, "kept": 1.0, "onpolicy": 0.2, "onpolicy_fraction": 0.5, "margin": 0.2}
+SETTINGS = {"cooling": "adaptive", "drop_below": None}
 SQUEEZED = {
     "chosen_delta_logp": -0.6, "chosen_delta_mean_logp": -0.06, "chosen_mean_logp": -0.26, "chosen_top1_prob": 0.93,
 }  # fmt: skip
@@ -69,9 +69,9 @@ COLLAPSED = {"chosen_entropy": 0.05, "chosen_mean_logp": -0.21}
         (None, {"chosen_tv": 0.29, "chosen_js": 0.19}, {}, {}),
         ("all_cooled", COOL, {}, {}),
         (None, COOL | {"onpolicy_cooling": 0.06}, {}, {}),
-        (None, COOL, {}, {"constant": 0.01}),
+        (None, COOL, {}, {"cooling": "constant"}),
         ("no_cooling", HOT, {}, {}),
-        (None, HOT, {}, {"constant": 1.0}),  # asked for
+        (None, HOT, {}, {"cooling": "off"}),  # asked for
         ("easy_negatives_pushed", {"easy_cooling": 0.6}, {}, {}),
         (None, {"easy_cooling": 0.4}, {}, {}),
         (None, {"easy_cooling": 0.6, "easy_mean_logp": -2.1}, {}, {}),
@@ -80,7 +80,7 @@ COLLAPSED = {"chosen_entropy": 0.05, "chosen_mean_logp": -0.21}
         (None, COLLAPSED | {"chosen_entropy": 0.1}, {}, {}),
         ("onpolicy_empty", {}, {"onpolicy": 0.01}, {}),
         (None, {}, {"onpolicy": 0.06}, {}),
-        (None, {}, {"onpolicy": 0.0}, {"onpolicy_fraction": 0.0}),
+        (None, {}, {"onpolicy": 0.0, "onpolicy_fraction": 0.0}, {}),
         ("nothing_kept", {}, {"kept": 0.0}, {"drop_below": -1.0}),
         (None, {}, {"kept": 0.1}, {"drop_below": -1.0}),
         ("not_finite", {"chosen_logp": math.nan, "chosen_mean_logp": math.nan}, {}, {}),
@@ -125,8 +125,8 @@ def test_words_have_the_evidence_and_what_helps():
     assert words.startswith("squeezing (stage dpo, step 20): chosen log-prob fell 0.60 nats (0.060 per token)")
     assert "margin rose 0.15 nats and the top-1 probability 0.015" in words
     assert words.endswith("raise logp_floor, raise onpolicy_fraction, or lower the learning rate")
-    (control,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS | {"constant": 1.0})
-    assert "constant: null" in control.advice
+    (control,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS | {"cooling": "off"})
+    assert "cooling: adaptive" in control.advice
 
 
 def test_nothing_before_the_first_probe():
@@ -165,7 +165,7 @@ def test_a_named_finding_ends_the_stage(stop_on, stops, capsys):
     assert ("ends at step 20, as stop_on says: drift" in said) is stops
 
 
-# Probes of the digits recipe's stage 2 from one SFT model, with `constant: 1` (DPO) and as the recipe is (CW-DPO).
+# Probes of the digits recipe's stage 2 from one SFT model, with `cooling: off` (DPO) and as the recipe is (CW-DPO).
 KEYS = ("chosen_delta_logp", "chosen_delta_mean_logp", "chosen_mean_logp", "near_delta_logp", "easy_delta_logp",
         "chosen_entropy", "chosen_top1_prob", "chosen_accuracy", "chosen_ece")  # fmt: skip
 DIGITS_START = (0.0, 0.0, -0.194, 0.0, 0.0, 0.170, 0.918, 0.898, 0.020)
@@ -184,7 +184,7 @@ DIGITS_CWDPO = (
 @pytest.mark.parametrize(
     ("rows", "settings", "expected"),
     [
-        (DIGITS_DPO, {"constant": 1.0}, [set(), {"margin_from_rejected"}, {"squeezing"}]),
+        (DIGITS_DPO, {"cooling": "off"}, [set(), {"margin_from_rejected"}, {"squeezing"}]),
         (DIGITS_CWDPO, {}, [set(), set(), set()]),
     ],
     ids=["dpo", "cwdpo"],

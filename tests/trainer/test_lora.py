@@ -15,6 +15,7 @@ from cwdpo_trainer.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.models import AdapterReference, freeze_reference, load_model
+from cwdpo_trainer.reference_cache import fingerprint
 
 TARGETS = ["q_proj", "v_proj", "lm_head"]
 
@@ -97,6 +98,7 @@ def test_a_run_that_was_stopped_between_checkpoints_goes_on(lora_settings, write
     assert results(folder) == results(tmp_path / "whole")
     for name in ("probes.csv", "predictions.jsonl", "cwdpo/adapter_model.safetensors"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    assert len(list((folder / "reference_cache").iterdir())) == 1  # the adapter from disk is the one that was there
 
 
 @pytest.fixture
@@ -107,6 +109,32 @@ def adapted(task):
 
 def logits(model, collator, rows):
     return model(**collator.prompts(rows[:2])).logits.detach()
+
+
+def test_references_have_names_of_their_own(adapted, collator):
+    """Of the base, and of the adapter in place if there is one, but never of the one in training."""
+
+    def name(reference):
+        return fingerprint(reference, collator.processor, "weights")
+
+    def train():
+        with torch.no_grad():
+            for parameter in adapted.parameters():
+                if parameter.requires_grad:
+                    parameter.normal_()
+
+    base = freeze_reference(adapted)
+    names = [name(base)]
+    train()
+    assert name(base) == names[0]
+    trained = freeze_reference(adapted)
+    names.append(name(trained))
+    train()
+    assert name(trained) == names[1]
+    names.append(name(freeze_reference(adapted)))
+    adapted.peft_config["reference"].lora_alpha *= 2
+    names.append(name(freeze_reference(adapted)))
+    assert len(set(names)) == 4
 
 
 def test_a_new_adapter_needs_no_copy(adapted, collator, rows):

@@ -2,45 +2,62 @@
 
 from __future__ import annotations
 
+import json
 import random
 
 import pytest
 import torch
 
+from cwdpo_kernels.adapters.hugging_face import attach_head
 from cwdpo_trainer.arguments import SamplingArguments
 from cwdpo_trainer.captions import score_captions
+from cwdpo_trainer.negatives_log import NegativesLog
 from cwdpo_trainer.onpolicy import OnPolicyPool, uniform
-from cwdpo_trainer.sampling import caption, normalise, sample_answers
+from cwdpo_trainer.sampling import answers_logp, caption, normalise, sample_answers
+from cwdpo_trainer.schedule import Schedule
 
 ROWS = list(range(200))
 DATASET = [[-1]] * len(ROWS)
 
 
-def draw(rows, seed):
-    return [[[row, seed % 97], [row, seed % 89]] for row in rows]
+class Drawing:
+    """A policy of numbers: what it draws for a row depends on the seed; it likes all answers equally well."""
+
+    def __init__(self, logp=-1.0):
+        self.logp = logp
+        self.asked = []
+
+    def draw(self, rows, seed):
+        self.asked.append(list(rows))
+        return [[[row, seed % 97], [row, seed % 89]] for row in rows]
+
+    def mean_logp(self, rows, answers):
+        return [[self.logp - row * 1e-3 for _ in of_row] for row, of_row in zip(rows, answers, strict=True)]
 
 
-def never(rows, seed):
-    raise AssertionError("nothing should be drawn")
+def pool(refresh_steps=10, max_staleness=None, seed=1):
+    return OnPolicyPool(refresh_steps, max_staleness, seed)
 
 
 @pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 0), (0.5, 70, 130), (1.0, 200, 200)])
 def test_fraction_of_the_pairs_is_on_policy(fraction, low, high):
-    mixed, drawn = OnPolicyPool(fraction, 10, seed=1).mix(ROWS, DATASET, 3, draw if fraction else never)
-    assert low <= drawn <= high
-    assert sum(tokens != [-1] for tokens in mixed) == drawn
-    assert all(tokens in ([-1], *draw([row], 0)[0]) or tokens[0] == row for row, tokens in enumerate(mixed))
+    policy = Drawing()
+    mixed = pool().mix(ROWS, DATASET, 3, fraction, policy)
+    assert low <= sum(mixed.is_onpolicy) <= high
+    assert bool(policy.asked) == (fraction > 0)
+    for row, tokens, is_onpolicy in zip(ROWS, *mixed[:2], strict=True):
+        assert (tokens[0] == row) if is_onpolicy else (tokens == [-1])
 
 
 def test_the_choice_does_not_depend_on_order_history_or_random_state():
-    first = OnPolicyPool(0.5, 10, seed=1).mix(ROWS, DATASET, 3, draw)
+    first = pool().mix(ROWS, DATASET, 3, 0.5, Drawing())
     random.seed(99)
     torch.manual_seed(99)
-    assert OnPolicyPool(0.5, 10, seed=1).mix(ROWS, DATASET, 3, draw) == first
-    alone, _ = OnPolicyPool(0.5, 10, seed=1).mix(ROWS[7:8], DATASET[:1], 3, draw)
-    assert (alone[0] == [-1]) == (first[0][7] == [-1])
-    assert OnPolicyPool(0.5, 10, seed=1).mix(ROWS, DATASET, 4, draw) != first
-    assert OnPolicyPool(0.5, 10, seed=2).mix(ROWS, DATASET, 3, draw) != first
+    assert pool().mix(ROWS, DATASET, 3, 0.5, Drawing()) == first
+    alone = pool().mix(ROWS[7:8], DATASET[:1], 3, 0.5, Drawing())
+    assert alone.is_onpolicy == first.is_onpolicy[7:8]
+    assert pool().mix(ROWS, DATASET, 4, 0.5, Drawing()) != first
+    assert pool(seed=2).mix(ROWS, DATASET, 3, 0.5, Drawing()) != first
 
 
 def test_uniform_is_the_same_in_every_process():
@@ -48,29 +65,99 @@ def test_uniform_is_the_same_in_every_process():
     assert 0 <= min(uniform(place) for place in range(1000)) < 0.01
 
 
-def test_drawn_answers_serve_until_they_are_stale():
-    pool = OnPolicyPool(1.0, refresh_steps=3, seed=0)
-    pool.mix([5], [[-1]], 0, draw)
-    pool.mix([5], [[-1]], 2, never)
-    asked = []
-    pool.mix([5, 6], [[-1]] * 2, 3, lambda rows, seed: asked.extend(rows) or draw(rows, seed))
-    assert asked == [5, 6]
-    assert pool.answers[5][0] == 3
+def test_drawn_answers_serve_until_they_are_old():
+    drawn, policy = pool(refresh_steps=3), Drawing()
+    drawn.mix([5], [[-1]], 0, 1.0, policy)
+    drawn.mix([5], [[-1]], 2, 1.0, policy)
+    drawn.mix([5, 6], [[-1]] * 2, 3, 1.0, policy)
+    assert policy.asked == [[5], [5, 6]]
+    assert drawn.drawn[5].step == 3
+
+
+def test_answers_that_lost_likelihood_are_drawn_anew():
+    drawn, policy = pool(refresh_steps=100, max_staleness=0.2), Drawing(logp=-1.0)
+    assert drawn.mix([5, 6], [[-1]] * 2, 0, 1.0, policy).staleness == []
+    policy.logp = -1.15
+    assert drawn.mix([5, 6], [[-1]] * 2, 4, 1.0, policy).staleness == pytest.approx([0.15] * 2)
+    assert policy.asked == [[5, 6]]
+    policy.logp = -1.25
+    assert drawn.mix([5], [[-1]], 5, 1.0, policy).staleness == pytest.approx([0.25])
+    assert policy.asked == [[5, 6], [5]]
+    # What was drawn anew is measured against the policy that drew it.
+    policy.logp = -1.35
+    assert drawn.mix([5, 6], [[-1]] * 2, 6, 1.0, policy).staleness == pytest.approx([0.1, 0.35])
+    assert policy.asked == [[5, 6], [5], [6]]
+    # Likelier than when they were drawn is not stale.
+    policy.logp = 0.0
+    drawn.mix([5, 6], [[-1]] * 2, 7, 1.0, policy)
+    assert len(policy.asked) == 3
 
 
 def test_a_row_without_a_wrong_sample_keeps_its_negative():
-    mixed, drawn = OnPolicyPool(1.0, 3, seed=0).mix([5, 6], [[1], [2]], 0, lambda rows, seed: [[], [[9]]])
-    assert (mixed, drawn) == ([[1], [9]], 1)
+    policy = Drawing()
+    policy.draw = lambda rows, seed: [[], [[9]]]
+    assert pool(max_staleness=0.1).mix([5, 6], [[1], [2]], 0, 1.0, policy)[:2] == ([[1], [9]], [False, True])
 
 
 def test_a_stored_pool_continues_exactly(tmp_path):
-    pool = OnPolicyPool(0.7, 4, seed=3)
-    pool.mix(ROWS, DATASET, 2, draw)
-    pool.save(tmp_path / "pool.json")
-    resumed = OnPolicyPool(0.7, 4, seed=3)
+    first = pool(4, 0.1, seed=3)
+    first.mix(ROWS, DATASET, 2, 0.7, Drawing())
+    first.save(tmp_path / "pool.json")
+    resumed = pool(4, 0.1, seed=3)
     resumed.load(tmp_path / "pool.json")
     for step in range(3, 9):
-        assert resumed.mix(ROWS, DATASET, step, draw) == pool.mix(ROWS, DATASET, step, draw)
+        policy = Drawing(logp=-1 - 0.04 * step)
+        assert resumed.mix(ROWS, DATASET, step, 0.7, policy) == first.mix(ROWS, DATASET, step, 0.7, policy)
+
+
+@pytest.mark.parametrize(
+    ("value", "places", "values"),
+    [
+        (0.25, [0, 40, 80], [0.25] * 3),
+        ([[0, 0.0], [0.5, 0.5]], [0, 20, 40, 80], [0.0, 0.25, 0.5, 0.5]),
+        ([[10, 1.0], [20, 0.0], [60, 0.4]], [0, 10, 15, 20, 40, 80], [1.0, 1.0, 0.5, 0.0, 0.2, 0.4]),
+    ],
+)
+def test_a_schedule_is_linear_between_its_points(value, places, values):
+    assert [Schedule.of(value).at(step, 80) for step in places] == pytest.approx(values)
+
+
+@pytest.mark.parametrize("value", [True, None, [], [[1]], [0.5], [[0.5, 1], [0.5, 2]], [[-1, 0]], "much"])
+def test_what_is_no_schedule_is_refused(value):
+    with pytest.raises(ValueError, match=r".+"):
+        Schedule.of(value)
+
+
+def test_the_log_of_negatives_goes_on_where_a_checkpoint_was(tmp_path):
+    log = NegativesLog(tmp_path / "negatives.jsonl")
+    log.start(0)
+    for step in range(3):
+        log.write(step, [("a:1", None), ("a:2", f"wrong {step}")])
+    whole = log.path.read_bytes()
+    with log.path.open("a") as file:
+        file.write('{"step": 3, "ro')
+    log.start(2)
+    log.write(2, [("a:1", None), ("a:2", "wrong 2")])
+    assert log.path.read_bytes() == whole
+    assert json.loads(whole.splitlines()[1]) == {"step": 0, "row": "a:2", "origin": "onpolicy", "answer": "wrong 0"}
+    assert json.loads(whole.splitlines()[2]) == {"step": 1, "row": "a:1", "origin": "dataset"}
+    log.start(0)
+    assert log.path.read_bytes() == b""
+
+
+def test_log_probs_of_answers_are_those_of_full_logits(model, collator, rows):
+    attach_head(model)
+    answers = [[[7, 8, 2], [9, 2]], [], [[6, 6, 6, 2]]]
+    found = answers_logp(model, collator, rows[:3], answers)
+    for row, of_row, values in zip(rows, answers, found, strict=False):
+        for tokens, value in zip(of_row, values, strict=True):
+            ids = collator.prompts([row])
+            length = ids["input_ids"].shape[1]
+            ids["input_ids"] = torch.cat([ids["input_ids"], torch.tensor([tokens])], dim=1)
+            logits = model(**{**ids, "attention_mask": torch.ones_like(ids["input_ids"])}).logits.double()
+            logp = logits.log_softmax(-1)[0, length - 1 : -1].gather(-1, torch.tensor(tokens)[:, None])
+            assert value == pytest.approx(logp.mean().item(), abs=1e-5)
+    assert answers_logp(model, collator, rows[:2], [[], []]) == [[], []]
 
 
 def test_samples_are_wrong_answers_and_leave_the_random_state(model, collator, rows):

@@ -20,12 +20,36 @@ import os, signal, sys
 import torch
 from cwdpo_trainer import cli, stages
 
+save_more = stages.CWDPOTrainer._save_more
+
 def killed(self, folder):
     if self.state.global_step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-    self.pool.save(self._pool_path(folder))
+    save_more(self, folder)
 
 stages.CWDPOTrainer._save_more = killed
+torch.set_num_threads(1)
+cli.main(["run", sys.argv[1]])
+"""
+
+
+KILLED_IN_A_CACHE_WRITE = """
+import os, signal, sys
+import torch
+from cwdpo_trainer import cli, reference_cache
+
+add, count = reference_cache.ReferenceCache.add, 0
+
+def killed(self, pairs):
+    global count
+    count += 1
+    add(self, pairs)
+    if count == {step}:
+        with open(self._own, "r+b") as file:
+            file.truncate(self._own.stat().st_size - 20)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+reference_cache.ReferenceCache.add = killed
 torch.set_num_threads(1)
 cli.main(["run", sys.argv[1]])
 """
@@ -37,13 +61,18 @@ def results(folder: Path) -> dict:
     return metrics
 
 
-def run_killed(config: Path, step: int) -> None:
+def run_killed(config: Path, step: int, program: str = KILLED_IN_A_SAVE) -> None:
     process = subprocess.run(
-        [sys.executable, "-c", KILLED_IN_A_SAVE.format(step=step), str(config)],
+        [sys.executable, "-c", program.format(step=step), str(config)],
         capture_output=True,
         text=True,
     )
     assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+
+
+def cache_lines(folder: Path) -> int:
+    """Complete lines, one for each forward of the reference."""
+    return sum(path.read_bytes().count(b"\n") for path in folder.glob("reference_cache/*/*.jsonl"))
 
 
 @pytest.fixture
@@ -79,6 +108,7 @@ def test_a_run_leaves_its_results_and_is_not_repeated(config, settings, capsys):
     assert (finding["stage"], finding["step"], finding["name"]) == ("dpo", 6, "drift")
     training, _, table = capsys.readouterr().out.partition("after CW-DPO")
     assert training.count("found drift (stage dpo, step 3): ") == 1
+    assert f"reference cache: 8 pairs, 1 KiB in {folder / 'reference_cache'}" in training
     for text in (
         "exact match of captions",
         "CIDEr",
@@ -109,7 +139,7 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp
     assert main(["run", str(config)]) == 0
     assert (folder / "sft" / "model.safetensors").stat().st_mtime_ns == sft
     assert results(folder) == results(tmp_path / "whole")
-    for name in ("probes.csv", "predictions.jsonl", "cwdpo/model.safetensors"):
+    for name in ("probes.csv", "predictions.jsonl", "cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
 
 
@@ -142,6 +172,26 @@ def test_a_run_killed_before_its_model_is_saved_trains_no_further(settings, writ
     assert (folder / "cwdpo/model.safetensors").read_bytes() == (
         tmp_path / "whole/cwdpo/model.safetensors"
     ).read_bytes()
+
+
+def test_a_run_killed_in_a_cache_write_loses_nothing(settings, write_config, tmp_path, caplog):
+    """Stage 2 goes through its data more than once: a second epoch finds what the first one left, to the last bit."""
+    settings["dpo"] |= {"max_steps": 5, "logp_floor": "auto", "tau": "auto", "auto_rows": 2}
+    settings["data"]["sft_fraction"] = 0.6
+    settings["sft"] |= {"max_steps": 1}
+    whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
+    assert main(["run", str(whole)]) == 0
+    config = write_config(settings)
+    run_killed(config, step=4, program=KILLED_IN_A_CACHE_WRITE)
+    folder = Path(settings["output_dir"])
+    assert cache_lines(folder) == 3
+    assert main(["run", str(config)]) == 0
+    assert "the last line was cut off, its pairs are computed again" in caplog.text
+    assert results(folder) == results(tmp_path / "whole")
+    for name in ("cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):
+        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+    # Nothing that was on disk has been computed again.
+    assert cache_lines(folder) == cache_lines(tmp_path / "whole") > 3
 
 
 def test_stages_one_by_one_are_the_whole_run(config, settings, write_config, tmp_path, capsys):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import functools
+import math
 
 import pytest
 import torch
@@ -70,6 +72,110 @@ def test_loss_of_cwdpo_is_that_of_full_logits(make, collator, rows):
     assert trainer.compute_loss(trainer.model, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_cooling_off_is_vanilla_dpo(make, collator, rows):
+    trainer = make(CWDPOTrainer, beta=0.3, cooling=False)
+    trainer._is_first_batch = False
+    with torch.no_grad():
+        trainer.model.lm_head.weight.add_(0.5 * torch.randn_like(trainer.model.lm_head.weight))
+    pairs = collator(rows[:4])
+    batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
+    ratio = answer_logp(trainer.model, batch)[0] - answer_logp(trainer.reference, batch)[0]
+    expected = -F.logsigmoid(0.3 * (ratio[:4] - ratio[4:])).mean()
+    assert trainer.compute_loss(trainer.model, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
+
+
+def counted_reference(trainer):
+    """The numbers of answers of the reference's forwards, as they happen."""
+    sizes, forward = [], trainer.reference.forward
+
+    @functools.wraps(forward)  # `generate` reads the signature
+    def counting(*args, **kwargs):
+        sizes.append(len(kwargs["input_ids"]))
+        return forward(*args, **kwargs)
+
+    trainer.reference.forward = counting
+    return sizes
+
+
+def losses(trainer, collator, rows):
+    trainer._is_first_batch = False
+    return [trainer.compute_loss(trainer.model, collator(rows[place : place + 4])).item() for place in (0, 4, 2)]
+
+
+@pytest.mark.parametrize("fraction", [0.0, 0.4])
+def test_a_cache_changes_no_loss_and_spares_the_reference(make, collator, rows, tmp_path, fraction):
+    """The third batch is made of rows of the first two."""
+    options = {"onpolicy_fraction": fraction, "reference_cache": str(tmp_path / "cache"), "seed": 2}
+    plain, filling, filled = (make(CWDPOTrainer, **{**options, **more}) for more in ({"reference_cache": None}, {}, {}))
+    for trainer in (plain, filling, filled):
+        trainer.model = plain.model
+    with torch.no_grad():
+        plain.model.lm_head.weight.add_(0.5 * torch.randn_like(plain.model.lm_head.weight))
+    expected = losses(plain, collator, rows)
+    sizes = counted_reference(filling)
+    assert losses(filling, collator, rows) == pytest.approx(expected, rel=1e-6)
+    drawn = [round(4 * value.item()) for value in filling._sums["onpolicy"]]
+    assert (sum(drawn) > 0) == (fraction > 0)
+    forwards = [[8, drawn[0]], [8, drawn[1]], [drawn[2]]]
+    assert sizes == [size for batch in forwards for size in batch if size > 0]
+    sizes = counted_reference(filled)
+    assert losses(filled, collator, rows) == losses(filling, collator, rows)
+    assert sizes == [size for size in drawn if size > 0]
+
+
+def test_training_on_a_filled_cache_runs_no_reference_but_for_the_probes(make):
+    first = make(CWDPOTrainer, max_steps=4, eval_strategy="no", eval_on_start=False)
+    computed = counted_reference(first)
+    first.train()
+    probes = len(computed) - 4  # each of the four batches is computed once, the check of the first one included
+    first.model.load_state_dict(first.reference.state_dict())
+    again = make(CWDPOTrainer, max_steps=4, eval_strategy="no", eval_on_start=False)
+    computed = counted_reference(again)
+    again.train()
+    assert len(computed) == probes
+
+
+def test_a_cached_value_that_is_wrong_is_refused(make):
+    trainer = make(CWDPOTrainer)
+    trainer._reference_logp = lambda batch: torch.zeros(len(batch.labels))
+    trainer.cached_reference._forward = trainer._reference_logp
+    with pytest.raises(RuntimeError, match=r"handover: expected log-ratios"):
+        trainer.train()
+
+
+def test_all_processes_compute_if_one_must(make, collator, rows):
+    """The forward of a sharded model waits for all of them."""
+    trainer = make(CWDPOTrainer)
+    losses(trainer, collator, rows)
+    sizes = counted_reference(trainer)
+    before = losses(trainer, collator, rows)
+    assert sizes == []
+    trainer.cached_reference._is_needed_anywhere = lambda needed: True
+    assert losses(trainer, collator, rows) == before
+    assert sizes == [2, 1] * 3
+    assert len(trainer.cached_reference.cache) == 8
+
+
+def test_cooling_is_measured_once_and_then_kept(make, rows, tmp_path, monkeypatch):
+    options = {"logp_floor": "auto", "tau": "auto", "auto_rows": 10, "save_strategy": "steps", "save_steps": 2}
+    trainer = make(CWDPOTrainer, **options)
+    trainer.train()
+    batch = trainer._pairs(trainer._collate(rows[:10]))
+    total, count = answer_logp(trainer.reference, batch)
+    low, floor, high = torch.quantile((total / count)[10:], torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+    measured = {"logp_floor": trainer.cooling.logp_floor, "tau": trainer.cooling.temperature}
+    assert measured == pytest.approx({"logp_floor": floor, "tau": (high - low) / (2 * math.log(3))}, rel=1e-5)
+    (logged,) = [entry for entry in trainer.state.log_history if "logp_floor" in entry]
+    assert logged.items() >= measured.items()
+    assert trainer.probes.cooling == trainer.cooling
+
+    monkeypatch.setattr(CWDPOTrainer, "_measured_cooling", None)  # a resumed run measures nothing
+    resumed = make(CWDPOTrainer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stage" / "checkpoint-2"))
+    assert resumed.cooling == trainer.cooling
+    assert resumed.state.global_step == 4
+
+
 def test_training_moves_the_policy_and_not_the_reference(make):
     trainer = make(CWDPOTrainer, learning_rate=1e-3, onpolicy_fraction=0.5)
     before = copy.deepcopy(trainer.reference.state_dict())
@@ -86,6 +192,7 @@ def test_training_moves_the_policy_and_not_the_reference(make):
         "rejected_mean_logp",
         "kept",
         "onpolicy",
+        "onpolicy_fraction",
     }
     assert [entry["step"] for entry in logs] == [2, 4]
     assert all(names <= entry.keys() for entry in logs)

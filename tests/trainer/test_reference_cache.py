@@ -1,0 +1,133 @@
+"""The reference's log-probs on disk: found again bit for bit, or computed again, whatever happens to the files."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import logging
+import random
+from concurrent.futures import ThreadPoolExecutor
+
+import numpy as np
+import torch
+from transformers import AutoModelForImageTextToText
+
+from cwdpo_trainer.pictures import FilePicture
+from cwdpo_trainer.reference_cache import PairLogp, ReferenceCache, fingerprint, image_keys, pair_key
+
+
+def some_pairs(seed: int, count: int = 4) -> dict[str, PairLogp]:
+    values = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) * -40
+    return {pair_key([], [seed, place], [1], [2]): PairLogp(*pair) for place, pair in enumerate(values.tolist())}
+
+
+def test_pairs_are_found_again_bit_for_bit(tmp_path):
+    pairs = some_pairs(0) | {"tiny": PairLogp(float(np.float32(-1e-38)), -0.0)}
+    first = ReferenceCache(tmp_path / "cache")
+    assert first.get(["tiny"]) == [None]
+    first.add(pairs)
+    again = ReferenceCache(tmp_path / "cache")
+    for cache in (first, again):
+        assert cache.get([*pairs, "other"]) == [*pairs.values(), None]
+    assert again.describe() == f"reference cache: 5 pairs, 1 KiB in {tmp_path / 'cache'}"
+    assert len(list((tmp_path / "cache").iterdir())) == 1  # who adds nothing leaves no file
+
+
+def test_processes_see_what_the_others_add(tmp_path):
+    caches = [ReferenceCache(tmp_path) for _ in range(4)]
+
+    def work(place):
+        for seed in range(place, 200, 4):
+            caches[place].add(some_pairs(seed))
+
+    with ThreadPoolExecutor(4) as threads:
+        list(threads.map(work, range(4)))
+    for cache in caches:
+        for seed in range(200):
+            pairs = some_pairs(seed)
+            assert cache.get(list(pairs)) == list(pairs.values())
+
+
+def damage(path, place):
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1
+    path.write_bytes(data)
+
+
+def test_a_damaged_line_is_found_wherever_the_damage_is(tmp_path, caplog):
+    cache = ReferenceCache(tmp_path)
+    for seed in range(3):
+        cache.add(some_pairs(seed, count=1))
+    (path,) = tmp_path.iterdir()
+    whole = path.read_bytes()
+    lines = whole.splitlines(keepends=True)
+    places = range(len(lines[0]), len(lines[0]) + len(lines[1]) - 1)
+    for place in random.Random(0).sample(places, 20):
+        path.write_bytes(whole)
+        damage(path, place)
+        caplog.clear()
+        known = ReferenceCache(tmp_path)
+        found = [known.get(list(some_pairs(seed, count=1)))[0] for seed in range(3)]
+        assert [pair is None for pair in found] == [False, True, False]
+        assert [record.getMessage() for record in caplog.records] == [
+            f"{path}: a line is damaged, its pairs are computed again"
+        ] * len(caplog.records)
+        assert caplog.records
+
+
+def test_a_line_that_was_cut_off_is_told_and_does_not_hide_the_next_file(tmp_path, caplog):
+    ReferenceCache(tmp_path).add(some_pairs(0))
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-9])
+    cache = ReferenceCache(tmp_path)
+    assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
+        (logging.WARNING, f"{path}: the last line was cut off, its pairs are computed again")
+    ]
+    assert cache.get(list(some_pairs(0))) == [None] * 4
+    cache.add(some_pairs(0))
+    assert ReferenceCache(tmp_path).get(list(some_pairs(0))) == list(some_pairs(0).values())
+
+
+def test_a_key_depends_on_images_prompt_and_answers():
+    keys = {
+        pair_key(*parts)
+        for parts in [
+            (["a"], [1, 2], [3], [4]),
+            (["b"], [1, 2], [3], [4]),
+            (["a", "b"], [1, 2], [3], [4]),
+            (["a"], [1], [2, 3], [4]),
+            (["a"], [1, 2], [4], [3]),
+        ]
+    }
+    assert len(keys) == 5
+
+
+def test_images_are_known_by_their_bytes_and_pixels(rows, tmp_path):
+    copied = tmp_path / "copy.png"
+    copied.write_bytes(rows[0].images[0].read_bytes())
+    same = dataclasses.replace(rows[0], images=(FilePicture(copied),))
+    smaller = dataclasses.replace(rows[0], max_pixels=16)
+    keys = [image_keys(row) for row in (rows[0], same, rows[1], smaller)]
+    assert keys[0] == keys[1]
+    assert len({tuple(key) for key in keys}) == 3
+
+
+def test_a_fingerprint_depends_on_weights_settings_and_precision_alone(model, collator, tmp_path):
+    name = fingerprint(model, collator.processor, "weights")
+    model.save_pretrained(tmp_path / "model")
+    loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")
+    for same in (loaded, copy.deepcopy(model)):
+        assert fingerprint(same, collator.processor, "weights") == name
+    others = {name, fingerprint(model, collator.processor, "bf16")}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        other.lm_head.weight.view(torch.int32)[3, 5] ^= 1
+    others.add(fingerprint(other, collator.processor, "weights"))
+    others.add(fingerprint(copy.deepcopy(model).bfloat16(), collator.processor, "weights"))
+    other = copy.deepcopy(model)
+    other.config.text_config.rope_parameters["rope_theta"] = 5000.0
+    others.add(fingerprint(other, collator.processor, "weights"))
+    processor = copy.deepcopy(collator.processor)
+    processor.image_processor.do_normalize = False
+    others.add(fingerprint(model, processor, "weights"))
+    assert len(others) == 6
