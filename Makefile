@@ -29,7 +29,7 @@ $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.cpp
 	touch $@
 
 demo: $(READY)
-	$(BIN)/cwdpo run trainer/recipes/digits.yaml
+	$(BIN)/cwdpo demo
 
 test: $(READY)
 	$(BIN)/python -m pytest

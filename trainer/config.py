@@ -116,6 +116,15 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     return RunConfig(raw, base, Path(output_dir), seed, **sections), problems
 
 
+def read_section(where: str, name: str, raw: dict[str, Any]) -> Any:
+    """The dataclass of one section of a file that was read already. Raises `InputError` about its first mistake."""
+    problems: list[InputError] = []
+    section = _section(where, name, raw, problems)
+    if problems:
+        raise problems[0]
+    return section
+
+
 @contextlib.contextmanager
 def _collecting(problems: list[InputError]) -> Iterator[None]:
     try:

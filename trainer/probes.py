@@ -11,6 +11,11 @@ set's tokens and log-probs are means over its answers:
     {set}_cooling, {set}_cooling_bin{0..9}: mean of w_c and its histogram (shares), negatives only
 
 The reference is the model that the stage started from: the initial one in stage 1, the SFT model in stage 2.
+
+All figures of a batch come from one forward of each model and one call of each head. A token costs six products
+with a head: one for the policy's statistics, one for the reference's log-prob, and four for TV and JS, which need
+both normalisers before they can add up differences. No op returns normalisers with its statistics, so these are not
+shared; beside the backbones' passes over prompt and image the two products too many do not count.
 """
 
 from __future__ import annotations
@@ -83,11 +88,12 @@ class Probes:
         self.rows = list(rows[: settings.rows])
         self.sets = self._answers_of_data()
 
-    def draw_onpolicy(self, reference: PreTrainedModel) -> None:
-        """Make the set `onpolicy` of wrong answers that `reference` draws; if none is, there is no set."""
+    def draw_onpolicy(self, reference: PreTrainedModel, title: str | None = None) -> None:
+        """Make the set `onpolicy` of wrong answers that `reference` draws; if none is, there is no set. With a
+        `title` under a progress bar."""
         scenes = [row for row, _ in self.sets["chosen"]]
         answers: list[Answer] = []
-        for batch in batched(scenes, self.batch_size):
+        for batch in batched(scenes, self.batch_size, title):
             drawn = sample_answers(reference, self.collator, batch, self.sampling, self.seed)
             answers += [(row, tokens) for row, of_row in zip(batch, drawn, strict=True) for tokens in of_row]
         self.sets.pop("onpolicy", None)
@@ -100,13 +106,17 @@ class Probes:
         return [f"{name}_{key}" for name in self.sets for key in (*FIGURES, *(cooling if self._cools(name) else ()))]
 
     @torch.no_grad()
-    def measure(self, policy: nn.Module, reference: nn.Module, device: torch.device) -> dict[str, float]:
-        """All figures of all sets; `policy` may be wrapped, and is left in the mode that it was in."""
+    def measure(
+        self, policy: nn.Module, reference: nn.Module, device: torch.device, title: str | None = None
+    ) -> dict[str, float]:
+        """All figures of all sets; `policy` may be wrapped, and is left in the mode that it was in. With a `title`
+        under progress bars."""
         was_training = policy.training
         policy.eval()
         figures: dict[str, float] = {}
         for name, answers in self.sets.items():
-            parts = [_measure_batch(policy, reference, batch) for batch in self._batches(answers, device)]
+            batches = self._batches(answers, device, None if title is None else f"{title}: {name}")
+            parts = [_measure_batch(policy, reference, batch) for batch in batches]
             measured = _Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
             figures |= {f"{name}_{key}": value for key, value in _summary(measured).items()}
             if self._cools(name):
@@ -128,9 +138,9 @@ class Probes:
                 sets.setdefault(name, {}).setdefault(key, (row, self.collator.answer_tokens(row, answer)))
         return {name: list(answers.values()) for name, answers in sets.items()}
 
-    def _batches(self, answers: Sequence[Answer], device: torch.device) -> Iterator[Batch]:
+    def _batches(self, answers: Sequence[Answer], device: torch.device, title: str | None) -> Iterator[Batch]:
         pad_id = self.collator.tokenizer.pad_token_id
-        for batch in batched(answers, self.batch_size):
+        for batch in batched(answers, self.batch_size, title):
             prompts = self.collator.prompts([row for row, _ in batch])
             inputs, labels = with_answers(prompts, [tokens for _, tokens in batch], pad_id=pad_id)
             yield Batch(to_device(inputs, device), labels.to(device))

@@ -15,7 +15,7 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +38,7 @@ from cwdpo_trainer.report import Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
 from cwdpo_trainer.sources import open_source
 from cwdpo_trainer.stages import COMPLETE, ConstrainedSFTTrainer, CWDPOTrainer, StageTrainer
-from cwdpo_trainer.summary import LABEL_OF_STAGE, MODEL_FOLDERS
+from cwdpo_trainer.summary import COOLING_FILE, LABEL_OF_STAGE, MODEL_FOLDERS
 
 STATE_FILE = "trainer_state.json"
 
@@ -191,6 +191,8 @@ def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: Model) 
         trainer.save_model(str(unfinished))
         if trainer.args.should_save:
             trainer.state.save_to_json(str(unfinished / STATE_FILE))
+            if isinstance(trainer, CWDPOTrainer):
+                write_json(unfinished / COOLING_FILE, asdict(trainer.cooling))
     trainer.accelerator.wait_for_everyone()
 
 

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
 from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_trainer.arguments import SamplingArguments
 from cwdpo_trainer.collator import PairCollator, Tokens, to_device, with_answers
 from cwdpo_trainer.data import Row, answer_text
+
+Item = TypeVar("Item")
 
 
 @dataclass
@@ -98,20 +102,24 @@ def _mean_logp(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
 
 
 def caption(
-    model: PreTrainedModel, collator: PairCollator, rows: Sequence[Row], max_new_tokens: int, batch_size: int
-) -> list[str]:
-    """The greedy answer to each row's prompt, as text."""
+    model: PreTrainedModel, collator: PairCollator, rows: Sequence[Row], max_new_tokens: int, batch_size: int,
+    title: str | None = None,
+) -> list[str]:  # fmt: skip
+    """The greedy answer to each row's prompt, as text; with a `title` under a progress bar."""
     texts: list[str] = []
-    for batch in batched(rows, batch_size):
+    for batch in batched(rows, batch_size, title):
         tokens = _generate(model, collator, batch, max_new_tokens, do_sample=False)
         texts += collator.tokenizer.batch_decode(tokens, skip_special_tokens=True)
     return [text.strip() for text in texts]
 
 
-def batched(rows: Sequence[Row], size: int) -> Iterator[Sequence[Row]]:
-    """`rows` in slices of `size`."""
-    for start in range(0, len(rows), size):
-        yield rows[start : start + size]
+def batched(rows: Sequence[Item], size: int, title: str | None = None) -> Iterator[Sequence[Item]]:
+    """`rows` in slices of `size`; with a `title` under a progress bar that counts rows."""
+    with tqdm(total=len(rows), desc=title, disable=title is None, dynamic_ncols=True, leave=False) as bar:
+        for start in range(0, len(rows), size):
+            batch = rows[start : start + size]
+            yield batch
+            bar.update(len(batch))
 
 
 def normalise(text: str) -> str:

@@ -48,8 +48,8 @@ from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.progress import CompactProgress
 from cwdpo_trainer.reference import CachedReference, check_handover, open_cache
 from cwdpo_trainer.sampling import PolicyInTraining, batched
+from cwdpo_trainer.summary import COOLING_FILE
 
-COOLING_FILE = "cooling.json"  # in a checkpoint of stage 2: its `Cooling`
 COMPLETE = "COMPLETE"  # in a checkpoint folder: everything of it was written
 
 

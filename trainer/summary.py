@@ -13,6 +13,7 @@ import cwdpo_kernels
 from cwdpo_trainer.history import sets_of
 
 MODEL_FOLDERS = {"sft": "sft", "dpo": "cwdpo"}  # of a run, with the model after each stage
+COOLING_FILE = "cooling.json"  # in checkpoints of stage 2 and beside its model: its `Cooling`
 LABEL_OF_STAGE = {"sft": "after_sft", "dpo": "after_cwdpo"}  # in metrics.json
 TITLES = {"start": "start", "after_sft": "after SFT", "after_cwdpo": "after CW-DPO"}
 REFERENCES = "reference: the initial model in stage 1, the model that stage 2 starts from in stage 2"

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cwdpo_trainer.cli import main
 from cwdpo_trainer.collator import PairCollator
 from cwdpo_trainer.data import Row, load_rows
 
@@ -142,3 +143,24 @@ def write_config(tmp_path: Path):
         return path
 
     return write
+
+
+@pytest.fixture(scope="session")
+def finished(tmp_path_factory: pytest.TempPathFactory, task: Path) -> Path:
+    """The folder of a short run of both stages, which measured all held-out rows; tests must not change it."""
+    folder = tmp_path_factory.mktemp("finished")
+    stage = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2,
+             "learning_rate": 1e-2, "disable_tqdm": True}  # fmt: skip
+    settings = {
+        "output_dir": str(folder / "run"),
+        "model": {"path": str(task / "model")},
+        "data": {"train": str(task / "train.jsonl"), "heldout": str(task / "heldout.jsonl"), "max_length": 40},
+        "sft": {**stage, "hub_token": "hf_secret"},
+        "dpo": {**stage, "logp_floor": -4.0, "tau": 2.0},
+        "probes": {"rows": 12, "caption_rows": 12},
+        "sampling": {"max_new_tokens": 6},
+    }
+    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
+    torch.set_num_threads(1)
+    assert main(["run", str(folder / "config.yaml")]) == 0
+    return folder / "run"

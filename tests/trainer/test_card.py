@@ -17,26 +17,6 @@ from cwdpo_trainer.cli import main
 from cwdpo_trainer.summary import table
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory, task):
-    """The folder of a short run of both stages."""
-    folder = tmp_path_factory.mktemp("card")
-    stage = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2,
-             "learning_rate": 1e-2, "disable_tqdm": True}  # fmt: skip
-    settings = {
-        "output_dir": str(folder / "squares"),
-        "model": {"path": str(task / "model")},
-        "data": {"train": str(task / "train.jsonl"), "heldout": str(task / "heldout.jsonl")},
-        "sft": {**stage, "hub_token": "hf_secret"},
-        "dpo": stage,
-        "probes": {"rows": 6, "caption_rows": 6},
-        "sampling": {"max_new_tokens": 6},
-    }
-    (folder / "config.yaml").write_text(yaml.safe_dump(settings))
-    assert main(["run", str(folder / "config.yaml")]) == 0
-    return folder / "squares"
-
-
 def section(card, title):
     return card.text.split(f"## {title}\n")[1].split("\n## ")[0].strip()
 
@@ -45,7 +25,7 @@ def section(card, title):
 def test_card_has_the_figures_of_the_run(finished, name, label):
     metrics = json.loads((finished / "metrics.json").read_text())
     card = ModelCard.load(finished / name / "README.md")
-    assert card.data.model_name == f"squares-{name}"
+    assert card.data.model_name == f"run-{name}"
     assert card.data.pipeline_tag == "image-text-to-text"
     assert {"cwdpo", "dpo"} <= set(card.data.tags)
     assert card.data.library_name == "transformers"

@@ -1,0 +1,89 @@
+"""`cwdpo probe`, `cwdpo eval` and `cwdpo demo` through the command line."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from cwdpo_trainer import cli
+from cwdpo_trainer.cli import main
+
+
+def test_probe_of_a_run_gives_its_last_figures_again(finished, task, tmp_path, capsys):
+    target = tmp_path / "probe.json"
+    assert main(["probe", str(finished), str(task / "heldout.jsonl"), "--json", str(target)]) == 0
+    result = json.loads(target.read_text())
+    metrics = json.loads((finished / "metrics.json").read_text())
+    expected = metrics["after_cwdpo"]["probes"]
+    expected.pop("step")
+    assert result["figures"]["model"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert result["figures"]["reference"]["chosen_delta_logp"] == 0
+    before, after = (result["figures"][name]["chosen_logp"] for name in ("reference", "model"))
+    assert after - before == pytest.approx(expected["chosen_delta_logp"], rel=1e-4)
+    found = {finding["name"] for finding in metrics["findings"] if finding["stage"] == "dpo"}
+    assert {finding["name"] for finding in result["findings"]} == found != set()
+    assert result["answers"] == {"chosen": 12, "near": 6, "easy": 6, "onpolicy": result["answers"]["onpolicy"]}
+    said = capsys.readouterr().out
+    assert f"{before:.3f} -> {after:.3f}" in said
+    assert all(f"found {name}: " in said for name in found)
+    assert str(target) in said
+
+
+def test_probe_of_a_model_with_and_without_a_reference(finished, task, tmp_path, capsys):
+    target, data = tmp_path / "probe.json", str(task / "heldout.jsonl")
+    assert main(["probe", str(finished / "sft"), data, "--rows", "4", "--json", str(target)]) == 0
+    result = json.loads(target.read_text())
+    assert result["reference"] is None
+    assert not any("delta" in name or name.endswith(("_tv", "_js")) for name in result["figures"]["model"])
+    assert result["answers"]["chosen"] == 4
+    assert "no reference to compare with" in capsys.readouterr().out
+    arguments = ["probe", str(finished / "sft"), data, "--reference", str(task / "model"), "--json", str(target)]
+    assert main(arguments) == 0
+    metrics = json.loads((finished / "metrics.json").read_text())
+    model = json.loads(target.read_text())["figures"]["model"]
+    assert model["chosen_delta_logp"] == pytest.approx(metrics["after_sft"]["probes"]["chosen_delta_logp"], rel=1e-4)
+
+
+def test_eval_of_a_run_gives_its_scores_again(finished, task, tmp_path, capsys):
+    target = tmp_path / "eval.json"
+    assert main(["eval", str(finished), str(task / "heldout.jsonl"), "--json", str(target)]) == 0
+    result = json.loads(target.read_text())
+    metrics = json.loads((finished / "metrics.json").read_text())["after_cwdpo"]
+    assert (result["exact_match"], result["cider"]) == (metrics["exact_match"], metrics["cider"])
+    lines = (finished / "predictions.jsonl").read_text().splitlines()
+    assert [entry["caption"] for entry in result["captions"]] == [json.loads(li)["caption_after_cwdpo"] for li in lines]
+    assert f"12 captions, exact match {metrics['exact_match']:.3f}, CIDEr {metrics['cider']:.1f}" in (
+        capsys.readouterr().out
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["probe", "./nowhere", "DATA"], "expected RUN_OR_MODEL to have an existing folder, or a name on the Hub, got"),
+        (["eval", "EMPTY", "DATA"], "expected path to have a vision-language model and its processor"),
+        (["probe", "UNFINISHED", "DATA"], "expected the run to have state at least one stage done, got none done"),
+        (["probe", "MODEL", "./nowhere.jsonl"], "expected the data set to have an existing file, got none there"),
+    ],
+)
+def test_mistakes_are_named(arguments, message, task, tmp_path, capsys):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "unfinished").mkdir()
+    (tmp_path / "unfinished" / "run.json").write_text(json.dumps({"config": {"model": {"path": "x"}}}))
+    places = {"DATA": task / "heldout.jsonl", "EMPTY": tmp_path / "empty", "MODEL": task / "model",
+              "UNFINISHED": tmp_path / "unfinished"}  # fmt: skip
+    assert main([str(places.get(word, word)) for word in arguments]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_demo_is_the_packaged_recipe(monkeypatch):
+    started = []
+    monkeypatch.setattr(cli, "run", lambda config, only: started.append((config, only)))
+    assert main(["demo", "sft.max_steps=1"]) == 0
+    ((config, only),) = started
+    assert only is None
+    assert config.output_dir == Path("runs/digits")
+    assert config.sft.max_steps == 1
+    assert config.raw["prepare"]["function"] == "cwdpo_trainer.recipes.digits:prepare"
