@@ -7,7 +7,9 @@ negatives are mixed in, as a data loader fetches batches ahead of the policy tha
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
@@ -35,6 +37,9 @@ class PairCollator:
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
+        # PaliGemma's takes the answer as a suffix, and marks it with type 1: what has type 0 sees both sides.
+        takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self.answer_types = {"token_type_ids": 1} if takes_suffix else {}
         for name in ("eos_token_id", "pad_token_id"):
             require(getattr(self.tokenizer, name) is not None, "processor", "tokenizer", "a", name, None)
 
@@ -58,7 +63,11 @@ class PairCollator:
             text_kwargs={"padding": True, "padding_side": padding_side, "add_special_tokens": not chat},
             return_tensors="pt",
         )
-        return dict(outputs)
+        return {name: value for name, value in outputs.items() if name != "labels"}  # PaliGemma's, of its suffix
+
+    def join(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens]) -> Batch:
+        """What `prompts` returned, followed by answers: see `with_answers`."""
+        return with_answers(prompts, *answers, pad_id=self.tokenizer.pad_token_id, answer_types=self.answer_types)
 
     def answer_tokens(self, row: Row, answer: str | list[dict[str, Any]]) -> Tokens:
         """The tokens that a model should write after the row's prompt, the end-of-sequence token last; of a row
@@ -81,12 +90,17 @@ class PairCollator:
         return self.processor.apply_chat_template(row.prompt, add_generation_prompt=True)
 
 
-def with_answers(prompts: dict[str, Tensor], *answers: Sequence[Tokens], pad_id: int) -> Batch:
+def with_answers(
+    prompts: dict[str, Tensor],
+    *answers: Sequence[Tokens],
+    pad_id: int,
+    answer_types: Mapping[str, int] = MappingProxyType({}),
+) -> Batch:
     """P prompts followed by their answers: with k lists of P answers a batch of k P rows, list after list.
 
-    Outputs of the shape of `input_ids` (masks, token types) grow with the answers: 1 in the attention mask
-    and 0, which is "text", in the others. All other outputs (pixel_values, image_grid_thw, ...) are repeated
-    k times.
+    Outputs of the shape of `input_ids` (masks, token types) grow with the answers: 1 in the attention mask, in the
+    others what `answer_types` says, or 0, which is "text". All other outputs (pixel_values, image_grid_thw, ...)
+    are repeated k times.
     Rows are padded on the right with `pad_id`. Labels are the answers' tokens, `IGNORE_INDEX` elsewhere.
     """
     ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
@@ -105,7 +119,8 @@ def with_answers(prompts: dict[str, Tensor], *answers: Sequence[Tokens], pad_id:
     for place, (row, tokens) in enumerate(rows):
         span = slice(lengths[row], lengths[row] + len(tokens))
         inputs["input_ids"][place, span] = labels[place, span] = ids.new_tensor(tokens)
-        inputs["attention_mask"][place, span] = 1
+        for key, value in {"attention_mask": 1, **answer_types}.items():
+            inputs[key][place, span] = value
     return Batch(inputs, shift_labels(labels))
 
 

@@ -22,6 +22,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
+from transformers.image_utils import make_flat_list_of_images
 
 from cwdpo_trainer.collator import PairCollator
 from cwdpo_trainer.data import SHOWN, Row
@@ -109,8 +110,7 @@ class _OncePerShape:
         return getattr(self._processor, name)
 
     def __call__(self, images: Any, **options: Any) -> Any:
-        (of_row,) = images  # one row at a time, as the meter calls it
-        key = tuple((image.mode, image.size) for image in of_row)
+        key = tuple((image.mode, image.size) for image in make_flat_list_of_images(images))
         if key not in self._outputs:
             outputs = self._processor(images, **options)
             for name, value in outputs.items():

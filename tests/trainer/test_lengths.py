@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
-from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PreTrainedTokenizerFast, Qwen2VLImageProcessorPil
-from transformers.models.qwen2_5_vl import Qwen2_5_VLProcessor
+from transformers import Qwen2VLImageProcessorPil
 
 from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import DataArguments, SamplingArguments
@@ -20,6 +20,9 @@ from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.pictures import FilePicture
 from cwdpo_trainer.sampling import sample_answers
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_processors import PROCESSORS
 
 
 @pytest.fixture
@@ -43,21 +46,7 @@ def make_row(tmp_path):
 
 @pytest.fixture(scope="session")
 def qwen() -> PairCollator:
-    """Qwen2.5-VL's processor on 4 x 4 pixel patches, four of them a token: 8 x 8 pixels a token."""
-    words = ["<pad>", "</s>", "<unk>", "<image>", "<video>", "a", "red", "blue", "square", "and", "describe"]
-    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
-    backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", unk_token="<unk>",
-        extra_special_tokens={"image_token": "<image>", "video_token": "<video>"},
-    )  # fmt: skip
-    size = {"shortest_edge": 4 * 64, "longest_edge": 100 * 64}
-    pictures = Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
-    processor = Qwen2_5_VLProcessor.__new__(Qwen2_5_VLProcessor)  # its video processor needs torchvision
-    processor.tokenizer, processor.image_processor, processor.video_processor = tokenizer, pictures, None
-    processor.image_token, processor.video_token, processor.chat_template = "<image>", "<video>", None
-    processor.image_token_id, processor.video_token_id = 3, 4
-    return PairCollator(processor)
+    return PairCollator(PROCESSORS["qwen2_5_vl"]())
 
 
 def real_length(collator: PairCollator, row: Row) -> int:
@@ -79,6 +68,17 @@ def test_lengths_are_those_of_the_batch_and_each_shape_is_processed_once(qwen, m
     assert lengths[0] == (16 + 1, 16, 8, 4)
     assert [length.image for length in lengths] == [16, 16, 10 + 8, 10, 0]  # 8 x 24 pixels grow to 16 x 32
     assert len(calls) == 3
+
+
+@pytest.mark.parametrize("name", PROCESSORS)
+def test_lengths_are_those_of_every_class_of_processor(name, make_row):
+    collator = PairCollator(PROCESSORS[name]())
+    meter = LengthMeter(collator)
+    for sizes in ([(8, 8)], [(40, 16)], [(40, 16), (8, 24)], [(64, 64)], [(40, 16)]):
+        row = make_row(*sizes)
+        length = meter(row)
+        assert length.total == real_length(collator, row)
+        assert length.image >= 4 * len(sizes)
 
 
 def test_nothing_happens_to_rows_that_fit(collator, make_row):
@@ -126,7 +126,7 @@ def test_shrink_lowers_the_resolution_just_enough(qwen, make_row, sizes):
     assert real_length(qwen, smaller) == meter(smaller).total
     pairs = qwen([smaller])
     assert [len(pairs[name][0]) for name in ("chosen", "rejected")] == [8, 4]  # whole, with their end
-    assert int((pairs["prompts"]["input_ids"] == 3).sum()) == meter(smaller).image
+    assert int((pairs["prompts"]["input_ids"] == qwen.processor.image_token_id).sum()) == meter(smaller).image
     small = [image.size for image in smaller.load_images()]
     assert small[0][0] / small[0][1] == pytest.approx(2, abs=0.1)
     assert small[1:] == sizes[1:]  # within the budget already

@@ -1,0 +1,67 @@
+"""No answer sees its own future; with PaliGemma, which tells prompts from answers by token types, one easily would."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import pytest
+import transformers as hf
+from PIL import Image
+
+from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
+from cwdpo_trainer.causality import check_causal
+from cwdpo_trainer.collator import PairCollator, with_answers
+from cwdpo_trainer.data import Row
+from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.pictures import FilePicture
+
+sys.path.insert(0, str(Path(__file__).parent))
+from tiny_models import TEXT, VISION
+from tiny_processors import PROCESSORS
+
+
+@pytest.fixture
+def paligemma(tmp_path):
+    """(model, collator, pairs) of two rows."""
+    collator = PairCollator(PROCESSORS["paligemma"]())
+    tokenizer = collator.tokenizer
+    config = hf.PaliGemmaConfig(
+        text_config={**TEXT, "vocab_size": len(tokenizer), "head_dim": 16, "model_type": "gemma"},
+        vision_config={**VISION, "image_size": 8, "patch_size": 4, "model_type": "siglip_vision_model",
+                       "projection_dim": 32, "vision_use_head": False},
+        image_token_index=collator.processor.image_token_id, projection_dim=32, hidden_size=32,
+    )  # fmt: skip
+    model = hf.PaliGemmaForConditionalGeneration(config)
+    model.get_output_embeddings().weight.data.normal_(std=0.5)
+    attach_head(model)
+    Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
+    picture = FilePicture(tmp_path / "red.png")
+    rows = [Row(0, "f:1", "<image> describe", chosen, "blue", (picture,), ("x",), "d") for chosen in ("a red", "red")]
+    return model, collator, collator(rows)
+
+
+def test_the_prompt_is_a_prefix_and_the_answer_its_suffix(paligemma):
+    model, collator, pairs = paligemma
+    assert "labels" not in pairs["prompts"]
+    batch = collator.join(pairs["prompts"], pairs["chosen"], pairs["rejected"])
+    types, answers = batch.inputs["token_type_ids"], (batch.labels >= 0).sum(dim=1)
+    assert types.sum(dim=1).tolist() == answers.tolist() == [3, 2, 2, 2]
+    assert check_head(model, *batch) < 1e-4
+    assert check_causal(model, *batch) < 1e-4
+
+
+def test_a_model_that_sees_both_sides_is_refused(paligemma):
+    model, _, pairs = paligemma
+    batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
+    assert check_head(model, *batch) < 1e-4  # which cannot see it
+    model.train()
+    with pytest.raises(InputError, match=r"PaliGemma.*: expected log-probs .* to have a change <= .* sees both"):
+        check_causal(model, *batch)
+    assert model.training
+
+
+def test_a_causal_model_passes(model, collator, rows):
+    attach_head(model)
+    pairs = collator(rows[:3])
+    assert check_causal(model, *collator.join(pairs["prompts"], pairs["chosen"], pairs["rejected"])) < 1e-4
