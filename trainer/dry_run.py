@@ -11,8 +11,9 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
+from cwdpo_trainer.causality import check_causal
 from cwdpo_trainer.checks import ERROR, WARNING, ModelFacts, Plan, Problem, problems_of
-from cwdpo_trainer.collator import PairCollator, to_device, with_answers
+from cwdpo_trainer.collator import PairCollator, to_device
 from cwdpo_trainer.config import RunConfig, prepare, read_config
 from cwdpo_trainer.data import Row, read_rows
 from cwdpo_trainer.errors import InputError, require
@@ -130,13 +131,14 @@ def first_pair(plan: Plan) -> Row | None:
 def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch.device) -> str:
     """Load the model and compare the fused log-probs of one pair with those of its own logits; a receipt.
 
-    Raises what the model raises, and `HeadError` where the two differ.
+    Raises what the model raises, `HeadError` where the two differ, `InputError` where an answer sees its own future.
     """
     model = load_model(config.model, model_path(config), config.lora)
     model = model if config.model.quantization else model.to(device)  # quantised weights are where they were put
     receipt = attach_head(model)
     pair = collator([row])
-    answers = (pair["chosen"], pair["rejected"])
-    inputs, labels = with_answers(pair["prompts"], *answers, pad_id=collator.tokenizer.pad_token_id)
-    difference = check_head(model, to_device(inputs, device), labels.to(device))
+    inputs, labels = collator.join(pair["prompts"], pair["chosen"], pair["rejected"])
+    batch = (to_device(inputs, device), labels.to(device))
+    difference = check_head(model, *batch)
+    check_causal(model, *batch)
     return f"{receipt}; on the pair {row.where} within {difference:.1e} nats"

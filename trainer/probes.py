@@ -38,7 +38,7 @@ from cwdpo_kernels import (
     token_stats,
 )
 from cwdpo_trainer.arguments import ProbeArguments, SamplingArguments
-from cwdpo_trainer.collator import Batch, PairCollator, Tokens, to_device, with_answers
+from cwdpo_trainer.collator import Batch, PairCollator, Tokens, to_device
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.sampling import batched, sample_answers
 
@@ -139,10 +139,9 @@ class Probes:
         return {name: list(answers.values()) for name, answers in sets.items()}
 
     def _batches(self, answers: Sequence[Answer], device: torch.device, title: str | None) -> Iterator[Batch]:
-        pad_id = self.collator.tokenizer.pad_token_id
         for batch in batched(answers, self.batch_size, title):
             prompts = self.collator.prompts([row for row, _ in batch])
-            inputs, labels = with_answers(prompts, [tokens for _, tokens in batch], pad_id=pad_id)
+            inputs, labels = self.collator.join(prompts, [tokens for _, tokens in batch])
             yield Batch(to_device(inputs, device), labels.to(device))
 
 

@@ -34,7 +34,8 @@ from cwdpo_kernels import (
 from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import DPOArguments, SamplingArguments, SFTArguments, StageArguments
 from cwdpo_trainer.card import Origin, changed_settings, write_stage_card
-from cwdpo_trainer.collator import Batch, PairCollator, to_device, with_answers
+from cwdpo_trainer.causality import check_causal
+from cwdpo_trainer.collator import Batch, PairCollator, to_device
 from cwdpo_trainer.cooling import measure_cooling
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.distributed import check_distribution, prepare_reference
@@ -205,11 +206,14 @@ class StageTrainer(Trainer):
         return self._batch(inputs["prompts"], inputs["chosen"], inputs["rejected"])
 
     def _batch(self, prompts: dict[str, Tensor], *answers: list[list[int]]) -> Batch:
-        return with_answers(prompts, *answers, pad_id=self.collator.tokenizer.pad_token_id)
+        return self.collator.join(prompts, *answers)
 
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """The head is what the model computes with. One pair is enough, and its full logits fit."""
-        check_head(model, *self._pairs(self._collate([self.train_dataset[0]])))
+        """The head is what the model computes with, and no answer sees its own future. One pair is enough, and its
+        full logits fit."""
+        batch = self._pairs(self._collate([self.train_dataset[0]]))
+        check_head(model, *batch)
+        check_causal(model, *batch)
 
     def _collate(self, rows: list[Row]) -> dict[str, Any]:
         inputs = self.collator(rows)
