@@ -92,11 +92,13 @@ def _model(plan: Plan, rows: int) -> Iterator[Problem]:
         settings = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(settings)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         message = f"model: expected path to have the configuration of a vision-language model, got {path}"
         raise InputError(f"{message} ({' '.join(str(error).split())[:200]})") from error
     text = settings.get_text_config()
-    vocab, dim = model.get_output_embeddings().weight.shape
+    head = model.get_output_embeddings()
+    require(head is not None, path, type(model).__name__, "an output head", "over the vocabulary", "none")
+    vocab, dim = head.weight.shape
     dtype = plan.config.model.torch_dtype
     if dtype == "auto":
         dtype = settings.dtype or text.dtype or torch.float32

@@ -24,6 +24,7 @@ from cwdpo_trainer.sources import DEFAULT_SPLIT, HUB, Source
 
 NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<configuration>[^:\[\]]+)(?=:))?(?::(?P<split>.+))?")
 IMAGE_COLUMNS = ("image", "images")
+BATCH = 1000  # rows that are turned into Python objects at a time
 
 
 class DatasetSource(Source):
@@ -40,12 +41,16 @@ class DatasetSource(Source):
         stored = [column for column in IMAGE_COLUMNS if self._has_bytes(column)]
         counts = {column: self._image_counts(column) for column in stored}
         others = [column for column in self.dataset.column_names if column in ALL_COLUMNS and column not in stored]
+        known, found = ", ".join(sorted(ALL_COLUMNS)), ", ".join(self.dataset.column_names)
+        require(bool(others), self.name, "the data set", "columns of", known, found)
         texts = self.tables.select_columns(others)
-        for place in range(len(self.dataset)):
-            (values,) = texts[place : place + 1].to_pylist() if others else ({},)
-            for column in stored:
-                values[column] = self._pictures(place, column, counts[column][place])
-            yield f"{self.name}[{place}]", _without_nulls(values)
+        place = 0
+        for table in texts.iter(batch_size=BATCH):
+            for values in table.to_pylist():
+                for column in stored:
+                    values[column] = self._pictures(place, column, counts[column][place])
+                yield f"{self.name}[{place}]", _without_nulls(values)
+                place += 1
 
     def digest(self) -> str:
         """The library's fingerprint: of the files and the split for a loaded data set, else as it was saved."""
@@ -61,7 +66,7 @@ class DatasetSource(Source):
     def _image_counts(self, column: str) -> list[int | None]:
         """Images in each row: an int for a list of them, None for null."""
         counts: list[int | None] = []
-        for table in self.tables.select_columns([column]).iter(batch_size=1000):
+        for table in self.tables.select_columns([column]).iter(batch_size=BATCH):
             values = table[column]
             found = pc.list_value_length(values) if _is_list(values.type) else pc.cast(pc.is_valid(values), pa.int32())
             counts += found.to_pylist()

@@ -55,9 +55,13 @@ class LengthMeter:
         processor.image_processor = _OncePerShape(processor.image_processor)
         self.collator = PairCollator(processor)
         self.image_ids = [token for token in processor.image_token_ids if token is not None]
+        self._unverified: PairCollator | None = collator
 
     def __call__(self, row: Row) -> Length:
         ids = self._prompt(row)
+        if row.images and self._unverified is not None:
+            self._verify(self._unverified, row, len(ids))
+            self._unverified = None
         answers = (len(self.collator.answer_tokens(row, answer)) for answer in (row.chosen, row.rejected))
         return Length(len(ids), int(np.isin(ids, self.image_ids).sum()), *answers)
 
@@ -66,6 +70,13 @@ class LengthMeter:
         sizes = [(1024, 1024), (32, 32)]
         large, small = (len(self._prompt(row, [_Blank("RGB", size)] * len(row.images))) for size in sizes)
         return small < large
+
+    def _verify(self, collator: PairCollator, row: Row, measured: int) -> None:
+        """The first row with images is also processed as it is: what this class rests on is looked at once."""
+        real = collator.prompts([row])["input_ids"].shape[1]
+        name = type(collator.processor).__name__
+        expected = f"as for blank images of the same sizes ({measured})"
+        require(real == measured, row.where, f"prompts of {name}", "as many tokens", expected, real)
 
     def _prompt(self, row: Row, blanks: Sequence[Picture] | None = None) -> list[int]:
         blanks = [_blank(row, picture) for picture in row.images] if blanks is None else blanks

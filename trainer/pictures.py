@@ -12,7 +12,7 @@ import hashlib
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from functools import cached_property
+from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -127,7 +127,7 @@ def _picture(where: str, name: str, text: str, folder: Path) -> Picture:
             data = base64.b64decode(payload, validate=True)
         except binascii.Error as error:
             raise InputError(f"{where}: expected images to have valid base64, got {error}") from error
-        return StoredPicture(name, lambda: data)
+        return StoredPicture(name, partial(bytes, data))
     address = text.startswith(("http://", "https://"))
     require(not address, where, "images", "paths of files", "on this machine (download them first)", text)
     require((folder / text).is_file(), where, "images", "an existing", "file", str(folder / text))

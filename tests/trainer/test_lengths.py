@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
 from pathlib import Path
@@ -70,7 +71,7 @@ def test_lengths_are_those_of_the_batch_and_each_shape_is_processed_once(qwen, m
     assert [length.total for length in lengths] == expected
     assert lengths[0] == (16 + 1, 16, 8, 4)
     assert [length.image for length in lengths] == [16, 16, 10 + 8, 10, 0]  # 8 x 24 pixels grow to 16 x 32
-    assert len(calls) == 3
+    assert len(calls) == 1 + 3  # the first row also as it is
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
@@ -82,6 +83,27 @@ def test_lengths_are_those_of_every_class_of_processor(name, make_row):
         length = meter(row)
         assert length.total == real_length(collator, row)
         assert length.image >= 4 * len(sizes)
+
+
+def test_a_processor_that_looks_at_what_is_in_an_image_is_refused(qwen, make_row, tmp_path):
+    class Cropping:
+        def __init__(self, inner):
+            self.inner = inner
+
+        def __getattr__(self, name):
+            return getattr(self.inner, name)
+
+        def __call__(self, images, **options):
+            return self.inner([[image.crop(image.getbbox()) for image in of_row] for of_row in images], **options)
+
+    processor = copy.copy(qwen.processor)
+    processor.image_processor = Cropping(processor.image_processor)
+    row = make_row((64, 64))
+    image = Image.new("RGB", (64, 64))
+    image.paste((255, 0, 0), (0, 0, 63, 40))
+    image.save(row.images[0].path)
+    with pytest.raises(InputError, match=r"f:1: expected prompts of .* as for blank images of the same sizes"):
+        LengthMeter(PairCollator(processor))(row)
 
 
 def test_nothing_happens_to_rows_that_fit(collator, make_row):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import pickle
 import shutil
 from pathlib import Path
 
@@ -86,6 +87,14 @@ def test_columns_of_other_uses_are_named_and_not_read(tmp_path):
     source = open_source("set", tmp_path)
     assert len(load_rows(source)) == 1
     assert source.unused_columns() == ["model", "split"]
+
+
+def test_a_data_set_without_any_known_column_is_named(tmp_path):
+    Dataset.from_list([{"question": "what?", "image": RED}]).save_to_disk(tmp_path / "set")
+    with pytest.raises(
+        InputError, match=r"set: expected the data set to have columns of .*prompt.*, got question, image"
+    ):
+        load_rows(open_source("set", tmp_path))
 
 
 def test_bad_rows_are_named_by_their_place(tmp_path):
@@ -176,6 +185,15 @@ def test_images_in_the_row_itself(tmp_path):
     (row,) = load_rows(path)
     assert pixels(row) == [(255, 0, 0)]
     assert row.images[0].name_from(tmp_path) == f"{path}:1 images[0]"
+
+
+def test_rows_can_be_sent_to_the_workers_of_a_data_loader(tmp_path):
+    uri = "data:image/png;base64," + base64.b64encode(encoded(RED)).decode()
+    path = tmp_path / "pairs.jsonl"
+    path.write_text(json.dumps({**GOOD, "images": [uri]}))
+    Dataset.from_list([{**GOOD, "image": RED}]).save_to_disk(tmp_path / "set")
+    for (row,) in (load_rows(path), load_rows(open_source("set", tmp_path))):
+        assert pixels(pickle.loads(pickle.dumps(row))) == [(255, 0, 0)]
 
 
 @pytest.mark.parametrize(
