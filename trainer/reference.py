@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from cwdpo_kernels import linear_sequence_logprob
 from cwdpo_trainer.arguments import DPOArguments
-from cwdpo_trainer.collator import Batch, PairCollator, Tokens, to_device, with_answers
+from cwdpo_trainer.collator import Batch, PairCollator, Tokens, to_device
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.onpolicy import Mixed
 from cwdpo_trainer.reference_cache import PairLogp, ReferenceCache, fingerprint, image_keys, pair_key
@@ -76,7 +76,7 @@ class CachedReference:
         if len(places) < len(inputs["rows"]):
             rows = [self._rows[inputs["rows"][place]] for place in places]
             prompts = to_device(self._collator.prompts(rows), self._accelerator.device)
-        return self._forward(with_answers(prompts, *answers, pad_id=self._collator.tokenizer.pad_token_id))
+        return self._forward(self._collator.join(prompts, *answers))
 
     def _keys(self, inputs: dict[str, Any]) -> list[str]:
         ids, mask = (inputs["prompts"][name].tolist() for name in ("input_ids", "attention_mask"))

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 
 from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_trainer.arguments import SamplingArguments
-from cwdpo_trainer.collator import PairCollator, Tokens, to_device, with_answers
+from cwdpo_trainer.collator import PairCollator, Tokens, to_device
 from cwdpo_trainer.data import Row, answer_text
 
 Item = TypeVar("Item")
@@ -88,7 +88,7 @@ def answers_logp(
     for place in range(max(map(len, answers))):
         # A row with fewer answers takes part with an end of sequence, so that the prompts serve as they are.
         column = [of_row[place] if place < len(of_row) else [collator.tokenizer.eos_token_id] for of_row in answers]
-        inputs, labels = with_answers(prompts, column, pad_id=collator.tokenizer.pad_token_id)
+        inputs, labels = collator.join(prompts, column)
         mean = model(**inputs, head_op=lambda hidden, head, labels=labels: _mean_logp(hidden, head, labels))
         for of_row, found, value in zip(answers, logp, mean.tolist(), strict=True):
             if place < len(of_row):

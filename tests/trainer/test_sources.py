@@ -231,6 +231,7 @@ def test_a_run_on_data_sets_equals_that_on_files(task, settings, tmp_path):
         metrics.append(run(load_config(path)))
     for one in metrics:
         one.pop("timing")
+        assert len(one.pop("data")) == 2  # digests: of files, and of data sets
     assert metrics[0] == metrics[1]
     (line, *_) = (tmp_path / "sets" / "predictions.jsonl").read_text().splitlines()
     assert json.loads(line)["images"] == [f"{tmp_path}/set:heldout[0] images[0]"]
