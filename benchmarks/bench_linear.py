@@ -2,17 +2,19 @@
 
 import pytest
 
-from benchmarks import linear, peers
-from benchmarks.workloads import MODES, ON_A_CPU
+from benchmarks import linear
+from benchmarks.workloads import ON_A_CPU
+
+CASES = [
+    pytest.param(workload, mode, implementation, id=f"{workload.name}-{mode}-{name}")
+    for workload, modes in ON_A_CPU.items()
+    for mode in modes
+    for name, implementation in linear.applicable(workload, mode).items()
+]
 
 
-@pytest.mark.parametrize("name", peers.implementations())
-@pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("workload", ON_A_CPU, ids=lambda workload: workload.name)
-def test_step(benchmark, workload, mode, name):
-    implementation = linear.applicable(workload, mode).get(name)
-    if implementation is None:
-        pytest.skip("not for this workload")
+@pytest.mark.parametrize(("workload", "mode", "implementation"), CASES)
+def test_step(benchmark, workload, mode, implementation):
     inputs = workload.make(mode)
 
     def forget_gradients() -> None:

@@ -7,7 +7,7 @@ import cwdpo_kernels as ck
 from benchmarks import logits, peers
 from benchmarks.workloads import ON_A_CPU
 
-WORKLOAD = ON_A_CPU[0]
+WORKLOAD = next(iter(ON_A_CPU))
 ROUNDS = {"rounds": 5, "warmup_rounds": 1}
 
 

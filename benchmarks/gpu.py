@@ -2,7 +2,8 @@
 
 `python -m benchmarks.gpu --out DIR [--quick]`. A short table comes last. Each time is a median of interleaved
 repetitions by CUDA events, beside the limit that benchmarks/cost.py allows at the GEMM rate and copy bandwidth
-measured in the same run. A result that misses float64 by more than the error budget stops the report.
+measured in the same run, and beside the peers. A result of ours that misses float64 by more than the error budget
+stops the report; a peer that fails is named with its error.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from pathlib import Path
 import torch
 
 import cwdpo_kernels as ck
-from benchmarks import cost
+from benchmarks import cost, peers
+from benchmarks.workloads import MODELS
 from cwdpo_kernels import reference
 from cwdpo_kernels.testing import as_float64, check_budget, leaves, make_inputs
 
@@ -31,17 +33,25 @@ REPEATS, WARM_UP = 9, 3
 
 @dataclass(frozen=True)
 class Shape:
+    """`tokens` with a label: of 2P answers together."""
+
     name: str
     tokens: int
     vocab: int
     dim: int
 
+    @classmethod
+    def of(cls, model: str, tokens: int) -> Shape:
+        return cls(model, tokens, MODELS[model].vocab, MODELS[model].dim)
+
 
 SHAPES = [
-    Shape("qwen2.5-7b", 8192, 151936, 4096),
-    Shape("smolvlm", 4096, 49152, 576),
-    Shape("gemma3", 2048, 262144, 2560),
+    Shape("trl-issue-7244", 8192, 151936, 4096),  # which has figures of the peers on an H100
+    Shape.of("Qwen2.5-VL-7B", 4096),
+    Shape.of("SmolVLM-256M", 4096),
+    Shape.of("Gemma-3-4B", 2048),
 ]
+ANSWERS = 8  # of a batch, for peers that take [2P, T, D]
 
 
 def run_tests(out: Path) -> dict:
@@ -112,10 +122,15 @@ def check_values() -> None:
         check_budget(name, *values)
 
 
-def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
+def linear_inputs(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [N, D] and weight [V, D] in bfloat16, labels [N]."""
     hidden = torch.randn(shape.tokens, shape.dim, dtype=torch.bfloat16, requires_grad=True)
     weight = (torch.randn(shape.vocab, shape.dim, dtype=torch.bfloat16) * shape.dim**-0.5).requires_grad_()
-    labels = torch.randint(shape.vocab, (shape.tokens,))
+    return hidden, weight, torch.randint(shape.vocab, (shape.tokens,))
+
+
+def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
+    hidden, weight, labels = linear_inputs(shape)
     rows = torch.arange(shape.tokens)
 
     def step(head: torch.Tensor, budget: ck.MemoryBudget = ck.MemoryBudget()) -> None:  # noqa: B008
@@ -135,6 +150,35 @@ def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost
     share = min(1.0, (4 << 30) / (shape.tokens * shape.vocab * 2))
     costs = {name: cost.linear_logprob(*sizes, name) for name in ("no_grad", "frozen", "trainable")}
     costs["trainable, 4 GiB kept"] = cost.linear_logprob(*sizes, "trainable", share)
+    return steps, costs
+
+
+def peer_steps(shape: Shape, failed: dict[str, str]) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
+    """Forward and backward of each peer, all tokens labelled; those that cannot run go to `failed`, with the reason."""
+    hidden, weight, labels = linear_inputs(shape)
+    hidden_ATD = hidden.detach().view(ANSWERS, -1, shape.dim).requires_grad_()
+    labels_AT, refs = labels.view(ANSWERS, -1), torch.zeros(2, ANSWERS // 2)
+    device = hidden.device.type
+    failed |= peers.cannot_run(device)
+
+    def step(peer: peers.Implementation, weight: torch.Tensor) -> None:
+        head = ck.Head(weight)
+        logp = peer.logp or (lambda *args: peer.step(*args, refs))
+        value = logp(hidden_ATD, head, labels_AT).sum()
+        torch.autograd.grad(value, [x for x in (hidden_ATD, weight) if x.requires_grad])
+
+    steps, costs = {}, {}
+    for name, peer in peers.implementations(device).items():
+        if peer.package == peers.OURS:
+            continue
+        for mode, head in (("frozen", weight.detach()), ("trainable", weight)):
+            try:  # a peer that fails is a finding, not the end
+                step(peer, head)
+            except Exception as error:
+                failed[f"{shape.name}, {name}, {mode}"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                continue
+            steps[f"{name}, {mode}"] = lambda peer=peer, head=head: step(peer, head)
+            costs[f"{name}, {mode}"] = cost.linear_logprob(shape.tokens, shape.dim, shape.vocab, 2, mode)
     return steps, costs
 
 
@@ -163,7 +207,7 @@ def environment() -> dict:
     ).stdout.strip()
     return {
         "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__,
-        "python": sys.version.split()[0], "commit": commit,
+        "python": sys.version.split()[0], "commit": commit, "versions": peers.versions(),
     }  # fmt: skip
 
 
@@ -176,28 +220,30 @@ def main() -> None:
         sys.exit("benchmarks.gpu: expected a GPU, torch.cuda.is_available() is False")
     torch.set_default_device("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"environment": environment(), "measurements": []}
+    report = {"environment": environment(), "measurements": [], "peers_that_failed": {}}
     if not options.quick:
         report |= run_tests(options.out)
     check_values()
     table = []
     for shape in SHAPES[:1] if options.quick else SHAPES:
         flops, bandwidth = limits(shape)
-        for make in (linear_steps, logits_steps):
+        for make in (linear_steps, lambda shape: peer_steps(shape, report["peers_that_failed"]), logits_steps):
             steps, costs = make(shape)
             for name, result in measure(steps).items():
                 result["of_limit"] = costs[name].seconds(flops, bandwidth) * 1e3 / result["ms"]
                 report["measurements"].append({"shape": shape.name, "op": name, **result})
                 table.append(
-                    f"{shape.name:12}{name:24}{result['ms']:9.2f}{result['extra_gib']:11.2f}{result['of_limit']:10.2f}"
+                    f"{shape.name:16}{name:48}{result['ms']:9.2f}{result['extra_gib']:11.2f}{result['of_limit']:10.2f}"
                 )
             del steps
             torch.cuda.empty_cache()
         report[f"limits {shape.name}"] = {"gemm_tflops": flops / 1e12, "copy_gb_per_s": bandwidth / 1e9}
     (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
     print(f"{report['environment']['device']}; tests: {report.get('tests', 'not run')} (0 is green)")
-    print(f"{'shape':12}{'op':24}{'ms':>9}{'extra GiB':>11}{'of limit':>10}")
+    print(f"{'shape':16}{'op':48}{'ms':>9}{'extra GiB':>11}{'of limit':>10}")
     print("\n".join(table))
+    for name, reason in report["peers_that_failed"].items():
+        print(f"did not run: {name} ({reason})")
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def measure(workload: LogitsWorkload, mode: str, repeats: int, call: Callable) -
     found = implementations()
     results = {name: {"relative_error": error} for name, error in errors(workload, logits, labels).items()}
     steps = {name: lambda logp=logp: step_seconds(logp, logits, labels) for name, logp in found.items()}
-    times = timing.interleaved(steps, repeats)
+    with timing.others() as others:
+        times = timing.interleaved(steps, repeats)
     medians = {name: timing.summary(values)["median_seconds"] for name, values in times.items()}
     moved = cost.logits_logprob(workload.tokens, workload.vocab, logits.itemsize, mode == "backward").bytes
     limit = moved / timing.copy_bytes_per_second()
@@ -86,7 +87,7 @@ def measure(workload: LogitsWorkload, mode: str, repeats: int, call: Callable) -
             result["against_best_peer"] = ratios[name]
     record = {"name": workload.name, "tokens": workload.tokens, "vocab": workload.vocab}
     record["dtype"] = str(workload.dtype).removeprefix("torch.")
-    return {"workload": record, "mode": mode, "limit_seconds": limit, "results": results}
+    return {"workload": record, "mode": mode, "limit_seconds": limit, "others": others(), "results": results}
 
 
 def errors(workload: LogitsWorkload, logits: Tensor, labels: Tensor) -> dict[str, dict]:

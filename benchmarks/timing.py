@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import torch
 
@@ -26,6 +29,24 @@ def interleaved(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str
             if repeat < SLOW_REPEATS or sum(times[name]) < SLOW_SECONDS:
                 times[name].append(step())
     return times
+
+
+@contextlib.contextmanager
+def others() -> Iterator[Callable[[], float]]:
+    """Yields a function that says, afterwards, which share of the CPUs' time other processes took (Linux)."""
+
+    def now() -> tuple[float, float, float]:
+        ticks = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        idle = sum(int(ticks[place]) for place in (3, 4))
+        return sum(map(int, ticks)), idle, time.process_time() * os.sysconf("SC_CLK_TCK")
+
+    start, end = now(), []
+    yield lambda: _share_of_others(*(b - a for a, b in zip(start, end[0], strict=True)))
+    end.append(now())
+
+
+def _share_of_others(ticks: float, idle: float, own: float) -> float:
+    return max(ticks - idle - own, 0.0) / max(ticks, 1.0)
 
 
 def summary(times: list[float]) -> dict:

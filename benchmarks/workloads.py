@@ -87,8 +87,8 @@ WORKLOADS = [Workload.of(model, pairs, response) for model in MODELS for pairs i
 
 SMOLVLM = {"pairs": 2, "tokens": 1024, "response": 128, "vocab": 49280, "dim": 576}  # SmolVLM-256M's head
 QWEN = {"pairs": 1, "tokens": 512, "response": 64, "vocab": 151936, "dim": 2048}  # Qwen2.5-VL-3B's
-ON_A_CPU = [
-    Workload("smolvlm", **SMOLVLM),
-    Workload("smolvlm-bf16", **SMOLVLM, dtype=torch.bfloat16, all_tokens=False),
-    Workload("qwen2.5-vl-3b", **QWEN, all_tokens=False),
-]
+ON_A_CPU = {  # and its modes
+    Workload("smolvlm", **SMOLVLM): MODES,
+    Workload("smolvlm-bf16", **SMOLVLM, dtype=torch.bfloat16, all_tokens=False): ("frozen", "trainable"),
+    Workload("qwen2.5-vl-3b", **QWEN, all_tokens=False): ("frozen",),
+}

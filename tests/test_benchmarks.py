@@ -57,6 +57,7 @@ def test_every_peer_computes_the_step(mode, dtype):
 def test_a_step_is_measured_beside_its_peers():
     measured = linear.measure(TINY, "trainable", 3, here)
     assert measured["workload"]["labelled"] == 2 * 2 * 8
+    assert 0 <= measured["others"] <= 1
     assert measured["limit_seconds"] == pytest.approx(sum(measured["gemm_seconds"].values()))
     medians = {name: result["median_seconds"] for name, result in measured["results"].items()}
     fastest = min(median for name, median in medians.items() if not name.startswith("cwdpo_kernels"))
@@ -109,12 +110,11 @@ def test_a_step_of_the_trainer_is_the_same_with_either_head(monkeypatch):
         assert result["pairs_per_second"] == pytest.approx(2 / result["median_seconds"])
     json.dumps(measured)
 
-    def wrong(*args, **options):
-        out = ck.linear_cwdpo_loss(*args, **options)
-        return out._replace(loss=out.loss * 1.01)
+    def wrong(hidden, head, labels, *args, **options):
+        return ck.linear_cwdpo_loss(hidden, head, labels.roll(1, 0), *args, **options)
 
     monkeypatch.setitem(trainer_step.PATHS["fused"], "linear_cwdpo_loss", wrong)
-    with pytest.raises(SystemExit, match="nothing is reported: fused has loss"):
+    with pytest.raises(SystemExit, match="losses differ, nothing is reported"):
         trainer_step.measure(False, 2, here, TINY_TRAINER)
 
 
@@ -145,6 +145,15 @@ def test_repetitions_are_interleaved_and_slow_ones_fewer():
     assert (len(times["fast"]), len(times["slow"])) == (5, 3)
     assert timing.summary([3.0, 1.0, 2.0, 9.0, 4.0])["median_seconds"] == 3.0
     assert timing.summary([3.0])["quartiles"] == [3.0, 3.0]
+
+
+def test_the_share_of_other_processes():
+    """1000 ticks of all CPUs, 400 of them idle, 550 our own."""
+    assert timing._share_of_others(1000, 400, 550) == pytest.approx(0.05)
+    assert timing._share_of_others(1000, 400, 601) == 0.0  # clocks of different grain
+    with timing.others() as others:
+        sum(range(100_000))
+    assert 0 <= others() <= 1
 
 
 @pytest.fixture

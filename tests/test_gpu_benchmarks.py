@@ -1,6 +1,7 @@
 """The benchmarks and the tuner for a GPU do run: their steps, at a tiny size, on whatever is here."""
 
 import re
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,24 @@ def test_every_step_runs_and_has_a_cost(make):
         assert steps.keys() == costs.keys()
         for step in steps.values():
             step()
+
+
+def test_peers_run_and_one_that_fails_is_named(monkeypatch):
+    def broken(*args):
+        raise RuntimeError("no kernel\nfor this chip")
+
+    found = gpu.peers.implementations(DEVICE)
+    found["broken"] = replace(found["eager, full logits"], logp=broken)
+    monkeypatch.setattr(gpu.peers, "implementations", lambda device: found)
+    failed = {}
+    with torch.device(DEVICE), torch.compiler.set_stance("force_eager"):
+        steps, costs = gpu.peer_steps(TINY, failed)
+        assert steps.keys() == costs.keys()
+        assert {"eager, full logits, frozen", "eager, full logits, trainable"} <= steps.keys()
+        for step in steps.values():
+            step()
+    assert failed["tiny, broken, frozen"] == "RuntimeError: no kernel"
+    assert not any(name.startswith("cwdpo_kernels") for name in steps)
 
 
 def test_values_are_checked_before_anything_is_timed(monkeypatch):
