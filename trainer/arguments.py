@@ -206,6 +206,9 @@ class DPOArguments(StageArguments):
     drew itself. A drawn answer serves its row for `refresh_steps` optimizer steps, or until the row's answers have
     lost more than `onpolicy_staleness` nats per token under the policy (null: not measured); then it is drawn anew.
 
+    `curriculum` "hardest_first": pairs come in the order of their negative's w_c, measured once (curriculum.py); null:
+    in random order.
+
     `reference_cache`: folder of the reference's log-probs of the data set's pairs (reference_cache.py); one that is
     not absolute lies in the run folder; null computes them at every step.
     """
@@ -223,6 +226,7 @@ class DPOArguments(StageArguments):
     onpolicy_fraction: Any = 0.0
     onpolicy_staleness: float | None = 0.1
     refresh_steps: int = 50
+    curriculum: str | None = None
     reference_cache: str | None = "reference_cache"
 
     def __post_init__(self) -> None:
@@ -238,6 +242,8 @@ class DPOArguments(StageArguments):
         _check(self.auto_rows >= 2, "auto_rows", "value", ">= 2", self.auto_rows)
         _check(math.isfinite(self.beta) and self.beta > 0, "beta", "value", "finite and > 0", self.beta)
         _check(self.normalize in ("sequence", "token"), "normalize", "value", "sequence or token", self.normalize)
+        known = (None, "hardest_first")
+        _check(self.curriculum in known, "curriculum", "value", "null or hardest_first", self.curriculum)
         self._check_onpolicy()
         super().__post_init__()
 

@@ -26,6 +26,7 @@ from transformers import AutoProcessor, ProcessorMixin, set_seed
 from cwdpo_kernels import Cooling
 from cwdpo_trainer.arguments import StageArguments
 from cwdpo_trainer.card import Origin
+from cwdpo_trainer.checkpoints import newest_checkpoint
 from cwdpo_trainer.collator import PairCollator
 from cwdpo_trainer.config import STAGES, RunConfig, prepare
 from cwdpo_trainer.data import Row, distinct_prompts, load_rows, split_rows
@@ -37,7 +38,7 @@ from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.report import Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
 from cwdpo_trainer.sources import open_source
-from cwdpo_trainer.stages import COMPLETE, ConstrainedSFTTrainer, CWDPOTrainer, StageTrainer
+from cwdpo_trainer.stages import ConstrainedSFTTrainer, CWDPOTrainer, StageTrainer
 from cwdpo_trainer.summary import COOLING_FILE, LABEL_OF_STAGE, MODEL_FOLDERS
 
 STATE_FILE = "trainer_state.json"
@@ -183,7 +184,7 @@ def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: Model) 
     trainer = _trainer(config, inputs, stage, policy, freeze_reference(policy))
     if trainer.args.should_save:
         print(f"{stage}: {trainer.receipt}")
-    trainer.train(resume_from_checkpoint=_newest_checkpoint(Path(trainer.args.output_dir)))
+    trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
     policy.zero_grad()  # gradients have no place in the copy that becomes the next reference
     folder = config.output_dir / MODEL_FOLDERS[stage]
     # Every process takes part in gathering a sharded model, and one writes.
@@ -209,12 +210,6 @@ def _trainer(config: RunConfig, inputs: _Inputs, stage: str, policy: Model, refe
     if stage == "sft":
         return ConstrainedSFTTrainer(*common, origin=origin)
     return CWDPOTrainer(*common, origin=origin, sampling=config.sampling)
-
-
-def _newest_checkpoint(folder: Path) -> str | None:
-    """The newest checkpoint that was written to its end; one that was not is written anew in its turn."""
-    steps = {int(path.parent.name.rpartition("-")[2]): path.parent for path in folder.glob(f"*/{COMPLETE}")}
-    return str(steps[max(steps)]) if steps else None
 
 
 def _results(config: RunConfig, inputs: _Inputs) -> Results:

@@ -15,8 +15,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels import (
@@ -35,8 +34,10 @@ from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import DPOArguments, SamplingArguments, SFTArguments, StageArguments
 from cwdpo_trainer.card import Origin, changed_settings, write_stage_card
 from cwdpo_trainer.causality import check_causal
+from cwdpo_trainer.checkpoints import COMPLETE, had_ended, state_of
 from cwdpo_trainer.collator import Batch, PairCollator, to_device
 from cwdpo_trainer.cooling import measure_cooling
+from cwdpo_trainer.curriculum import hardest_first, load_order, measure_rows, save_order
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.distributed import check_distribution, prepare_reference
 from cwdpo_trainer.doctor import Doctor
@@ -48,10 +49,8 @@ from cwdpo_trainer.onpolicy import Mixed, OnPolicyPool, unmixed
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.progress import CompactProgress
 from cwdpo_trainer.reference import CachedReference, check_handover, open_cache
-from cwdpo_trainer.sampling import PolicyInTraining, batched
+from cwdpo_trainer.sampling import PolicyInTraining
 from cwdpo_trainer.summary import COOLING_FILE
-
-COMPLETE = "COMPLETE"  # in a checkpoint folder: everything of it was written
 
 
 class StageTrainer(Trainer):
@@ -105,7 +104,7 @@ class StageTrainer(Trainer):
         self._check_metric()
         # A resumed run has measured its start already, and early stopping would count it twice.
         self.args.eval_on_start = self.args.eval_on_start and resume_from_checkpoint is None
-        if resume_from_checkpoint is not None and _had_ended(resume_from_checkpoint):
+        if resume_from_checkpoint is not None and had_ended(resume_from_checkpoint):
             output = self._end_again(resume_from_checkpoint)
         else:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -118,7 +117,7 @@ class StageTrainer(Trainer):
     def _end_again(self, checkpoint: str) -> TrainOutput:
         """The end of a stage that was cut off between its last checkpoint and its saved model. The library's resume
         would train on: it forgets that the stage had stopped, and takes a step before it looks at the limit."""
-        self.state = _state_of(checkpoint)
+        self.state = state_of(checkpoint)
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end:
             self._load_best_model()
@@ -233,15 +232,6 @@ class StageTrainer(Trainer):
         raise NotImplementedError
 
 
-def _state_of(checkpoint: str) -> TrainerState:
-    return TrainerState.load_from_json(str(Path(checkpoint) / TRAINER_STATE_NAME))
-
-
-def _had_ended(checkpoint: str) -> bool:
-    """Whether the stage had stopped, at its last step or early, when the checkpoint was written."""
-    return bool(_state_of(checkpoint).stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])
-
-
 class ConstrainedSFTTrainer(StageTrainer):
     """Stage 1: NLL of the chosen answers, and gentle negatives."""
 
@@ -287,6 +277,7 @@ class CWDPOTrainer(StageTrainer):
         self.pool = OnPolicyPool(args.refresh_steps, args.onpolicy_staleness, args.seed)
         self.negatives_log = NegativesLog(Path(args.output_dir) / f"negatives_{args.process_index}.jsonl")
         self.cooling = args.fixed_cooling
+        self.order: list[int] | None = None  # of the rows in every epoch, if not random
         self.cached_reference = None
         if cache is not None:
             self.cached_reference = CachedReference(
@@ -299,9 +290,12 @@ class CWDPOTrainer(StageTrainer):
             folder = Path(resume_from_checkpoint)
             self.pool.load(self._pool_path(folder))
             self.cooling = Cooling(**read_json(folder / COOLING_FILE))
-            step = _state_of(resume_from_checkpoint).global_step
+            step = state_of(resume_from_checkpoint).global_step
         elif self.args.is_cooling_measured:
             self.cooling = self._measured_cooling()
+        if self.args.curriculum is not None:
+            stored, rows = resume_from_checkpoint is not None, self.train_dataset
+            self.order = load_order(folder, len(rows)) if stored else hardest_first(self._measure(rows, "curriculum"))
         self.probes.cooling = self.cooling
         self.negatives_log.start(step)
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
@@ -311,13 +305,21 @@ class CWDPOTrainer(StageTrainer):
 
     def _measured_cooling(self) -> Cooling:
         """The cooling with `auto` measured on the stage's first pairs."""
-        means: list[Tensor] = []
-        for rows in batched(self.train_dataset[: self.args.auto_rows], self.args.per_device_train_batch_size):
-            inputs = self._collate(rows)
-            _, total = self._reference_totals(inputs, unmixed(inputs["rejected"]))
-            means.append(total / total.new_tensor([len(tokens) for tokens in inputs["rejected"]]))
-        measured = list(measure_cooling(torch.cat(means)))
+        measured = list(measure_cooling(self._measure(self.train_dataset[: self.args.auto_rows], "cooling")))
         return self.args.cooling_with(*broadcast_object_list(measured))
+
+    def _measure(self, rows: list[Row], title: str) -> Tensor:
+        """The mean log-prob of the rows' rejected answers under the reference, in nats per token."""
+
+        def of_batch(some: list[Row]) -> Tensor:
+            inputs = self._collate(some)
+            _, total = self._reference_totals(inputs, unmixed(inputs["rejected"]))
+            return total / total.new_tensor([len(tokens) for tokens in inputs["rejected"]])
+
+        return measure_rows(rows, of_batch, self.accelerator, self.args.per_device_train_batch_size, title)
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
     def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> CWDPOOutput:
         mixed = self._mix(model, inputs)
@@ -369,10 +371,7 @@ class CWDPOTrainer(StageTrainer):
         kept = output.kept
         names = ("margin", "accuracy", "chosen_reward", "rejected_reward", "cooling_weight")
         figures = {name: getattr(output, name)[kept] for name in names}
-        figures |= {
-            "chosen_mean_logp": output.chosen_logp.mean,
-            "rejected_mean_logp": output.rejected_logp.mean,
-        }
+        figures |= {f"{name}_mean_logp": getattr(output, f"{name}_logp").mean for name in ("chosen", "rejected")}
         return figures | {"kept": kept.float()}
 
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
@@ -387,6 +386,8 @@ class CWDPOTrainer(StageTrainer):
         self.pool.save(self._pool_path(folder))
         if self.args.should_save:
             write_json(folder / COOLING_FILE, dataclasses.asdict(self.cooling))
+            if self.order is not None:
+                save_order(folder, self.order)
 
     def _pool_path(self, checkpoint: Path) -> Path:
         return checkpoint / f"onpolicy_pool_{self.args.process_index}.json"
