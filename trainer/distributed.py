@@ -6,6 +6,7 @@ policy's head is called inside the wrapped model, so that their hooks fire (`att
 
 from __future__ import annotations
 
+import torch
 from accelerate import Accelerator
 from accelerate.utils import DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
@@ -20,6 +21,13 @@ WHERE = "accelerate's configuration"
 
 def is_sharded(accelerator: Accelerator) -> bool:
     return accelerator.distributed_type == DistributedType.FSDP
+
+
+def largest(accelerator: Accelerator, number: int) -> int:
+    """`number`; the largest one of all processes where a model is sharded, as its forward takes all of them."""
+    if not is_sharded(accelerator):
+        return number
+    return int(accelerator.reduce(torch.tensor(number, device=accelerator.device), "max").item())
 
 
 def check_distribution(accelerator: Accelerator) -> None:

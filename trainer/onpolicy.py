@@ -18,7 +18,7 @@ from cwdpo_trainer.collator import Tokens
 
 
 class Policy(Protocol):
-    """What the pool asks of the model in training, about rows by their id."""
+    """What the pool asks of the model in training, about rows by their id; at each step, of no row too."""
 
     def draw(self, rows: Sequence[int], seed: int) -> list[list[Tokens]]:
         """Wrong answers to each row, maybe none."""
@@ -78,13 +78,14 @@ class OnPolicyPool:
 
         A row none of whose samples was wrong keeps its negative of the data set.
         """
+        if fraction == 0:
+            return unmixed(rejected)
         wanted = [row for row in rows if uniform(self.seed, step, row) < fraction]
         young = [row for row in wanted if row in self.drawn and step - self.drawn[row].step < self.refresh_steps]
         staleness = self._staleness(young, step, policy)
         faded = [row for row, lost in staleness.items() if lost > self.max_staleness]
         stale = [row for row in wanted if row not in young or row in faded]
-        if stale:
-            self._draw(stale, step, policy)
+        self._draw(stale, step, policy)
         mixed = unmixed(rejected)._replace(staleness=list(staleness.values()))
         for place, row in enumerate(rows):
             candidates = self.drawn[row].answers if row in wanted else []
@@ -95,16 +96,15 @@ class OnPolicyPool:
 
     def _staleness(self, rows: Sequence[int], step: int, policy: Policy) -> dict[int, float]:
         """How much likelihood the answers of `rows` lost since they were drawn, where they may have lost any."""
-        used = [row for row in rows if self.drawn[row].logp and self.drawn[row].step < step]
-        if not used:
+        if self.max_staleness is None:
             return {}
+        used = [row for row in rows if self.drawn[row].logp and self.drawn[row].step < step]
         now = policy.mean_logp(used, [self.drawn[row].answers for row in used])
         return {row: fmean(self.drawn[row].logp) - fmean(logp) for row, logp in zip(used, now, strict=True)}
 
     def _draw(self, rows: Sequence[int], step: int, policy: Policy) -> None:
         answers = policy.draw(rows, int(uniform(self.seed, step, "draw", *rows) * 2**31))
-        measured = self.max_staleness is not None
-        logp = policy.mean_logp(rows, answers) if measured else [[] for _ in rows]
+        logp = policy.mean_logp(rows, answers) if self.max_staleness is not None else [[] for _ in rows]
         self.drawn.update((row, Drawn(step, *entry)) for row, *entry in zip(rows, answers, logp, strict=True))
 
     def save(self, path: Path) -> None:

@@ -17,6 +17,7 @@ from cwdpo_kernels import linear_sequence_logprob
 from cwdpo_trainer.arguments import DPOArguments
 from cwdpo_trainer.collator import Batch, PairCollator, Tokens, to_device
 from cwdpo_trainer.data import Row
+from cwdpo_trainer.distributed import largest
 from cwdpo_trainer.onpolicy import Mixed
 from cwdpo_trainer.reference_cache import PairLogp, ReferenceCache, fingerprint, image_keys, pair_key
 
@@ -49,8 +50,8 @@ class CachedReference:
         """Total log-probs [P] of the chosen answers and of the negatives in `mixed`, in nats."""
         chosen, rejected = self.of_pairs(inputs)
         drawn = [place for place, is_onpolicy in enumerate(mixed.is_onpolicy) if is_onpolicy]
-        if self._is_needed_anywhere(bool(drawn)):
-            some = drawn or [0]
+        if largest(self._accelerator, len(drawn)):
+            some = drawn or [0]  # all processes take part in the forward of a sharded model
             totals = self._compute(inputs, some, [mixed.negatives[place] for place in some])
             rejected[drawn] = totals[: len(drawn)]
         return chosen, rejected
@@ -60,7 +61,7 @@ class CachedReference:
         keys = self._keys(inputs)
         known = self.cache.get(keys)
         missing = [place for place, pair in enumerate(known) if pair is None]
-        if self._is_needed_anywhere(bool(missing)):
+        if largest(self._accelerator, len(missing)):
             some = missing or [0]
             answers = ([inputs[name][place] for place in some] for name in ("chosen", "rejected"))
             totals = self._compute(inputs, some, *answers).chunk(2)
@@ -87,12 +88,6 @@ class CachedReference:
             prompt = [token for token, is_there in zip(ids[place], mask[place], strict=True) if is_there]
             keys.append(pair_key(self._images[row], prompt, inputs["chosen"][place], inputs["rejected"][place]))
         return keys
-
-    def _is_needed_anywhere(self, needed: bool) -> bool:
-        """Whether any process has something to compute: then all do, as a sharded model's forward takes them all."""
-        if self._accelerator.num_processes == 1:
-            return needed
-        return bool(self._accelerator.reduce(torch.tensor(float(needed), device=self._accelerator.device)).item())
 
 
 def open_cache(args: DPOArguments, reference: nn.Module, collator: PairCollator) -> ReferenceCache | None:

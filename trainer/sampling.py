@@ -3,36 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from typing import TypeVar
 
 import torch
-from torch import Tensor
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel
 
-from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_trainer.arguments import SamplingArguments
 from cwdpo_trainer.collator import PairCollator, Tokens, to_device
 from cwdpo_trainer.data import Row, answer_text
 
 Item = TypeVar("Item")
-
-
-@dataclass
-class PolicyInTraining:
-    """The `onpolicy.Policy` that a model is; `rows` by id."""
-
-    model: PreTrainedModel
-    collator: PairCollator
-    rows: dict[int, Row]
-    settings: SamplingArguments
-
-    def draw(self, rows: Sequence[int], seed: int) -> list[list[Tokens]]:
-        return sample_answers(self.model, self.collator, [self.rows[row] for row in rows], self.settings, seed)
-
-    def mean_logp(self, rows: Sequence[int], answers: Sequence[Sequence[Tokens]]) -> list[list[float]]:
-        return answers_logp(self.model, self.collator, [self.rows[row] for row in rows], answers)
 
 
 def sample_answers(
@@ -41,18 +22,19 @@ def sample_answers(
     rows: Sequence[Row],
     settings: SamplingArguments,
     seed: int,
+    is_sharded: bool = False,
 ) -> list[list[Tokens]]:
     """For each row `settings.samples` answers that `model` draws, as tokens, less the right ones.
 
     The draw depends on `seed`, the weights and the rows only, and leaves torch's random state as it was: a
-    training run that is stopped and resumed draws the same.
+    training run that is stopped and resumed draws the same. All processes draw together where the model is sharded.
     """
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         drawn = _generate(
             model, collator, rows, settings.max_new_tokens, do_sample=True, temperature=settings.temperature,
-            top_p=settings.top_p, top_k=0, num_return_sequences=settings.samples,
+            top_p=settings.top_p, top_k=0, num_return_sequences=settings.samples, synced_gpus=is_sharded,
         )  # fmt: skip
     tokenizer = collator.tokenizer
     # A placeholder of an image, or another mark of the format, cannot be part of an answer.
@@ -71,34 +53,6 @@ def sample_answers(
         chosen = collator.answer_tokens(row, row.chosen)
         answers.append([tokens for tokens in wrong if tokens != chosen])
     return answers
-
-
-@torch.no_grad()
-def answers_logp(
-    model: PreTrainedModel, collator: PairCollator, rows: Sequence[Row], answers: Sequence[Sequence[Tokens]]
-) -> list[list[float]]:
-    """The mean log-prob (nats per token) that `model`, with a head attached, gives each of the answers to each row.
-
-    One forward for the first answer of every row, one for the second, and so on.
-    """
-    logp: list[list[float]] = [[] for _ in rows]
-    prompts = to_device(collator.prompts(rows), model.device)
-    was_training = model.training
-    model.eval()
-    for place in range(max(map(len, answers))):
-        # A row with fewer answers takes part with an end of sequence, so that the prompts serve as they are.
-        column = [of_row[place] if place < len(of_row) else [collator.tokenizer.eos_token_id] for of_row in answers]
-        inputs, labels = collator.join(prompts, column)
-        mean = model(**inputs, head_op=lambda hidden, head, labels=labels: _mean_logp(hidden, head, labels))
-        for of_row, found, value in zip(answers, logp, mean.tolist(), strict=True):
-            if place < len(of_row):
-                found.append(value)
-    model.train(was_training)
-    return logp
-
-
-def _mean_logp(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    return linear_sequence_logprob(hidden, head, labels).mean
 
 
 def caption(

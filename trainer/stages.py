@@ -46,10 +46,10 @@ from cwdpo_trainer.files import read_json, write_json
 from cwdpo_trainer.models import AdapterReference, Model, load_weights
 from cwdpo_trainer.negatives_log import NegativesLog
 from cwdpo_trainer.onpolicy import Mixed, OnPolicyPool, unmixed
+from cwdpo_trainer.policy import PolicyInTraining
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.progress import CompactProgress
 from cwdpo_trainer.reference import CachedReference, check_handover, open_cache
-from cwdpo_trainer.sampling import PolicyInTraining
 from cwdpo_trainer.summary import COOLING_FILE
 
 
@@ -337,7 +337,9 @@ class CWDPOTrainer(StageTrainer):
         """The negatives of this step: those of the data set, some replaced by answers of the policy."""
         step, rows = self.state.global_step, inputs["rows"]
         fraction = self.args.onpolicy_schedule.at(step, self.state.max_steps)
-        policy = PolicyInTraining(self.accelerator.unwrap_model(model), self.collator, self.rows_by_id, self.sampling)
+        policy = PolicyInTraining(
+            self.accelerator.unwrap_model(model), self.collator, self.rows_by_id, self.sampling, self.accelerator
+        )
         mixed = self.pool.mix(rows, inputs["rejected"], step, fraction, policy)
         texts = self.collator.tokenizer.batch_decode(mixed.negatives, skip_special_tokens=True)
         answers = [text if drawn else None for text, drawn in zip(texts, mixed.is_onpolicy, strict=True)]

@@ -7,13 +7,15 @@ import random
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from cwdpo_kernels.adapters.hugging_face import attach_head
 from cwdpo_trainer.arguments import SamplingArguments
 from cwdpo_trainer.captions import score_captions
 from cwdpo_trainer.negatives_log import NegativesLog
 from cwdpo_trainer.onpolicy import OnPolicyPool, uniform
-from cwdpo_trainer.sampling import answers_logp, caption, normalise, sample_answers
+from cwdpo_trainer.policy import PolicyInTraining, answers_logp
+from cwdpo_trainer.sampling import caption, normalise, sample_answers
 from cwdpo_trainer.schedule import Schedule
 
 ROWS = list(range(200))
@@ -28,7 +30,7 @@ class Drawing:
         self.asked = []
 
     def draw(self, rows, seed):
-        self.asked.append(list(rows))
+        self.asked += [list(rows)] if rows else []
         return [[[row, seed % 97], [row, seed % 89]] for row in rows]
 
     def mean_logp(self, rows, answers):
@@ -148,7 +150,7 @@ def test_the_log_of_negatives_goes_on_where_a_checkpoint_was(tmp_path):
 def test_log_probs_of_answers_are_those_of_full_logits(model, collator, rows):
     attach_head(model)
     answers = [[[7, 8, 2], [9, 2]], [], [[6, 6, 6, 2]]]
-    found = answers_logp(model, collator, rows[:3], answers)
+    found = answers_logp(model, collator, rows[:3], answers, most=2)
     for row, of_row, values in zip(rows, answers, found, strict=False):
         for tokens, value in zip(of_row, values, strict=True):
             ids = collator.prompts([row])
@@ -157,7 +159,24 @@ def test_log_probs_of_answers_are_those_of_full_logits(model, collator, rows):
             logits = model(**{**ids, "attention_mask": torch.ones_like(ids["input_ids"])}).logits.double()
             logp = logits.log_softmax(-1)[0, length - 1 : -1].gather(-1, torch.tensor(tokens)[:, None])
             assert value == pytest.approx(logp.mean().item(), abs=1e-5)
-    assert answers_logp(model, collator, rows[:2], [[], []]) == [[], []]
+
+
+def test_a_process_that_has_nothing_to_ask_takes_part(model, collator, rows, monkeypatch):
+    """Where a model is sharded, as its forward waits for all processes."""
+    attach_head(model)
+    settings = SamplingArguments(max_new_tokens=3)
+    policy = PolicyInTraining(model, collator, {row.id: row for row in rows}, settings, Accelerator())
+    calls = []
+    model.register_forward_pre_hook(lambda *_: calls.append(None))
+    assert (policy.draw([], 0), policy.mean_logp([], [])) == ([], [])
+    assert calls == []
+    monkeypatch.setattr("cwdpo_trainer.policy.largest", lambda accelerator, number: max(number, 2))
+    assert policy.mean_logp([], []) == []
+    assert len(calls) == 2  # as many as another process has answers to a row
+    assert policy.mean_logp([3], [[[7, 2]]])[0] == policy.mean_logp([3, 4], [[[7, 2]], []])[0]
+    calls.clear()
+    assert policy.draw([], 0) == []
+    assert 1 <= len(calls) <= 3
 
 
 def test_samples_are_wrong_answers_and_leave_the_random_state(model, collator, rows):

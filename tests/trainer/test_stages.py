@@ -143,14 +143,14 @@ def test_a_cached_value_that_is_wrong_is_refused(make):
         trainer.train()
 
 
-def test_all_processes_compute_if_one_must(make, collator, rows):
+def test_all_processes_compute_if_one_must(make, collator, rows, monkeypatch):
     """The forward of a sharded model waits for all of them."""
     trainer = make(CWDPOTrainer)
     losses(trainer, collator, rows)
     sizes = counted_reference(trainer)
     before = losses(trainer, collator, rows)
     assert sizes == []
-    trainer.cached_reference._is_needed_anywhere = lambda needed: True
+    monkeypatch.setattr("cwdpo_trainer.reference.largest", lambda accelerator, number: max(number, 1))
     assert losses(trainer, collator, rows) == before
     assert sizes == [2, 1] * 3
     assert len(trainer.cached_reference.cache) == 8
