@@ -1,5 +1,6 @@
 """The C++ backend as a library: built where there is a compiler, never missed silently, alike for any thread count."""
 
+import ctypes
 import shutil
 import subprocess
 import sys
@@ -12,7 +13,7 @@ import torch
 import cwdpo_kernels as ck
 from cwdpo_kernels import ops, reference
 from cwdpo_kernels.ops import library
-from cwdpo_kernels.testing import as_float64, leaves, make_inputs, relative_error
+from cwdpo_kernels.testing import as_float64, confident_inputs, leaves, make_inputs, relative_error
 
 ROOT = Path(__file__).parents[1]
 needs_library = pytest.mark.skipif(library.missing() is not None, reason="the C++ backend was not built")
@@ -128,11 +129,62 @@ def test_gradients_keep_the_layout_of_what_they_belong_to():
         torch.testing.assert_close(transposed, plain)
 
 
+@pytest.fixture(params=[True, False], ids=["instructions", "converted"])
+def bf16_products(request):
+    """bfloat16 multiplied by the processor's instructions, or converted to float32 first, as without them."""
+    use = ctypes.CDLL(str(library.PATH)).cwdpo_use_bf16_instructions
+    use.argtypes, use.restype = [ctypes.c_bool], ctypes.c_bool
+    if use(request.param) != request.param:
+        pytest.skip("this processor or compiler has no AVX512-BF16")
+    yield request.param
+    use(True)
+
+
+# Blocks of 6 rows, panels of 64 columns, vectors, pairs: they end everywhere. Several tiles, blocks, parts of a sum.
+SHAPES = [(1, 1, 1), (1, 2, 3), (5, 17, 2), (7, 507, 123), (65, 129, 64), (130, 1000, 2048), (1100, 700, 33)]
+
+
 @needs_library
-def test_log_probs_of_bfloat16_are_as_exact_as_of_float32():
-    hidden, head, labels = make_inputs((64,), 3001, 65, torch.bfloat16)
-    truth = reference.linear_logprob(*as_float64(hidden, head), labels)
-    assert relative_error(ck.linear_logprob(hidden, head, labels), truth) < 1e-6
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_bfloat16(shape, bf16_products):
+    """Log-probs and statistics as exact as in float32; gradients as far off as rounding them to bfloat16 explains."""
+    tokens, vocab, dim = shape
+    hidden, head, labels = make_inputs((tokens,), vocab, dim, torch.bfloat16, labelled=1.0)
+    hidden64, head64 = as_float64(hidden, head)
+    truth = reference.linear_logprob(hidden64, head64, labels)
+    stats, expected_stats = ck.token_stats(hidden, head, labels), reference.token_stats(hidden64, head64, labels)
+    for actual, expected in zip(stats, expected_stats, strict=True):
+        assert relative_error(actual, expected) < 1e-6
+    expected = torch.autograd.grad(truth.sum(), leaves(hidden64, head64))
+    for budget in (ck.MemoryBudget(), ck.MemoryBudget(kept_bytes=0)):
+        logp, *grads = step(hidden, head, labels, budget)
+        assert relative_error(logp, truth) < 1e-6
+        assert all(relative_error(a, b) < 2.5e-3 for a, b in zip(grads, expected, strict=True))
+    head.weight.requires_grad_(False)
+    logp, grad = step(hidden, head, labels)
+    assert relative_error(logp, truth) < 1e-6
+    assert relative_error(grad, expected[0]) < 3e-3  # rounded twice: once as the direction, once scaled
+
+
+@needs_library
+def test_bfloat16_of_any_layout(bf16_products):
+    hidden, head, labels = make_inputs((40,), 300, 50, torch.bfloat16)
+    plain = step(hidden, head, labels)
+    for weight in (head.weight.detach().T.contiguous().T, head.weight.detach().repeat(1, 2)[:, :50]):
+        again = step(hidden.detach().T.contiguous().T.requires_grad_(), ck.Head(weight.requires_grad_()), labels)
+        assert all(torch.equal(a, b) for a, b in zip(plain, again, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("p_label", [0.9, 0.9999])
+def test_confident_labels_keep_their_gradient(p_label, bf16_products):
+    """Within 5 % of the error that rounding the exact gradient to bfloat16 makes: no operand's rounding is seen."""
+    hidden, head, labels = confident_inputs(p_label, 64, 2000, 256, torch.bfloat16)
+    hidden64, head64 = as_float64(hidden, head)
+    exact = torch.autograd.grad(reference.linear_logprob(hidden64, head64, labels).sum(), leaves(hidden64, head64))
+    _, *grads = step(hidden, head, labels)
+    for actual, expected in zip(grads, exact, strict=True):
+        assert relative_error(actual, expected) < 1.05 * relative_error(expected.bfloat16(), expected)
 
 
 def test_installs_without_a_compiler(tmp_path, monkeypatch):

@@ -9,6 +9,10 @@ constexpr int64_t kMinTile = 128;
 constexpr int64_t kMaxRows = 1024;
 constexpr int64_t kWorkspaceBytes = 2 << 20;
 
+bool on_bf16(const HeadArguments& head) {
+  return head.weight.scalar_type() == ScalarType::BFloat16 && multiplies_bf16();
+}
+
 }  // namespace
 
 void check_head(const char* op, const HeadArguments& head, const Tensor& labels) {
@@ -41,9 +45,10 @@ TilePlan plan_tiles(const HeadArguments& head, int64_t live_rows, size_t item_si
   const int64_t bytes = head.workspace_bytes == 0 ? kWorkspaceBytes : head.workspace_bytes;
   const int64_t entries = std::max<int64_t>(bytes / item_size, kMinTile * kMinTile);
   const int64_t rows = std::clamp<int64_t>(std::min(live_rows, entries / kMinTile), 1, kMaxRows);
-  // A half-precision tile of the weight is converted: it counts as rows of the workspace too.
+  // What else a column takes: its part of the weight converted to floats, or packed beside the column rounded.
   const int64_t converted = head.weight.element_size() == item_size ? 0 : head.weight.size(1);
-  const int64_t columns = std::max<int64_t>(entries / (rows + converted) / kMinTile, 1) * kMinTile;
+  const int64_t others = on_bf16(head) ? (rows + converted) / 2 : converted;
+  const int64_t columns = std::max<int64_t>(entries / (rows + others) / kMinTile, 1) * kMinTile;
   return {rows, std::min(columns, head.weight.size(0))};
 }
 
@@ -60,10 +65,14 @@ TiledHead<T>::TiledHead(const HeadArguments& arguments, const LiveRows& live, Ti
       buffer_(empty<T>({plan.columns * padded(std::min(plan.rows, rows))})) {
   const bool all = rows == arguments.hidden.size(0);
   hidden_tensor_ = all ? arguments.hidden : index_rows(arguments.hidden, live.positions.data(), rows);
-  if (hidden_tensor_.scalar_type() != dtype_of<T>()) hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
-  hidden_ = matrix<T>(hidden_tensor_);
   if (arguments.bias) bias_tensor_ = contiguous_as<T>(*arguments.bias);
   bias_ = bias_tensor_ ? data<T>(*bias_tensor_) : nullptr;
+  if (on_bf16(arguments)) {
+    hidden_tensor_ = torch::stable::contiguous(hidden_tensor_);
+    bf16_ = std::make_unique<Bf16Head>(hidden_tensor_, weight_tensor_, live_.labels, plan);
+    return;
+  }
+  if (hidden_tensor_.scalar_type() != dtype_of<T>()) hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
   if (weight_tensor_.scalar_type() != dtype_of<T>()) weight_buffer_ = empty<T>({plan.columns, dim});
 }
 
@@ -71,15 +80,45 @@ template <class T>
 Matrix<T> TiledHead<T>::weight(Span columns) const {
   if (!weight_buffer_) return matrix<T>(weight_tensor_).block(columns.start, columns.size);
   Tensor tile = slice_rows(*weight_buffer_, 0, columns.size);
-  torch::stable::copy_(tile, slice_rows(weight_tensor_, columns.start, columns.size));
+  if (converted_start_ != columns.start) {
+    torch::stable::copy_(tile, slice_rows(weight_tensor_, columns.start, columns.size));
+    converted_start_ = columns.start;
+  }
   return matrix<T>(tile);
+}
+
+template <class T>
+void TiledHead<T>::logits(const Matrix<T>& tile, Span columns, Span block) const {
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16_) return bf16_->logits(tile, columns, block);
+  }
+  multiply(tile, weight(columns), hidden(block).transposed(), /*accumulate=*/false);
+}
+
+template <class T>
+void TiledHead<T>::add_to_hidden(
+    const Matrix<T>& sums, const Matrix<T>& tile, Span columns, Span block, bool accumulate) const {
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16_) return bf16_->add_to_hidden(sums, tile, columns, block, accumulate);
+  }
+  multiply(sums, tile.transposed(), weight(columns), accumulate);
+}
+
+template <class T>
+void TiledHead<T>::add_to_weight(
+    const Matrix<T>& sums, const Matrix<T>& tile, Span columns, Span block, bool accumulate) const {
+  if constexpr (std::is_same_v<T, float>) {
+    if (bf16_) return bf16_->add_to_weight(sums, tile, columns, block, accumulate);
+  }
+  multiply(sums, tile, hidden(block), accumulate);
 }
 
 template <class T>
 std::vector<T> TiledHead<T>::target_logits() const {
   std::vector<T> logits(rows);
   for_spans(rows, plan.rows, [&](Span block) {
-    const Tensor own_weight = target_weight(block), own_hidden = torch::stable::contiguous(hidden(block).tensor());
+    const Tensor own_weight = target_weight(block);
+    const Tensor own_hidden = contiguous_as<T>(slice_rows(hidden_tensor_, block.start, block.size));
     for_rows(block.size, dim, [&](int64_t i) {
       const int64_t row = block.start + i;
       logits[row] = static_cast<T>(dot_row(data<T>(own_hidden) + i * dim, data<T>(own_weight) + i * dim, dim));

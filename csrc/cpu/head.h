@@ -6,25 +6,16 @@
 
 #include <algorithm>
 #include <limits>
+#include <memory>
 #include <optional>
 #include <vector>
 
+#include "bf16_head.h"
 #include "rows.h"
 #include "tensors.h"
+#include "tiles.h"
 
 namespace cwdpo {
-
-struct Span {
-  int64_t start, size;
-  int64_t stop() const { return start + size; }
-  bool contains(int64_t i) const { return start <= i && i < stop(); }
-};
-
-// f(span) for [0, total) in spans of at most `size`.
-template <class F>
-void for_spans(int64_t total, int64_t size, const F& f) {
-  for (int64_t start = 0; start < total; start += size) f(Span{start, std::min(size, total - start)});
-}
 
 // How the op was called: the head, its transform, and what may be used.
 struct HeadArguments {
@@ -46,10 +37,6 @@ struct LiveRows {
 };
 LiveRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab);
 
-struct TilePlan {
-  int64_t rows, columns;
-};
-
 // Narrow column tiles come first: a tile, its part of the weight and the hidden rows should stay in cache together.
 TilePlan plan_tiles(const HeadArguments& head, int64_t live_rows, size_t item_size);
 
@@ -64,12 +51,18 @@ class TiledHead {
   T inverse_cap() const { return cap == T(0) ? T(0) : T(1) / cap; }
   T slope(T logit) const { return T(1) - (logit * inverse_cap()) * (logit * inverse_cap()); }
 
-  Matrix<T> hidden(Span block) const { return hidden_.block(block.start, block.size); }
   Matrix<T> buffer(Span block, Span columns) const {
     return {data<T>(buffer_), columns.size, block.size, padded(block.size)};
   }
-  // The weight's rows of the tile, converted into a buffer where they are of another dtype.
-  Matrix<T> weight(Span columns) const;
+
+  // The three products, of a tile [B, R] with W or H: on bfloat16 operands where the processor multiplies them.
+  // tile = W H^T, the logits before transform
+  void logits(const Matrix<T>& tile, Span columns, Span block) const;
+  // sums [R, D] (+)= tile^T W
+  void add_to_hidden(const Matrix<T>& sums, const Matrix<T>& tile, Span columns, Span block, bool accumulate) const;
+  // sums [B, D] (+)= tile H
+  void add_to_weight(const Matrix<T>& sums, const Matrix<T>& tile, Span columns, Span block, bool accumulate) const;
+
   int64_t label(int64_t row) const { return live_.labels[row]; }
   // z <- softcap(scale * (z + bias)) of a tile.
   void transform(const Matrix<T>& tile, Span columns) const {
@@ -89,11 +82,15 @@ class TiledHead {
   // Rows a power of two apart would meet in the same few sets of a cache when a column is read.
   static int64_t padded(int64_t rows) { return rows + 16; }
   T bias(int64_t v) const { return bias_ == nullptr ? T(0) : bias_[v]; }
+  Matrix<T> hidden(Span block) const { return matrix<T>(hidden_tensor_).block(block.start, block.size); }
+  // The weight's rows of the tile, converted into a buffer where they are of another dtype.
+  Matrix<T> weight(Span columns) const;
 
   const LiveRows& live_;
   Tensor hidden_tensor_, weight_tensor_, buffer_;
   std::optional<Tensor> bias_tensor_, weight_buffer_;
-  Matrix<T> hidden_;
+  mutable int64_t converted_start_ = -1;  // the tile that the weight's buffer holds
+  std::unique_ptr<Bf16Head> bf16_;
   const T* bias_;
 };
 

@@ -30,17 +30,16 @@ Forward<T> sweep(const TiledHead<T>& head, const KeptTiles<T>& kept, bool with_d
   const Matrix<T> pushed = with_direction ? matrix<T>(state.pushed) : Matrix<T>{};
 
   for_spans(head.vocab, head.plan.columns, [&](Span columns) {
-    const Matrix<T> weight = head.weight(columns);
     for_spans(head.rows, head.plan.rows, [&](Span block) {
       const bool keep = kept.has(columns);
       const Matrix<T> tile = keep ? kept.tile(columns).beside(block.start, block.size) : head.buffer(block, columns);
-      multiply(tile, weight, head.hidden(block).transposed(), /*accumulate=*/false);
+      head.logits(tile, columns, block);
       const Sweep kind = with_direction ? Sweep::kExponentials : Sweep::kTotals;
       add_tile(head, tile, columns, block, kind, state.others, [&](int64_t row, T decay) {
         if (with_direction) scale_row(pushed.row(row), head.dim, decay);
       });
       if (with_direction) {
-        multiply(pushed.block(block.start, block.size), tile.transposed(), weight, /*accumulate=*/true);
+        head.add_to_hidden(pushed.block(block.start, block.size), tile, columns, block, /*accumulate=*/true);
       }
     });
   });
@@ -149,7 +148,6 @@ LinearLogprobGrads backward(
   const Tensor grad_hidden_live = needs_hidden ? empty<T>({head.rows, head.dim}) : Tensor();
 
   for_spans(head.vocab, plan.columns, [&](Span columns) {
-    const Matrix<T> weight = head.weight(columns);
     std::optional<Accumulator<T>> weight_sums, bias_sums;
     if (needs_weight) weight_sums.emplace(grad_weight, columns);
     if (needs_bias) {
@@ -165,16 +163,16 @@ LinearLogprobGrads backward(
         const Matrix<T> logits = all ? tile.beside(block.start, block.size) : tile;
         write_gradient(head, up, columns, block, logits, grad, all ? nullptr : up.among_labelled.data());
       } else {
-        multiply(grad, weight, head.hidden(block).transposed(), /*accumulate=*/false);
+        head.logits(grad, columns, block);
         head.transform(grad, columns);
         write_gradient(head, up, columns, block, grad, grad, nullptr);
       }
       if (needs_hidden) {
         const Matrix<T> sums = matrix<T>(grad_hidden_live).block(block.start, block.size);
-        multiply(sums, grad.transposed(), weight, columns.start > 0);
+        head.add_to_hidden(sums, grad, columns, block, columns.start > 0);
       }
       if (needs_weight) {
-        multiply(matrix<T>(weight_sums->sums), grad, head.hidden(block), block.start > 0);
+        head.add_to_weight(matrix<T>(weight_sums->sums), grad, columns, block, block.start > 0);
       }
       if (needs_bias) {
         T* sums = data<T>(bias_sums->sums);

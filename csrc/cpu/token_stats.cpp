@@ -30,10 +30,9 @@ template <class T>
 std::vector<Competitors<T>> sweep(const TiledHead<T>& head) {
   std::vector<Competitors<T>> others(head.rows);
   for_spans(head.vocab, head.plan.columns, [&](Span columns) {
-    const Matrix<T> weight = head.weight(columns);
     for_spans(head.rows, head.plan.rows, [&](Span block) {
       const Matrix<T> tile = head.buffer(block, columns);
-      multiply(tile, weight, head.hidden(block).transposed(), /*accumulate=*/false);
+      head.logits(tile, columns, block);
       add_tile(head, tile, columns, block, Sweep::kMoments, others, [](int64_t, T) {});
     });
   });
