@@ -133,7 +133,7 @@ class StageArguments(TrainingArguments):
 
     `early_stopping_patience`: stop after so many probes without a better `metric_for_best_model`
     (any probe, e.g. `chosen_mean_logp`); None never stops. `stop_on`: stop when a probe shows one of these
-    findings of the doctor (doctor.py).
+    findings of the doctor (doctor.py); one that the start shows stops after the first step.
     """
 
     eval_strategy: str = "steps"

@@ -160,7 +160,9 @@ class StageTrainer(Trainer):
     ) -> dict[str, float]:
         """The probes, logged as `eval_*` like any evaluation of the library."""
         model = self.model_wrapped if self.is_in_train else self.model
-        figures = self.probes.measure(model, self.reference, self.args.device)
+        measured = self.probes.measure(model, self.reference, self.args.device)
+        # Those of one process for all: figures decide when to stop, and a GPU's last bits differ.
+        (figures,) = broadcast_object_list([measured])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
