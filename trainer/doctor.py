@@ -8,8 +8,10 @@ not finite has a rule of its own. A finding is a reason to look, not a proof: th
 from __future__ import annotations
 
 import math
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from tqdm.auto import tqdm
@@ -52,6 +54,11 @@ class Course:
     logs: History
     settings: Mapping[str, Any]
 
+    def until(self, count: int) -> Course:
+        """The course as it was at its probe number `count`."""
+        logs = bisect_right(self.logs, self.probes[count - 1]["step"], key=lambda entry: entry["step"])
+        return replace(self, probes=self.probes[:count], logs=self.logs[:logs])
+
     def first(self, key: str) -> float:
         return self.probes[0].get(key, math.nan)
 
@@ -63,7 +70,7 @@ class Course:
 
     def recent(self, key: str) -> float:
         """The mean of the last `RECENT` training logs that have `key`; NaN if none has."""
-        values = [entry[key] for entry in self.logs if key in entry][-RECENT:]
+        values = list(islice((entry[key] for entry in reversed(self.logs) if key in entry), RECENT))
         return sum(values) / len(values) if values else math.nan
 
     def negatives(self) -> list[str]:
@@ -120,20 +127,22 @@ def names_of_rules(stage: str) -> list[str]:
 
 def diagnose(stage: str, history: History, settings: Mapping[str, Any]) -> list[Finding]:
     """What holds at the last probe of a log history; nothing before the first probe."""
-    probes = probe_entries(history)
-    if not probes:
-        return []
-    course = Course(stage, probes, training_entries(history), settings)
-    found = {name: _RULES[name][0](course) for name in names_of_rules(stage)}
-    return [Finding(name, stage, probes[-1]["step"], *words) for name, words in found.items() if words is not None]
+    return _examined(Course(stage, probe_entries(history), training_entries(history), settings))
 
 
 def new_findings(stage: str, history: History, settings: Mapping[str, Any]) -> list[Finding]:
     """Those of `diagnose` that no earlier probe of the history had: nothing to remember, so a resumed run agrees."""
-    steps = [probe["step"] for probe in probe_entries(history)]
-    pasts = [[entry for entry in history if entry["step"] <= step] for step in steps[:-1]]
-    known = {finding.name for past in pasts for finding in diagnose(stage, past, settings)}
-    return [finding for finding in diagnose(stage, history, settings) if finding.name not in known]
+    course = Course(stage, probe_entries(history), training_entries(history), settings)
+    known = {finding.name for count in range(1, len(course.probes)) for finding in _examined(course.until(count))}
+    return [finding for finding in _examined(course) if finding.name not in known]
+
+
+def _examined(course: Course) -> list[Finding]:
+    if not course.probes:
+        return []
+    step = course.probes[-1]["step"]
+    found = {name: _RULES[name][0](course) for name in names_of_rules(course.stage)}
+    return [Finding(name, course.stage, step, *words) for name, words in found.items() if words is not None]
 
 
 @_rule("sft", "dpo")

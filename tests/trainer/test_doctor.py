@@ -151,6 +151,14 @@ def test_a_finding_is_new_once():
         assert [finding.name for finding in new_findings("dpo", history(*probes), SETTINGS)] == expected
 
 
+def test_an_earlier_finding_is_judged_by_the_logs_of_its_time():
+    """All pairs are dropped from the second probe on, when `kept` has fallen: new there, and not later."""
+    logs = [LOG] * 4 + [LOG | {"kept": 0.0}] * 12  # at steps 5 to 80; probes at 0, 20, 40, ...
+    for probes, expected in ((2, []), (3, []), (4, ["nothing_kept"]), (5, [])):
+        past = history(START, *[END] * (probes - 1), logs=logs[: 4 * (probes - 1)])
+        assert [finding.name for finding in new_findings("dpo", past, SETTINGS)] == expected
+
+
 @pytest.mark.parametrize(("stop_on", "stops"), [([], False), (["drift"], True), (["squeezing"], False)])
 def test_a_named_finding_ends_the_stage(stop_on, stops, capsys):
     args = SimpleNamespace(stage="dpo", stop_on=stop_on, **SETTINGS)
