@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
@@ -113,10 +114,10 @@ def problems_of(plan: Plan) -> Iterator[Problem]:
             yield Problem(severity, name, *diagnosis)
 
 
-def places(rows: Sequence[Row | str], count: int | None = None) -> str:
+def places(rows: Sequence[Row | str]) -> str:
     """Where rows are: the first `PLACES` of them, and how many there are more."""
     shown = [row if isinstance(row, str) else row.where for row in rows[:PLACES]]
-    more = (len(rows) if count is None else count) - len(shown)
+    more = len(rows) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
 
@@ -185,47 +186,44 @@ def short_samples(plan: Plan) -> Diagnosis | None:
 @_rule(ERROR)
 def train_and_heldout_share_pairs(plan: Plan) -> Diagnosis | None:
     """Same texts, and images of the same content: copies in another folder count."""
-    texts: dict[str, list[Row]] = {}
-    for row in plan.rows.get("train", ()):
-        texts.setdefault(_texts(row), []).append(row)
-    contents: dict[str, tuple[bytes, ...] | None] = {}
-    shared = [
-        f"{row.where} = {twin.where}"
-        for row in plan.rows.get("heldout", ())
-        for twin in texts.get(_texts(row), ())
-        if None is not _content(row, contents) == _content(twin, contents)
-    ]
+    heldout = plan.rows.get("heldout", [])
+    texts = {_texts(row) for row in heldout}
+    train = {_contents(row): row for row in plan.rows.get("train", ()) if _texts(row) in texts}
+    shared = [(row, train[_contents(row)]) for row in heldout if train and _contents(row) in train]
     if not shared:
         return None
-    return f"{len(shared)} pairs are in both data sets: {places(shared)}", "take them out of one of the two"
+    where = places([f"{row.where} = {twin.where}" for row, twin in shared])
+    return f"{len(shared)} pairs are in both data sets: {where}", "take them out of one of the two"
+
+
+@_rule(WARNING)
+def repeated_pairs(plan: Plan) -> Diagnosis | None:
+    train = plan.rows.get("train", [])
+    counts = Counter(map(_texts, train))
+    seen: set[tuple[object, ...]] = set()
+    repeated = []
+    for row in train:
+        if counts[_texts(row)] > 1:
+            contents = _contents(row)
+            if contents in seen:
+                repeated.append(row)
+            seen.add(contents)
+    if not repeated:
+        return None
+    return f"{len(repeated)} pairs of data.train are there before: {places(repeated)}", "take the copies out"
 
 
 def _texts(row: Row) -> str:
     return json.dumps([row.prompt, row.chosen, row.rejected])
 
 
-def _content(row: Row, known: dict[str, tuple[bytes, ...] | None]) -> tuple[bytes, ...] | None:
-    """Digests of a row's images; None if one cannot be read, which is a problem of its own."""
-    if row.where not in known:
-        try:
-            known[row.where] = tuple(hashlib.sha256(picture.read_bytes()).digest() for picture in row.images)
-        except BROKEN:
-            known[row.where] = None
-    return known[row.where]
-
-
-@_rule(WARNING)
-def repeated_pairs(plan: Plan) -> Diagnosis | None:
-    seen: set[tuple[object, ...]] = set()
-    repeated = []
-    for row in plan.rows.get("train", ()):
-        key = (_texts(row), *(picture.name for picture in row.images))
-        if key in seen:
-            repeated.append(row)
-        seen.add(key)
-    if not repeated:
-        return None
-    return f"{len(repeated)} pairs of data.train are there before: {places(repeated)}", "take the copies out"
+def _contents(row: Row) -> tuple[object, ...]:
+    """What a pair is: its texts and its images' bytes. A row with an unreadable image, which is a problem of its own,
+    is equal to none."""
+    try:
+        return (_texts(row), *(hashlib.sha256(picture.read_bytes()).digest() for picture in row.images))
+    except BROKEN:
+        return (row.where,)
 
 
 @_rule(ERROR)

@@ -88,3 +88,31 @@ def test_a_run(qwen, settings, write_config, lora):
     assert nll[-1] < nll[0]
     assert metrics["after_cwdpo"]["probes"]["chosen_delta_logp"] != 0
     assert (folder / "cwdpo" / ("adapter_model.safetensors" if lora else "model.safetensors")).is_file()
+
+
+def test_a_run_with_smaller_images(qwen, settings, write_config, capsys):
+    """Of 16, 12 and 14 tokens only the first are too long for 14: their images get 6 tokens instead of 8."""
+    settings["model"] = {"path": str(qwen / "model")}
+    settings["data"] = {"train": str(qwen / "train.jsonl"), "heldout": str(qwen / "heldout.jsonl")}
+    settings["data"] |= {"max_length": 14, "over_length": "shrink"}
+    del settings["dpo"]
+    settings["sft"].update(max_steps=2, eval_steps=2)
+    assert main(["run", str(write_config(settings))]) == 0
+    lines = [line.split(" (")[0] for line in capsys.readouterr().out.splitlines() if "max_length" in line]
+    assert [line.split(": ")[1] for line in lines] == [
+        "of 16 rows 6 have smaller images",
+        "of 6 rows 3 have smaller images",
+    ]
+
+
+def test_a_check(qwen, settings, write_config, capsys):
+    settings["model"] = {"path": str(qwen / "model")}
+    settings["data"] = {"train": str(qwen / "train.jsonl"), "heldout": str(qwen / "train.jsonl")}
+    assert main(["check", str(write_config(settings)), "data.max_length=14", "data.over_length=shrink"]) == 1
+    out = capsys.readouterr().out
+    assert "tokens, images: 4 to 8, median 6" in out
+    assert "self-test: Qwen2_5_VLForConditionalGeneration: head 40 x 32" in out
+    names = [line.split(":")[0] for line in out.splitlines() if line.startswith(("error ", "warning "))]
+    # Its images are of one colour, so that rows of one size and colour are the same.
+    warnings = ["warning repeated_pairs", "warning longer_than_max_length"]
+    assert names == ["error train_and_heldout_share_pairs", *warnings]
