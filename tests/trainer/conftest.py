@@ -25,6 +25,11 @@ from cwdpo_trainer.cli import main
 from cwdpo_trainer.collator import PairCollator
 from cwdpo_trainer.data import Row, load_rows
 
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--write-trajectory", action="store_true", help="pin what test_trajectory.py finds")
+
+
 WORDS = ["describe", "red", "green", "blue", "left", "right", "above", "below", "and", "a", "the", "square"]
 PROMPT = "<image> describe"
 
