@@ -8,6 +8,7 @@ single rows are in row_checks.py.
 
 from __future__ import annotations
 
+import difflib
 import hashlib
 import json
 from collections import Counter
@@ -23,6 +24,7 @@ from cwdpo_trainer.data import Row, answer_text
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.lengths import Fit, Length, LengthMeter
 from cwdpo_trainer.pictures import BROKEN
+from cwdpo_trainer.probes import COOLING_BINS, FIGURES
 from cwdpo_trainer.run import check_folder
 from cwdpo_trainer.sampling import normalise
 
@@ -159,6 +161,22 @@ def beta(plan: Plan) -> Diagnosis | None:
     if low <= dpo.beta <= high:
         return None
     return f"dpo.beta is {dpo.beta:g}, not in [{low:g}, {high:g}] (dpo.normalize: {dpo.normalize})", "0.1 is usual"
+
+
+@_rule(ERROR)
+def unknown_metric(plan: Plan) -> Diagnosis | None:
+    """Early stopping and the choice of the best checkpoint go by a figure of the probes."""
+    sources = {row.negative_source for row in plan.rows.get("heldout", [])[: plan.config.probes.rows]}
+    figures = [*FIGURES, "cooling", *(f"cooling_bin{place}" for place in range(COOLING_BINS))]
+    names = [f"{name}_{figure}" for name in ("chosen", "onpolicy", *sorted(sources)) for figure in figures]
+    wrong = []
+    for stage, args in plan.stages().items():
+        metric = (args.metric_for_best_model or names[0]).removeprefix("eval_")
+        if sources and metric not in names:
+            close = difflib.get_close_matches(metric, names, n=1)
+            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            wrong.append(f"{stage}.metric_for_best_model is {metric!r}, which no probe measures{hint}")
+    return ("; ".join(wrong), "name a probe's figure, such as chosen_mean_logp") if wrong else None
 
 
 @_rule(ERROR)

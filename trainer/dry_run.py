@@ -40,9 +40,10 @@ def dry_run(path: Path, overrides: Sequence[str], rows: int) -> tuple[Plan | Non
     if config is None:
         return None, problems
     plan = Plan(config)
-    for step in (_prepared, _data, _processor, _model, _rows, _fits):
+    for step in (_prepared, _train, _heldout, _processor, _model, _rows, _fits):
         try:
-            problems += step(plan, rows)
+            for problem in step(plan, rows):  # those before a mistake that ends the step count
+                problems.append(problem)
         except InputError as error:
             name = step.__name__.removeprefix("_")
             problems.append(Problem(ERROR, name, str(error), "without it there is more that cannot be checked"))
@@ -54,15 +55,22 @@ def _prepared(plan: Plan, rows: int) -> Iterator[Problem]:
     yield from ()
 
 
-def _data(plan: Plan, rows: int) -> Iterator[Problem]:
-    for name in ("train", "heldout"):
-        source = open_source(getattr(plan.config.data, name), plan.config.base)
-        plan.rows[name], messages = read_rows(source)
-        plan.digests[name], plan.unused[name] = source.digest(), source.unused_columns()
-        step = max(1, -(-len(plan.rows[name]) // rows))
-        plan.sample[name] = plan.rows[name][::step]
-        yield from _unusable_rows(plan, name, messages)
-        require(bool(plan.rows[name]), source.name, "the data set", "number of rows", ">= 1 that is good", 0)
+def _train(plan: Plan, rows: int) -> Iterator[Problem]:
+    return _data(plan, "train", rows)
+
+
+def _heldout(plan: Plan, rows: int) -> Iterator[Problem]:
+    return _data(plan, "heldout", rows)
+
+
+def _data(plan: Plan, name: str, rows: int) -> Iterator[Problem]:
+    source = open_source(getattr(plan.config.data, name), plan.config.base)
+    plan.rows[name], messages = read_rows(source)
+    plan.digests[name], plan.unused[name] = source.digest(), source.unused_columns()
+    step = max(1, -(-len(plan.rows[name]) // rows))
+    plan.sample[name] = plan.rows[name][::step]
+    yield from _unusable_rows(plan, name, messages)
+    require(bool(plan.rows[name]), source.name, "the data set", "number of rows", ">= 1 that is good", 0)
 
 
 def _unusable_rows(plan: Plan, name: str, messages: Sequence[str]) -> Iterator[Problem]:

@@ -113,7 +113,7 @@ def load_processor(path: str) -> ProcessorMixin:
     """The processor of the model at `path`. Raises `InputError` where there is none for text and images."""
     try:
         processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:  # some processors need torchvision
         message = f"model: expected path to have a vision-language model and its processor, got {path}"
         raise InputError(f"{message} ({' '.join(str(error).split())[:200]})") from error
     usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")

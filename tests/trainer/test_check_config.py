@@ -102,6 +102,10 @@ def wild_beta(case: Case) -> None:
     case.settings["dpo"]["beta"] = 50
 
 
+def metric_of_no_probe(case: Case) -> None:
+    case.settings["dpo"]["metric_for_best_model"] = "chosen_mean_logps"
+
+
 def another_runs_folder(case: Case) -> None:
     case.settings["output_dir"] = str(case.folder / "other")
     (case.folder / "other").mkdir()
@@ -229,6 +233,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (saved_in_half_precision, ERROR, "float16_weights", ["float16, which is how the model was saved"]),
     (wild_rate, WARNING, "learning_rate", ["dpo.learning_rate is 5, not in"]),
     (wild_beta, WARNING, "beta", ["dpo.beta is 50, not in [0.01, 1]"]),
+    (metric_of_no_probe, ERROR, "unknown_metric", ["dpo.metric_for_best_model", "did you mean 'chosen_mean_logp'"]),
     (another_runs_folder, ERROR, "folder_of_another_run", ["this run was started with it"]),
     (few_new_tokens, WARNING, "short_samples", ["max_new_tokens is 3, and 44 of 44 chosen answers are longer"]),
     (missing_image, ERROR, "unusable_rows", ["2 of 32 rows of data.train, expected images to have an existing file",
@@ -254,7 +259,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (padding_with_images, ERROR, "padding_is_an_image_token", ["the tokenizer pads with '<image>'"]),
     (grown_tokenizer, ERROR, "tokens_without_embedding", ["the tokenizer has 18 tokens, the model embeddings for 17"]),
     (long_chosen, WARNING, "chosen_is_longer", ["longer in 44 of 44 pairs, 2.0 times on the whole"]),
-    (no_data, ERROR, "data", ["gone.jsonl: expected the data set to have an existing file"]),
+    (no_data, ERROR, "heldout", ["gone.jsonl: expected the data set to have an existing file"]),
 ]  # fmt: skip
 
 
@@ -290,9 +295,32 @@ def test_all_mistakes_are_found_at_once_and_are_the_exit_status(case, capsys):
     assert out.endswith("6 errors, 2 warnings\n")
 
 
+@pytest.mark.parametrize("metric", ["near_cooling", "eval_onpolicy_tv", "chosen_ece"])
+def test_every_figure_of_the_probes_may_decide(case, metric):
+    assert case.problems(f"dpo.metric_for_best_model={metric}") == []
+
+
+def test_a_processor_that_needs_more_than_is_installed_is_named(case, monkeypatch):
+    def load(path):
+        raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
+
+    monkeypatch.setattr("cwdpo_trainer.run.AutoProcessor.from_pretrained", load)
+    (problem,) = case.problems()
+    assert problem.name == "processor"
+    assert "requires the Torchvision library" in problem.evidence
+
+
 def test_warnings_alone_are_no_failure(case, capsys):
     assert main(["check", str(case.save()), "dpo.beta=50", "--no-model"]) == 0
     assert "warning beta: dpo.beta is 50" in capsys.readouterr().out
+
+
+def test_a_data_set_of_bad_rows_hides_nothing_of_the_other(case):
+    case.train = ["{oops", "[]"]
+    swap = case.heldout[0]
+    case.heldout[0] = {**swap, "chosen": swap["rejected"], "rejected": swap["chosen"]}
+    names = [problem.name for problem in case.problems()]
+    assert names == ["unusable_rows", "unusable_rows", "train", "rejected_is_right"]
 
 
 def test_a_model_that_is_not_there_leaves_the_data_to_check(case):
