@@ -6,9 +6,13 @@ policy's head is called inside the wrapped model, so that their hooks fire (`att
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
 import torch
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import OPTIMIZER_NAME, DistributedType
 from accelerate.utils.fsdp_utils import fsdp2_prepare_model
 from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
@@ -30,8 +34,9 @@ def largest(accelerator: Accelerator, number: int) -> int:
     return int(accelerator.reduce(torch.tensor(number, device=accelerator.device), "max").item())
 
 
-def check_distribution(accelerator: Accelerator) -> None:
-    """Raise `InputError` for a layout that would train wrongly or could not save."""
+def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
+    """Raise `InputError` for a layout that would train wrongly or could not save; choose the units of FSDP2 where the
+    configuration does not."""
     kind = accelerator.distributed_type
     require(kind != DistributedType.DEEPSPEED, WHERE, "distributed_type", "value", "NO, MULTI_* or FSDP", kind.value)
     if not is_sharded(accelerator):
@@ -43,6 +48,10 @@ def check_distribution(accelerator: Accelerator) -> None:
     # The head is measured before it is sharded, in every process, and needs its weights there.
     lean = plugin.cpu_ram_efficient_loading
     require(not lean, WHERE, "fsdp_cpu_ram_efficient_loading", "value", "false", lean)
+    if plugin.transformer_cls_names_to_wrap is None:
+        # accelerate would take all that the class names, and fail at those that this model does not have.
+        present = {type(module).__name__ for module in model.modules()}
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
 
 
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
@@ -54,3 +63,23 @@ def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Modu
     reference = fsdp2_prepare_model(accelerator, reference)
     register_fsdp_forward_method(reference, "generate")
     return reference
+
+
+@contextlib.contextmanager
+def saved_parameters_only(accelerator: Accelerator, model: nn.Module, checkpoint: str) -> Iterator[None]:
+    """For the time of loading an optimizer: parameters that never got a gradient count as frozen.
+
+    Some towers have a layer that the language model never sees. It has no state in a checkpoint, and torch refuses to
+    load the checkpoint of a sharded model in which a trained parameter has none.
+    """
+    unused: list[nn.Parameter] = []
+    if is_sharded(accelerator):
+        saved = torch.load(Path(checkpoint) / f"{OPTIMIZER_NAME}.bin", mmap=True, weights_only=True)["state"]
+        unused = [value for name, value in model.named_parameters() if value.requires_grad and name not in saved]
+    for parameter in unused:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in unused:
+            parameter.requires_grad_(True)

@@ -39,7 +39,7 @@ from cwdpo_trainer.collator import Batch, PairCollator, to_device
 from cwdpo_trainer.cooling import measure_cooling
 from cwdpo_trainer.curriculum import hardest_first, load_order, measure_rows, save_order
 from cwdpo_trainer.data import Row
-from cwdpo_trainer.distributed import check_distribution, prepare_reference
+from cwdpo_trainer.distributed import check_distribution, prepare_reference, saved_parameters_only
 from cwdpo_trainer.doctor import Doctor
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.files import read_json, write_json
@@ -82,7 +82,7 @@ class StageTrainer(Trainer):
             data_collator=collator,
             processing_class=collator.processor,
         )
-        check_distribution(self.accelerator)
+        check_distribution(self.accelerator, model)
         self.collator = collator
         self.probes = probes
         self.origin = origin
@@ -198,6 +198,10 @@ class StageTrainer(Trainer):
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, resume_from_checkpoint)
+
+    def _load_optimizer_and_scheduler(self, checkpoint: str) -> None:
+        with saved_parameters_only(self.accelerator, self.model, checkpoint):
+            super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)

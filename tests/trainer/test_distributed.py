@@ -1,7 +1,9 @@
-"""Two gloo processes give the gradients and the trajectory of one, whatever unit of FSDP2 the head is in."""
+"""Two gloo processes give the gradients and the trajectory of one, whatever unit of FSDP2 the head is in; whole runs
+too, full and with LoRA, over an interruption."""
 
 from __future__ import annotations
 
+import json
 import os
 import socket
 import subprocess
@@ -12,9 +14,11 @@ import pytest
 import torch
 
 from cwdpo_kernels.adapters.hugging_face import attach_head
+from cwdpo_trainer.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))
-import distributed_worker as worker
+import layout_worker as worker
+import run_worker
 
 
 def launch(*command: str, processes: int = 2, timeout: float = 300) -> None:
@@ -70,3 +74,40 @@ def test_two_processes_are_one(results, expected, name, layout):
         for parameter, value in one[key].items():
             torch.testing.assert_close(found[key][parameter], value, rtol=1e-3, atol=1e-5, msg=f"{key} {parameter}")
     assert one["grads"]["lm_head.weight" if name == "untied" else "model.language_model.embed_tokens.weight"].any()
+
+
+def logged(folder: Path) -> dict[str, list[float]]:
+    """Every figure that the two stages logged, training and probes, without the timing."""
+    figures: dict[str, list[float]] = {}
+    for stage in ("sft", "cwdpo"):
+        history = json.loads((folder / stage / "trainer_state.json").read_text())["log_history"]
+        for entry in history:
+            for name, value in entry.items():
+                if isinstance(value, float) and not name.startswith("train_"):
+                    figures.setdefault(f"{stage}/{name}", []).append(value)
+    return figures
+
+
+@pytest.mark.parametrize(("kind", "lora"), [("ddp", True), ("fsdp", False)])
+def test_a_run_of_two_processes_is_a_run_of_one(settings, write_config, tmp_path, kind, lora):
+    if lora:
+        settings["lora"] = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"]}
+    settings["sft"]["nll_floor"] = 6.5  # above some batches' mean and below others'
+    settings["dpo"].update(onpolicy_fraction=0.0, drop_below=-5.0)
+    for stage in ("sft", "dpo"):
+        settings[stage].update(max_steps=10, eval_steps=5, logging_steps=1, use_cpu=True)
+    one = tmp_path / "one"
+    assert main(["run", str(write_config({**settings, "output_dir": str(one)}))]) == 0
+    for stage in ("sft", "dpo"):
+        settings[stage]["per_device_train_batch_size"] //= 2
+    config = str(write_config(settings))
+    launch(run_worker.__file__, kind, config, "7")
+    launch(run_worker.__file__, kind, config)
+    expected, found = logged(one), logged(Path(settings["output_dir"]))
+    assert found.keys() == expected.keys()
+    assert max(expected["sft/penalty"]) > 0
+    assert min(expected["cwdpo/kept"]) < 1
+    for name, values in expected.items():
+        # Calibration error counts tokens in bins, whose edges a rounding can cross.
+        tolerance = {"rel": 2e-3, "abs": 2e-2 if "ece" in name else 1e-4}
+        assert found[name] == pytest.approx(values, **tolerance), name

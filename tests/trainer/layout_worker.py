@@ -1,6 +1,6 @@
 """One of two gloo processes: trains a tiny model in every layout, and rank 0 writes what came out.
 
-Called by test_distributed.py: `python distributed_worker.py OUT`, with RANK, WORLD_SIZE and the address in the
+Called by test_distributed.py: `python layout_worker.py OUT`, with RANK, WORLD_SIZE and the address in the
 environment. Each process has one pair of a batch of two.
 """
 

@@ -1,0 +1,55 @@
+"""One process of a distributed run on CPUs: `python run_worker.py {ddp,fsdp} CONFIG [STOP]`, ranks in the environment.
+
+With STOP both processes end without a word before step STOP of stage 2.
+accelerate shards on accelerators only: its check of the device is what is changed here, and nothing of how it shards.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
+
+from cwdpo_trainer import cli, stages
+
+FSDP2 = {
+    "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
+    "FSDP_RESHARD_AFTER_FORWARD": "true", "FSDP_STATE_DICT_TYPE": "FULL_STATE_DICT",
+    "FSDP_CPU_RAM_EFFICIENT_LOADING": "false",
+}  # fmt: skip
+
+
+def end_at(step: int) -> None:
+    plain = stages.CWDPOTrainer._loss
+
+    def loss(self: stages.CWDPOTrainer, *args: object) -> object:
+        if self.state.global_step == step:
+            os._exit(0)
+        return plain(self, *args)
+
+    stages.CWDPOTrainer._loss = loss
+
+
+def main(kind: str, config: str, stop: str | None = None) -> int:
+    torch.set_num_threads(1)
+    if stop is not None:
+        end_at(int(stop))
+    if kind == "fsdp":
+        os.environ.update(FSDP2)
+        plain = PartialState.__init__
+
+        def as_if_on_accelerators(self: PartialState, *args: object, **kwargs: object) -> None:
+            first = not PartialState._shared_state
+            plain(self, *args, **kwargs)
+            if first:
+                self.distributed_type = DistributedType.MULTI_GPU
+
+        PartialState.__init__ = as_if_on_accelerators
+    return cli.main(["run", config])
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))
