@@ -66,14 +66,14 @@ def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Modu
 
 
 @contextlib.contextmanager
-def saved_parameters_only(accelerator: Accelerator, model: nn.Module, checkpoint: str) -> Iterator[None]:
+def saved_parameters_only(accelerator: Accelerator, model: nn.Module, checkpoint: str | None) -> Iterator[None]:
     """For the time of loading an optimizer: parameters that never got a gradient count as frozen.
 
     Some towers have a layer that the language model never sees. It has no state in a checkpoint, and torch refuses to
     load the checkpoint of a sharded model in which a trained parameter has none.
     """
     unused: list[nn.Parameter] = []
-    if is_sharded(accelerator):
+    if is_sharded(accelerator) and checkpoint is not None:
         saved = torch.load(Path(checkpoint) / f"{OPTIMIZER_NAME}.bin", mmap=True, weights_only=True)["state"]
         unused = [value for name, value in model.named_parameters() if value.requires_grad and name not in saved]
     for parameter in unused:

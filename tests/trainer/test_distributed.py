@@ -93,7 +93,7 @@ def test_a_run_of_two_processes_is_a_run_of_one(settings, write_config, tmp_path
     if lora:
         settings["lora"] = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"]}
     settings["sft"]["nll_floor"] = 6.5  # above some batches' mean and below others'
-    settings["dpo"].update(onpolicy_fraction=0.0, drop_below=-5.0)
+    settings["dpo"].update(onpolicy_fraction=0.0, drop_below=-4.2)
     for stage in ("sft", "dpo"):
         settings[stage].update(max_steps=10, eval_steps=5, logging_steps=1, use_cpu=True)
     one = tmp_path / "one"
@@ -107,6 +107,8 @@ def test_a_run_of_two_processes_is_a_run_of_one(settings, write_config, tmp_path
     assert found.keys() == expected.keys()
     assert max(expected["sft/penalty"]) > 0
     assert min(expected["cwdpo/kept"]) < 1
+    for figures in (expected, found):
+        del figures["cwdpo/accuracy"][0]  # of margins that are 0 but for a rounding
     for name, values in expected.items():
         # Calibration error counts tokens in bins, whose edges a rounding can cross.
         tolerance = {"rel": 2e-3, "abs": 2e-2 if "ece" in name else 1e-4}
