@@ -39,7 +39,7 @@ from cwdpo_trainer.collator import Batch, PairCollator, to_device
 from cwdpo_trainer.cooling import measure_cooling
 from cwdpo_trainer.curriculum import hardest_first, load_order, measure_rows, save_order
 from cwdpo_trainer.data import Row
-from cwdpo_trainer.distributed import check_distribution, is_sharded, prepare_reference, saved_parameters_only
+from cwdpo_trainer.distributed import check_distribution, prepare_reference, saved_parameters_only
 from cwdpo_trainer.doctor import Doctor
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.files import read_json, write_json
@@ -278,10 +278,6 @@ class CWDPOTrainer(StageTrainer):
     ) -> None:  # fmt: skip
         cache = open_cache(args, reference, collator)  # while no weight is sharded yet
         super().__init__(model, reference, args, rows, collator, probes, **options)
-        # Processes draw when their own rows need it, and a sharded model can only answer all of them at once.
-        drawn = max(value for _, value in args.onpolicy_schedule.points)
-        sharded = is_sharded(self.accelerator)
-        require(not (sharded and drawn), "configuration", "onpolicy_fraction", "value", "0 under FSDP", drawn)
         self.sampling = sampling
         self.rows_by_id = {row.id: row for row in rows}
         self.pool = OnPolicyPool(args.refresh_steps, args.onpolicy_staleness, args.seed)
