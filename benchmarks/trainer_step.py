@@ -35,7 +35,7 @@ from transformers import (
 import cwdpo_kernels as ck
 from benchmarks import memory, peers, timing
 from cwdpo_kernels import reference
-from cwdpo_trainer import stages
+from cwdpo_trainer import dpo
 from cwdpo_trainer.arguments import DPOArguments, ProbeArguments, SamplingArguments
 from cwdpo_trainer.collator import PairCollator
 from cwdpo_trainer.data import Row, load_rows
@@ -138,7 +138,7 @@ class Recorder(TrainerCallback):
 
 def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
     """`steps` steps of the real trainer with the given head path."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(stages, **PATHS[path]):
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(dpo, **PATHS[path]):
         collator = PairCollator(build_processor(shape))
         rows = build_rows(Path(folder), shape)
         torch.manual_seed(0)
@@ -152,7 +152,7 @@ def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
         )  # fmt: skip
         probes = Probes(rows[:1], collator, ProbeArguments(rows=1, batch_size=1), SAMPLING, args.cooling, seed=0)
         recorder = Recorder()
-        trainer = stages.CWDPOTrainer(policy, copy.deepcopy(policy), args, rows, collator, probes, sampling=SAMPLING)
+        trainer = dpo.CWDPOTrainer(policy, copy.deepcopy(policy), args, rows, collator, probes, sampling=SAMPLING)
         trainer.add_callback(recorder)
         trainer.train()
     return recorder

@@ -30,6 +30,7 @@ from cwdpo_trainer.checkpoints import newest_checkpoint
 from cwdpo_trainer.collator import PairCollator
 from cwdpo_trainer.config import STAGES, RunConfig, prepare
 from cwdpo_trainer.data import Row, distinct_prompts, load_rows, split_rows
+from cwdpo_trainer.dpo import CWDPOTrainer
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.files import read_json, replacing_folder, write_json
 from cwdpo_trainer.lengths import LengthMeter, fit_rows
@@ -37,8 +38,9 @@ from cwdpo_trainer.models import Model, freeze_reference, load_model
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.report import Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
+from cwdpo_trainer.sft import ConstrainedSFTTrainer
 from cwdpo_trainer.sources import open_source
-from cwdpo_trainer.stages import ConstrainedSFTTrainer, CWDPOTrainer, StageTrainer
+from cwdpo_trainer.stages import StageTrainer
 from cwdpo_trainer.summary import COOLING_FILE, LABEL_OF_STAGE, MODEL_FOLDERS
 
 STATE_FILE = "trainer_state.json"

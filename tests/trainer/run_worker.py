@@ -13,7 +13,7 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from cwdpo_trainer import cli, stages
+from cwdpo_trainer import cli, dpo
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",
@@ -23,14 +23,14 @@ FSDP2 = {
 
 
 def end_at(step: int) -> None:
-    plain = stages.CWDPOTrainer._loss
+    plain = dpo.CWDPOTrainer._loss
 
-    def loss(self: stages.CWDPOTrainer, *args: object) -> object:
+    def loss(self: dpo.CWDPOTrainer, *args: object) -> object:
         if self.state.global_step == step:
             os._exit(0)
         return plain(self, *args)
 
-    stages.CWDPOTrainer._loss = loss
+    dpo.CWDPOTrainer._loss = loss
 
 
 def main(kind: str, config: str, stop: str | None = None) -> int:

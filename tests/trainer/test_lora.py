@@ -10,7 +10,7 @@ import peft
 import pytest
 import torch
 
-from cwdpo_trainer import stages
+from cwdpo_trainer import dpo
 from cwdpo_trainer.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.errors import InputError
@@ -56,7 +56,7 @@ def test_a_run_trains_the_adapters_and_nothing_else(lora_settings, write_config,
 
 def test_the_reference_of_stage_two_is_the_adapter_of_stage_one(lora_settings, write_config, monkeypatch):
     seen = []
-    plain = stages.CWDPOTrainer.train
+    plain = dpo.CWDPOTrainer.train
 
     def train(self, *args, **kwargs):
         seen.append((self.reference, copy.deepcopy(self.model.state_dict())))
@@ -64,7 +64,7 @@ def test_the_reference_of_stage_two_is_the_adapter_of_stage_one(lora_settings, w
         seen.append((self.reference, self.model.state_dict()))
         return output
 
-    monkeypatch.setattr(stages.CWDPOTrainer, "train", train)
+    monkeypatch.setattr(dpo.CWDPOTrainer, "train", train)
     assert main(["run", str(write_config(lora_settings))]) == 0
     (reference, before), (_, after) = seen
     assert isinstance(reference, AdapterReference)
@@ -82,17 +82,17 @@ def test_a_run_that_was_stopped_between_checkpoints_goes_on(lora_settings, write
     whole = write_config({**lora_settings, "output_dir": str(tmp_path / "whole")})
     assert main(["run", str(whole)]) == 0
     config = write_config(lora_settings)
-    plain = stages.CWDPOTrainer._loss
+    plain = dpo.CWDPOTrainer._loss
 
     def stopped(self, model, batch):
         if self.state.global_step == 5:
             raise KeyboardInterrupt
         return plain(self, model, batch)
 
-    monkeypatch.setattr(stages.CWDPOTrainer, "_loss", stopped)
+    monkeypatch.setattr(dpo.CWDPOTrainer, "_loss", stopped)
     with pytest.raises(KeyboardInterrupt):
         main(["run", str(config)])
-    monkeypatch.setattr(stages.CWDPOTrainer, "_loss", plain)
+    monkeypatch.setattr(dpo.CWDPOTrainer, "_loss", plain)
     assert main(["run", str(config)]) == 0
     folder = Path(lora_settings["output_dir"])
     assert results(folder) == results(tmp_path / "whole")

@@ -13,21 +13,21 @@ import pytest
 from PIL import Image
 
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.stages import CWDPOTrainer
+from cwdpo_trainer.dpo import CWDPOTrainer
 
 KILLED_IN_A_SAVE = """
 import os, signal, sys
 import torch
-from cwdpo_trainer import cli, stages
+from cwdpo_trainer import cli, dpo
 
-save_more = stages.CWDPOTrainer._save_more
+save_more = dpo.CWDPOTrainer._save_more
 
 def killed(self, folder):
     if self.state.global_step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
     save_more(self, folder)
 
-stages.CWDPOTrainer._save_more = killed
+dpo.CWDPOTrainer._save_more = killed
 torch.set_num_threads(1)
 cli.main(["run", sys.argv[1]])
 """

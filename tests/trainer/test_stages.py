@@ -14,9 +14,10 @@ from huggingface_hub import ModelCard
 from cwdpo_kernels import Cooling
 from cwdpo_trainer.arguments import DPOArguments, ProbeArguments, SamplingArguments, SFTArguments
 from cwdpo_trainer.collator import with_answers
+from cwdpo_trainer.dpo import CWDPOTrainer
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.probes import Probes
-from cwdpo_trainer.stages import ConstrainedSFTTrainer, CWDPOTrainer
+from cwdpo_trainer.sft import ConstrainedSFTTrainer
 
 OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 2, "logging_steps": 2,
            "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
