@@ -113,14 +113,21 @@ class ProbeArguments:
 
 @dataclass
 class SamplingArguments:
-    """How the model's own answers are drawn, for on-policy negatives and for their probe."""
+    """How the model's own answers are drawn, for on-policy negatives and for their probe.
+
+    `server`: address of a server of chat completions that draws the negatives instead (server.py)."""
 
     samples: int = 2
     temperature: float = 1.0
     top_p: float = 1.0
     max_new_tokens: int = 64
+    server: str | None = None
 
     def __post_init__(self) -> None:
+        if self.server is not None:
+            known = self.server.startswith(("http://", "https://"))
+            _check(known, "server", "form", "null or http://host:port", self.server)
+            self.server = self.server.rstrip("/").removesuffix("/v1")
         _check(self.samples >= 1, "samples", "value", ">= 1", self.samples)
         _check(self.temperature > 0, "temperature", "value", "> 0", self.temperature)
         _check(0 < self.top_p <= 1, "top_p", "value", "in (0, 1]", self.top_p)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +29,7 @@ from cwdpo_trainer.onpolicy import Mixed, OnPolicyPool, unmixed
 from cwdpo_trainer.policy import PolicyInTraining
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.reference import CachedReference, check_handover, open_cache
+from cwdpo_trainer.server import AnswerServer
 from cwdpo_trainer.stages import StageTrainer
 from cwdpo_trainer.summary import COOLING_FILE
 
@@ -46,6 +46,7 @@ class CWDPOTrainer(StageTrainer):
         cache = open_cache(args, reference, collator)  # while no weight is sharded yet
         super().__init__(model, reference, args, rows, collator, probes, **options)
         self.sampling = sampling
+        self.server = None if sampling.server is None else AnswerServer.open(sampling.server, rows)
         self.rows_by_id = {row.id: row for row in rows}
         self.pool = OnPolicyPool(args.refresh_steps, args.onpolicy_staleness, args.seed)
         self.negatives_log = NegativesLog(Path(args.output_dir) / f"negatives_{args.process_index}.jsonl")
@@ -111,16 +112,15 @@ class CWDPOTrainer(StageTrainer):
         step, rows = self.state.global_step, inputs["rows"]
         fraction = self.args.onpolicy_schedule.at(step, self.state.max_steps)
         policy = PolicyInTraining(
-            self.accelerator.unwrap_model(model), self.collator, self.rows_by_id, self.sampling, self.accelerator
-        )
+            self.accelerator.unwrap_model(model), self.collator, self.rows_by_id, self.sampling, self.accelerator,
+            self.server,
+        )  # fmt: skip
         mixed = self.pool.mix(rows, inputs["rejected"], step, fraction, policy)
+        places = [self.rows_by_id[row].where for row in rows]
         texts = self.collator.tokenizer.batch_decode(mixed.negatives, skip_special_tokens=True)
-        answers = [text if drawn else None for text, drawn in zip(texts, mixed.is_onpolicy, strict=True)]
-        self.negatives_log.write(step, zip((self.rows_by_id[row].where for row in rows), answers, strict=True))
-        figures = {"": mixed.is_onpolicy, "_fraction": [fraction], "_staleness": mixed.staleness}
-        for name, values in figures.items():
-            mean = sum(values) / len(values) if values else math.nan
-            self._sums[f"onpolicy{name}"].append(torch.tensor(mean, device=self.args.device))
+        self.negatives_log.write(step, places, mixed.is_onpolicy, texts)
+        for name, value in {"onpolicy_fraction": fraction, **mixed.figures()}.items():
+            self._sums[name].append(torch.tensor(value, device=self.args.device))
         return mixed
 
     def _reference_totals(self, inputs: dict[str, Any], mixed: Mixed) -> tuple[Tensor, Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
 
 from cwdpo_trainer.files import write_text
@@ -26,10 +26,10 @@ class NegativesLog:
         kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
         write_text(self.path, "".join(kept))
 
-    def write(self, step: int, entries: Iterable[tuple[str, str | None]]) -> None:
-        """Add (row, text of the on-policy answer or None) of each pair."""
+    def write(self, step: int, rows: Sequence[str], is_onpolicy: Sequence[bool], texts: Sequence[str]) -> None:
+        """Add the pairs of a step: the places of their rows, and of each negative the origin and the text."""
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with self.path.open("a", encoding="utf-8") as file:
-            for row, answer in entries:
-                entry = {"step": step, "row": row, "origin": "dataset" if answer is None else "onpolicy"}
-                file.write(json.dumps(entry if answer is None else {**entry, "answer": answer}) + "\n")
+            for row, drawn, text in zip(rows, is_onpolicy, texts, strict=True):
+                entry = {"step": step, "row": row, "origin": "onpolicy" if drawn else "dataset"}
+                file.write(json.dumps({**entry, "answer": text} if drawn else entry) + "\n")

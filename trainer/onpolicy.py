@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -42,6 +43,11 @@ class Mixed(NamedTuple):
     negatives: list[Tokens]
     is_onpolicy: list[bool]
     staleness: list[float]
+
+    def figures(self) -> dict[str, float]:
+        """The share of on-policy negatives, and the mean staleness: NaN where none was measured."""
+        staleness = fmean(self.staleness) if self.staleness else math.nan
+        return {"onpolicy": fmean(self.is_onpolicy), "onpolicy_staleness": staleness}
 
 
 def unmixed(rejected: Sequence[Tokens]) -> Mixed:

@@ -15,7 +15,8 @@ from cwdpo_trainer.arguments import SamplingArguments
 from cwdpo_trainer.collator import PairCollator, Tokens, to_device
 from cwdpo_trainer.data import Row
 from cwdpo_trainer.distributed import is_sharded, largest
-from cwdpo_trainer.sampling import sample_answers
+from cwdpo_trainer.sampling import sample_answers, wrong_answers
+from cwdpo_trainer.server import AnswerServer
 
 
 @dataclass
@@ -30,8 +31,12 @@ class PolicyInTraining:
     rows: dict[int, Row]
     settings: SamplingArguments
     accelerator: Accelerator
+    server: AnswerServer | None = None  # draws in the model's place
 
     def draw(self, rows: Sequence[int], seed: int) -> list[list[Tokens]]:
+        if self.server is not None:
+            asked = [self.rows[row] for row in rows]
+            return wrong_answers(self.collator, asked, self.server.draw(self.collator, asked, self.settings, seed))
         if largest(self.accelerator, len(rows)) == 0:
             return []
         sharded = is_sharded(self.accelerator)

@@ -36,14 +36,19 @@ def sample_answers(
             model, collator, rows, settings.max_new_tokens, do_sample=True, temperature=settings.temperature,
             top_p=settings.top_p, top_k=0, num_return_sequences=settings.samples, synced_gpus=is_sharded,
         )  # fmt: skip
+    count = settings.samples
+    return wrong_answers(collator, rows, [drawn[place * count :][:count] for place in range(len(rows))])
+
+
+def wrong_answers(collator: PairCollator, rows: Sequence[Row], drawn: Sequence[Sequence[Tokens]]) -> list[list[Tokens]]:
+    """Of the answers `drawn` for each row those that can be its negatives, at most as long as its own answers."""
     tokenizer = collator.tokenizer
     # A placeholder of an image, or another mark of the format, cannot be part of an answer.
     marks = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
     marks -= {tokenizer.eos_token_id}
     answers = []
-    for place, row in enumerate(rows):
+    for row, of_row in zip(rows, drawn, strict=True):
         right = {normalise(text) for text in (*row.references, answer_text(row.chosen))}
-        of_row = drawn[place * settings.samples : (place + 1) * settings.samples]
         texts = tokenizer.batch_decode(of_row, skip_special_tokens=True)
         wrong = [
             tokens[: row.max_answer]  # as the row's own answers

@@ -113,3 +113,22 @@ def test_a_run_of_two_processes_is_a_run_of_one(settings, write_config, tmp_path
         # Calibration error counts tokens in bins, whose edges a rounding can cross.
         tolerance = {"rel": 2e-3, "abs": 2e-2 if "ece" in name else 1e-4}
         assert found[name] == pytest.approx(values, **tolerance), name
+
+
+def test_processes_of_a_sharded_model_draw_together(settings, write_config):
+    """Only some of them need answers at a step, and not equally many: the others must take part in each forward."""
+    del settings["sft"]
+    settings["dpo"].update(
+        max_steps=8, eval_steps=8, use_cpu=True, per_device_train_batch_size=1, onpolicy_fraction=0.5,
+        onpolicy_staleness=0.0, logp_floor="auto", tau="auto",
+    )  # fmt: skip
+    launch(run_worker.__file__, "fsdp", str(write_config(settings)))
+    needed = []
+    for rank in range(2):
+        path = Path(settings["output_dir"]) / "checkpoints" / "dpo" / f"negatives_{rank}.jsonl"
+        lines = [json.loads(line) for line in path.read_text().splitlines()]
+        assert [line["step"] for line in lines] == list(range(8))
+        needed.append([line["origin"] == "onpolicy" for line in lines])
+    assert any(needed[0])
+    assert any(needed[1])
+    assert needed[0] != needed[1]

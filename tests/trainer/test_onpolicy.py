@@ -134,12 +134,12 @@ def test_the_log_of_negatives_goes_on_where_a_checkpoint_was(tmp_path):
     log = NegativesLog(tmp_path / "negatives.jsonl")
     log.start(0)
     for step in range(3):
-        log.write(step, [("a:1", None), ("a:2", f"wrong {step}")])
+        log.write(step, ["a:1", "a:2"], [False, True], ["of the data", f"wrong {step}"])
     whole = log.path.read_bytes()
     with log.path.open("a") as file:
         file.write('{"step": 3, "ro')
     log.start(2)
-    log.write(2, [("a:1", None), ("a:2", "wrong 2")])
+    log.write(2, ["a:1", "a:2"], [False, True], ["of the data", "wrong 2"])
     assert log.path.read_bytes() == whole
     assert json.loads(whole.splitlines()[1]) == {"step": 0, "row": "a:2", "origin": "onpolicy", "answer": "wrong 0"}
     assert json.loads(whole.splitlines()[2]) == {"step": 1, "row": "a:1", "origin": "dataset"}

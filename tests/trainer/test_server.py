@@ -1,0 +1,157 @@
+"""Negatives from a server of chat completions: what it is asked, what becomes of its answers, and when it fails."""
+
+from __future__ import annotations
+
+import base64
+import copy
+import dataclasses
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from io import BytesIO
+
+import pytest
+from PIL import Image, ImageChops
+
+from cwdpo_trainer import server as server_module
+from cwdpo_trainer.arguments import SamplingArguments
+from cwdpo_trainer.collator import PairCollator
+from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.policy import PolicyInTraining
+from cwdpo_trainer.server import AnswerServer
+
+# Renders parts as the models' own templates do.
+TEMPLATE = (
+    "{% for message in messages %}{{ '<s> ' }}"
+    "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
+    "{{ '<image> ' if part['type'] == 'image' else part['text'] }}{% endfor %}{% endif %}{{ ' </s> ' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<s> ' }}{% endif %}"
+)
+
+
+class Stub(BaseHTTPRequestHandler):
+    """Answers with the texts of the test; `failures` come first, as (status, body)."""
+
+    def do_GET(self):
+        self.reply(200, {"data": [{"id": model} for model in self.server.models]})
+
+    def do_POST(self):
+        body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+        self.server.asked.append(body)
+        if self.server.failures:
+            self.reply(*self.server.failures.pop())
+            return
+        choices = [{"message": {"content": text}} for text in self.server.texts[: body["n"]]]
+        self.reply(200, {"choices": choices})
+
+    def reply(self, status, body):
+        self.send_response(status)
+        self.end_headers()
+        self.wfile.write(json.dumps(body).encode())
+
+    def log_message(self, *args):
+        pass
+
+
+@pytest.fixture
+def stub():
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Stub)
+    server.url = f"http://127.0.0.1:{server.server_port}"
+    server.models, server.texts, server.failures, server.asked = ["served"], [], [], []
+    thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def chat(collator):
+    processor = copy.deepcopy(collator.processor)
+    processor.chat_template = TEMPLATE
+    return PairCollator(processor)
+
+
+@pytest.fixture
+def chat_rows(rows):
+    content = [{"type": "image"}, {"type": "text", "text": "describe"}]
+    return [dataclasses.replace(row, prompt=[{"role": "user", "content": content}]) for row in rows[:3]]
+
+
+@pytest.fixture(autouse=True)
+def pauses(monkeypatch):
+    """No waiting; the pauses that would have been."""
+    taken = []
+    monkeypatch.setattr(server_module.time, "sleep", taken.append)
+    return taken
+
+
+def draw(stub, chat, rows, **settings):
+    settings = SamplingArguments(server=stub.url, **settings)
+    server = AnswerServer.open(settings.server, rows)
+    policy = PolicyInTraining(None, chat, {row.id: row for row in rows}, settings, None, server)
+    return policy.draw([row.id for row in rows], seed=5)
+
+
+def test_wrong_answers_of_the_server_are_negatives(stub, chat, chat_rows):
+    stub.texts = ["a red square", "the  blue square", "a above and a left and a right"]
+    drawn = draw(stub, chat, chat_rows, samples=3, temperature=0.7, top_p=0.9, max_new_tokens=5)
+    words = [[" ".join(chat.tokenizer.convert_ids_to_tokens(tokens)) for tokens in of_row] for of_row in drawn]
+    cut = "a above and a left"  # so long as the limit, and without an end
+    red, blue = "a red square </s>", "the blue square </s>"
+    assert words == [[blue, cut], [red, blue, cut], [red, cut]]
+
+
+def test_the_server_is_asked_with_image_settings_and_a_seed_for_each_row(stub, chat, chat_rows):
+    stub.texts = ["above"] * 2
+    draw(stub, chat, chat_rows, samples=2, temperature=0.7, top_p=0.9, max_new_tokens=5)
+    asked = sorted(stub.asked, key=lambda body: body["seed"])
+    assert [body["seed"] for body in asked] == [5, 6, 7]
+    for row, body in zip(chat_rows, asked, strict=True):
+        settings = (body["model"], body["n"], body["temperature"], body["top_p"], body["max_tokens"])
+        assert settings == ("served", 2, 0.7, 0.9, 5)
+        ((image, text),) = [message["content"] for message in body["messages"]]
+        assert text == {"type": "text", "text": "describe"}
+        head, _, data = image["image_url"]["url"].partition(",")
+        assert (image["type"], head) == ("image_url", "data:image/png;base64")
+        with Image.open(BytesIO(base64.b64decode(data))) as found:
+            assert ImageChops.difference(found, row.load_images()[0]).getbbox() is None
+
+
+def test_a_server_that_is_busy_is_asked_again(stub, chat, chat_rows, pauses):
+    stub.texts = ["above", "below"]
+    stub.failures = [(503, "busy"), (429, "slower")]
+    assert len(draw(stub, chat, chat_rows[:1])[0]) == 2
+    assert pauses == [1.0, 5.0]
+
+
+@pytest.mark.parametrize(("status", "attempts"), [(400, 1), (500, 4)])
+def test_a_server_that_fails_is_named(stub, chat, chat_rows, status, attempts):
+    stub.failures = [(status, "too many images")] * 9
+    with pytest.raises(
+        InputError, match=rf"sampling.server: expected {stub.url}/v1/.* an answer, got {status} .*images"
+    ):
+        draw(stub, chat, chat_rows[:1])
+    assert len(stub.asked) == attempts
+
+
+def test_no_server_is_named(chat, chat_rows, stub, pauses):
+    with pytest.raises(InputError, match=r"expected http://127.0.0.1:1/v1/models to have an answer, got .*refused"):
+        AnswerServer.open("http://127.0.0.1:1", chat_rows)
+    assert len(pauses) == 3
+    stub.models = []
+    with pytest.raises(InputError, match=r"to have number of models >= 1, got 0"):
+        AnswerServer.open(stub.url, chat_rows)
+
+
+def test_prompts_that_a_server_cannot_take_are_refused(rows, chat_rows, stub):
+    with pytest.raises(InputError, match=r"train.jsonl:1: expected prompt to have type list of messages, as .*got str"):
+        AnswerServer.open(stub.url, rows)
+    text = [{"role": "user", "content": "<image> describe"}]
+    mixed = [chat_rows[0], dataclasses.replace(chat_rows[1], prompt=text)]
+    with pytest.raises(InputError, match=r"train.jsonl:2: expected prompt to have number of image parts 1, .*got 0"):
+        AnswerServer.open(stub.url, mixed)
+    assert SamplingArguments(server="http://host:8000/v1/").server == "http://host:8000"
+    with pytest.raises(ValueError, match=r"expected server to have form null or http://host:port, got 'host:8000'"):
+        SamplingArguments(server="host:8000")
