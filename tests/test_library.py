@@ -68,10 +68,11 @@ def test_the_library_is_what_runs():
 
 
 @needs_library
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
-def test_threads(frozen):
+def test_threads(frozen, dtype):
     """The same bits from run to run at a fixed number of threads; within rounding between numbers of threads."""
-    hidden, head, labels = make_inputs((300,), 3001, 65, bias=not frozen)
+    hidden, head, labels = make_inputs((300,), 3001, 65, dtype, bias=not frozen)
     head.weight.requires_grad_(not frozen)
     runs = {}
     for threads in (1, 2, 7):
@@ -80,7 +81,7 @@ def test_threads(frozen):
         assert all(torch.equal(a, b) for a, b in zip(runs[threads], again, strict=True))
     for threads in (2, 7):
         for actual, expected in zip(runs[threads], runs[1], strict=True):
-            assert relative_error(actual, expected) < 1e-6
+            assert relative_error(actual, expected) < (1e-6 if actual.dtype == torch.float32 else 1e-4)
 
 
 @needs_library
@@ -141,7 +142,7 @@ def bf16_products(request):
 
 
 # Blocks of 6 rows, panels of 64 columns, vectors, pairs: they end everywhere. Several tiles, blocks, parts of a sum.
-SHAPES = [(1, 1, 1), (1, 2, 3), (5, 17, 2), (7, 507, 123), (65, 129, 64), (130, 1000, 2048), (1100, 700, 33)]
+SHAPES = [(1, 1, 1), (1, 2, 3), (5, 17, 2), (7, 507, 123), (65, 129, 64), (70, 400, 2048), (1100, 700, 33)]
 
 
 @needs_library
