@@ -38,6 +38,7 @@ from cwdpo_trainer.models import Model, freeze_reference, load_model
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.report import Results, is_reported, print_table, write_report
 from cwdpo_trainer.sampling import caption
+from cwdpo_trainer.server import AnswerServer
 from cwdpo_trainer.sft import ConstrainedSFTTrainer
 from cwdpo_trainer.sources import open_source
 from cwdpo_trainer.stages import StageTrainer
@@ -77,6 +78,8 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     require(not needs_sft, str(folder), "stage sft", "state", "done (run `cwdpo sft` first)", "not done")
     finished = is_reported(folder, wanted)
     if not finished:
+        if config.sampling.server is not None and "dpo" in wanted:
+            AnswerServer.open(config.sampling.server, inputs.rows["dpo"])  # rather than after stage 1
         if args.should_save:
             write_json(folder / "run.json", _record(config, inputs.digests))
         _train_stages(config, inputs, wanted)
