@@ -44,6 +44,8 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     model = _load(settings, path)
     if not trainable:
         return model
+    kind = settings.quantization
+    require(kind is None or lora is not None, "model", "quantization", "value", "null without a section lora", kind)
     _freeze(model, settings.freeze)
     return model if lora is None else _with_adapter(model, settings, lora)
 
@@ -75,6 +77,15 @@ def _quantization(settings: ModelArguments) -> BitsAndBytesConfig:
     return BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
     )
+
+
+def check_quantization(model: Model, device: torch.device) -> None:
+    """Refuse quantised weights on a CPU: after a forward in evaluation mode bitsandbytes computes them there by a
+    kernel without a gradient, and training would go on with wrong ones."""
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    kind = getattr(base, "quantization_method", None)
+    fine = kind is None or device.type != "cpu"
+    require(fine, "model", "quantization", "value", "null on a CPU", getattr(kind, "value", kind))
 
 
 def _freeze(model: nn.Module, prefixes: list[str]) -> None:

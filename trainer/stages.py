@@ -27,7 +27,7 @@ from cwdpo_trainer.data import Row
 from cwdpo_trainer.distributed import check_distribution, prepare_reference, saved_parameters_only
 from cwdpo_trainer.doctor import Doctor
 from cwdpo_trainer.errors import require
-from cwdpo_trainer.models import AdapterReference, Model, load_weights
+from cwdpo_trainer.models import AdapterReference, Model, check_quantization, load_weights
 from cwdpo_trainer.probes import Probes
 from cwdpo_trainer.progress import CompactProgress
 
@@ -50,6 +50,7 @@ class StageTrainer(Trainer):
         probes: Probes,
         origin: Origin | None = None,
     ) -> None:
+        check_quantization(model, args.device)
         self.receipt = attach_head(model)
         if not isinstance(reference, AdapterReference):  # which is `model` with another adapter
             attach_head(reference)

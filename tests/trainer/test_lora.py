@@ -9,7 +9,9 @@ from pathlib import Path
 import peft
 import pytest
 import torch
+import transformers as hf
 
+from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer import dpo
 from cwdpo_trainer.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.cli import main
@@ -203,6 +205,43 @@ def test_checkpoints_of_activations_change_nothing(lora_settings, write_config, 
     checkpointed = results(tmp_path / "checkpointed")
     for key, value in plain["after_cwdpo"]["probes"].items():
         assert checkpointed["after_cwdpo"]["probes"][key] == pytest.approx(value, rel=1e-3, abs=1e-4), key
+
+
+@pytest.fixture
+def wide(task, tmp_path) -> Path:
+    """A LLaVA whose layers have the sizes that quantised ones need, with the processor of the tiny one."""
+    sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
+    vision = hf.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=64)
+    text = hf.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=17, max_position_embeddings=64, pad_token_id=0)
+    config = hf.LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-1)
+    hf.LlavaForConditionalGeneration(config).save_pretrained(tmp_path / "wide")
+    hf.LlavaProcessor.from_pretrained(task / "model").save_pretrained(tmp_path / "wide")
+    return tmp_path / "wide"
+
+
+def test_quantised_weights_are_loaded_and_their_logp_is_the_models_own(wide, collator, rows):
+    settings = ModelArguments(str(wide), quantization="4bit", dtype="float32")
+    policy = load_model(settings, settings.path, LoraArguments(r=4))
+    assert {type(module).__name__ for module in policy.modules()} >= {"Linear4bit", "PeftModelForCausalLM"}
+    assert {name.rpartition(".")[2] for name, value in policy.named_parameters() if value.requires_grad} == {"weight"}
+    assert all("lora_" in name for name, value in policy.named_parameters() if value.requires_grad)
+    attach_head(policy)
+    inputs = collator(rows[:2])
+    assert check_head(policy, *collator.join(inputs["prompts"], inputs["chosen"], inputs["rejected"])) < 1e-4
+
+
+def test_quantised_weights_are_not_trained_themselves(wide):
+    settings = ModelArguments(str(wide), quantization="4bit", dtype="float32")
+    with pytest.raises(InputError, match=r"expected quantization to have value null without a section lora, got 4bit"):
+        load_model(settings, settings.path, None)
+
+
+def test_training_quantised_weights_on_a_cpu_is_refused(wide, settings, write_config, capsys):
+    settings["model"] = {"path": str(wide), "quantization": "4bit", "dtype": "float32"}
+    for stage in ("sft", "dpo"):
+        settings[stage]["use_cpu"] = True
+    assert main(["run", str(write_config({**settings, "lora": {"r": 4}}))]) == 2
+    assert "model: expected quantization to have value null on a CPU, got bitsandbytes" in capsys.readouterr().err
 
 
 def test_peft_is_what_trains(adapted):
