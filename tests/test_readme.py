@@ -8,8 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from cwdpo_trainer.config import load_config
+
 ROOT = Path(__file__).parents[1]
-README, ADAPTERS = ROOT / "README.md", ROOT / "docs" / "adapters.md"
+README, ADAPTERS, TRAINER = ROOT / "README.md", ROOT / "docs" / "adapters.md", ROOT / "docs" / "trainer.md"
 
 
 def blocks(document: Path, language: str) -> list[str]:
@@ -48,7 +50,14 @@ def test_imports_of_the_adapters():
         run(ADAPTERS, line)
 
 
-@pytest.mark.parametrize("document", [README, ADAPTERS], ids=lambda path: path.name)
+def test_configuration_of_the_trainer(tmp_path):
+    (text,) = blocks(TRAINER, "yaml")
+    (tmp_path / "mine.yaml").write_text(text)
+    config = load_config(tmp_path / "mine.yaml")
+    assert (config.lora.r, config.dpo.logp_floor, config.data.over_length) == (16, "auto", "trim")
+
+
+@pytest.mark.parametrize("document", [README, ADAPTERS, TRAINER], ids=lambda path: path.name)
 def test_links(document):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
     assert links
