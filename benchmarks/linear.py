@@ -114,18 +114,16 @@ def allowed_error(what: str, inputs: Inputs, truth: dict[str, Tensor]) -> float:
 
 
 def outcome(implementation: Implementation, inputs: Inputs) -> dict[str, Tensor]:
-    """Log-probs of the labelled tokens, loss and gradients, as far as there are any."""
-    values = {}
-    with torch.set_grad_enabled(inputs.hidden.requires_grad):
-        loss = implementation.step(*inputs)
-    values["loss"] = loss.detach()
+    """The loss and its gradients; where there are none, the log-probs of the labelled tokens if they come out."""
     wanted = dict(zip(("grad_hidden", "grad_weight"), leaves(inputs.hidden, inputs.head), strict=False))
-    if wanted:
-        values |= zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True)
-    if implementation.logp is not None:
-        with torch.no_grad():
+    with torch.set_grad_enabled(bool(wanted)):
+        loss = implementation.step(*inputs)
+        values = {"loss": loss.detach()}
+        if wanted:
+            values |= zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True)
+        elif implementation.logp is not None:
             logp = implementation.logp(inputs.hidden, inputs.head, inputs.labels)
-        values["logp"] = logp[inputs.labels != -100]
+            values["logp"] = logp[inputs.labels != -100]
     return values
 
 
@@ -152,10 +150,9 @@ def peak(workload: Workload, mode: str, name: str) -> int:
     # (two sizes: a compiler makes its code for any size at the second).
     for size in (8, 16):
         run_step(step, replace(workload, tokens=2 * size, response=size, vocab=2048 + size).make(mode))
-    inputs = workload.make(mode)
 
-    def measured() -> list[Tensor]:
+    def measured(inputs: Inputs) -> list[Tensor]:
         run_step(step, inputs)
         return [x.grad for x in (inputs.hidden, inputs.head.weight) if x.grad is not None]
 
-    return memory.extra_bytes(measured)
+    return memory.extra_bytes(lambda: workload.make(mode), measured)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -40,16 +41,19 @@ WORKLOADS = [
 ]
 
 
-def implementations() -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
+def implementations(mode: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """(logits [N, V], labels [N]) -> log-probs [N]; ours first."""
-    found = {
-        "cwdpo_kernels": ck.logits_logprob,
-        "cwdpo_kernels, reuse_logits": lambda logits, labels: ck.logits_logprob(logits, labels, reuse_logits=True),
+    found = {"cwdpo_kernels": ck.logits_logprob}
+    if mode == "backward":  # only there the two differ
+        found["cwdpo_kernels, reuse_logits"] = functools.partial(ck.logits_logprob, reuse_logits=True)
+    found |= {
         "eager": reference.logits_logprob,
-        "torch.compile": _compiled,
         "torch cross_entropy": lambda logits, labels: -F.cross_entropy(logits, labels, reduction="none"),
     }
-    if "TRL chunked log-prob" not in peers.cannot_run("cpu"):
+    missing = peers.cannot_run("cpu")
+    if "torch.compile, full logits" not in missing:
+        found["torch.compile"] = _compiled
+    if "TRL chunked log-prob" not in missing:
         from trl.trainer.utils import selective_log_softmax
 
         found["TRL selective_log_softmax"] = selective_log_softmax
@@ -71,8 +75,8 @@ def measurements() -> dict[str, Callable]:
 
 def measure(workload: LogitsWorkload, mode: str, repeats: int, call: Callable) -> dict:
     logits, labels = workload.make(mode)
-    found = implementations()
-    results = {name: {"relative_error": error} for name, error in errors(workload, logits, labels).items()}
+    found = implementations(mode)
+    results = {name: {"relative_error": error} for name, error in errors(workload, found, logits, labels).items()}
     steps = {name: lambda logp=logp: step_seconds(logp, logits, labels) for name, logp in found.items()}
     with timing.others() as others:
         times = timing.interleaved(steps, repeats)
@@ -90,11 +94,11 @@ def measure(workload: LogitsWorkload, mode: str, repeats: int, call: Callable) -
     return {"workload": record, "mode": mode, "limit_seconds": limit, "others": others(), "results": results}
 
 
-def errors(workload: LogitsWorkload, logits: Tensor, labels: Tensor) -> dict[str, dict]:
+def errors(workload: LogitsWorkload, found: dict[str, Callable], logits: Tensor, labels: Tensor) -> dict[str, dict]:
     """Relative to float64; also the warm-up. Stops if ours is outside its tolerance."""
     truth = outcome(reference.logits_logprob, logits.detach().double().requires_grad_(logits.requires_grad), labels)
     result = {}
-    for name, logp in implementations().items():
+    for name, logp in found.items():
         values = outcome(logp, logits, labels)
         result[name] = {what: relative_error(value, truth[what]) for what, value in values.items()}
         for what, error in result[name].items():
@@ -125,13 +129,12 @@ def step_seconds(logp: Callable, logits: Tensor, labels: Tensor) -> float:
 
 def peak(workload: LogitsWorkload, mode: str, name: str) -> int:
     """Bytes over the logits, the gradient included: reusing their memory is what saves it. Run in a worker."""
-    logp = implementations()[name]
+    logp = implementations(mode)[name]
     for size in (8, 16):
         run_step(logp, *LogitsWorkload("warm-up", size, 2048 + size, workload.dtype).make(mode))
-    logits, labels = workload.make(mode)
 
-    def measured() -> list[Tensor]:
-        run_step(logp, logits, labels)
+    def measured(inputs: tuple[Tensor, Tensor]) -> list[Tensor]:
+        run_step(logp, *inputs)
         return []
 
-    return memory.extra_bytes(measured)
+    return memory.extra_bytes(lambda: workload.make(mode), measured)

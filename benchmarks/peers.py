@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -102,25 +103,35 @@ def _of_logp(package: str, logp: Callable[..., Tensor], all_tokens: bool = False
 @functools.cache  # the compiled ones keep what they compiled
 def _peers(device: str) -> dict[str, Implementation | str]:
     """Each peer, or why it cannot run."""
-    torch_op = hasattr(F, "linear_cross_entropy") or f"torch {torch.__version__} has no linear_cross_entropy"
+    no_compiler = _no_compiler(device)
+    no_torch_op = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no such function"
+    only_gpus = "its kernel is for GPUs" if device == "cpu" else None
     return {
         "eager, full logits": _of_logp("torch", eager_logp, all_tokens=True),
-        "torch.compile, full logits": _of_logp("torch", compiled(eager_logp), all_tokens=True),
-        "torch linear_cross_entropy": torch_op if isinstance(torch_op, str) else _of_logp("torch", _torch_logp),
-        "torch linear_cross_entropy, chunked": (
-            torch_op if isinstance(torch_op, str) else _of_logp("torch", _torch_chunked_logp)
-        ),
-        "cut-cross-entropy": _installed("cut_cross_entropy") or _of_logp("cut-cross-entropy", _cut_cross_entropy_logp),
-        "Liger fused linear DPO": _installed("liger_kernel")
+        "torch.compile, full logits": no_compiler or _of_logp("torch", compiled(eager_logp), all_tokens=True),
+        "torch linear_cross_entropy": no_torch_op or _of_logp("torch", _torch_logp),
+        "torch linear_cross_entropy, chunked": no_torch_op or _of_logp("torch", _torch_chunked_logp),
+        "cut-cross-entropy": _not_installed("cut_cross_entropy")
+        or no_compiler
+        or _of_logp("cut-cross-entropy", _cut_cross_entropy_logp),
+        "Liger fused linear DPO": _not_installed("liger_kernel")
+        or no_compiler
         or Implementation("liger-kernel", _liger_dpo_step, cooling=VANILLA, all_tokens=True),
-        "Liger scaled cross-entropy": _installed("liger_kernel")
-        or ("its kernel is for GPUs" if device == "cpu" else _of_logp("liger-kernel", _liger_scaled_logp)),
-        "TRL chunked log-prob": _installed("trl") or _of_logp("trl", _trl_logp, all_tokens=device == "cpu"),
+        "Liger scaled cross-entropy": _not_installed("liger_kernel")
+        or only_gpus
+        or _of_logp("liger-kernel", _liger_scaled_logp),
+        "TRL chunked log-prob": _not_installed("trl") or _of_logp("trl", _trl_logp, all_tokens=device == "cpu"),
     }
 
 
-def _installed(module: str) -> str | None:
+def _not_installed(module: str) -> str | None:
     return None if importlib.util.find_spec(module) else "not installed"
+
+
+def _no_compiler(device: str) -> str | None:
+    """What torch.compile needs on a CPU."""
+    found = device != "cpu" or shutil.which("g++") or shutil.which("clang++")
+    return None if found else "torch.compile needs a C++ compiler"
 
 
 def compiled(function: Callable) -> Callable:

@@ -24,7 +24,7 @@ SUITES = {
     "trainer": trainer_step,
     "sweeps": sweeps,
 }
-REPEATS = 9
+REPEATS = 7
 
 
 def main(arguments: list[str] | None = None) -> None:

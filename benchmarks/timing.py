@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-SLOW_SECONDS, SLOW_REPEATS = 8.0, 3  # what has taken so long in all gets no more than so many repetitions
+ENOUGH_SECONDS, FEWEST = 8.0, 2  # what has taken so long in all is not repeated more, if it was so often
 TILE = 1024  # columns of a vocabulary tile
 
 
@@ -26,7 +26,7 @@ def interleaved(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats):
         for name, step in steps.items():
-            if repeat < SLOW_REPEATS or sum(times[name]) < SLOW_SECONDS:
+            if repeat < FEWEST or sum(times[name]) < ENOUGH_SECONDS:
                 times[name].append(step())
     return times
 

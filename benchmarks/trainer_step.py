@@ -1,13 +1,16 @@
 """A whole CW-DPO step of the trainer on a small LLaVA, with the fused head and with full logits (CPU).
 
 A step collates two pairs, scores them with the reference, runs the policy forward and backward and updates its
-weights. Nothing but the head's two functions differs between the paths. The model has SmolVLM's vocabulary, a
-picture of 256 tokens in every prompt and answers of 64 tokens.
+weights. The trainer's cache of the reference's log-probs is off: only the first epoch would score. Nothing but the
+head's two functions differs between the paths. The model has SmolVLM's vocabulary, a picture of 256 tokens in every
+prompt and answers of 64 tokens.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
+import io
 import json
 import math
 import tempfile
@@ -138,7 +141,8 @@ class Recorder(TrainerCallback):
 
 def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
     """`steps` steps of the real trainer with the given head path."""
-    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(dpo, **PATHS[path]):
+    quiet = contextlib.redirect_stdout(io.StringIO())  # what the trainer says of its run
+    with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(dpo, **PATHS[path]), quiet:
         collator = PairCollator(build_processor(shape))
         rows = build_rows(Path(folder), shape)
         torch.manual_seed(0)
@@ -147,6 +151,7 @@ def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
         args = DPOArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=shape.pairs, logging_steps=1,
             eval_strategy="no", eval_on_start=False, save_strategy="no", report_to="none", disable_tqdm=True,
+            reference_cache=None,
             logp_floor=-math.log(shape.vocab),  # that of random weights: w_c is near 1/2
             use_cpu=True, logging_nan_inf_filter=False,
         )  # fmt: skip

@@ -89,6 +89,6 @@ SMOLVLM = {"pairs": 2, "tokens": 1024, "response": 128, "vocab": 49280, "dim": 5
 QWEN = {"pairs": 1, "tokens": 512, "response": 64, "vocab": 151936, "dim": 2048}  # Qwen2.5-VL-3B's
 ON_A_CPU = {  # and its modes
     Workload("smolvlm", **SMOLVLM): MODES,
-    Workload("smolvlm-bf16", **SMOLVLM, dtype=torch.bfloat16, all_tokens=False): ("frozen", "trainable"),
+    Workload("smolvlm-bf16", **SMOLVLM, dtype=torch.bfloat16, all_tokens=False): MODES,
     Workload("qwen2.5-vl-3b", **QWEN, all_tokens=False): ("frozen",),
 }

@@ -1,0 +1,65 @@
+"""What README and docs say of the benchmarks is what their JSON says."""
+
+import copy
+import re
+from pathlib import Path
+
+import pytest
+
+from benchmarks import report
+
+HINT = "run `python -m benchmarks.report`"
+
+
+@pytest.fixture(scope="module")
+def reports():
+    return report.load()
+
+
+def test_the_page_is_that_of_the_results(reports):
+    assert report.PAGE.read_text() == report.page(reports), HINT
+
+
+def test_the_readme_is_that_of_the_results(reports):
+    readme = report.README.read_text()
+    assert readme == report.with_table(readme, reports), HINT
+
+
+def test_a_figure_that_drifts_is_seen(reports):
+    drifted = copy.deepcopy(reports)
+    result = drifted["linear"]["measurements"][0]["results"]["cwdpo_kernels"]
+    result["median_seconds"] *= 1.5
+    assert report.page(drifted) != report.page(reports)
+    assert report.readme_table(drifted) != report.readme_table(reports)
+
+
+def test_every_picture_is_there_and_every_implementation_is_in_the_legend(reports, tmp_path):
+    pictures = pytest.importorskip("benchmarks.pictures", reason="matplotlib")
+    shown = re.findall(r"\(images/(.*)\.svg\)", report.page(reports))
+    assert sorted(shown) == sorted(report.PICTURES)
+    pictures.draw(reports, tmp_path)
+    for name in shown:
+        assert (report.IMAGES / f"{name}.svg").exists(), HINT
+        assert (tmp_path / f"{name}.svg").stat().st_size < 200_000
+    measured = {name for entry in reports["sweeps"]["measurements"] for name in entry["results"]}
+    assert measured <= pictures.STYLES.keys()
+
+
+@pytest.mark.parametrize(
+    ("value", "text"), [(12.34, "12"), (4.09, "4.1"), (0.3105, "0.31"), (0.0523, "0.052"), (0.00213, "0.0021")]
+)
+def test_seconds_have_two_digits(value, text):
+    assert report.seconds(value) == text
+
+
+def test_errors_and_memory():
+    assert report.error(4.15e-8) == "4.2e-8"
+    assert report.error(None) == ""
+    assert [report.mib(x) for x in (2304.8, 6.82, -0.3)] == ["2305", "6.8", "0.0"]
+
+
+def test_no_other_figure_of_time_or_memory_in_the_readme():
+    """They come from a JSON, so from between the markers."""
+    before, rest = Path(report.README).read_text().split(report.BEGIN)
+    text = before + rest.split(report.END)[1]
+    assert not re.findall(r"\d+(?:\.\d+)? (?:s|ms|MiB|GiB)\b", text)
