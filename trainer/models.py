@@ -11,7 +11,7 @@ import contextlib
 import copy
 import functools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -176,8 +176,10 @@ class AdapterReference(nn.Module):
     """A peft model with another of its adapters in place (None: with none), without gradients and dropout.
 
     It shares the weights of `policy` and does not own them: `parameters()` is empty. Calls and `generate` put the
-    adapter in place for their time.
+    adapter in place for their time, under `precision()`: the autocast that the policy gets once it is in training.
     """
+
+    precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
 
     def __init__(self, policy: PeftModel, adapter: str | None) -> None:
         super().__init__()
@@ -203,7 +205,7 @@ class AdapterReference(nn.Module):
         training = [module for module in policy.modules() if module.training]
         policy.eval()
         try:
-            with torch.no_grad(), _adapter(policy, self.adapter):
+            with torch.no_grad(), self.precision(), _adapter(policy, self.adapter):
                 yield policy
         finally:
             for module in training:

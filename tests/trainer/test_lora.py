@@ -10,11 +10,14 @@ import peft
 import pytest
 import torch
 import transformers as hf
+from accelerate import Accelerator
+from accelerate.state import AcceleratorState
 
 from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer import dpo
 from cwdpo_trainer.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.cli import main
+from cwdpo_trainer.distributed import prepare_reference
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.models import AdapterReference, freeze_reference, load_model
 from cwdpo_trainer.reference_cache import fingerprint
@@ -137,6 +140,18 @@ def test_references_have_names_of_their_own(adapted, collator):
     adapted.peft_config["reference"].lora_alpha *= 2
     names.append(name(freeze_reference(adapted)))
     assert len(set(names)) == 4
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_reference_is_computed_in_the_precision_of_training_from_the_start(adapted, collator, rows, dtype):
+    """Cooling and curriculum ask it before the library prepares the policy, and the cache keeps what it says."""
+    attach_head(adapted)
+    AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, else
+    accelerator = Accelerator(mixed_precision="no" if dtype == torch.float32 else "bf16", cpu=True)
+    reference = prepare_reference(accelerator, freeze_reference(adapted))
+    seen = reference(**collator.prompts(rows[:2]), head_op=lambda hidden, head: hidden.dtype)
+    assert seen == dtype
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def test_a_new_adapter_needs_no_copy(adapted, collator, rows):
