@@ -19,6 +19,9 @@ from cwdpo_trainer.schedule import Schedule
 
 AUTO = "auto"
 MODES = ("adaptive", "constant", "off")
+LESS_IS_BETTER = ("_ece", "_tv", "_js")  # ends of metrics' names
+# Options of `TrainingArguments` that would be without effect, or (the first) keep a killed run from going on.
+_UNUSED = {"save_only_model": False, "resume_from_checkpoint": None, "label_smoothing_factor": 0.0}
 
 
 def _check(condition: bool, arg: str, prop: str, expected: str, actual: object) -> None:
@@ -139,21 +142,24 @@ class StageArguments(TrainingArguments):
     """Options of both stages. `eval_*` of `TrainingArguments` are about the probes here.
 
     `early_stopping_patience`: stop after so many probes without a better `metric_for_best_model`
-    (any probe, e.g. `chosen_mean_logp`); None never stops. `stop_on`: stop when a probe shows one of these
-    findings of the doctor (doctor.py); one that the start shows stops after the first step.
+    (any probe, e.g. `chosen_mean_logp`); None never stops. `greater_is_better` null: true but for calibration errors
+    and differences from the reference (ece, tv, js). `stop_on`: stop when a probe shows one of these findings of the
+    doctor (doctor.py); one that the start shows stops after the first step.
     """
 
     eval_strategy: str = "steps"
     eval_on_start: bool = True
     logging_steps: float = 10
     save_total_limit: int | None = 2
+    restore_callback_states_from_checkpoint: bool = True  # early stopping goes on counting
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     early_stopping_patience: int | None = None
     stop_on: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # A kill in the middle of a save must leave the checkpoint before it; a limit of 1 deletes that first.
+        # With a limit of 1 the library deletes the last checkpoint as training ends, if it is not the best one: a kill
+        # before the model is saved would cost all steps since the best.
         limit = self.save_total_limit
         _check(limit is None or limit >= 2, "save_total_limit", "value", "null or >= 2", limit)
         patience = self.early_stopping_patience
@@ -166,6 +172,11 @@ class StageArguments(TrainingArguments):
             "a probe, as early_stopping_patience is set",
             None,
         )
+        for name, unused in _UNUSED.items():
+            value = getattr(self, name)
+            _check(value == unused, name, "value", f"{unused}, as a stage has no use for it", value)
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         known = names_of_rules(self.stage)
         for name in self.stop_on:
             _check(name in known, "stop_on", "names of findings in", ", ".join(known), name)

@@ -15,7 +15,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput
+from transformers.trainer_utils import TrainOutput, rotate_checkpoints
 
 from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
 from cwdpo_trainer.arguments import StageArguments
@@ -169,12 +169,18 @@ class StageTrainer(Trainer):
             write_stage_card(folder, args.stage, name, history, vars(args), origin, str(args.device))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        super()._save_checkpoint(model, trial)
-        folder = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        args, limit = self.args, self.args.save_total_limit
+        args.save_total_limit = None  # no older checkpoint is deleted before this one is whole
+        try:
+            super()._save_checkpoint(model, trial)
+        finally:
+            args.save_total_limit = limit
+        folder = Path(args.output_dir) / f"checkpoint-{self.state.global_step}"
         self._save_more(folder)
         self.accelerator.wait_for_everyone()
-        if self.args.should_save:
+        if args.should_save:
             (folder / COMPLETE).touch()
+            rotate_checkpoints(args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, resume_from_checkpoint)

@@ -85,6 +85,8 @@ MISTAKES = [
     ("dpo.refresh_steps=0", "dpo: expected refresh_steps to have value >= 1, got 0"),
     ("dpo.normalize=words", "dpo: expected normalize to have value sequence or token, got 'words'"),
     ("dpo.save_total_limit=1", "dpo: expected save_total_limit to have value null or >= 2, got 1"),
+    ("sft.save_only_model=true", "sft: expected save_only_model to have value False, as a stage has no use for it"),
+    ("dpo.label_smoothing_factor=0.1", "dpo: expected label_smoothing_factor to have value 0.0, as a stage has no use"),
     ("dpo.early_stopping_patience=2", "dpo: expected metric_for_best_model to have value a probe"),
     ("dpo.lr_scheduler_type=wavy", "dpo: wavy is not a valid SchedulerType"),
     ("sft.negatives=harsh", "sft: GentleNegatives: expected mode to have value"),

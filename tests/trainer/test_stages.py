@@ -232,6 +232,42 @@ def test_early_stopping_on_a_probe(make):
     assert trainer.state.global_step == 3
 
 
+def test_early_stopping_goes_on_counting_where_a_checkpoint_was(make, tmp_path):
+    options = {
+        "max_steps": 20, "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.0,
+        "save_total_limit": None, "early_stopping_patience": 4, "metric_for_best_model": "chosen_mean_logp",
+    }  # fmt: skip
+    make(ConstrainedSFTTrainer, **options).train()
+    resumed = make(ConstrainedSFTTrainer, **options)
+    resumed.train(resume_from_checkpoint=str(tmp_path / "stage" / "checkpoint-3"))
+    assert resumed.state.global_step == 5
+
+
+@pytest.mark.parametrize(("metric", "is_greater"), [("chosen_logp", True), ("near_tv", False), ("chosen_ece", False)])
+def test_the_better_of_two_figures(metric, is_greater, tmp_path):
+    assert SFTArguments(output_dir=str(tmp_path), metric_for_best_model=metric).greater_is_better == is_greater
+    assert DPOArguments(
+        output_dir=str(tmp_path), metric_for_best_model=metric, greater_is_better=not is_greater
+    ).greater_is_better != is_greater  # fmt: skip
+
+
+def test_a_checkpoint_is_deleted_once_a_newer_one_is_whole(make, tmp_path, monkeypatch):
+    """Though the limit is kept, and the best one counts."""
+    whole = []
+
+    def save_more(self, folder):
+        whole.append(sorted(path.parent.name for path in tmp_path.glob("stage/*/COMPLETE")))
+
+    monkeypatch.setattr(ConstrainedSFTTrainer, "_save_more", save_more)
+    make(
+        ConstrainedSFTTrainer, max_steps=4, eval_steps=1, save_steps=1, save_strategy="steps", learning_rate=0.0,
+        load_best_model_at_end=True, metric_for_best_model="chosen_logp", save_total_limit=2,
+    ).train()  # fmt: skip
+    first = "checkpoint-1"  # the best
+    assert whole == [[], [first], [first, "checkpoint-2"], [first, "checkpoint-3"]]
+    assert sorted(path.name for path in tmp_path.glob("stage/checkpoint-*")) == [first, "checkpoint-4"]
+
+
 def test_a_finding_ends_a_stage(make, capsys):
     """With every pair dropped the doctor says so at the first probe after a training log."""
     trainer = make(CWDPOTrainer, max_steps=20, drop_below=0.0, stop_on=["nothing_kept"])
