@@ -55,7 +55,7 @@ def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
 
 
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
-    """The reference as the policy will be: whole or sharded, and in its precision. An adapter's is the policy itself."""
+    """The reference as the policy will be: whole or sharded, in its precision. An adapter's is the policy itself."""
     if isinstance(reference, AdapterReference):
         reference.precision = accelerator.autocast  # asked before the library prepares the policy, too
         return reference
