@@ -121,8 +121,14 @@ def machine(reports: Reports) -> str:
     ]
     for name, reason in environment["cannot_run_here"].items():
         lines += ["", f"Not run here: {name} ({reason})."]
-    commits = sorted({entry["commit"] for report in reports.values() for entry in report["measurements"]})
+    commits = sorted({short(entry["commit"]) for report in reports.values() for entry in report["measurements"]})
     return "\n".join(["## Machine", "", *lines, "", f"Measured at commit {', '.join(commits)}. {others(reports)}"])
+
+
+def short(commit: str) -> str:
+    """Twelve digits, and whether the code differed."""
+    digits, plus, changes = commit.partition("+")
+    return digits[:12] + plus + changes
 
 
 def others(reports: Reports) -> str:
@@ -135,7 +141,7 @@ def linear(reports: Reports) -> str:
     sections = ["## From hidden states to the loss"]
     for entry in reports["linear"]["measurements"]:
         w = entry["workload"]
-        size = f"{w['pairs']} x 2 answers of {w['response']} tokens, {w['tokens']} in all; V {w['vocab']}, D {w['dim']}"
+        size = f"{w['pairs']} pairs of {w['tokens']} tokens, {w['response']} labelled; V {w['vocab']}, D {w['dim']}"
         limit = f"Limit, {' + '.join(products(entry))}: {seconds(entry['limit_seconds'])} s."
         sections.append(f"### {w['name']}: {MODES[entry['mode']]}\n\n{size}, {w['dtype']}. {limit}")
         sections.append(comparison(entry["results"]))

@@ -52,7 +52,8 @@ def test_seconds_have_two_digits(value, text):
     assert report.seconds(value) == text
 
 
-def test_errors_and_memory():
+def test_errors_memory_and_commits():
+    assert report.short("0123456789abcdef0123+changes") == "0123456789ab+changes"
     assert report.error(4.15e-8) == "4.2e-8"
     assert report.error(None) == ""
     assert [report.mib(x) for x in (2304.8, 6.82, -0.3)] == ["2305", "6.8", "0.0"]
