@@ -56,6 +56,14 @@ class ResultFile:
         unfinished.replace(self.path)
 
 
+def check_build(package: Path = ROOT / "cwdpo_kernels", sources: Path = ROOT / "csrc") -> None:
+    """Raises SystemExit where the C++ library is older than its sources: its figures would bear the wrong commit."""
+    newest = max(path.stat().st_mtime for path in sources.rglob("*") if path.suffix in (".cpp", ".h"))
+    for library in package.glob("libcwdpo_cpu*"):
+        if library.stat().st_mtime < newest:
+            raise SystemExit(f"{library}: expected a library newer than csrc, got an older one: build it anew (`make`)")
+
+
 def commit() -> str:
     """HEAD, with "+changes" where the code differs from it."""
 

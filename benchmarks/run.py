@@ -56,6 +56,7 @@ def selected(only: list[str]) -> list[tuple[str, str, Callable]]:
 
 
 def run(todo: list[tuple[str, str, Callable]], folder: Path, repeats: int, go_on: bool, skip_done: bool) -> None:
+    results.check_build()
     environment, commit, start = results.environment(), results.commit(), time.monotonic()
     files = {
         suite: ResultFile(results.path_of(suite, folder), environment, go_on)

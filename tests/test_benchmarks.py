@@ -193,6 +193,7 @@ def suite(monkeypatch):
 
     module = SimpleNamespace(measurements=lambda: {name: measure(name) for name in made})
     monkeypatch.setattr(run, "SUITES", {"fake": module})
+    monkeypatch.setattr(results, "check_build", lambda: None)
     monkeypatch.setattr(results, "commit", lambda: "c1")
     monkeypatch.setattr(results, "environment", lambda: {"device": "here"})
     return made
@@ -218,6 +219,18 @@ def test_a_run_goes_on_where_it_was_cut_off(suite, tmp_path, monkeypatch, capsys
     assert results.load("fake", tmp_path)["environment"] == {"device": "there"}
     with pytest.raises(SystemExit):
         run.main(["--only", "fake/c", *out])
+
+
+def test_a_library_older_than_its_sources_is_not_measured(tmp_path):
+    library, source = tmp_path / "libcwdpo_cpu.so", tmp_path / "csrc" / "cpu" / "rows.cpp"
+    source.parent.mkdir(parents=True)
+    for path in (library, source):
+        path.touch()
+    os.utime(source, (1000, 1000))
+    results.check_build(tmp_path, tmp_path / "csrc")
+    os.utime(source, (library.stat().st_mtime + 10,) * 2)
+    with pytest.raises(SystemExit, match=re.escape("libcwdpo_cpu.so: expected a library newer than csrc")):
+        results.check_build(tmp_path, tmp_path / "csrc")
 
 
 def test_the_commit_says_whether_the_code_was_changed():
