@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
 
-from cwdpo_trainer.history import History
+from cwdpo_trainer.history import History, probe_entries, sets_of, training_entries
 from cwdpo_trainer.probes import COOLING_BINS
 
 Draw = Callable[[Axes, History, list[str]], None]
@@ -27,18 +28,21 @@ STYLES: dict[str, dict[str, Any]] = {
     "onpolicy": {"color": "#009E73", "marker": "D", "linestyle": ":"},
 }
 OTHER_COLORS = ("#CC79A7", "#56B4E9", "#000000")
+CROWDED = 40  # points; markers of more hide the line
 STAGE_TITLES = {"sft": "1: SFT", "dpo": "2: CW-DPO"}
 
 
 @dataclass(frozen=True)
 class Panel:
     """A title, what its axis shows with the unit, and how a stage is drawn. Where `limits` are given, or
-    `same_scale` is set, the stages share their axis: their references differ, or one would flatten the other."""
+    `same_scale` is set, the stages share their axis; otherwise their references differ, or one would flatten the
+    other. `of_training`: drawn from the training logs, which a stage of fewer steps than `logging_steps` has not."""
 
     title: str
     label: str
     draw: Draw
     same_scale: bool = False
+    of_training: bool = False
     limits: tuple[float, float] | None = None
 
 
@@ -47,7 +51,9 @@ def draw_dynamics(path: Path, histories: dict[str, History]) -> None:
 
     Each panel has one axis per stage, as wide as the others however many steps the stage took.
     """
-    sets = _sets(histories.values())
+    sets = list(
+        dict.fromkeys(name for of in histories.values() for probe in probe_entries(of) for name in sets_of(probe))
+    )
     figure = Figure(figsize=(12 + 6 * len(histories), 9), layout="constrained")
     FigureCanvasAgg(figure)
     for place, (field, panel) in enumerate(zip(figure.subfigures(2, 5).flat, PANELS, strict=True)):
@@ -72,18 +78,15 @@ def _draw_panel(field: SubFigure, panel: Panel, histories: dict[str, History], s
         if last_row:
             ax.set_xlabel("optimizer step")
         if not ax.has_data():
-            ax.text(0.5, 0.5, "not in this stage", transform=ax.transAxes, ha="center", color="0.5")
-            ax.set_yticks([])
+            missing = "nothing logged" if panel.of_training and not training_entries(history) else "not in this stage"
+            ax.text(0.5, 0.5, missing, transform=ax.transAxes, ha="center", color="0.5")
+            ax.tick_params(axis="y", left=False, labelleft=False)  # its ticks may be another's too
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
+    for ax in [ax for ax in axes if ax.has_data()][:1]:  # of axes that are shared the first has the numbers
+        ax.tick_params(axis="y", labelleft=True)
     if len(entries) > 1:
         field.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
-
-
-def _sets(histories: Iterable[History]) -> list[str]:
-    suffix = "_delta_logp"
-    keys = [key for history in histories for entry in history for key in entry if key.endswith(suffix)]
-    return list(dict.fromkeys(key.removeprefix("eval_").removesuffix(suffix) for key in keys))
 
 
 def _series(history: History, key: str) -> tuple[list[int], list[float]]:
@@ -98,6 +101,8 @@ def _style(name: str, sets: list[str]) -> dict[str, Any]:
 
 def _line(ax: Axes, history: History, key: str, label: str, style: dict[str, Any]) -> None:
     steps, values = _series(history, key)
+    if len(steps) > CROWDED:
+        style = {**style, "marker": ""}
     if steps:
         ax.plot(steps, values, label=label, linewidth=1.5, markersize=4, clip_on=False, **style)
 
@@ -115,12 +120,12 @@ def _by_set(key: str, only: str | None = None, without: str | None = None, zero:
     return draw
 
 
-def _lines(keys: dict[str, str], markers: bool = True) -> Draw:
+def _lines(keys: dict[str, str]) -> Draw:
     """A line for each log entry in `keys`, with its label."""
 
     def draw(ax: Axes, history: History, sets: list[str]) -> None:
         for (key, label), style in zip(keys.items(), STYLES.values(), strict=False):
-            _line(ax, history, key, label, style if markers else {**style, "marker": ""})
+            _line(ax, history, key, label, style)
 
     return draw
 
@@ -135,7 +140,7 @@ def _cooling_histogram(ax: Axes, history: History, sets: list[str]) -> None:
         np.mean([_series(history, f"eval_{name}_cooling_bin{place}")[1] for name in names], axis=0)
         for place in range(COOLING_BINS)
     ]
-    edges = [*steps, steps[-1] + 1]  # a probe holds until the next one
+    edges = [0, *((one + other) / 2 for one, other in pairwise(steps)), steps[-1]]  # the nearest probe's, everywhere
     mesh = ax.pcolormesh(edges, np.linspace(0, 1, COOLING_BINS + 1), shares, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
     if ax.get_subplotspec().is_last_col():
         ax.figure.colorbar(mesh, ax=ax, label="share of answers")
@@ -149,11 +154,12 @@ PANELS = (
         "TV (share), JS (nats)",
         _lines({"eval_chosen_tv": "TV", "eval_chosen_js": "JS"}),
     ),
-    Panel("Training loss", "loss (nats)", _lines({"loss": "loss"}, markers=False)),
+    Panel("Training loss", "loss (nats)", _lines({"loss": "loss"}), of_training=True),
     Panel(
         "Rewards of training pairs",
         "β · log-ratio (nats)",
-        _lines({"chosen_reward": "chosen", "rejected_reward": "rejected", "margin": "margin"}, markers=False),
+        _lines({"chosen_reward": "chosen", "rejected_reward": "rejected", "margin": "margin"}),
+        of_training=True,
     ),
     Panel("Entropy of the next token", "entropy (nats)", _by_set("entropy")),
     Panel(

@@ -1,0 +1,80 @@
+"""The picture of the learning dynamics: each figure that was measured can be read off, the last one too."""
+
+from __future__ import annotations
+
+import pytest
+from matplotlib.figure import Figure
+
+from cwdpo_trainer.dynamics import PANELS, draw_dynamics
+from cwdpo_trainer.probes import COOLING_BINS, FIGURES
+
+
+def probe(step: int, weight: float | None) -> dict[str, float]:
+    """A probe whose negatives all have the cooling weight `weight`."""
+    entry = {f"eval_{name}_{figure}": 0.1 * step for name in ("chosen", "near") for figure in FIGURES}
+    if weight is not None:
+        shares = {place: float(place == int(weight * COOLING_BINS)) for place in range(COOLING_BINS)}
+        entry |= {"eval_near_cooling": weight}
+        entry |= {f"eval_near_cooling_bin{place}": share for place, share in shares.items()}
+    return {"step": step, **entry}
+
+
+@pytest.fixture
+def drawn(tmp_path, monkeypatch):
+    """A function that draws histories; returns the axes of each panel by its title."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+
+    def draw(histories):
+        draw_dynamics(tmp_path / "dynamics.png", histories)
+        fields = figures[-1].subfigs
+        figures[-1].canvas.draw()
+        return {panel.title: field.axes for panel, field in zip(PANELS, fields, strict=True)}
+
+    return draw
+
+
+SHORT = {
+    "sft": [probe(0, None), probe(9, None)],  # `auto`: stage 1 has no cooling weights
+    "dpo": [probe(0, 0.95), probe(2, 0.95), probe(9, 0.05)],
+}
+
+
+def numbers(ax) -> list[str]:
+    return [tick.label1.get_text() for tick in ax.yaxis.get_major_ticks() if tick.label1.get_visible()]
+
+
+def notes(ax) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize("title", ["Cooling weight of negatives", "Distribution of the cooling weight"])
+def test_an_axis_has_numbers_beside_a_stage_that_has_nothing_to_show(drawn, title):
+    empty, ax, *_ = drawn(SHORT)[title]
+    assert notes(empty) == ["not in this stage"]
+    assert numbers(empty) == []
+    assert "1.0" in numbers(ax)
+
+
+def test_a_stage_of_fewer_steps_than_logging_steps_is_not_said_to_lack_a_loss(drawn):
+    axes = drawn(SHORT)
+    assert [notes(ax) for ax in axes["Training loss"]] == [["nothing logged"]] * 2
+    logged = {**SHORT, "sft": [*SHORT["sft"], {"step": 9, "loss": 0.5}]}
+    axes = drawn(logged)
+    assert [notes(ax) for ax in axes["Training loss"]] == [[], ["nothing logged"]]
+    assert [notes(ax) for ax in axes["Rewards of training pairs"]] == [["not in this stage"], ["nothing logged"]]
+
+
+def test_a_figure_that_was_logged_once_is_seen(drawn):
+    ax, _ = drawn({**SHORT, "sft": [*SHORT["sft"], {"step": 9, "loss": 0.5}]})["Training loss"]
+    (line,) = ax.lines
+    assert line.get_marker() == "o"
+
+
+def test_the_last_distribution_is_within_the_axis(drawn):
+    _, ax, *_ = drawn(SHORT)["Distribution of the cooling weight"]
+    (mesh,) = ax.collections
+    edges = mesh.get_coordinates()[0, :, 0]
+    assert edges.tolist() == [0, 1, 5.5, 9]
+    assert ax.get_xlim() == (0, 9)
+    assert mesh.get_array().reshape(COOLING_BINS, 3)[:, 2].tolist() == [1.0] + [0.0] * (COOLING_BINS - 1)
