@@ -9,19 +9,20 @@ import pytest
 
 from cwdpo_trainer.memory import HeadStep, size
 
-RESULTS = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "linear_cwdpo_cpu.json").read_text())
-MEASURED = {entry["workload"]["name"]: entry for entry in RESULTS["measurements"]}
+RESULTS = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "linear_cpu.json").read_text())
+STEPS = {entry["name"]: entry for entry in RESULTS["measurements"] if entry["mode"] != "no_grad"}
 
 
-@pytest.mark.parametrize("name", MEASURED)
+@pytest.mark.parametrize("name", STEPS)
 def test_predictions_are_near_what_was_measured(name):
-    work, results = MEASURED[name]["workload"], MEASURED[name]["results"]
-    sequences = 2 * work["pairs"]
-    step = HeadStep(sequences, work["tokens"], sequences * work["response"], work["vocab"], work["dim"])
-    fused = step.fused("cpu", work["trainable"]) / 2**20
-    assert fused == pytest.approx(results["cwdpo_kernels"]["extra_mib"], rel=0.35)
-    if "eager" in results:
-        assert step.whole_logits() / 2**20 == pytest.approx(results["eager"]["extra_mib"], rel=0.06)
+    """Kept tiles and whole logits within a few per cent; workspaces may fit into memory that was freed before."""
+    work, results, trainable = STEPS[name]["workload"], STEPS[name]["results"], STEPS[name]["mode"] == "trainable"
+    step = HeadStep(2 * work["pairs"], work["tokens"], work["labelled"], work["vocab"], work["dim"])
+    fused, measured = step.fused("cpu", trainable) / 2**20, results["cwdpo_kernels"]["extra_mib"]
+    assert measured <= fused <= measured + 16
+    if "eager, full logits" in results:
+        whole = results["eager, full logits"]["extra_mib"]
+        assert step.whole_logits() / 2**20 == pytest.approx(whole, rel=0.06)
 
 
 def test_a_step_smaller_than_the_budget_takes_what_it_needs():
