@@ -130,5 +130,9 @@ def _picture(where: str, name: str, text: str, folder: Path) -> Picture:
         return StoredPicture(name, partial(bytes, data))
     address = text.startswith(("http://", "https://"))
     require(not address, where, "images", "paths of files", "on this machine (download them first)", text)
-    require((folder / text).is_file(), where, "images", "an existing", "file", str(folder / text))
+    path = folder / text
+    # A system cannot even look for a longer name; a picture's own bytes would be one.
+    fits = all(len(part) <= 255 for part in path.parts)
+    require(fits, where, "images", "paths of files", "or data: addresses", f"{text[:60]!r}...")
+    require(path.is_file(), where, "images", "an existing", "file", str(path))
     return FilePicture(folder / text)

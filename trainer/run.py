@@ -19,6 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from accelerate import PartialState
 from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import AutoProcessor, ProcessorMixin, set_seed
@@ -70,6 +71,10 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     require(wanted[0] in stages, "configuration", "the file", "a section", wanted[0], ", ".join(stages))
     folder = config.output_dir
     args: StageArguments = getattr(config, wanted[0])
+    several = "one process a GPU (accelerate launch), or one GPU (CUDA_VISIBLE_DEVICES)"
+    require(
+        args.n_gpu <= 1, "run", "this machine", "as many GPUs as processes:", several, f"{args.n_gpu} in one process"
+    )
     with args.main_process_first(local=False):
         prepare(config)
     inputs = _load_inputs(config, stages)
@@ -80,6 +85,7 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     if not finished:
         if config.sampling.server is not None and "dpo" in wanted:
             AnswerServer.open(config.sampling.server, inputs.rows["dpo"])  # rather than after stage 1
+        PartialState().wait_for_everyone()  # nobody looks at the folder while it is written to
         if args.should_save:
             write_json(folder / "run.json", _record(config, inputs.digests))
         _train_stages(config, inputs, wanted)

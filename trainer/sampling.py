@@ -7,7 +7,7 @@ from typing import TypeVar
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from cwdpo_trainer.arguments import SamplingArguments
 from cwdpo_trainer.collator import PairCollator, Tokens, to_device
@@ -34,7 +34,8 @@ def sample_answers(
         torch.manual_seed(seed)
         drawn = _generate(
             model, collator, rows, settings.max_new_tokens, do_sample=True, temperature=settings.temperature,
-            top_p=settings.top_p, top_k=0, num_return_sequences=settings.samples, synced_gpus=is_sharded,
+            top_p=settings.top_p, top_k=0, repetition_penalty=1.0,  # the policy's own distribution
+            num_return_sequences=settings.samples, synced_gpus=is_sharded,
         )  # fmt: skip
     count = settings.samples
     return wrong_answers(collator, rows, [drawn[place * count :][:count] for place in range(len(rows))])
@@ -43,19 +44,20 @@ def sample_answers(
 def wrong_answers(collator: PairCollator, rows: Sequence[Row], drawn: Sequence[Sequence[Tokens]]) -> list[list[Tokens]]:
     """Of the answers `drawn` for each row those that can be its negatives, at most as long as its own answers."""
     tokenizer = collator.tokenizer
-    # A placeholder of an image, or another mark of the format, cannot be part of an answer.
-    marks = {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
-    marks -= {tokenizer.eos_token_id}
+    # A placeholder of an image, or another mark of the format, cannot be part of an answer, unless the row's own
+    # answer has it (the end of a turn, say).
+    marks = special_tokens(tokenizer) - {tokenizer.eos_token_id}
     answers = []
     for row, of_row in zip(rows, drawn, strict=True):
         right = {normalise(text) for text in (*row.references, answer_text(row.chosen))}
         texts = tokenizer.batch_decode(of_row, skip_special_tokens=True)
+        chosen = collator.answer_tokens(row, row.chosen)
+        strange = marks - set(chosen)
         wrong = [
             tokens[: row.max_answer]  # as the row's own answers
             for tokens, text in zip(of_row, texts, strict=True)
-            if normalise(text) not in right and marks.isdisjoint(tokens)
+            if normalise(text) not in right and strange.isdisjoint(tokens)
         ]
-        chosen = collator.answer_tokens(row, row.chosen)
         answers.append([tokens for tokens in wrong if tokens != chosen])
     return answers
 
@@ -94,14 +96,36 @@ def _generate(
     max_new_tokens: int,
     **options: object,
 ) -> list[Tokens]:
-    """Generated tokens, up to and with the first end-of-sequence token."""
+    """Generated tokens as `PairCollator.answer_tokens` writes answers: up to their end, and the end of sequence."""
     inputs = to_device(collator.prompts(rows, padding_side="left"), model.device)
-    eos, pad = collator.tokenizer.eos_token_id, collator.tokenizer.pad_token_id
+    ends, pad = _ends(model, collator.tokenizer), collator.tokenizer.pad_token_id
     was_training = model.training
     model.eval()
     outputs = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=pad, use_cache=True, **options
+        **inputs, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True, **options
     )
     model.train(was_training)
     new = outputs[:, inputs["input_ids"].shape[1] :].tolist()
-    return [tokens[: tokens.index(eos) + 1] if eos in tokens else tokens for tokens in new]
+    return [ended(tokens, ends) for tokens in new]
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
+    return {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
+
+
+def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the end of sequence first, then those marks that the model takes for one (the end of
+    a turn in Gemma 3, say)."""
+    eos = tokenizer.eos_token_id
+    own = model.generation_config.eos_token_id
+    others = set(own if isinstance(own, list) else [own]) & special_tokens(tokenizer)
+    return [eos, *sorted(others - {eos})]
+
+
+def ended(tokens: Tokens, ends: Sequence[int]) -> Tokens:
+    """`tokens` up to the first of `ends`, with the first of `ends` (end of sequence) last; all of them without one."""
+    places = [place for place, token in enumerate(tokens) if token in ends]
+    if not places:
+        return tokens
+    answer = tokens[: places[0] + 1]
+    return answer if answer[-1] == ends[0] else [*answer, ends[0]]

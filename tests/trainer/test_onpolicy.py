@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import random
 
@@ -15,7 +16,7 @@ from cwdpo_trainer.captions import score_captions
 from cwdpo_trainer.negatives_log import NegativesLog
 from cwdpo_trainer.onpolicy import OnPolicyPool, uniform
 from cwdpo_trainer.policy import PolicyInTraining, answers_logp
-from cwdpo_trainer.sampling import caption, normalise, sample_answers
+from cwdpo_trainer.sampling import caption, ended, normalise, sample_answers, wrong_answers
 from cwdpo_trainer.schedule import Schedule
 
 ROWS = list(range(200))
@@ -215,3 +216,20 @@ def test_scores_of_captions(rows):
     assert worse.matches == [True, False, False]
     assert worse.exact_match == pytest.approx(1 / 3)
     assert 0 < worse.cider < perfect.cider
+
+
+@pytest.mark.parametrize(
+    ("tokens", "expected"),
+    [([5, 6, 2, 0], [5, 6, 2]), ([5, 9, 2, 7], [5, 9, 2]), ([5, 9, 7], [5, 9, 2]), ([5, 6], [5, 6]), ([2], [2])],
+)
+def test_answers_end_where_the_model_ends_them(tokens, expected):
+    """At the end of sequence (2) or of a turn (9), and with the end of sequence, as the data's own answers do."""
+    assert ended(tokens, [2, 9]) == expected
+
+
+def test_marks_of_the_rows_own_answer_may_be_drawn(collator, rows):
+    mark = collator.tokenizer.unk_token
+    row = dataclasses.replace(rows[0], chosen=f"a red square {mark}", references=("a red square",))
+    drawn = [collator.answer_tokens(row, f"{text} {mark}") for text in ("a blue square", "a red square")]
+    assert wrong_answers(collator, [row], [drawn]) == [drawn[:1]]
+    assert wrong_answers(collator, [rows[0]], [drawn]) == [[]]
