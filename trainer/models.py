@@ -22,7 +22,7 @@ from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict, load
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, BitsAndBytesConfig, GenerationConfig, PreTrainedModel
 
 from cwdpo_trainer.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.errors import InputError, require
@@ -190,6 +190,10 @@ class AdapterReference(nn.Module):
     @property
     def device(self) -> torch.device:
         return self._shared[0].device
+
+    @property
+    def generation_config(self) -> GenerationConfig:
+        return self._shared[0].generation_config
 
     def forward(self, **inputs: Any) -> Any:
         with self._in_place() as model:
