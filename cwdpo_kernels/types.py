@@ -103,7 +103,7 @@ class MemoryBudget:
 
     `workspace_bytes` bounds the vocabulary tiles that are alive at a time (at least one tile is); None is what the
     device's backend works best with: a cache-sized 2 or 4 MiB on a CPU, 256 MiB on a GPU. `kept_bytes` is what forward
-    of a trainable head may keep for backward so that those tiles are not recomputed; None is 96 MiB on a CPU,
+    of a trainable head may keep for backward so that those tiles are not recomputed; None is 88 MiB on a CPU,
     nothing on a GPU. 0 recomputes everything.
     """
 

@@ -130,15 +130,18 @@ def test_gradients_keep_the_layout_of_what_they_belong_to():
         torch.testing.assert_close(transposed, plain)
 
 
-@pytest.fixture(params=[True, False], ids=["instructions", "converted"])
-def bf16_products(request):
-    """bfloat16 multiplied by the processor's instructions, or converted to float32 first, as without them."""
-    use = ctypes.CDLL(str(library.PATH)).cwdpo_use_bf16_instructions
-    use.argtypes, use.restype = [ctypes.c_bool], ctypes.c_bool
-    if use(request.param) != request.param:
-        pytest.skip("this processor or compiler has no AVX512-BF16")
-    yield request.param
-    use(True)
+PRODUCTS = ["torch.mm", "avx512", "avx512bf16"]  # in the order of gemm.h
+
+
+@pytest.fixture(params=range(len(PRODUCTS)), ids=PRODUCTS)
+def products(request):
+    """What a head's products run on: each of the processor's instruction sets, and torch's products."""
+    limit = ctypes.CDLL(str(library.PATH)).cwdpo_limit_products
+    if limit(request.param) != request.param:
+        limit(len(PRODUCTS) - 1)
+        pytest.skip(f"this processor or compiler has no {PRODUCTS[request.param]}")
+    yield PRODUCTS[request.param]
+    limit(len(PRODUCTS) - 1)
 
 
 # Blocks of 6 rows, panels of 64 columns, vectors, pairs: they end everywhere. Several tiles, blocks, parts of a sum.
@@ -147,7 +150,7 @@ SHAPES = [(1, 1, 1), (1, 2, 3), (5, 17, 2), (7, 507, 123), (65, 129, 64), (70, 4
 
 @needs_library
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_bfloat16(shape, bf16_products):
+def test_bfloat16(shape, products):
     """Log-probs and statistics as exact as in float32; gradients as far off as rounding them to bfloat16 explains."""
     tokens, vocab, dim = shape
     hidden, head, labels = make_inputs((tokens,), vocab, dim, torch.bfloat16, labelled=1.0)
@@ -168,8 +171,30 @@ def test_bfloat16(shape, bf16_products):
 
 
 @needs_library
-def test_bfloat16_of_any_layout(bf16_products):
-    hidden, head, labels = make_inputs((40,), 300, 50, torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_products_of_floats(shape, dtype, products):
+    """As exact as float32 sums are; half-precision gradients are rounded once."""
+    tokens, vocab, dim = shape
+    hidden, head, labels = make_inputs((tokens,), vocab, dim, dtype, labelled=1.0)
+    hidden64, head64 = as_float64(hidden, head)
+    truth = reference.linear_logprob(hidden64, head64, labels)
+    expected = torch.autograd.grad(truth.sum(), leaves(hidden64, head64))
+    rounding = 2e-6 if dtype == torch.float32 else 4e-4
+    for budget in (ck.MemoryBudget(), ck.MemoryBudget(kept_bytes=0)):
+        logp, *grads = step(hidden, head, labels, budget)
+        assert relative_error(logp, truth) < 1e-6
+        assert all(relative_error(a, b) < rounding for a, b in zip(grads, expected, strict=True))
+    head.weight.requires_grad_(False)
+    logp, grad = step(hidden, head, labels)
+    assert relative_error(logp, truth) < 1e-6
+    assert relative_error(grad, expected[0]) < 2 * rounding
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+def test_weights_of_any_layout(dtype, products):
+    hidden, head, labels = make_inputs((40,), 300, 50, dtype)
     plain = step(hidden, head, labels)
     for weight in (head.weight.detach().T.contiguous().T, head.weight.detach().repeat(1, 2)[:, :50]):
         again = step(hidden.detach().T.contiguous().T.requires_grad_(), ck.Head(weight.requires_grad_()), labels)
@@ -178,7 +203,7 @@ def test_bfloat16_of_any_layout(bf16_products):
 
 @needs_library
 @pytest.mark.parametrize("p_label", [0.9, 0.9999])
-def test_confident_labels_keep_their_gradient(p_label, bf16_products):
+def test_confident_labels_keep_their_gradient(p_label, products):
     """Within 5 % of the error that rounding the exact gradient to bfloat16 makes: no operand's rounding is seen."""
     hidden, head, labels = confident_inputs(p_label, 64, 2000, 256, torch.bfloat16)
     hidden64, head64 = as_float64(hidden, head)

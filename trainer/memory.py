@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 # What `cwdpo_kernels.MemoryBudget` stands for where nothing is set, by type of device.
 WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-KEPT_BYTES = {"cpu": 96 << 20, "cuda": 0}
+KEPT_BYTES = {"cpu": 88 << 20, "cuda": 0}
 FLOAT32 = 4
 
 

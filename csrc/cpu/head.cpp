@@ -10,7 +10,11 @@ constexpr int64_t kMaxRows = 1024;
 constexpr int64_t kWorkspaceBytes = 2 << 20;
 
 bool on_bf16(const HeadArguments& head) {
-  return head.weight.scalar_type() == ScalarType::BFloat16 && multiplies_bf16();
+  return head.weight.scalar_type() == ScalarType::BFloat16 && multiplies<Bf16>();
+}
+
+bool on_floats(const HeadArguments& head) {
+  return head.weight.scalar_type() != ScalarType::Double && multiplies<float>();
 }
 
 }  // namespace
@@ -45,9 +49,9 @@ TilePlan plan_tiles(const HeadArguments& head, int64_t live_rows, size_t item_si
   const int64_t bytes = head.workspace_bytes == 0 ? kWorkspaceBytes : head.workspace_bytes;
   const int64_t entries = std::max<int64_t>(bytes / item_size, kMinTile * kMinTile);
   const int64_t rows = std::clamp<int64_t>(std::min(live_rows, entries / kMinTile), 1, kMaxRows);
-  // What else a column takes: its part of the weight converted to floats, or packed beside the column rounded.
-  const int64_t converted = head.weight.element_size() == item_size ? 0 : head.weight.size(1);
-  const int64_t others = on_bf16(head) ? (rows + converted) / 2 : converted;
+  // What else a column takes: its part of the weight converted to floats and packed, or packed and itself rounded.
+  const int64_t dim = head.weight.size(1), converted = head.weight.element_size() == item_size ? 0 : dim;
+  const int64_t others = on_bf16(head) ? (rows + dim) / 2 : converted + (on_floats(head) ? dim : 0);
   const int64_t columns = std::max<int64_t>(entries / (rows + others) / kMinTile, 1) * kMinTile;
   return {rows, std::min(columns, head.weight.size(0))};
 }
@@ -69,7 +73,12 @@ TiledHead<T>::TiledHead(const HeadArguments& arguments, const LiveRows& live, Ti
   bias_ = bias_tensor_ ? data<T>(*bias_tensor_) : nullptr;
   if (on_bf16(arguments)) {
     hidden_tensor_ = torch::stable::contiguous(hidden_tensor_);
-    bf16_ = std::make_unique<Bf16Head>(hidden_tensor_, weight_tensor_, live_.labels, plan);
+    bf16_ = std::make_unique<PackedHead<Bf16>>(hidden_tensor_, weight_tensor_, live_.labels, plan);
+    return;
+  }
+  if (on_floats(arguments)) {
+    hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
+    floats_ = std::make_unique<PackedHead<float>>(hidden_tensor_, weight_tensor_, live_.labels, plan);
     return;
   }
   if (hidden_tensor_.scalar_type() != dtype_of<T>()) hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
@@ -91,6 +100,7 @@ template <class T>
 void TiledHead<T>::logits(const Matrix<T>& tile, Span columns, Span block) const {
   if constexpr (std::is_same_v<T, float>) {
     if (bf16_) return bf16_->logits(tile, columns, block);
+    if (floats_) return floats_->logits(tile, columns, block);
   }
   multiply(tile, weight(columns), hidden(block).transposed(), /*accumulate=*/false);
 }
@@ -100,6 +110,7 @@ void TiledHead<T>::add_to_hidden(
     const Matrix<T>& sums, const Matrix<T>& tile, Span columns, Span block, bool accumulate) const {
   if constexpr (std::is_same_v<T, float>) {
     if (bf16_) return bf16_->add_to_hidden(sums, tile, columns, block, accumulate);
+    if (floats_) return floats_->add_to_hidden(sums, tile, columns, block, accumulate);
   }
   multiply(sums, tile.transposed(), weight(columns), accumulate);
 }
@@ -109,6 +120,7 @@ void TiledHead<T>::add_to_weight(
     const Matrix<T>& sums, const Matrix<T>& tile, Span columns, Span block, bool accumulate) const {
   if constexpr (std::is_same_v<T, float>) {
     if (bf16_) return bf16_->add_to_weight(sums, tile, columns, block, accumulate);
+    if (floats_) return floats_->add_to_weight(sums, tile, columns, block, accumulate);
   }
   multiply(sums, tile, hidden(block), accumulate);
 }

@@ -10,7 +10,7 @@
 #include <optional>
 #include <vector>
 
-#include "bf16_head.h"
+#include "packed_head.h"
 #include "rows.h"
 #include "tensors.h"
 #include "tiles.h"
@@ -55,7 +55,7 @@ class TiledHead {
     return {data<T>(buffer_), columns.size, block.size, padded(block.size)};
   }
 
-  // The three products, of a tile [B, R] with W or H: on bfloat16 operands where the processor multiplies them.
+  // The three products, of a tile [B, R] with W or H: by PackedHead where the processor can, else by torch.mm.
   // tile = W H^T, the logits before transform
   void logits(const Matrix<T>& tile, Span columns, Span block) const;
   // sums [R, D] (+)= tile^T W
@@ -90,7 +90,8 @@ class TiledHead {
   Tensor hidden_tensor_, weight_tensor_, buffer_;
   std::optional<Tensor> bias_tensor_, weight_buffer_;
   mutable int64_t converted_start_ = -1;  // the tile that the weight's buffer holds
-  std::unique_ptr<Bf16Head> bf16_;
+  std::unique_ptr<PackedHead<float>> floats_;
+  std::unique_ptr<PackedHead<Bf16>> bf16_;
   const T* bias_;
 };
 

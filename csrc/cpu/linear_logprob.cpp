@@ -122,18 +122,20 @@ void write_gradient(
   for (const auto& [entry, value] : at_labels) *entry = value;  // over exp(c - peak), which may overflow
 }
 
-// The accumulator of one tile of a gradient: the output's own memory where that has the compute dtype, else a buffer.
+// The accumulator of one tile of a gradient: the output's own memory where that has the compute dtype and rows that lie
+// in one piece, else a buffer.
 template <class T>
 struct Accumulator {
   Accumulator(const Tensor& out, Span rows)
       : slice(slice_rows(out, rows.start, rows.size)),
-        sums(out.scalar_type() == dtype_of<T>()
-                 ? slice
-                 : empty<T>(std::vector<int64_t>(slice.sizes().begin(), slice.sizes().end()))) {}
+        in_place(out.scalar_type() == dtype_of<T>() && out.stride(out.dim() - 1) == 1),
+        sums(in_place ? slice : empty<T>(std::vector<int64_t>(slice.sizes().begin(), slice.sizes().end()))) {}
   void store() {
-    if (slice.scalar_type() != dtype_of<T>()) torch::stable::copy_(slice, sums);
+    if (!in_place) torch::stable::copy_(slice, sums);
   }
-  Tensor slice, sums;
+  Tensor slice;
+  bool in_place;
+  Tensor sums;
 };
 
 template <class T>
