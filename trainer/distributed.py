@@ -57,7 +57,9 @@ def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
     """The reference as the policy will be: whole or sharded, in its precision. An adapter's is the policy itself."""
     if isinstance(reference, AdapterReference):
-        reference.precision = accelerator.autocast  # asked before the library prepares the policy, too
+        # Asked before the library prepares the policy, too.
+        reference.precision = accelerator.autocast
+        reference.move(accelerator.device)
         return reference
     if not is_sharded(accelerator):
         return accelerator.prepare_model(reference, evaluation_mode=True)

@@ -40,7 +40,8 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     """
     base = base_model(path)
     if base != path:
-        return _saving_the_policy(PeftModel.from_pretrained(_load(settings, base), path, is_trainable=trainable))
+        model = _for_adapters(_load(settings, base), settings) if trainable else _load(settings, base)
+        return _saving_the_policy(PeftModel.from_pretrained(model, path, is_trainable=trainable))
     model = _load(settings, path)
     if not trainable:
         return model
@@ -97,10 +98,16 @@ def _freeze(model: nn.Module, prefixes: list[str]) -> None:
             parameter.requires_grad_(False)
 
 
+def _for_adapters(model: PreTrainedModel, settings: ModelArguments) -> PreTrainedModel:
+    """Quantised weights as adapters are trained on them: frozen, the layers that are not quantised in float32."""
+    if settings.quantization is None:
+        return model
+    # The stage's arguments decide about checkpoints of activations.
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
 def _with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArguments) -> PeftModel:
-    if settings.quantization is not None:
-        # The stage's arguments decide about checkpoints of activations.
-        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    model = _for_adapters(model, settings)
     try:
         if lora.adapter is not None:
             return _saving_the_policy(PeftModel.from_pretrained(model, lora.adapter, is_trainable=True))
@@ -190,6 +197,11 @@ class AdapterReference(nn.Module):
     @property
     def device(self) -> torch.device:
         return self._shared[0].device
+
+    def move(self, device: torch.device) -> None:
+        """Move the policy, which is no submodule that `to` would reach; quantised ones are in their place already."""
+        if self.device.type != device.type:
+            self._shared[0].to(device)
 
     @property
     def generation_config(self) -> GenerationConfig:

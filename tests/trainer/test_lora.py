@@ -235,14 +235,18 @@ def wide(task, tmp_path) -> Path:
 
 
 def test_quantised_weights_are_loaded_and_their_logp_is_the_models_own(wide, collator, rows):
-    settings = ModelArguments(str(wide), quantization="4bit", dtype="float32")
+    settings = ModelArguments(str(wide), quantization="4bit", dtype="bfloat16")
     policy = load_model(settings, settings.path, LoraArguments(r=4))
     assert {type(module).__name__ for module in policy.modules()} >= {"Linear4bit", "PeftModelForCausalLM"}
     assert {name.rpartition(".")[2] for name, value in policy.named_parameters() if value.requires_grad} == {"weight"}
     assert all("lora_" in name for name, value in policy.named_parameters() if value.requires_grad)
+    policy.save_pretrained(wide / "adapter")
+    again = load_model(settings, str(wide / "adapter"), None)
+    dtypes = [{name: value.dtype for name, value in model.named_parameters()} for model in (policy, again)]
+    assert dtypes[0] == dtypes[1]
     attach_head(policy)
     inputs = collator(rows[:2])
-    assert check_head(policy, *collator.join(inputs["prompts"], inputs["chosen"], inputs["rejected"])) < 1e-4
+    assert check_head(policy, *collator.join(inputs["prompts"], inputs["chosen"], inputs["rejected"])) < 1e-2
 
 
 def test_quantised_weights_are_not_trained_themselves(wide):
