@@ -11,7 +11,8 @@ from pathlib import Path
 
 import torch
 
-ENOUGH_SECONDS, FEWEST = 8.0, 2  # what has taken so long in all is not repeated more, if it was so often
+# What has taken so long in all is not repeated more, if it was done so often; what takes very long is done once.
+ENOUGH_SECONDS, FEWEST, VERY_LONG_SECONDS = 3.0, 2, 10.0
 TILE = 1024  # columns of a vocabulary tile
 
 
@@ -26,7 +27,8 @@ def interleaved(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats):
         for name, step in steps.items():
-            if repeat < FEWEST or sum(times[name]) < ENOUGH_SECONDS:
+            spent = sum(times[name])
+            if spent < ENOUGH_SECONDS or (repeat < FEWEST and spent < VERY_LONG_SECONDS):
                 times[name].append(step())
     return times
 
