@@ -13,6 +13,7 @@ using torch::stable::Tensor;
 
 using LinearLogprob = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // logp, peak, total, direction, kept
 using LinearLogprobGrads = std::tuple<Tensor, Tensor, Tensor>;             // hidden, weight, bias
+using HiddenAndBias = std::tuple<Tensor, Tensor>;                          // gradients
 using LogitsLogprob = std::tuple<Tensor, Tensor, Tensor>;                  // logp, peak, total
 using TokenStats = std::tuple<Tensor, Tensor, Tensor, Tensor>;             // logp, entropy, top1_prob, is_top1
 using CWDPOLoss = std::tuple<  // loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean,
@@ -21,13 +22,20 @@ using CWDPOLoss = std::tuple<  // loss, chosen_reward, rejected_reward, margin, 
 LinearLogprob linear_logprob(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, double scale,
     std::optional<double> softcap, int64_t ignore_index, bool with_direction, bool sparse_grad,
-    int64_t workspace_bytes, int64_t kept_bytes);
+    int64_t workspace_bytes, std::optional<int64_t> kept_bytes);
 
 LinearLogprobGrads linear_logprob_backward(
     const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
     const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
     double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_weight,
     bool needs_bias, bool sparse_grad, int64_t workspace_bytes);
+
+// Over `kept`, the memory of the weight's gradient.
+HiddenAndBias linear_logprob_backward_(
+    const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
+    double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_bias,
+    bool sparse_grad, int64_t workspace_bytes);
 
 LogitsLogprob logits_logprob(const Tensor& logits, const Tensor& labels, int64_t ignore_index, bool reuse_logits);
 

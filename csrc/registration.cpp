@@ -8,6 +8,7 @@
 STABLE_TORCH_LIBRARY_IMPL(cwdpo, CPU, m) {
   m.impl("linear_logprob", TORCH_BOX(&cwdpo::linear_logprob));
   m.impl("linear_logprob_backward", TORCH_BOX(&cwdpo::linear_logprob_backward));
+  m.impl("linear_logprob_backward_", TORCH_BOX(&cwdpo::linear_logprob_backward_));
   m.impl("logits_logprob", TORCH_BOX(&cwdpo::logits_logprob));
   m.impl("logits_logprob_backward", TORCH_BOX(&cwdpo::logits_logprob_backward));
   m.impl("logits_logprob_backward_", TORCH_BOX(&cwdpo::logits_logprob_backward_));

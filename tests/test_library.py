@@ -59,6 +59,9 @@ def test_the_library_is_what_runs():
         torch.ops.cwdpo.linear_logprob(hidden, weight, None, labels, *arguments)
     with pytest.raises(RuntimeError, match="expected weight to have size of dimension 1 8, got 7"):
         torch.ops.cwdpo.linear_logprob(hidden, weight[:, :7], None, labels, *arguments)
+    saved = (torch.zeros(3), hidden, weight, None, torch.zeros(3, dtype=torch.int64), *[torch.zeros(3)] * 3)
+    with pytest.raises(RuntimeError, match="expected kept to have size of dimension 0 5, got 4"):
+        torch.ops.cwdpo.linear_logprob_backward_(*saved, weight[:4], 1.0, None, -100, True, True, False, 0)
     refs, offsets = (torch.zeros(1), torch.zeros(1)), torch.tensor([0, 1, 4])
     with pytest.raises(RuntimeError, match="expected cu_seqlens to have last value 3, got 4"):
         torch.ops.cwdpo.cwdpo_loss(torch.zeros(3), labels, None, offsets, *refs, 0.1, -3, 1, None, None, False, -100)
@@ -85,13 +88,32 @@ def test_threads(frozen, dtype):
 
 
 @needs_library
-@pytest.mark.parametrize("kept_bytes", [0, 3001 * 300 * 2, None], ids=["none", "half", "all"])
+@pytest.mark.parametrize("kept_bytes", [3001 * 300 * 2, 1 << 30, None], ids=["half", "all", "in_gradient"])
+@pytest.mark.parametrize("workspace_bytes", [1, None], ids=["small_tiles", "tiles"])
+@pytest.mark.parametrize("shape", [(300, 65), (60, 301), (1500, 33)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_kept_changes_no_bit(dtype, kept_bytes):
-    hidden, head, labels = make_inputs((300,), 3001, 65, dtype)
-    kept = step(hidden, head, labels, ck.MemoryBudget(kept_bytes=kept_bytes))
-    recomputed = step(hidden, head, labels, ck.MemoryBudget(kept_bytes=0))
+def test_what_is_kept_changes_no_bit(dtype, shape, workspace_bytes, kept_bytes):
+    """More tokens than hidden dimensions, fewer, and several blocks of them."""
+    tokens, dim = shape
+    hidden, head, labels = make_inputs((tokens,), 3001, dim, dtype)
+    kept = step(hidden, head, labels, ck.MemoryBudget(workspace_bytes, kept_bytes))
+    recomputed = step(hidden, head, labels, ck.MemoryBudget(workspace_bytes, kept_bytes=0))
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@pytest.mark.parametrize("name", ["portable", pytest.param("csrc", marks=needs_library)])
+def test_tiles_lie_in_the_memory_of_the_gradient(name):
+    """Forward takes it, and autograd hands it on without a copy."""
+    hidden, head, labels = make_inputs((30,), 3001, 65)
+    arguments = (head.bias, labels, 1.0, None, -100, False, False, 1)
+    with ops.forced("cpu", name):
+        logp, *_, kept = torch.ops.cwdpo.linear_logprob(hidden, head.weight, *arguments, None)
+        tiles = kept.clone()
+        logp.sum().backward()
+        assert head.weight.grad.data_ptr() == kept.data_ptr()
+        assert not torch.equal(tiles, kept)
+        expected, *_ = torch.ops.cwdpo.linear_logprob(hidden, head.weight, *arguments, 0)
+        assert torch.equal(torch.autograd.grad(expected.sum(), head.weight)[0], kept)
 
 
 @needs_library

@@ -116,11 +116,10 @@ def _model_report(plan: Plan) -> list[str]:
     step = HeadStep(2 * len(longest), min(longest[0].total, limit), labelled, model.vocab, model.dim)
     device = args.device.type
     shape = f"{step.sequences} sequences of {step.tokens} tokens, {step.labelled} labelled"
-    fused, frozen = (size(step.fused(device, trainable)) for trainable in (True, False))
     return [
         *lines,
         f"  head of a step of stage {stage}, predicted for the {len(longest)} longest pairs ({shape}):",
-        f"    fused {fused} ({frozen} if the head is frozen), with whole logits {size(step.whole_logits())}",
+        f"    fused {size(step.fused(device))}, with whole logits {size(step.whole_logits())}",
         "    beyond hidden states, weights and their gradients; without backbone, optimizer and reference",
     ]
 

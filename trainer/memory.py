@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 # What `cwdpo_kernels.MemoryBudget` stands for where nothing is set, by type of device.
 WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-KEPT_BYTES = {"cpu": 88 << 20, "cuda": 0}
 FLOAT32 = 4
 
 
@@ -29,12 +28,11 @@ class HeadStep:
         logits holds them."""
         return 3 * FLOAT32 * self.sequences * self.tokens * self.vocab
 
-    def fused(self, device: str, trainable: bool) -> int:
-        """Bytes of the fused head: a tile of logits, the tiles that a trainable head keeps, and a few [N, D]."""
+    def fused(self, device: str) -> int:
+        """Bytes of the fused head: a tile of logits and a few [N, D] (what it keeps lies in the head's gradient)."""
         logits = FLOAT32 * self.labelled * self.vocab
-        kept = min(KEPT_BYTES.get(device, 0), logits) if trainable else 0
         rows = 4 * FLOAT32 * self.labelled * self.dim  # labelled hidden states, their gradient, direction or copies
-        return min(WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"]), logits) + kept + rows
+        return min(WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"]), logits) + rows
 
 
 def size(count: int) -> str:

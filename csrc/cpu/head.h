@@ -95,25 +95,42 @@ class TiledHead {
   const T* bias_;
 };
 
-// The logits of the first vocabulary tiles, kept from forward for backward in opaque bytes: whole tiles [B, N] of all
-// labelled rows, one after the other, while they fit.
+// The logits of vocabulary tiles [B, N], kept from forward for backward: of all labelled rows, as many tiles as fit.
+//
+// Their storage is opaque bytes, filled from its end. Where it is the memory of the weight's gradient, backward writes
+// over them from the start: a tile lies beyond the gradients of the tiles before it and, where several blocks of rows
+// take turns in reading it and adding to its gradient, beyond its own.
 template <class T>
 class KeptTiles {
  public:
-  KeptTiles(const Tensor& storage, TilePlan plan, int64_t labelled, int64_t vocab) : labelled_(labelled) {
-    const int64_t fit = storage.numel() / std::max<int64_t>(labelled * sizeof(T), 1);
-    columns_ = fit >= vocab ? vocab : fit / plan.columns * plan.columns;
-    start_ = data<T>(storage);
+  // gradient_row: the bytes of a row of the gradient whose memory the storage is, or 0.
+  KeptTiles(const Tensor& storage, TilePlan plan, int64_t labelled, int64_t vocab, int64_t gradient_row)
+      : start_(data<char>(storage)), labelled_(labelled), plan_columns_(plan.columns) {
+    constexpr int64_t kLine = 64;
+    bytes_ = storage.numel() * storage.element_size();
+    first_ = last_ = bytes_ / kLine * kLine;
+    places_.assign((vocab + plan.columns - 1) / plan.columns, -1);
+    for (int64_t i = static_cast<int64_t>(places_.size()) - 1; i >= 0; --i) {
+      const int64_t start = i * plan.columns, stop = std::min(start + plan.columns, vocab);
+      const int64_t place = first_ - (stop - start) * labelled * static_cast<int64_t>(sizeof(T));
+      const int64_t written = (plan.rows < labelled ? stop : start) * gradient_row;
+      if (place >= written) first_ = places_[i] = place;
+    }
   }
-  int64_t used_bytes() const { return labelled_ * columns_ * static_cast<int64_t>(sizeof(T)); }
-  bool has(Span columns) const { return columns.stop() <= columns_; }
+  void zero_the_rest() const {
+    std::fill_n(start_, first_, char{0});
+    std::fill(start_ + last_, start_ + bytes_, char{0});
+  }
+  bool has(Span columns) const { return places_[columns.start / plan_columns_] >= 0; }
   Matrix<T> tile(Span columns) const {
-    return {start_ + labelled_ * columns.start, columns.size, labelled_, labelled_};
+    char* tile = start_ + places_[columns.start / plan_columns_];
+    return {reinterpret_cast<T*>(tile), columns.size, labelled_, labelled_};
   }
 
  private:
-  int64_t labelled_, columns_;
-  T* start_;
+  char* start_;
+  int64_t labelled_, plan_columns_, bytes_, first_, last_;  // kept tiles lie in bytes [first, last)
+  std::vector<int64_t> places_;                              // of each tile; -1: not kept
 };
 
 }  // namespace cwdpo

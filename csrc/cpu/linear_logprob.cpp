@@ -2,8 +2,8 @@
 // passes over a tile of logits (transform, maximum, exponential, sum, gradient) made while it is in cache, and kept
 // tiles read and written in place.
 //
-// Bytes that move from memory: the weight once forward and once backward, its gradient once; everything else is N x D
-// or stays in cache. Legend: see head.h.
+// Bytes that move from memory: the weight once forward and once backward, its gradient once, kept tiles twice;
+// everything else is N x D or stays in cache. Legend: see head.h.
 
 #include <utility>
 
@@ -61,22 +61,24 @@ void pull_to_label(const TiledHead<T>& head, const std::vector<T>& target, const
   });
 }
 
+// The bytes of a row of the weight's gradient where `kept` is its memory; 0 where it is not.
+int64_t gradient_row(const Tensor& kept) { return kept.dim() == 2 ? kept.size(1) * kept.element_size() : 0; }
+
 template <class T>
 LinearLogprob forward(
     const HeadArguments& arguments, const Tensor& labels, const LiveRows& live, bool with_direction,
-    int64_t kept_bytes) {
+    std::optional<int64_t> kept_bytes) {
   const int64_t tokens = labels.numel();
   LinearLogprob out{
       zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()),
       zeros({with_direction ? tokens : 0, arguments.hidden.size(1)}, arguments.hidden.scalar_type()),
-      empty({kept_bytes}, ScalarType::Byte)};
+      kept_bytes ? empty({*kept_bytes}, ScalarType::Byte) : torch::stable::empty_like(arguments.weight)};
   auto& [logp, peak, total, direction, kept] = out;
 
   const TilePlan plan = plan_tiles(arguments, live.size(), sizeof(T));
-  // A frozen head's backward needs no tile.
-  const KeptTiles<T> kept_tiles(
-      with_direction ? slice_rows(kept, 0, 0) : kept, plan, live.size(), arguments.weight.size(0));
-  std::fill_n(data<char>(kept) + kept_tiles.used_bytes(), kept_bytes - kept_tiles.used_bytes(), char{0});
+  const KeptTiles<T> kept_tiles(kept, plan, live.size(), arguments.weight.size(0), gradient_row(kept));
+  // No byte of an output is left uninitialised, but those that backward writes: they are many.
+  if (kept_bytes) kept_tiles.zero_the_rest();
   if (live.size() == 0) return out;
 
   const TiledHead<T> head(arguments, live, plan);
@@ -139,14 +141,16 @@ struct Accumulator {
 };
 
 template <class T>
-LinearLogprobGrads backward(
+void backward(
     const HeadArguments& arguments, const LiveRows& labelled, const Upstream<T>& up, const Tensor& kept,
-    LinearLogprobGrads out, bool needs_hidden, bool needs_weight, bool needs_bias) {
-  auto& [grad_hidden, grad_weight, grad_bias] = out;
+    const LinearLogprobGrads& out) {
+  const auto& [grad_hidden, grad_weight, grad_bias] = out;
+  const bool needs_hidden = grad_hidden.numel() > 0, needs_weight = grad_weight.numel() > 0,
+             needs_bias = grad_bias.numel() > 0;
   // Forward laid its kept tiles out for all labelled rows, in tiles planned for that many: plan the same.
   const TilePlan plan = plan_tiles(arguments, labelled.size(), sizeof(T));
   const TiledHead<T> head(arguments, up.live, plan);
-  const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), head.vocab);
+  const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), head.vocab, gradient_row(kept));
   const Tensor grad_hidden_live = needs_hidden ? empty<T>({head.rows, head.dim}) : Tensor();
 
   for_spans(head.vocab, plan.columns, [&](Span columns) {
@@ -185,7 +189,37 @@ LinearLogprobGrads backward(
     if (needs_bias) bias_sums->store();
   });
   if (needs_hidden) scatter_rows(grad_hidden, up.live.positions, grad_hidden_live);
-  return out;
+}
+
+// Where the gradients go: empty where they are not needed.
+LinearLogprobGrads gradients(
+    const HeadArguments& arguments, bool needs_hidden, bool needs_bias, const Tensor& grad_weight) {
+  const auto like = [](bool needed, const Tensor& x) {
+    return needed ? torch::stable::empty_like(x) : empty({0}, x.scalar_type());
+  };
+  return {
+      like(needs_hidden, arguments.hidden), grad_weight,
+      like(needs_bias, arguments.bias ? *arguments.bias : arguments.weight)};
+}
+
+void write_gradients(
+    const char* op, const HeadArguments& arguments, const Tensor& grad_logp, const Tensor& labels, const Tensor& logp,
+    const Tensor& peak, const Tensor& total, const Tensor& kept, int64_t ignore_index, const LinearLogprobGrads& out) {
+  check_head(op, arguments, labels);
+  check_per_token(op, labels, grad_logp, logp, peak, total);
+  auto [grad_hidden, grad_weight, grad_bias] = out;
+  const LiveRows labelled = labelled_rows(op, labels, ignore_index, arguments.weight.size(0));
+  torch::stable::zero_(grad_hidden);
+  with_compute_type(arguments.hidden.scalar_type(), [&](auto type) {
+    using T = decltype(type);
+    const Upstream<T> up(labelled, grad_logp, logp, peak, total, arguments.scale);
+    if (up.live.size() == 0) {
+      torch::stable::zero_(grad_weight);
+      torch::stable::zero_(grad_bias);
+    } else {  // every tile of the weight's gradient is written: zeros first would be a second pass over memory
+      backward<T>(arguments, labelled, up, kept, out);
+    }
+  });
 }
 
 }  // namespace
@@ -193,7 +227,7 @@ LinearLogprobGrads backward(
 LinearLogprob linear_logprob(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, double scale,
     std::optional<double> softcap, int64_t ignore_index, bool with_direction, bool /*sparse_grad*/,
-    int64_t workspace_bytes, int64_t kept_bytes) {
+    int64_t workspace_bytes, std::optional<int64_t> kept_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   check_head("linear_logprob", arguments, labels);
   const LiveRows live = labelled_rows("linear_logprob", labels, ignore_index, weight.size(0));
@@ -207,28 +241,28 @@ LinearLogprobGrads linear_logprob_backward(
     const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
     double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_weight,
     bool needs_bias, bool /*sparse_grad*/, int64_t workspace_bytes) {
-  const char* op = "linear_logprob_backward";
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
-  check_head(op, arguments, labels);
-  check_per_token(op, labels, grad_logp, logp, peak, total);
-  const LiveRows labelled = labelled_rows(op, labels, ignore_index, weight.size(0));
-  const auto gradient = [](bool needed, const Tensor& like) {
-    return needed ? torch::stable::empty_like(like) : empty({0}, like.scalar_type());
-  };
-  LinearLogprobGrads out{
-      gradient(needs_hidden, hidden), gradient(needs_weight, weight), gradient(needs_bias, bias ? *bias : weight)};
-  torch::stable::zero_(std::get<0>(out));
-  return with_compute_type(hidden.scalar_type(), [&](auto type) {
-    using T = decltype(type);
-    const Upstream<T> up(labelled, grad_logp, logp, peak, total, scale);
-    if (up.live.size() == 0) {
-      torch::stable::zero_(std::get<1>(out));
-      torch::stable::zero_(std::get<2>(out));
-      return out;
-    }
-    // Every tile of the weight's gradient is written: zeros first would be a second pass over memory.
-    return backward<T>(arguments, labelled, up, kept, out, needs_hidden, needs_weight, needs_bias);
-  });
+  const LinearLogprobGrads out = gradients(
+      arguments, needs_hidden, needs_bias,
+      needs_weight ? torch::stable::empty_like(weight) : empty({0}, weight.scalar_type()));
+  write_gradients("linear_logprob_backward", arguments, grad_logp, labels, logp, peak, total, kept, ignore_index, out);
+  return out;
+}
+
+HiddenAndBias linear_logprob_backward_(
+    const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
+    const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
+    double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_bias,
+    bool /*sparse_grad*/, int64_t workspace_bytes) {
+  const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
+  const char* op = "linear_logprob_backward_";
+  expect_dims(op, "kept", kept, 2);
+  expect_size(op, "kept", kept, 0, weight.size(0));
+  expect_size(op, "kept", kept, 1, weight.size(1));
+  expect_dtype(op, "kept", kept, weight.scalar_type());
+  const LinearLogprobGrads out = gradients(arguments, needs_hidden, needs_bias, kept);
+  write_gradients(op, arguments, grad_logp, labels, logp, peak, total, kept, ignore_index, out);
+  return {std::get<0>(out), std::get<2>(out)};
 }
 
 }  // namespace cwdpo

@@ -1,7 +1,10 @@
 """linear_logprob: log-probability of a label under a linear head, without its logits.
 
-Saved for backward: hidden, weight, bias, labels and three floats a row (logp, peak, total);
+Saved for backward: hidden, weight, bias, labels, three floats a row (logp, peak, total) and the kept tiles;
 with a frozen head only logp and the direction [N, D], nothing of the head.
+
+Kept tiles cost no memory where they lie in that of the weight's gradient, which forward then takes and backward writes
+over them. One backward can do so: a second one (`retain_graph`) recomputes them into memory of its own.
 """
 
 from __future__ import annotations
@@ -9,16 +12,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.ops.registry import define, implement
+from cwdpo_kernels.ops.registry import define, implement, on_triton
 from cwdpo_kernels.portable import linear_logprob as portable
 from cwdpo_kernels.portable.tiles import compute_dtype
-
-KEPT_BYTES_ON_A_CPU = 88 << 20  # with the workspace and N x D no more than a small step of cut-cross-entropy takes
 
 define(
     "linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
-    "bool with_direction, bool sparse_grad, SymInt workspace_bytes, SymInt kept_bytes) "
+    "bool with_direction, bool sparse_grad, SymInt workspace_bytes, SymInt? kept_bytes) "
     "-> (Tensor logp, Tensor peak, Tensor total, Tensor direction, Tensor kept)",
 )
 define(
@@ -28,8 +29,15 @@ define(
     "bool needs_bias, bool sparse_grad, SymInt workspace_bytes) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
+define(
+    "linear_logprob_backward_",
+    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logp, Tensor peak, "
+    "Tensor total, Tensor(a!) kept, float scale, float? softcap, int ignore_index, bool needs_hidden, "
+    "bool needs_bias, bool sparse_grad, SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_bias)",
+)
 implement("linear_logprob", portable.linear_logprob, triton="linear_logprob")
 implement("linear_logprob_backward", portable.linear_logprob_backward, triton="linear_logprob")
+implement("linear_logprob_backward_", portable.linear_logprob_backward_)
 
 
 @torch.library.register_fake("cwdpo::linear_logprob")
@@ -37,13 +45,8 @@ def _(hidden, weight, bias, labels, *rest):
     *_, with_direction, _, _, kept_bytes = rest
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
     direction = hidden.new_empty(hidden.shape if with_direction else (0, hidden.shape[1]))
-    return (
-        logp,
-        torch.empty_like(logp),
-        torch.empty_like(logp),
-        direction,
-        hidden.new_empty(kept_bytes, dtype=torch.uint8),
-    )
+    kept = torch.empty_like(weight) if kept_bytes is None else hidden.new_empty(kept_bytes, dtype=torch.uint8)
+    return logp, torch.empty_like(logp), torch.empty_like(logp), direction, kept
 
 
 @torch.library.register_fake("cwdpo::linear_logprob_backward")
@@ -56,20 +59,33 @@ def _(grad_logp, hidden, weight, bias, *rest):
     )
 
 
-def kept_bytes(hidden: Tensor, weight: Tensor, budget: int | None) -> int:
-    """What forward of a trainable head keeps, of at most `budget` bytes (None: the device's own choice).
+@torch.library.register_fake("cwdpo::linear_logprob_backward_")
+def _(grad_logp, hidden, weight, bias, *rest):
+    *_, needs_hidden, needs_bias, _, _ = rest
+    return (
+        torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
+        torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
+    )
 
-    A GPU keeps tiles in the inputs' dtype and needs room for whole tiles; a CPU keeps them as it computes them.
+
+def kept_bytes(hidden: Tensor, weight: Tensor, budget: int | None) -> int | None:
+    """What forward of a trainable head keeps, of at most `budget` bytes (None: the backend's own choice).
+
+    None: what fits the memory of the weight's gradient. Triton keeps tiles in the inputs' dtype, in memory of their
+    own, and needs room for whole tiles; the others keep them as they compute them.
     """
-    if hidden.is_cuda:
+    if on_triton(hidden.device.type):
         whole_tiles = weight.shape[0] + weight.shape[0] // 32 + 256
         return min(budget or 0, hidden.shape[0] * whole_tiles * hidden.dtype.itemsize)
+    if budget is None and weight.requires_grad and weight.is_contiguous():
+        return None
     useful = hidden.shape[0] * weight.shape[0] * compute_dtype(hidden.dtype).itemsize
-    return min(KEPT_BYTES_ON_A_CPU if budget is None else budget, useful)
+    return min(budget or 0, useful)
 
 
 def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, *ctx.transform, ctx.with_direction, ctx.sparse_grad, ctx.workspace_bytes, _ = inputs
+    hidden, weight, bias, labels, *ctx.transform, ctx.with_direction, sparse_grad, workspace_bytes, _ = inputs
+    ctx.options, ctx.written_over = (sparse_grad, workspace_bytes), False
     logp, peak, total, direction, kept = output
     ctx.set_materialize_grads(False)
     ctx.mark_non_differentiable(peak, total, direction, kept)
@@ -88,22 +104,19 @@ def _backward(ctx, grad_logp: Tensor | None, *_):
         pull = grad_logp * -torch.expm1(logp)  # d logp / d h = (1 - p_y) * direction
         return (direction * pull[:, None]).to(direction.dtype), *none[1:]
     logp, peak, total, kept, hidden, weight, bias, labels = ctx.saved_tensors
-    needs = ctx.needs_input_grad[:3]
-    grads = torch.ops.cwdpo.linear_logprob_backward(
-        grad_logp,
-        hidden,
-        weight,
-        bias,
-        labels,
-        logp,
-        peak,
-        total,
-        kept,
-        *ctx.transform,
-        *needs,
-        ctx.sparse_grad,
-        ctx.workspace_bytes,
-    )
+    if ctx.written_over:
+        kept = kept.new_empty(0)
+    saved = (grad_logp, hidden, weight, bias, labels, logp, peak, total)
+    needs_hidden, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
+    if kept.dim() == 2 and needs_weight and type(kept) is Tensor:  # a graph that is being traced has no memory to give
+        ctx.written_over = True
+        grad_weight = kept.data  # autograd can have this one without a copy, and its version is not that of `kept`
+        grad_hidden, grad_bias = torch.ops.cwdpo.linear_logprob_backward_(
+            *saved, grad_weight, *ctx.transform, needs_hidden, needs_bias, *ctx.options
+        )
+        grads = grad_hidden, grad_weight, grad_bias
+    else:
+        grads = torch.ops.cwdpo.linear_logprob_backward(*saved, kept, *ctx.transform, *needs, *ctx.options)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none[3:])
 
 

@@ -24,8 +24,11 @@ With a soft cap each term is multiplied by its own slope 1 - (z / cap)^2.
 
 Costs, in units of 2 N D V floating-point operations: forward 1; a frozen head takes one pass, 2, because the
 direction W_y - sum q W can be accumulated beside s and the backward is a row scaling; a trainable head
-recomputes the tiles in backward, 1 + 3, less what `kept_bytes` saved. Memory: one tile (workspace_bytes), the
+recomputes the tiles in backward, 1 + 3, less those that were kept. Memory: one tile (workspace_bytes), the
 kept tiles, and N x D. Only rows with a label, and in backward only rows with a gradient, are touched.
+
+Kept tiles need no memory of their own where they lie in that of the head's gradient: backward writes the gradient from
+the start, tile by tile, and reads a kept tile before it comes to it. N <= D tokens fit whole.
 """
 
 from __future__ import annotations
@@ -38,21 +41,23 @@ from cwdpo_kernels.portable.tiles import TiledHead, compute_dtype, fill_target, 
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
-    ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int,
+    ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp [N], peak [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
     dtype = compute_dtype(hidden.dtype)
     logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
     peak, total = torch.zeros_like(logp), torch.zeros_like(logp)
     direction = torch.zeros_like(hidden) if with_direction else hidden.new_empty(0, hidden.shape[1])
-    kept = torch.empty(kept_bytes, dtype=torch.uint8, device=hidden.device)
+    in_gradient = kept_bytes is None
+    kept = torch.empty_like(weight) if in_gradient else hidden.new_empty(kept_bytes, dtype=torch.uint8)
 
     rows = live_rows(labels != ignore_index)
     labels_N = labels[rows].long()
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
     target_N = head.target_logits(labels_N)
     kept_tiles = KeptTiles(kept, head)
-    kept[kept_tiles.used_bytes :] = 0  # no byte of an output is left uninitialised
+    if not in_gradient:  # no byte of an output is left uninitialised, but those that backward writes: they are many
+        kept_tiles.zero_the_rest()
     peak_N, total_N, direction_ND = _forward(head, labels_N, target_N, with_direction, kept_tiles)
     logp[rows], peak[rows], total[rows] = logp_of(target_N, peak_N, total_N), peak_N, total_N
     if with_direction:
@@ -118,7 +123,33 @@ def linear_logprob_backward(
 
     Rows without an upstream gradient are left out, whether or not `sparse_grad` foretold them.
     """
+    grad_weight = torch.empty_like(weight) if needs_weight else None
+    grad_hidden, grad_bias = _backward(
+        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index, needs_hidden,
+        grad_weight, needs_bias, workspace_bytes,
+    )  # fmt: skip
+    return grad_hidden, weight.new_empty(0) if grad_weight is None else grad_weight, grad_bias
+
+
+def linear_logprob_backward_(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
+    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with the weight's gradient written over `kept` [V, D], the tiles kept in its memory."""
+    return _backward(
+        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index, needs_hidden,
+        kept, needs_bias, workspace_bytes,
+    )  # fmt: skip
+
+
+def _backward(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
+    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, grad_weight: Tensor | None, needs_bias: bool, workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = compute_dtype(hidden.dtype)
+    needs_weight = grad_weight is not None
     labelled = labels != ignore_index
     rows = live_rows(labelled & (grad_logp != 0))
     labels_N, peak_N, total_N = labels[rows].long(), peak[rows], total[rows]
@@ -126,11 +157,9 @@ def linear_logprob_backward(
     n_labelled = int(labelled.sum())
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
     kept_tiles = KeptTiles(kept, head, n_labelled, live=_positions(labelled, rows))
-
     pull_N = grad_logp[rows].to(dtype) * -torch.expm1(logp[rows]) * scale  # 1 - p_y = -expm1(logp)
     push_N = -pull_N / total_N
     grad_hidden_ND = pull_N.new_zeros(head.hidden.shape) if needs_hidden else None
-    grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     grad_bias = torch.empty_like(bias) if needs_bias else weight.new_empty(0)
 
     for columns in head.columns():
@@ -160,7 +189,7 @@ def linear_logprob_backward(
     grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
     if needs_hidden:
         grad_hidden[rows] = grad_hidden_ND.to(hidden.dtype)
-    return grad_hidden, grad_weight, grad_bias
+    return grad_hidden, grad_bias
 
 
 def _accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:
@@ -174,30 +203,38 @@ def _positions(labelled: Tensor, rows: Tensor | slice) -> Tensor | slice:
 
 
 class KeptTiles:
-    """The logits of the first vocabulary tiles, kept from forward for backward.
+    """The logits of vocabulary tiles, kept from forward for backward: of all labelled rows, as many tiles as fit.
 
-    `storage` is opaque bytes of the size that the caller allowed; whole tiles of all labelled rows are kept
-    while they fit.
+    `storage` is opaque bytes, filled from its end. Where it is the memory of the weight's gradient [V, D], over which
+    backward writes from the start, a tile lies beyond its own part of the gradient: what is written over has been read.
     """
 
     def __init__(
         self, storage: Tensor, head: TiledHead, n_rows: int | None = None, live: Tensor | slice = slice(None)
     ) -> None:
-        self.n_rows = head.hidden.shape[0] if n_rows is None else n_rows
-        vocab = head.weight.shape[0]
-        fit = storage.numel() // max(self.n_rows * head.dtype.itemsize, 1)
-        self.columns = vocab if fit >= vocab else fit // head.tile_columns * head.tile_columns
-        self.used_bytes = self.n_rows * self.columns * head.dtype.itemsize
-        self.tiles = storage[: self.used_bytes].view(head.dtype).view(self.n_rows, self.columns)
-        self.head, self.live = head, live
+        n_rows = head.hidden.shape[0] if n_rows is None else n_rows
+        gradient_row = storage.shape[1] * storage.element_size() if storage.dim() == 2 else 0
+        self.head, self.live, self.tiles_NB = head, live, {}
+        self.bytes = storage.view(-1).view(torch.uint8)
+        self.start = self.stop = self.bytes.numel() // head.dtype.itemsize * head.dtype.itemsize
+        for columns in reversed(list(head.columns())):
+            width = columns.stop - columns.start
+            start = self.start - n_rows * width * head.dtype.itemsize
+            if start >= columns.stop * gradient_row:
+                self.tiles_NB[columns.start] = self.bytes[start : self.start].view(head.dtype).view(n_rows, width)
+                self.start = start
+
+    def zero_the_rest(self) -> None:
+        self.bytes[: self.start] = 0
+        self.bytes[self.stop :] = 0
 
     def save(self, tile_RB: Tensor, rows: slice, columns: slice) -> None:
-        if columns.stop <= self.columns:
-            self.tiles[rows, columns] = tile_RB
+        if columns.start in self.tiles_NB:
+            self.tiles_NB[columns.start][rows] = tile_RB
 
     def load(self, rows: slice, columns: slice) -> Tensor | None:
         """A copy in the head's buffer (backward may run twice), or None where the tile was not kept."""
-        if columns.stop > self.columns:
+        if columns.start not in self.tiles_NB:
             return None
-        kept_RB = self.tiles[:, columns][self.live][rows]
+        kept_RB = self.tiles_NB[columns.start][self.live][rows]
         return self.head.buffer(*kept_RB.shape).copy_(kept_RB)

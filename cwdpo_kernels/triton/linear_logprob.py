@@ -30,9 +30,11 @@ DIRECTION_BLOCK_N, DIRECTION_BLOCK_D = 16, 128
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
-    ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int,
+    ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp [N], peak (anchor) [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
+    if kept_bytes is None:
+        raise NotImplementedError("linear_logprob: expected kept_bytes to be a number on Triton, got None")
     labels = labels.contiguous()
     sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index)
     kept = torch.empty(kept_bytes, dtype=torch.uint8, device=hidden.device)

@@ -16,6 +16,7 @@ HEADS = [
 # Tiny workspaces and kept tiles of part of the vocabulary take every branch of the tiling.
 BUDGETS = [
     pytest.param(ck.MemoryBudget(), id="default"),
+    pytest.param(ck.MemoryBudget(workspace_bytes=1), id="kept_in_gradient"),
     pytest.param(ck.MemoryBudget(workspace_bytes=1, kept_bytes=200_000), id="kept"),
 ]
 
@@ -162,11 +163,35 @@ def test_gradcheck(options, frozen):
     assert torch.autograd.gradcheck(function, (hidden, weight, bias))
 
 
-def test_backward_twice_gives_the_same():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_one_backward_after_another(budget, dtype):
+    """Of some gradients and of all, in any order: the same bits, and none changes what was given before."""
+    hidden, head, labels = make_inputs((9,), 500, 12, dtype)
+    wanted = leaves(hidden, head)
+    graphs = [ck.linear_logprob(hidden, head, labels, budget=budget).sum() for _ in range(2)]
+
+    def grads(graph: int, *of: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return torch.autograd.grad(graphs[graph], of, retain_graph=True)
+
+    part, first = grads(0, hidden), grads(0, *wanted)
+    copies = [grad.clone() for grad in first]
+    again = [grads(0, *wanted), (part[0], *grads(0, head.weight)), grads(1, *wanted)]
+    for others in (copies, *again):
+        assert all(torch.equal(a, b) for a, b in zip(first, others, strict=True))
+
+
+def test_checkpointed():
+    """Whose first forward is thrown away, and what it saved with it."""
     hidden, head, labels = make_inputs((9,), 500, 12)
-    logp = ck.linear_logprob(hidden, head, labels, budget=ck.MemoryBudget(kept_bytes=10_000))
-    first, second = (torch.autograd.grad(logp.sum(), leaves(hidden, head), retain_graph=True) for _ in range(2))
-    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    budget = ck.MemoryBudget(workspace_bytes=1)
+
+    def call(hidden: torch.Tensor) -> torch.Tensor:
+        return ck.linear_logprob(hidden, head, labels, budget=budget).sum()
+
+    checkpointed = torch.utils.checkpoint.checkpoint(call, hidden, use_reentrant=False)
+    pairs = zip(*(torch.autograd.grad(x, leaves(hidden, head)) for x in (checkpointed, call(hidden))), strict=True)
+    assert all(torch.equal(a, b) for a, b in pairs)
 
 
 def test_autocast_follows_torch():
