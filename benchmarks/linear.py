@@ -38,9 +38,10 @@ def measurements() -> dict[str, Callable]:
     }
 
 
-def measure(workload: Workload, mode: str, repeats: int, call: Callable) -> dict:
-    """Errors, seconds, the measured limit and peak memory of every implementation that applies."""
-    inputs, found = workload.make(mode), applicable(workload, mode)
+def measure(workload: Workload, mode: str, repeats: int, call: Callable, without: tuple[str, ...] = ()) -> dict:
+    """Errors, seconds, the measured limit and peak memory of every implementation that applies, `without` some."""
+    inputs = workload.make(mode)
+    found = {name: peer for name, peer in applicable(workload, mode).items() if name not in without}
     results = {name: {"relative_error": error} for name, error in errors(workload, mode, inputs, found).items()}
     steps = {
         name: lambda step=implementation.step: step_seconds(step, inputs) for name, implementation in found.items()

@@ -86,9 +86,9 @@ class Workload:
 WORKLOADS = [Workload.of(model, pairs, response) for model in MODELS for pairs in PAIRS for response in RESPONSES]
 
 SMOLVLM = {"pairs": 2, "tokens": 1024, "response": 128, "vocab": 49280, "dim": 576}  # SmolVLM-256M's head
-QWEN = {"pairs": 1, "tokens": 512, "response": 64, "vocab": 151936, "dim": 2048}  # Qwen2.5-VL-3B's
+QWEN = {"pairs": 1, "tokens": 1024, "response": 256, "vocab": 151936, "dim": 896}  # Qwen2.5-0.5B's
 ON_A_CPU = {  # and its modes
     Workload("smolvlm", **SMOLVLM): MODES,
     Workload("smolvlm-bf16", **SMOLVLM, dtype=torch.bfloat16, all_tokens=False): MODES,
-    Workload("qwen2.5-vl-3b", **QWEN, all_tokens=False): ("frozen",),
+    Workload("qwen2.5-0.5b", **QWEN, all_tokens=False): ("frozen",),
 }
