@@ -141,15 +141,16 @@ def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost
         with torch.no_grad():
             ck.linear_logprob(hidden, weight, labels, rows=rows)
 
-    kept = ck.MemoryBudget(kept_bytes=4 << 30)
     sizes = (shape.tokens, shape.dim, shape.vocab, 2)
     steps = {
         "no_grad": no_grad, "frozen": lambda: step(weight.detach()), "trainable": lambda: step(weight),
-        "trainable, 4 GiB kept": lambda: step(weight, kept),
+        "trainable, none kept": lambda: step(weight, ck.MemoryBudget(kept_bytes=0)),
+        "trainable, 4 GiB kept": lambda: step(weight, ck.MemoryBudget(kept_bytes=4 << 30)),
     }  # fmt: skip
-    share = min(1.0, (4 << 30) / (shape.tokens * shape.vocab * 2))
-    costs = {name: cost.linear_logprob(*sizes, name) for name in ("no_grad", "frozen", "trainable")}
-    costs["trainable, 4 GiB kept"] = cost.linear_logprob(*sizes, "trainable", share)
+    costs = {name: cost.linear_logprob(*sizes, name) for name in ("no_grad", "frozen")}
+    in_gradient, of_4_gib = shape.dim / shape.tokens, (4 << 30) / (shape.tokens * shape.vocab * 2)
+    for name, share in (("", in_gradient), (", none kept", 0.0), (", 4 GiB kept", of_4_gib)):
+        costs["trainable" + name] = cost.linear_logprob(*sizes, "trainable", min(share, 1.0))
     return steps, costs
 
 

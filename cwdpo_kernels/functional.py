@@ -199,7 +199,7 @@ def _linear_logprob(
     parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
     trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
     frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable
-    kept_bytes = ops.kept_bytes(flat_hidden, head.weight, budget.kept_bytes) if trainable else 0
+    kept_bytes = ops.kept_bytes(flat_hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
     logp, *_ = torch.ops.cwdpo.linear_logprob(
         flat_hidden, head.weight, head.bias, flat_labels, float(head.scale), head.softcap, ignore_index, frozen,
         sparse_grad,

@@ -103,10 +103,10 @@ class MemoryBudget:
 
     `workspace_bytes` bounds the vocabulary tiles that are alive at a time (at least one tile is); None is what the
     device's backend works best with: a cache-sized 2 or 4 MiB on a CPU, 256 MiB on a GPU. `kept_bytes` is what forward
-    of a trainable head may keep for backward so that those tiles are not recomputed. None is nothing on a GPU, and
-    elsewhere what fits the memory of the head's gradient: all tiles of as many tokens as there are hidden dimensions
-    (of half as many in bfloat16). Forward takes that memory, a call holds it until its backward, and the step needs
-    nothing beyond the gradient. 0 recomputes everything.
+    of a trainable head may keep for backward so that those tiles are not recomputed. None is what
+    fits the memory of the head's gradient: all tiles of as many tokens as there are hidden dimensions (on a CPU of half
+    as many in bfloat16). Forward takes that memory, a call holds it until its backward, and the step needs nothing
+    beyond the gradient. 0 recomputes everything.
     """
 
     workspace_bytes: int | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.ops.registry import define, implement, on_triton
+from cwdpo_kernels.ops.registry import define, implement
 from cwdpo_kernels.portable import linear_logprob as portable
 from cwdpo_kernels.portable.tiles import compute_dtype
 
@@ -37,7 +37,7 @@ define(
 )
 implement("linear_logprob", portable.linear_logprob, triton="linear_logprob")
 implement("linear_logprob_backward", portable.linear_logprob_backward, triton="linear_logprob")
-implement("linear_logprob_backward_", portable.linear_logprob_backward_)
+implement("linear_logprob_backward_", portable.linear_logprob_backward_, triton="linear_logprob")
 
 
 @torch.library.register_fake("cwdpo::linear_logprob")
@@ -68,17 +68,19 @@ def _(grad_logp, hidden, weight, bias, *rest):
     )
 
 
-def kept_bytes(hidden: Tensor, weight: Tensor, budget: int | None) -> int | None:
-    """What forward of a trainable head keeps, of at most `budget` bytes (None: the backend's own choice).
+def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: int | None) -> int | None:
+    """What forward of a trainable head keeps, of at most `budget` bytes; None: what fits the weight's gradient.
 
-    None: what fits the memory of the weight's gradient. Triton keeps tiles in the inputs' dtype, in memory of their
-    own, and needs room for whole tiles; the others keep them as they compute them.
+    A GPU keeps tiles in the inputs' dtype, with their anchors, and none of a soft cap; a CPU keeps them as it computes
+    them.
     """
-    if on_triton(hidden.device.type):
-        whole_tiles = weight.shape[0] + weight.shape[0] // 32 + 256
-        return min(budget or 0, hidden.shape[0] * whole_tiles * hidden.dtype.itemsize)
+    if hidden.is_cuda and softcap is not None:
+        return 0
     if budget is None and weight.requires_grad and weight.is_contiguous():
         return None
+    if hidden.is_cuda:
+        with_anchors = weight.shape[0] + weight.shape[0] // 32 + 256
+        return min(budget or 0, hidden.shape[0] * with_anchors * hidden.dtype.itemsize)
     useful = hidden.shape[0] * weight.shape[0] * compute_dtype(hidden.dtype).itemsize
     return min(budget or 0, useful)
 

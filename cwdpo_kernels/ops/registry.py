@@ -81,11 +81,6 @@ def backend(device: str | torch.device = "cpu") -> str:
     return _FORCED.get(device_type) or ("portable" if missing_backend(device_type) else faster)
 
 
-def on_triton(device_type: str) -> bool:
-    """Whether the ops of that device are Triton's (a GPU without Triton counts too)."""
-    return _FORCED.get(device_type, "triton" if device_type == "cuda" else None) == "triton"
-
-
 def missing_backend(device: str | torch.device = "cpu") -> str | None:
     """Why `device` has to do without the faster backend made for it, and what helps; None where it has it."""
     device_type = torch.device(device).type

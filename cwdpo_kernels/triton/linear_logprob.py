@@ -3,8 +3,9 @@
 Forward: one sweep (1G = 2 N D V floating-point operations), O(N T) scratch.
 Frozen head: the sweep writes its exponentials a chunk at a time in the inputs' dtype, the vendor's GEMM adds up
     pushed = sum_v u_v W_v in float32 (2G in all). A chunk whose anchor rises moves what is there by powers of two.
-Backward, trainable head: per chunk, the gradient of its logits in the inputs' dtype, recomputed or from the tiles
-    that forward kept, then two GEMMs: grad_weight of the chunk, written once, and grad_hidden in float32 (3G).
+Backward, trainable head: per chunk, the gradient of its logits in the inputs' dtype, from the exponentials that
+    forward kept or recomputed, then two GEMMs: grad_weight of the chunk, written once, and grad_hidden in float32
+    (2G or 3G). What is kept lies in the memory of grad_weight, and is read before the gradient comes to it.
     Blocks of tokens without an upstream gradient skip the recomputation and, where the caller says that there will
     be such tokens (`sparse_grad`), both GEMMs: our own then, since the vendor's cannot take a size from the device.
 
@@ -33,19 +34,21 @@ def linear_logprob(
     ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp [N], peak (anchor) [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
-    if kept_bytes is None:
-        raise NotImplementedError("linear_logprob: expected kept_bytes to be a number on Triton, got None")
     labels = labels.contiguous()
     sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index)
-    kept = torch.empty(kept_bytes, dtype=torch.uint8, device=hidden.device)
+    in_gradient = kept_bytes is None
+    kept = torch.empty_like(weight) if in_gradient else hidden.new_empty(kept_bytes, dtype=torch.uint8)
     if with_direction:
         return *_forward_frozen(sweep, workspace_bytes), kept
 
-    kept_tiles = KeptTiles(kept, hidden, sweep.tiles_v, sweep.config.block_v, softcap)
-    sweep.run(range(kept_tiles.count), out=kept_tiles.tiles_NC)
-    kept_tiles.anchor_TN.copy_(sweep.anchor_TN[: kept_tiles.count])
-    kept[kept_tiles.used_bytes :] = 0  # no byte of an output is left uninitialised
-    sweep.run(range(kept_tiles.count, sweep.tiles_v))
+    kept_chunks = KeptChunks(kept, hidden, sweep.vocab, sweep.config.block_v, softcap, workspace_bytes)
+    if not in_gradient:  # no byte of an output is left uninitialised, but those that backward writes: they are many
+        kept_chunks.zero_the_rest()
+    for tiles in kept_chunks.chunks if kept_chunks.views else [range(sweep.tiles_v)]:
+        tile_NC, anchor_TN = kept_chunks.views.get(tiles.start, (None, None))
+        sweep.run(tiles, out=tile_NC)
+        if anchor_TN is not None:
+            anchor_TN.copy_(sweep.anchor_TN[tiles.start : tiles.stop])
     anchor_N, total_N = empty_sums(sweep.rows, hidden.device)
     every = range(sweep.tiles_v)
     logp_N = join_tiles(sweep.anchor_TN, sweep.total_TN, every, anchor_N, total_N, labels, ignore_index, sweep.target_N)
@@ -116,7 +119,7 @@ def _direction(sweep: Sweep, pushed_ND: Tensor, total_N: Tensor) -> Tensor:
 @triton.jit
 def _gradient_kernel(
     hidden, weight, bias_ptr, labels_ptr, anchor_ptr, push_ptr, pull_ptr, kept_ptr, kept_anchor_ptr, out_ptr,
-    column_sum_ptr, N, V, D, first_tile_v, end_tile_v, out_columns, kept_columns,
+    column_sum_ptr, N, V, D, first_tile_v, end_tile_v, out_columns,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, COLUMN_SUMS: tl.constexpr,
     PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
@@ -138,10 +141,11 @@ def _gradient_kernel(
         pull = tl.load(pull_ptr + offs_n, mask=mask_n, other=0.0)
         labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
         if KEPT:
-            offs_kept = offs_n.to(tl.int64)[:, None] * kept_columns + offs_v[None, :]
-            mask_kept = mask_n[:, None] & (offs_v < kept_columns)[None, :]
+            offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+            offs_kept = offs_n.to(tl.int64)[:, None] * out_columns + offs_c[None, :]
+            mask_kept = mask_n[:, None] & (offs_c < out_columns)[None, :]
             u = tl.load(kept_ptr + offs_kept, mask=mask_kept, other=0.0).to(tl.float32)
-            kept_anchor = tl.load(kept_anchor_ptr + tile_v.to(tl.int64) * N + offs_n, mask=mask_n, other=0.0)
+            kept_anchor = tl.load(kept_anchor_ptr + pid_v.to(tl.int64) * N + offs_n, mask=mask_n, other=0.0)
             gradient = u * (push * tl.exp2(kept_anchor - anchor))[:, None]
         else:
             live = tl.max(tl.where((push != 0) | (pull != 0), 1, 0), 0)
@@ -159,7 +163,7 @@ def _gradient_kernel(
         gradient = tl.where(mask_n[:, None] & (offs_v < V)[None, :], gradient, 0.0)
         if COLUMN_SUMS:
             tl.store(column_sum_ptr + pid_n.to(tl.int64) * V + offs_v, tl.sum(gradient, 0), mask=offs_v < V)
-        offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
+        offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)  # after the product, which has no register left for it
         offs_out = offs_n.to(tl.int64)[:, None] * out_columns + offs_c[None, :]
         mask_out = mask_n[:, None] & (offs_c < out_columns)[None, :]
         tl.store(out_ptr + offs_out, rounded(gradient, out_ptr.dtype.element_ty), mask=mask_out)
@@ -171,69 +175,118 @@ def linear_logprob_backward(
     needs_hidden: bool, needs_weight: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
+    grad_weight = torch.empty_like(weight) if needs_weight else None
+    grad_hidden, grad_bias = _backward(
+        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index, needs_hidden,
+        grad_weight, needs_bias, sparse_grad, workspace_bytes,
+    )  # fmt: skip
+    return grad_hidden, weight.new_empty(0) if grad_weight is None else grad_weight, grad_bias
+
+
+def linear_logprob_backward_(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
+    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The same with the weight's gradient written over `kept` [V, D], the tiles kept in its memory."""
+    return _backward(
+        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index, needs_hidden,
+        kept, needs_bias, sparse_grad, workspace_bytes,
+    )  # fmt: skip
+
+
+def _backward(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
+    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, grad_weight: Tensor | None, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     rows, vocab, config = hidden.shape[0], weight.shape[0], tile_config(hidden, softcap)
     # 1 - p_y = -expm1(logp); without any competitor (V = 1) total is 0 and nothing is pushed.
     pull_N = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp) * scale, 0.0)
     push_N = torch.where(total > 0, -pull_N / total, 0.0)
     grad_hidden_ND = hidden.new_zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32)
-    grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
-    if rows == 0:
+    if rows == 0 and grad_weight is not None:
         grad_weight.zero_()
-    tiles_n, tiles_v = triton.cdiv(rows, config.block_n), triton.cdiv(vocab, config.block_v)
+    tiles_n = triton.cdiv(rows, config.block_n)
     column_sum = hidden.new_empty((tiles_n, vocab) if needs_bias else 0, dtype=torch.float32)
 
     gemms = LiveBlocks.of((pull_N != 0) | (push_N != 0), config) if sparse_grad else AllRows
-    kept_tiles = KeptTiles(kept, hidden, tiles_v, config.block_v, softcap)
-    chunk = _tiles_per_chunk(rows, hidden.element_size(), config.block_v, workspace_bytes)
-    workspace = hidden.new_empty(rows * min(chunk * config.block_v, vocab))
+    kept_chunks = KeptChunks(kept, hidden, vocab, config.block_v, softcap, workspace_bytes)
+    workspace = hidden.new_empty(rows * max((kept_chunks.width(tiles) for tiles in kept_chunks.chunks), default=0))
     arguments = {
         **tile_arguments(hidden, weight, bias, scale, softcap, config), "labels_ptr": labels.contiguous(),
-        "anchor_ptr": peak, "push_ptr": push_N, "pull_ptr": pull_N, "kept_ptr": kept_tiles.tiles_NC,
-        "kept_anchor_ptr": kept_tiles.anchor_TN, "column_sum_ptr": column_sum, "N": rows, "V": vocab,
-        "D": hidden.shape[1], "kept_columns": kept_tiles.tiles_NC.shape[1], "COLUMN_SUMS": needs_bias,
+        "anchor_ptr": peak, "push_ptr": push_N, "pull_ptr": pull_N, "column_sum_ptr": column_sum, "N": rows,
+        "V": vocab, "D": hidden.shape[1], "COLUMN_SUMS": needs_bias,
     }  # fmt: skip
-    for tiles, from_kept in _chunks(tiles_v, chunk, kept_tiles.count) if rows else ():
-        columns = slice(tiles.start * config.block_v, min(tiles.stop * config.block_v, vocab))
-        width = columns.stop - columns.start
+    for tiles in kept_chunks.chunks:
+        start, width = tiles.start * config.block_v, kept_chunks.width(tiles)
+        columns = slice(start, start + width)
         grad_NC = workspace[: rows * width].view(rows, width)
+        kept_NC, kept_anchor_TN = kept_chunks.views.get(tiles.start, (grad_NC, peak))
         _gradient_kernel[grid(config, tiles_n * len(tiles), hidden.device)](
-            **arguments, out_ptr=grad_NC, first_tile_v=tiles.start, end_tile_v=tiles.stop, out_columns=width,
-            KEPT=from_kept,
+            **arguments, kept_ptr=kept_NC, kept_anchor_ptr=kept_anchor_TN, out_ptr=grad_NC, first_tile_v=tiles.start,
+            end_tile_v=tiles.stop, out_columns=width, KEPT=tiles.start in kept_chunks.views,
         )  # fmt: skip
-        if needs_weight:
+        if grad_weight is not None:
             gemms.product(grad_weight[columns], grad_NC, hidden)
         if needs_hidden:
             gemms.accumulate(grad_hidden_ND, grad_NC, weight[columns])
     # In the layout of hidden, as the op's fake promises.
     grad_hidden = torch.empty_like(hidden).copy_(grad_hidden_ND) if needs_hidden else hidden.new_empty(0)
-    return grad_hidden, grad_weight, column_sum.sum(0).to(hidden.dtype)
+    return grad_hidden, column_sum.sum(0).to(hidden.dtype)
 
 
 def _tiles_per_chunk(rows: int, itemsize: int, block_v: int, workspace_bytes: int) -> int:
     return max((workspace_bytes or WORKSPACE_BYTES) // max(rows * block_v * itemsize, 1), 1)
 
 
-def _chunks(tiles: int, size: int, kept: int) -> list[tuple[range, bool]]:
-    """All vocabulary tiles, at most `size` at a time, and whether forward kept them: the first `kept` are."""
-    ends = [(0, kept, True), (kept, tiles, False)]
-    return [(range(i, min(i + size, end)), flag) for start, end, flag in ends for i in range(start, end, size)]
+class KeptChunks:
+    """The exponentials of vocabulary chunks, kept from forward for backward, and the anchors of their tiles.
 
+    `storage` is opaque bytes, filled from its end with as many chunks as fit. Where it is the memory of the weight's
+    gradient [V, D], over which backward writes from the start, a chunk lies beyond the gradients of those before it.
+    A soft cap keeps none: its slopes would have to be kept beside them.
 
-class KeptTiles:
-    """The exponentials of the first vocabulary tiles, kept from forward for backward, and their anchors.
-
-    `storage` is opaque bytes of the size that the caller allowed; as many whole tiles as fit are kept. A soft cap
-    keeps none: its slopes would have to be kept beside them.
+    `chunks` are all ranges of vocabulary tiles, at most `workspace_bytes` of logits each; `views` has those kept:
+    first tile -> (exponentials [N, C], anchors [T, N]).
     """
 
-    def __init__(self, storage: Tensor, hidden: Tensor, tiles_v: int, block_v: int, softcap: float | None) -> None:
-        rows = hidden.shape[0]
-        bytes_per_tile = rows * (block_v * hidden.element_size() + 4)
-        fit = storage.numel() // bytes_per_tile if rows and softcap is None else 0
-        self.count = min(fit, tiles_v)
-        anchor_bytes = 4 * rows * self.count
-        tile_bytes = rows * self.count * block_v * hidden.element_size()
-        self.anchor_TN = storage[:anchor_bytes].view(torch.float32).view(self.count, rows)
-        self.used_bytes = anchor_bytes + tile_bytes
-        tiles = storage[anchor_bytes : self.used_bytes].view(hidden.dtype)
-        self.tiles_NC = tiles.view(rows, self.count * block_v)
+    ALIGNMENT = 16
+    PARTS = 8  # of the storage, or smaller: so that little of it is left over
+
+    def __init__(
+        self, storage: Tensor, hidden: Tensor, vocab: int, block_v: int, softcap: float | None, workspace_bytes: int
+    ) -> None:
+        rows, itemsize = hidden.shape[0], hidden.element_size()
+        self.vocab, self.block_v = vocab, block_v
+        self.bytes = storage.view(-1).view(torch.uint8)
+        end = self.bytes.numel() // self.ALIGNMENT * self.ALIGNMENT if softcap is None else 0
+        most = min(workspace_bytes or WORKSPACE_BYTES, end // self.PARTS or WORKSPACE_BYTES)
+        tiles_v, size = triton.cdiv(vocab, block_v), _tiles_per_chunk(rows, itemsize, block_v, most)
+        self.chunks = [range(i, min(i + size, tiles_v)) for i in range(0, tiles_v if rows else 0, size)]
+
+        gradient_row = storage.shape[1] * storage.element_size() if storage.dim() == 2 else 0
+        self.views, self.unused = {}, [(end, self.bytes.numel())]
+        for tiles in reversed(self.chunks):
+            tile_bytes, anchor_bytes = rows * self.width(tiles) * itemsize, rows * len(tiles) * 4
+            middle = end - self._aligned(anchor_bytes)
+            start = middle - self._aligned(tile_bytes)
+            if start >= tiles.start * block_v * gradient_row:
+                tile_NC = self.bytes[start : start + tile_bytes].view(hidden.dtype).view(rows, self.width(tiles))
+                anchor_TN = self.bytes[middle : middle + anchor_bytes].view(torch.float32).view(len(tiles), rows)
+                self.views[tiles.start] = tile_NC, anchor_TN
+                self.unused += [(start + tile_bytes, middle), (middle + anchor_bytes, end)]
+                end = start
+        self.unused.append((0, end))
+
+    def _aligned(self, size: int) -> int:
+        return triton.cdiv(size, self.ALIGNMENT) * self.ALIGNMENT
+
+    def width(self, tiles: range) -> int:
+        """Columns of the vocabulary in those tiles."""
+        return min(tiles.stop * self.block_v, self.vocab) - tiles.start * self.block_v
+
+    def zero_the_rest(self) -> None:
+        for start, stop in self.unused:
+            if start < stop:
+                self.bytes[start:stop] = 0
