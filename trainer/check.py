@@ -104,16 +104,16 @@ def _model_report(plan: Plan) -> list[str]:
         return []
     model, dtype = plan.model, str(plan.model.dtype).removeprefix("torch.")
     lines = [f"\n{model.name}: {model.parameters:,} parameters in {dtype}, head {model.vocab} x {model.dim}"]
-    lengths, stages = plan.lengths.get("train", {}).values(), plan.stages()
+    fit, stages = plan.fits.get("train"), plan.stages()
+    lengths = fit.lengths if fit else plan.lengths.get("train", {}).values()
     if not lengths or not stages:
         return lines
     stage, args = max(stages.items(), key=lambda item: item[1].per_device_train_batch_size)
     longest = sorted(lengths, key=lambda length: length.total, reverse=True)[: args.per_device_train_batch_size]
     if not longest:
         return lines
-    limit = plan.config.data.max_length or longest[0].total
     labelled = sum(length.chosen + length.rejected for length in longest)
-    step = HeadStep(2 * len(longest), min(longest[0].total, limit), labelled, model.vocab, model.dim)
+    step = HeadStep(2 * len(longest), longest[0].total, labelled, model.vocab, model.dim)
     device = args.device.type
     shape = f"{step.sequences} sequences of {step.tokens} tokens, {step.labelled} labelled"
     return [

@@ -142,9 +142,10 @@ def _without_content(value: Any) -> Any:
 
 @dataclass
 class Fit:
-    """What became of a data set's rows: those that stay, and where those were that changed or left."""
+    """What became of a data set's rows: those that stay and their lengths, where those were that changed or left."""
 
     rows: list[Row] = field(default_factory=list)
+    lengths: list[Length] = field(default_factory=list)
     trimmed: list[str] = field(default_factory=list)
     shrunk: list[str] = field(default_factory=list)
     skipped: list[str] = field(default_factory=list)
@@ -184,6 +185,7 @@ def fit_rows(rows: Sequence[Row], meter: LengthMeter, max_length: int, policy: s
         if fitting is not row:
             changed[policy].append(row.where)
         fit.rows.append(fitting)
+        fit.lengths.append(length if fitting is row else meter(fitting))
     require(bool(fit.rows), "data", "max_length", "value", f">= the length of some row ({policy})", max_length)
     return fit
 

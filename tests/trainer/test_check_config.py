@@ -73,6 +73,12 @@ def test_a_good_run_has_no_problems_and_nothing_is_written(case, capsys):
     assert not Path(case.settings["output_dir"]).exists()
 
 
+def test_memory_is_predicted_of_what_fits(case, capsys):
+    case.settings["data"]["max_length"] = 9  # prompts have 5 tokens, answers 4 or 6
+    assert main(["check", str(case.save())]) == 0
+    assert "for the 4 longest pairs (8 sequences of 9 tokens, 32 labelled)" in capsys.readouterr().out
+
+
 Plant = Callable[[Case], None]
 
 

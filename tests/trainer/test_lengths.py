@@ -121,7 +121,8 @@ def test_trimmed_answers_have_no_end(collator, make_row):
     words = collator.tokenizer.convert_ids_to_tokens
     assert words(pairs["chosen"][0]) == ["a", "red", "square", "and", "a", "blue"]
     assert words(pairs["rejected"][0]) == ["a", "red", "square", "</s>"]
-    assert real_length(collator, fit.rows[0]) == 11
+    assert real_length(collator, fit.rows[0]) == fit.lengths[0].total == 11
+    assert (fit.lengths[0].prompt, fit.lengths[0].chosen, fit.lengths[0].rejected) == (5, 6, 4)
     assert fit.report("f", 11) == "f: of 1 rows 1 have an answer trimmed (f:1) (max_length 11)"
 
 
