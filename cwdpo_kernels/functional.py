@@ -30,7 +30,7 @@ def linear_logprob(
     """log softmax(head(hidden))[label] per token, without the logits: hidden [..., D], labels [...] -> [...].
 
     0 where the label is `ignore_index`. Differentiable in hidden, head.weight and head.bias. A head that needs no
-    gradient takes one pass (2 N D V multiply-adds) and saves N x D; a trainable one recomputes in backward.
+    gradient takes one pass (2 N D V multiply-adds) and saves N x D; a trainable one takes 3 to 4 N D V (`budget`).
     `rows` [M]: flat indices of the labelled tokens, if known: saves finding them (a synchronisation on a GPU).
     Labelled tokens outside `rows` then count as ignored.
     """

@@ -102,11 +102,13 @@ class MemoryBudget:
     """Bytes a linear op may use beyond its inputs, outputs and gradients; changes speed, never the result.
 
     `workspace_bytes` bounds the vocabulary tiles that are alive at a time (at least one tile is); None is what the
-    device's backend works best with: a cache-sized 2 or 4 MiB on a CPU, 256 MiB on a GPU. `kept_bytes` is what forward
-    of a trainable head may keep for backward so that those tiles are not recomputed. None is what
-    fits the memory of the head's gradient: all tiles of as many tokens as there are hidden dimensions (on a CPU of half
-    as many in bfloat16). Forward takes that memory, a call holds it until its backward, and the step needs nothing
-    beyond the gradient. 0 recomputes everything.
+    device's backend works best with: a cache-sized 2 or 4 MiB on a CPU, at most 256 MiB on a GPU.
+
+    `kept_bytes` is what forward of a trainable head may keep for backward so that those tiles are not recomputed; 0
+    recomputes everything. None is what fits the memory of the head's gradient, which forward takes and a call then
+    holds until its backward: nearly all tiles of as many tokens as there are hidden dimensions (on a CPU of half as
+    many in half precision), and nothing beyond the gradient. Nothing is kept by default in a compiled graph, in
+    float64, of a weight that is frozen or not contiguous, and on a GPU under a soft cap.
     """
 
     workspace_bytes: int | None = None

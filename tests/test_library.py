@@ -60,8 +60,11 @@ def test_the_library_is_what_runs():
     with pytest.raises(RuntimeError, match="expected weight to have size of dimension 1 8, got 7"):
         torch.ops.cwdpo.linear_logprob(hidden, weight[:, :7], None, labels, *arguments)
     saved = (torch.zeros(3), hidden, weight, None, torch.zeros(3, dtype=torch.int64), *[torch.zeros(3)] * 3)
-    with pytest.raises(RuntimeError, match="expected kept to have size of dimension 0 5, got 4"):
-        torch.ops.cwdpo.linear_logprob_backward_(*saved, weight[:4], 1.0, None, -100, True, True, False, 0)
+    for kept, message in ((weight[:4], "size of dimension 0 5, got 4"), (weight.T.contiguous().T, "layout contiguous")):
+        with pytest.raises(RuntimeError, match=f"expected kept to have {message}"):
+            torch.ops.cwdpo.linear_logprob_backward_(*saved, kept, 1.0, None, -100, True, True, False, 0)
+    logp, *_ = torch.ops.cwdpo.linear_logprob(hidden, weight[:0], None, torch.full((3,), -100), *arguments)
+    assert (logp == 0).all()  # an empty vocabulary is no reason to die
     refs, offsets = (torch.zeros(1), torch.zeros(1)), torch.tensor([0, 1, 4])
     with pytest.raises(RuntimeError, match="expected cu_seqlens to have last value 3, got 4"):
         torch.ops.cwdpo.cwdpo_loss(torch.zeros(3), labels, None, offsets, *refs, 0.1, -3, 1, None, None, False, -100)

@@ -53,7 +53,7 @@ TilePlan plan_tiles(const HeadArguments& head, int64_t live_rows, size_t item_si
   const int64_t dim = head.weight.size(1), converted = head.weight.element_size() == item_size ? 0 : dim;
   const int64_t others = on_bf16(head) ? (rows + dim) / 2 : converted + (on_floats(head) ? dim : 0);
   const int64_t columns = std::max<int64_t>(entries / (rows + others) / kMinTile, 1) * kMinTile;
-  return {rows, std::min(columns, head.weight.size(0))};
+  return {rows, std::clamp<int64_t>(head.weight.size(0), 1, columns)};
 }
 
 template <class T>

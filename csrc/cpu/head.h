@@ -106,9 +106,8 @@ class KeptTiles {
   // gradient_row: the bytes of a row of the gradient whose memory the storage is, or 0.
   KeptTiles(const Tensor& storage, TilePlan plan, int64_t labelled, int64_t vocab, int64_t gradient_row)
       : start_(data<char>(storage)), labelled_(labelled), plan_columns_(plan.columns) {
-    constexpr int64_t kLine = 64;
     bytes_ = storage.numel() * storage.element_size();
-    first_ = last_ = bytes_ / kLine * kLine;
+    first_ = last_ = bytes_ / sizeof(T) * sizeof(T);
     places_.assign((vocab + plan.columns - 1) / plan.columns, -1);
     for (int64_t i = static_cast<int64_t>(places_.size()) - 1; i >= 0; --i) {
       const int64_t start = i * plan.columns, stop = std::min(start + plan.columns, vocab);

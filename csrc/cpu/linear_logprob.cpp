@@ -260,6 +260,7 @@ HiddenAndBias linear_logprob_backward_(
   expect_size(op, "kept", kept, 0, weight.size(0));
   expect_size(op, "kept", kept, 1, weight.size(1));
   expect_dtype(op, "kept", kept, weight.scalar_type());
+  expect(kept.is_contiguous(), op, "kept", "layout", "contiguous", "strided");
   const LinearLogprobGrads out = gradients(arguments, needs_hidden, needs_bias, kept);
   write_gradients(op, arguments, grad_logp, labels, logp, peak, total, kept, ignore_index, out);
   return {std::get<0>(out), std::get<2>(out)};

@@ -72,17 +72,33 @@ def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: in
     """What forward of a trainable head keeps, of at most `budget` bytes; None: what fits the weight's gradient.
 
     A GPU keeps tiles in the inputs' dtype, with their anchors, and none of a soft cap; a CPU keeps them as it computes
-    them.
+    them. A compiled graph cannot hand the gradient's memory on: what is kept would come on top. Float64 is for checks
+    such as gradcheck, which wants the same bits of a second backward: products of fewer rows round differently.
     """
     if hidden.is_cuda and softcap is not None:
         return 0
-    if budget is None and weight.requires_grad and weight.is_contiguous():
+    in_gradient = weight.requires_grad and weight.is_contiguous() and not torch.compiler.is_compiling()
+    if budget is None and in_gradient and hidden.dtype != torch.float64:
         return None
     if hidden.is_cuda:
         with_anchors = weight.shape[0] + weight.shape[0] // 32 + 256
         return min(budget or 0, hidden.shape[0] * with_anchors * hidden.dtype.itemsize)
     useful = hidden.shape[0] * weight.shape[0] * compute_dtype(hidden.dtype).itemsize
     return min(budget or 0, useful)
+
+
+def _takes_over(kept: Tensor, grad_logp: Tensor) -> bool:
+    """Whether backward may write the weight's gradient over what forward kept in its memory ([V, D], not bytes).
+
+    Not if that backward is differentiated, batched or traced itself: then others read it, too.
+    """
+    return (
+        kept.dim() == 2
+        and not torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and type(kept) is Tensor
+        and torch._C._has_storage(grad_logp)  # a batch of gradients (vmap) has none
+    )
 
 
 def _setup_context(ctx, inputs, output) -> None:
@@ -106,11 +122,10 @@ def _backward(ctx, grad_logp: Tensor | None, *_):
         pull = grad_logp * -torch.expm1(logp)  # d logp / d h = (1 - p_y) * direction
         return (direction * pull[:, None]).to(direction.dtype), *none[1:]
     logp, peak, total, kept, hidden, weight, bias, labels = ctx.saved_tensors
-    if ctx.written_over:
-        kept = kept.new_empty(0)
+    kept = kept.new_empty(0) if ctx.written_over else kept.contiguous()  # a hook on saved tensors may change the layout
     saved = (grad_logp, hidden, weight, bias, labels, logp, peak, total)
     needs_hidden, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
-    if kept.dim() == 2 and needs_weight and type(kept) is Tensor:  # a graph that is being traced has no memory to give
+    if needs_weight and _takes_over(kept, grad_logp):
         ctx.written_over = True
         grad_weight = kept.data  # autograd can have this one without a copy, and its version is not that of `kept`
         grad_hidden, grad_bias = torch.ops.cwdpo.linear_logprob_backward_(

@@ -28,7 +28,7 @@ recomputes the tiles in backward, 1 + 3, less those that were kept. Memory: one 
 kept tiles, and N x D. Only rows with a label, and in backward only rows with a gradient, are touched.
 
 Kept tiles need no memory of their own where they lie in that of the head's gradient: backward writes the gradient from
-the start, tile by tile, and reads a kept tile before it comes to it. N <= D tokens fit whole.
+the start, tile by tile, and reads a kept tile before it comes to it. Of N <= D tokens all tiles but the last fit.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
     ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp [N], peak [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
+    """logp [N], peak [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes or [V, D])."""
     dtype = compute_dtype(hidden.dtype)
     logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
     peak, total = torch.zeros_like(logp), torch.zeros_like(logp)
@@ -233,7 +233,7 @@ class KeptTiles:
             self.tiles_NB[columns.start][rows] = tile_RB
 
     def load(self, rows: slice, columns: slice) -> Tensor | None:
-        """A copy in the head's buffer (backward may run twice), or None where the tile was not kept."""
+        """A copy in the head's buffer, which may be written over, or None where the tile was not kept."""
         if columns.start not in self.tiles_NB:
             return None
         kept_RB = self.tiles_NB[columns.start][self.live][rows]

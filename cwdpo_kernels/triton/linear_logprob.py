@@ -33,7 +33,7 @@ def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
     ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp [N], peak (anchor) [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes)."""
+    """logp [N], peak (anchor) [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes or [V, D])."""
     labels = labels.contiguous()
     sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index)
     in_gradient = kept_bytes is None
@@ -146,7 +146,8 @@ def _gradient_kernel(
             mask_kept = mask_n[:, None] & (offs_c < out_columns)[None, :]
             u = tl.load(kept_ptr + offs_kept, mask=mask_kept, other=0.0).to(tl.float32)
             kept_anchor = tl.load(kept_anchor_ptr + pid_v.to(tl.int64) * N + offs_n, mask=mask_n, other=0.0)
-            gradient = u * (push * tl.exp2(kept_anchor - anchor))[:, None]
+            # Of an ignored token the anchors are of different logits: exp2 may overflow.
+            gradient = tl.where((push != 0)[:, None], u * (push * tl.exp2(kept_anchor - anchor))[:, None], 0.0)
         else:
             live = tl.max(tl.where((push != 0) | (pull != 0), 1, 0), 0)
             depth = tl.where(live > 0, D, 0)  # a block without an upstream gradient: zeros, and no product
@@ -222,7 +223,7 @@ def _backward(
         start, width = tiles.start * config.block_v, kept_chunks.width(tiles)
         columns = slice(start, start + width)
         grad_NC = workspace[: rows * width].view(rows, width)
-        kept_NC, kept_anchor_TN = kept_chunks.views.get(tiles.start, (grad_NC, peak))
+        kept_NC, kept_anchor_TN = kept_chunks.views.get(tiles.start, (grad_NC, peak))  # of others nothing is read
         _gradient_kernel[grid(config, tiles_n * len(tiles), hidden.device)](
             **arguments, kept_ptr=kept_NC, kept_anchor_ptr=kept_anchor_TN, out_ptr=grad_NC, first_tile_v=tiles.start,
             end_tile_v=tiles.stop, out_columns=width, KEPT=tiles.start in kept_chunks.views,
@@ -248,11 +249,12 @@ class KeptChunks:
     A soft cap keeps none: its slopes would have to be kept beside them.
 
     `chunks` are all ranges of vocabulary tiles, at most `workspace_bytes` of logits each; `views` has those kept:
-    first tile -> (exponentials [N, C], anchors [T, N]).
+    first tile -> (exponentials [N, C], anchors [T, N]). A chunk takes at most an eighth of the storage, so that little
+    of it is left over, unless the products would become too narrow for their full rate.
     """
 
-    ALIGNMENT = 16
-    PARTS = 8  # of the storage, or smaller: so that little of it is left over
+    ALIGNMENT = 16  # bytes, of vector loads
+    PARTS, FEWEST_COLUMNS = 8, 4096
 
     def __init__(
         self, storage: Tensor, hidden: Tensor, vocab: int, block_v: int, softcap: float | None, workspace_bytes: int
@@ -261,7 +263,9 @@ class KeptChunks:
         self.vocab, self.block_v = vocab, block_v
         self.bytes = storage.view(-1).view(torch.uint8)
         end = self.bytes.numel() // self.ALIGNMENT * self.ALIGNMENT if softcap is None else 0
-        most = min(workspace_bytes or WORKSPACE_BYTES, end // self.PARTS or WORKSPACE_BYTES)
+        most, part = workspace_bytes or WORKSPACE_BYTES, end // self.PARTS
+        if part >= rows * self.FEWEST_COLUMNS * itemsize:
+            most = min(most, part)
         tiles_v, size = triton.cdiv(vocab, block_v), _tiles_per_chunk(rows, itemsize, block_v, most)
         self.chunks = [range(i, min(i + size, tiles_v)) for i in range(0, tiles_v if rows else 0, size)]
 

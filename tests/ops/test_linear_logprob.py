@@ -199,6 +199,36 @@ def test_checkpointed():
     assert all(torch.equal(a, b) for a, b in pairs)
 
 
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_ignored_tokens_with_huge_logits(budget):
+    """Among the tokens of `rows`, as in a compiled graph: what they would be is nobody's business."""
+    hidden, head, labels = make_inputs((40,), 500, 12, labelled=1.0)
+    labels[::2] = -100
+    wanted = leaves(hidden, head)
+    factor = torch.where(labels == -100, 1e3, 1.0)[:, None]
+    logp = ck.linear_logprob(hidden * factor, head, labels, rows=torch.arange(40), budget=budget)
+    expected = reference.linear_logprob(hidden, head, labels)
+    for actual, truth in zip(*(torch.autograd.grad(x.sum(), wanted) for x in (logp, expected)), strict=True):
+        assert relative_error(actual, truth) < 1e-5
+
+
+def test_a_backward_that_is_differentiated_or_batched(backend):
+    """Writes over nothing. There are no second derivatives: none is given silently, either."""
+    hidden, head, labels = make_inputs((5,), 300, 12, labelled=1.0)
+    logp = ck.linear_logprob(hidden, head, labels, budget=ck.MemoryBudget(workspace_bytes=1))
+    batched = torch.autograd.grad(logp, head.weight, torch.eye(5), is_grads_batched=True, retain_graph=True)[0]
+    plain = [torch.autograd.grad(x, head.weight, retain_graph=True)[0] for x in logp]
+    assert relative_error(batched, torch.stack(plain)) < 1e-6
+    logp = ck.linear_logprob(hidden, head, labels, budget=ck.MemoryBudget(workspace_bytes=1))
+    if backend != "csrc":
+        with pytest.raises(RuntimeError, match="out="):
+            torch.autograd.grad(logp.sum(), head.weight, create_graph=True)
+    else:
+        grad = torch.autograd.grad(logp.sum(), head.weight, create_graph=True)[0]
+        with pytest.warns(UserWarning, match="an autograd kernel was not registered"):
+            grad.sum().backward()
+
+
 def test_autocast_follows_torch():
     """Inputs in autocast's dtype, log-probs in float32 from unrounded logits, gradients in the parameters' dtype."""
     hidden, head, labels = make_inputs((20,), 507, 123)
