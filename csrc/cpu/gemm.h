@@ -47,6 +47,13 @@ LeftFactor<E> left_factor(const E* rows, int64_t count, int64_t depth) {
   return {reinterpret_cast<const char*>(rows), count, depth, row_bytes, sizeof(float)};
 }
 
+inline LeftFactor<float> left_factor(const Matrix<float>& matrix) {
+  const int64_t bytes = sizeof(float);
+  return {
+      reinterpret_cast<const char*>(matrix.data), matrix.rows, matrix.columns, matrix.row_stride * bytes,
+      matrix.column_stride * bytes};
+}
+
 // The right factor [K, N], in panels of 64 columns: steps [N / 64, K / kTerms, 64], 0 where K or N ends.
 template <class E>
 class RightFactor {

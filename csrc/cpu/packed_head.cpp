@@ -31,24 +31,12 @@ const E* PackedHead<E>::weight_rows(Span columns) {
 }
 
 template <class E>
-LeftFactor<E> PackedHead<E>::left(const Matrix<float>& tile) {
+LeftFactor<E> PackedHead<E>::left(const Matrix<float>& tile, bool transposed) {
   if constexpr (std::is_same_v<E, Bf16>) {
     if (!rounded_) rounded_.emplace(plan_.columns, plan_.rows);
-    return rounded_->rows(tile);
+    return transposed ? rounded_->transposed(tile) : rounded_->rows(tile);
   } else {
-    const int64_t bytes = sizeof(float);
-    return {reinterpret_cast<const char*>(tile.data), tile.rows, tile.columns, tile.row_stride * bytes, bytes};
-  }
-}
-
-template <class E>
-LeftFactor<E> PackedHead<E>::left_transposed(const Matrix<float>& tile) {
-  if constexpr (std::is_same_v<E, Bf16>) {
-    if (!rounded_) rounded_.emplace(plan_.columns, plan_.rows);
-    return rounded_->transposed(tile);
-  } else {
-    const int64_t bytes = sizeof(float);
-    return {reinterpret_cast<const char*>(tile.data), tile.columns, tile.rows, bytes, tile.row_stride * bytes};
+    return left_factor(transposed ? tile.transposed() : tile);
   }
 }
 
@@ -78,7 +66,7 @@ void PackedHead<E>::add_to_hidden(
     weight_right_->pack(weight, columns.size);
     packed_start_ = columns.start;
   }
-  multiply(sums, left_transposed(tile), *weight_right_, accumulate);
+  multiply(sums, left(tile, /*transposed=*/true), *weight_right_, accumulate);
   if constexpr (std::is_same_v<E, Bf16>) {
     for_lost_at_labels(tile, columns, block, [&](int64_t row, int64_t label, float lost) {
       add_scaled_row(sums.row(row - block.start), weight + (label - columns.start) * dim_, dim_, lost);
@@ -91,7 +79,7 @@ void PackedHead<E>::add_to_weight(
     const Matrix<float>& sums, const Matrix<float>& tile, Span columns, Span block, bool accumulate) {
   std::optional<RightFactor<E>>& right = hidden_rows_[block.start / plan_.rows];
   if (!right) right.emplace(block.size, dim_).pack(hidden_row(block.start), block.size);
-  multiply(sums, left(tile), *right, accumulate);
+  multiply(sums, left(tile, /*transposed=*/false), *right, accumulate);
   if constexpr (std::is_same_v<E, Bf16>) {
     for_lost_at_labels(tile, columns, block, [&](int64_t row, int64_t label, float lost) {
       add_scaled_row(sums.row(label - columns.start), hidden_row(row), dim_, lost);

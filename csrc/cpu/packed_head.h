@@ -31,8 +31,7 @@ class PackedHead {
   const E* hidden_row(int64_t row) const { return data<E>(hidden_) + row * dim_; }
   // The tile's rows of the weight, contiguous and of E.
   const E* weight_rows(Span columns);
-  LeftFactor<E> left(const Matrix<float>& tile);
-  LeftFactor<E> left_transposed(const Matrix<float>& tile);
+  LeftFactor<E> left(const Matrix<float>& tile, bool transposed);
   template <class F>
   void for_lost_at_labels(const Matrix<float>& tile, Span columns, Span block, const F& add) const;
 

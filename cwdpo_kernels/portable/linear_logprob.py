@@ -118,38 +118,16 @@ def linear_logprob_backward(
     grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
     peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
     needs_hidden: bool, needs_weight: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
+    grad_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed.
 
-    Rows without an upstream gradient are left out, whether or not `sparse_grad` foretold them.
+    Rows without an upstream gradient are left out, whether or not `sparse_grad` foretold them. The weight's goes into
+    `grad_weight`, where that is given.
     """
-    grad_weight = torch.empty_like(weight) if needs_weight else None
-    grad_hidden, grad_bias = _backward(
-        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index, needs_hidden,
-        grad_weight, needs_bias, workspace_bytes,
-    )  # fmt: skip
-    return grad_hidden, weight.new_empty(0) if grad_weight is None else grad_weight, grad_bias
-
-
-def linear_logprob_backward_(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
-    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
-    needs_hidden: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same with the weight's gradient written over `kept` [V, D], the tiles kept in its memory."""
-    return _backward(
-        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index, needs_hidden,
-        kept, needs_bias, workspace_bytes,
-    )  # fmt: skip
-
-
-def _backward(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
-    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
-    needs_hidden: bool, grad_weight: Tensor | None, needs_bias: bool, workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
     dtype = compute_dtype(hidden.dtype)
-    needs_weight = grad_weight is not None
+    if grad_weight is None:
+        grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     labelled = labels != ignore_index
     rows = live_rows(labelled & (grad_logp != 0))
     labels_N, peak_N, total_N = labels[rows].long(), peak[rows], total[rows]
@@ -189,6 +167,14 @@ def _backward(
     grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
     if needs_hidden:
         grad_hidden[rows] = grad_hidden_ND.to(hidden.dtype)
+    return grad_hidden, grad_weight, grad_bias
+
+
+def linear_logprob_backward_(*arguments) -> tuple[Tensor, Tensor]:
+    """The same with the weight's gradient written over `kept` [V, D], in whose memory the tiles are."""
+    *saved, kept, scale, softcap, ignore_index, needs_hidden, needs_bias, sparse_grad, workspace_bytes = arguments
+    options = (scale, softcap, ignore_index, needs_hidden, True, needs_bias, sparse_grad, workspace_bytes)
+    grad_hidden, _, grad_bias = linear_logprob_backward(*saved, kept, *options, grad_weight=kept)
     return grad_hidden, grad_bias
 
 

@@ -174,39 +174,20 @@ def linear_logprob_backward(
     grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
     peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
     needs_hidden: bool, needs_weight: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
+    grad_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed."""
-    grad_weight = torch.empty_like(weight) if needs_weight else None
-    grad_hidden, grad_bias = _backward(
-        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index, needs_hidden,
-        grad_weight, needs_bias, sparse_grad, workspace_bytes,
-    )  # fmt: skip
-    return grad_hidden, weight.new_empty(0) if grad_weight is None else grad_weight, grad_bias
+    """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed.
 
-
-def linear_logprob_backward_(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
-    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
-    needs_hidden: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The same with the weight's gradient written over `kept` [V, D], the tiles kept in its memory."""
-    return _backward(
-        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index, needs_hidden,
-        kept, needs_bias, sparse_grad, workspace_bytes,
-    )  # fmt: skip
-
-
-def _backward(
-    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
-    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
-    needs_hidden: bool, grad_weight: Tensor | None, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    The weight's goes into `grad_weight`, where that is given.
+    """
+    if grad_weight is None:
+        grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     rows, vocab, config = hidden.shape[0], weight.shape[0], tile_config(hidden, softcap)
     # 1 - p_y = -expm1(logp); without any competitor (V = 1) total is 0 and nothing is pushed.
     pull_N = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp) * scale, 0.0)
     push_N = torch.where(total > 0, -pull_N / total, 0.0)
     grad_hidden_ND = hidden.new_zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32)
-    if rows == 0 and grad_weight is not None:
+    if rows == 0:
         grad_weight.zero_()
     tiles_n = triton.cdiv(rows, config.block_n)
     column_sum = hidden.new_empty((tiles_n, vocab) if needs_bias else 0, dtype=torch.float32)
@@ -228,13 +209,21 @@ def _backward(
             **arguments, kept_ptr=kept_NC, kept_anchor_ptr=kept_anchor_TN, out_ptr=grad_NC, first_tile_v=tiles.start,
             end_tile_v=tiles.stop, out_columns=width, KEPT=tiles.start in kept_chunks.views,
         )  # fmt: skip
-        if grad_weight is not None:
+        if needs_weight:
             gemms.product(grad_weight[columns], grad_NC, hidden)
         if needs_hidden:
             gemms.accumulate(grad_hidden_ND, grad_NC, weight[columns])
     # In the layout of hidden, as the op's fake promises.
     grad_hidden = torch.empty_like(hidden).copy_(grad_hidden_ND) if needs_hidden else hidden.new_empty(0)
-    return grad_hidden, column_sum.sum(0).to(hidden.dtype)
+    return grad_hidden, grad_weight, column_sum.sum(0).to(hidden.dtype)
+
+
+def linear_logprob_backward_(*arguments) -> tuple[Tensor, Tensor]:
+    """The same with the weight's gradient written over `kept` [V, D], in whose memory the tiles are."""
+    *saved, kept, scale, softcap, ignore_index, needs_hidden, needs_bias, sparse_grad, workspace_bytes = arguments
+    options = (scale, softcap, ignore_index, needs_hidden, True, needs_bias, sparse_grad, workspace_bytes)
+    grad_hidden, _, grad_bias = linear_logprob_backward(*saved, kept, *options, grad_weight=kept)
+    return grad_hidden, grad_bias
 
 
 def _tiles_per_chunk(rows: int, itemsize: int, block_v: int, workspace_bytes: int) -> int:
