@@ -135,4 +135,4 @@ def _picture(where: str, name: str, text: str, folder: Path) -> Picture:
     fits = all(len(part) <= 255 for part in path.parts)
     require(fits, where, "images", "paths of files", "or data: addresses", f"{text[:60]!r}...")
     require(path.is_file(), where, "images", "an existing", "file", str(path))
-    return FilePicture(folder / text)
+    return FilePicture(path)
