@@ -1,6 +1,6 @@
 """Fused kernels from hidden states (or logits) to log-probabilities and the Cooling-Weighted DPO loss."""
 
-from cwdpo_kernels.functional import (
+from .functional import (
     linear_logprob,
     linear_sequence_logprob,
     logits_logprob,
@@ -10,7 +10,7 @@ from cwdpo_kernels.functional import (
     token_divergence,
     token_stats,
 )
-from cwdpo_kernels.losses import (
+from .losses import (
     constrained_sft_loss,
     cooling_weight,
     cwdpo_loss,
@@ -18,8 +18,8 @@ from cwdpo_kernels.losses import (
     linear_cwdpo_loss,
     logits_cwdpo_loss,
 )
-from cwdpo_kernels.ops import backend, missing_backend
-from cwdpo_kernels.types import (
+from .ops import backend, missing_backend
+from .types import (
     ConstrainedSFTOutput,
     Cooling,
     CWDPOOutput,

@@ -16,9 +16,9 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from cwdpo_kernels import ops
-from cwdpo_kernels import validation as check
-from cwdpo_kernels.types import IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
+from . import ops
+from . import validation as check
+from .types import IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
 
 DEFAULT_BUDGET = MemoryBudget()
 

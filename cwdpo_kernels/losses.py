@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwdpo_kernels import functional as F
-from cwdpo_kernels import validation as check
-from cwdpo_kernels.types import (
+from . import functional as F
+from . import validation as check
+from .types import (
     IGNORE_INDEX,
     ConstrainedSFTOutput,
     Cooling,

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.types import IGNORE_INDEX, Head
+from .types import IGNORE_INDEX, Head
 
 
 def make_inputs(

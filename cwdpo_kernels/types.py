@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.validation import expect
+from .validation import expect
 
 IGNORE_INDEX = -100
 

@@ -1,41 +1,58 @@
-"""The direction of imports: trainer -> functional -> ops -> backends; nothing imports upwards."""
+"""The direction of imports, read from the code: each part stands on the parts below it, and on nothing above.
+
+    trainer -> {compat, integrations} -> functional -> ops -> {portable | triton | csrc}
+
+The rooms of the trainer have an order of their own (`ROOMS`). `python tests/test_layering.py` prints the picture.
+"""
 
 import ast
 import subprocess
 import sys
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "cwdpo_kernels"
+TRAINER = ROOT / "trainer" / "cwdpo_trainer"
 BACKENDS = {"portable", "triton"}
+ADAPTERS = {"compat", "integrations"}
 # What each part of the package may import from it. `reference` and `testing` are for tests and benchmarks only.
 ALLOWED = {
     "__init__": {"functional", "losses", "ops", "types"},
-    "losses": {"functional", "types", "validation"},
+    "losses": {"functional", "ops", "types", "validation"},
     "functional": {"ops", "types", "validation"},
     "types": {"validation"},
     "validation": set(),
     "testing": {"types"},
-    "adapters": {"adapters", "validation"},  # and the public names of the package
+    **{group: {group, "validation", "__init__"} for group in ADAPTERS},  # and the public names of the package
     "ops": {"ops", *BACKENDS},
     "reference": {"reference", "types"},
     **{backend: {backend} for backend in BACKENDS},
 }
-# Packages of others: what subclasses one of their classes may import it. Signatures are copied, not imported.
+# Other projects' packages: an adapter may import one only to subclass its classes. Signatures are copied.
 PEERS = {"transformers", "accelerate", "peft", "datasets", "trl", "lightning", "liger_kernel", "verl"}
-PEERS_OF = {"adapters/trl.py": {"trl", "transformers", "accelerate"}}
+PEERS_OF = {"integrations/trl.py": {"trl", "transformers", "accelerate"}}
+# The trainer's rooms (and the files beside them) from the ground up. A room imports only from rooms before it.
+ROOMS = (
+    "errors", "files", "config", "run_folder", "data", "models", "negatives", "evaluation", "stages", "preflight",
+    "run", "recipes", "cli",
+)  # fmt: skip
+LARGEST_ROOM = 10  # modules
 
 
 def imported_modules(path: Path) -> set[str]:
+    """Absolute names of what a file imports, `package.module.name` for `from package.module import name`."""
+    package = path.relative_to(ROOT if PACKAGE in path.parents else ROOT / "trainer").parts[:-1]
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
             modules.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0, f"{path}: relative import"
-            modules.update(f"{node.module}.{alias.name}" for alias in node.names)
+            above = package[: len(package) - node.level + 1] if node.level else ()
+            base = ".".join([*above, *([node.module] if node.module else [])])
+            modules.update(f"{base}.{alias.name}" for alias in node.names)
     return modules
 
 
@@ -45,28 +62,101 @@ def test_kernels(path):
     part = name.split("/")[0].removesuffix(".py")
     modules = imported_modules(path)
     inside = {module.split(".")[1] for module in modules if module.startswith("cwdpo_kernels.")}
-    allowed = ALLOWED[part] | (set(_public_names()) if part == "adapters" else set())
-    assert inside <= allowed, f"{path}: {inside - allowed}"
+    inside = {module if (PACKAGE / module).is_dir() or (PACKAGE / f"{module}.py").exists() else "__init__"
+              for module in inside}  # fmt: skip
+    if part == "__init__":
+        inside.discard("__init__")
+    assert inside <= ALLOWED[part], f"{path}: {inside - ALLOWED[part]}"
     packages = {module.split(".")[0] for module in modules}
     assert not packages & {"cwdpo_trainer", "trainer", "tests", "benchmarks"}
     assert packages & PEERS == PEERS_OF.get(name, set())
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "trainer").rglob("*.py")), ids=lambda p: str(p.relative_to(ROOT)))
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_kernels_are_imported_by_relative_names(path):
+    """So that the package can be loaded under another name, as the `kernels` library does."""
+    names = [
+        node.module if isinstance(node, ast.ImportFrom) else alias.name
+        for node in ast.walk(ast.parse(path.read_text()))
+        if isinstance(node, ast.Import | ast.ImportFrom) and not getattr(node, "level", 0)
+        for alias in node.names
+    ]
+    assert not [name for name in names if name.split(".")[0] == "cwdpo_kernels"]
+
+
+@pytest.mark.parametrize("path", sorted(TRAINER.rglob("*.py")), ids=lambda p: str(p.relative_to(TRAINER)))
 def test_trainer_uses_the_public_names_only(path):
-    public = {"cwdpo_kernels." + name for name in _public_names()}
-    public |= {f"cwdpo_kernels.adapters.hugging_face.{name}" for name in ("HeadError", "attach_head", "check_head")}
+    import cwdpo_kernels
+    from cwdpo_kernels.integrations import hugging_face
+
+    public = {f"cwdpo_kernels.{name}" for name in [*cwdpo_kernels.__all__, "__version__"]}
+    public |= {f"cwdpo_kernels.integrations.hugging_face.{name}" for name in hugging_face.__all__}
     used = {name for name in imported_modules(path) if name.startswith("cwdpo_kernels.")}
     assert used <= public, f"{path}: {used - public}"
 
 
-def _public_names() -> list[str]:
-    import cwdpo_kernels
+def trainer_modules() -> dict[str, set[str]]:
+    """Each module of the trainer, and the modules of the trainer that it imports."""
+    names = {}
+    for path in TRAINER.rglob("*.py"):
+        parts = path.relative_to(TRAINER).with_suffix("").parts
+        names[".".join(parts[:-1] if parts[-1] == "__init__" else parts)] = path
+    found = {}
+    for name, path in names.items():
+        modules = {module.removeprefix("cwdpo_trainer.") for module in imported_modules(path)}
+        found[name] = {each for each in (m if m in names else m.rpartition(".")[0] for m in modules) if each in names}
+        found[name] -= {"", name}
+    del found[""]
+    return found
 
-    return [*cwdpo_kernels.__all__, "__version__"]
+
+def room_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def floors(modules: dict[str, set[str]]) -> int:
+    """The longest chain of imports. Raises `graphlib.CycleError` where imports form a circle."""
+    level: dict[str, int] = {}
+    for module in TopologicalSorter(modules).static_order():
+        level[module] = 1 + max((level[below] for below in modules.get(module, ())), default=0)
+    return max(level.values())
+
+
+def test_no_circle_in_the_trainer():
+    modules = trainer_modules()
+    assert floors(modules) <= 16
+    rooms: dict[str, set[str]] = {room: set() for room in ROOMS}
+    for module, below in modules.items():
+        rooms[room_of(module)] |= {room_of(each) for each in below} - {room_of(module)}
+    assert floors(rooms) <= len(ROOMS)
+
+
+@pytest.mark.parametrize("module", sorted(trainer_modules()))
+def test_rooms_import_only_from_rooms_below(module):
+    place = ROOMS.index(room_of(module))
+    upward = {each for each in trainer_modules()[module] if ROOMS.index(room_of(each)) > place}
+    assert not upward
+
+
+def test_rooms_stay_small():
+    sizes = room_sizes()
+    assert max(sizes.values()) <= LARGEST_ROOM, sizes
+
+
+def room_sizes() -> dict[str, int]:
+    modules = [module for module in trainer_modules() if "." in module]
+    return {room: sum(room_of(module) == room for module in modules) for room in ROOMS}
 
 
 def test_importing_needs_neither_triton_nor_transformers():
     """And no GPU: the kernels package alone, with both imports blocked."""
     code = "import sys; sys.modules.update(triton=None, transformers=None); import cwdpo_kernels"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+if __name__ == "__main__":
+    found = trainer_modules()
+    print(f"{len(found)} modules, {sum(map(len, found.values()))} imports, {floors(found)} floors, 0 circles")
+    for room, size in room_sizes().items():
+        below = {room_of(each) for module, each_of in found.items() if room_of(module) == room for each in each_of}
+        print(f"{room:12} {size or 1:2} modules, on: {', '.join(sorted(below - {room}, key=ROOMS.index)) or '-'}")

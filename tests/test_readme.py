@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cwdpo_trainer.config import load_config
+from cwdpo_trainer.config.loader import load_config
 
 ROOT = Path(__file__).parents[1]
 README, ADAPTERS, TRAINER = ROOT / "README.md", ROOT / "docs" / "adapters.md", ROOT / "docs" / "trainer.md"
@@ -32,7 +32,9 @@ def test_example_of_the_readme():
     assert names["lm_head"].weight.grad.abs().sum() > 0
 
 
-@pytest.mark.parametrize("code", blocks(ADAPTERS, "python"), ids=lambda code: re.findall(r"adapters\.(\w+)", code)[0])
+@pytest.mark.parametrize(
+    "code", blocks(ADAPTERS, "python"), ids=lambda code: re.findall(r"(?:compat|integrations)\.(\w+)", code)[0]
+)
 def test_examples_of_the_adapters(code):
     """Each makes a `loss` whose gradient reaches its head, which is called `weight` or belongs to a `model`."""
     names = run(ADAPTERS, code)

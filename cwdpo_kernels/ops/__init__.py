@@ -1,6 +1,6 @@
 """Registers every op under torch.ops.cwdpo: importing this package is what makes them exist."""
 
-from cwdpo_kernels.ops import (
+from . import (
     constrained_sft_loss,
     cooling_weight,
     cwdpo_loss,
@@ -11,8 +11,8 @@ from cwdpo_kernels.ops import (
     token_divergence,
     token_stats,
 )
-from cwdpo_kernels.ops.linear_logprob import kept_bytes
-from cwdpo_kernels.ops.registry import backend, forced, missing_backend
+from .linear_logprob import kept_bytes
+from .registry import backend, forced, missing_backend
 
 library.missing()  # loads it: every schema is defined by now
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from cwdpo_kernels.ops.registry import define, implement
-from cwdpo_kernels.portable import cooling_weight as portable
+from ..portable import cooling_weight as portable
+from .registry import define, implement
 
 define("cooling_weight", "(Tensor mean_logp, float logp_floor, float temperature, float? constant) -> Tensor")
 implement("cooling_weight", portable.cooling_weight)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from cwdpo_kernels.ops.registry import define, implement
-from cwdpo_kernels.ops.scalar_loss import register_scalar_loss
-from cwdpo_kernels.portable import cwdpo_loss as portable
+from ..portable import cwdpo_loss as portable
+from .registry import define, implement
+from .scalar_loss import register_scalar_loss
 
 define(
     "cwdpo_loss",

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.ops.registry import define, implement
-from cwdpo_kernels.portable import linear_logprob as portable
-from cwdpo_kernels.portable.tiles import compute_dtype
+from ..portable import linear_logprob as portable
+from ..portable.tiles import compute_dtype
+from .registry import define, implement
 
 define(
     "linear_logprob",

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from cwdpo_kernels.ops import library
+from . import library
 
 NAMESPACE = "cwdpo"
 _PORTABLE: dict[str, Callable] = {}

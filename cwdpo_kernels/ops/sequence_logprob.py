@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.ops.registry import define, implement
-from cwdpo_kernels.portable import sequence_logprob as portable
+from ..portable import sequence_logprob as portable
+from .registry import define, implement
 
 define(
     "sequence_logprob",

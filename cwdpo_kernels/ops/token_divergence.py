@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from cwdpo_kernels.ops.registry import define, implement
-from cwdpo_kernels.portable import token_divergence as portable
-from cwdpo_kernels.portable.tiles import compute_dtype
+from ..portable import token_divergence as portable
+from ..portable.tiles import compute_dtype
+from .registry import define, implement
 
 define(
     "token_divergence",

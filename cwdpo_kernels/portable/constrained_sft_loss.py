@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.portable.cwdpo_loss import sequence_sums
-from cwdpo_kernels.portable.sequence_logprob import to_tokens
+from .cwdpo_loss import sequence_sums
+from .sequence_logprob import to_tokens
 
 
 def constrained_sft_loss(

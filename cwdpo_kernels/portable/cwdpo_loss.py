@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from cwdpo_kernels.portable.cooling_weight import cooling_weight
-from cwdpo_kernels.portable.sequence_logprob import mean_of, segment_sum, to_tokens
+from .cooling_weight import cooling_weight
+from .sequence_logprob import mean_of, segment_sum, to_tokens
 
 
 def cwdpo_loss(

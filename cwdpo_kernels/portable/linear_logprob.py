@@ -36,7 +36,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.portable.tiles import TiledHead, compute_dtype, fill_target, live_rows
+from .tiles import TiledHead, compute_dtype, fill_target, live_rows
 
 
 def linear_logprob(

@@ -11,8 +11,8 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.portable.linear_logprob import logp_of
-from cwdpo_kernels.portable.tiles import blocks, compute_dtype, live_rows
+from .linear_logprob import logp_of
+from .tiles import blocks, compute_dtype, live_rows
 
 BLOCK_BYTES = 4 << 20
 

@@ -15,7 +15,7 @@ import math
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.portable.tiles import WORKSPACE_BYTES, TiledHead
+from .tiles import WORKSPACE_BYTES, TiledHead
 
 
 def token_divergence(

@@ -11,8 +11,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.portable.linear_logprob import logp_of
-from cwdpo_kernels.portable.tiles import TiledHead, compute_dtype, fill_target, live_rows
+from .linear_logprob import logp_of
+from .tiles import TiledHead, compute_dtype, fill_target, live_rows
 
 
 def token_stats(

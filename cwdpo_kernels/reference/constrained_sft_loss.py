@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.types import GentleNegatives
+from ..types import GentleNegatives
 
 
 def constrained_sft_loss(

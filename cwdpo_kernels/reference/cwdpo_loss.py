@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.types import Cooling, SequenceLogprob
+from ..types import Cooling, SequenceLogprob
 
 
 def cwdpo_loss(

@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.reference.logits_logprob import logits_logprob
-from cwdpo_kernels.types import Head
+from ..types import Head
+from .logits_logprob import logits_logprob
 
 
 def head_logits(hidden: Tensor, head: Head) -> Tensor:

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.types import SequenceLogprob
+from ..types import SequenceLogprob
 
 
 def sequence_logprob(

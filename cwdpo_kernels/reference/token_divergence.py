@@ -3,8 +3,8 @@
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.reference.linear_logprob import head_logits
-from cwdpo_kernels.types import Divergence, Head
+from ..types import Divergence, Head
+from .linear_logprob import head_logits
 
 
 def token_divergence(hidden_p: Tensor, head_p: Head, hidden_q: Tensor, head_q: Head) -> Divergence:

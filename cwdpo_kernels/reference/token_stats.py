@@ -3,9 +3,9 @@
 import torch
 from torch import Tensor
 
-from cwdpo_kernels.reference.linear_logprob import head_logits
-from cwdpo_kernels.reference.logits_logprob import logits_logprob
-from cwdpo_kernels.types import Head, TokenStats
+from ..types import Head, TokenStats
+from .linear_logprob import head_logits
+from .logits_logprob import logits_logprob
 
 
 def token_stats(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = -100) -> TokenStats:

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.primitives import NO_ANCHOR, join, logp_of, rounded
+from .primitives import NO_ANCHOR, join, logp_of, rounded
 
 BLOCK_N, BLOCK_T, BLOCK_C = 32, 32, 128
 

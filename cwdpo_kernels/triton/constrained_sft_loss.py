@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.segments import BLOCK_TOKENS, all_segment_sums, spread_all
+from .segments import BLOCK_TOKENS, all_segment_sums, spread_all
 
 
 @triton.jit

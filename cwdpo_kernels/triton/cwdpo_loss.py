@@ -12,8 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.primitives import sigmoid, softplus
-from cwdpo_kernels.triton.segments import BLOCK_TOKENS, all_segment_sums, spread_all
+from .primitives import sigmoid, softplus
+from .segments import BLOCK_TOKENS, all_segment_sums, spread_all
 
 
 @triton.jit

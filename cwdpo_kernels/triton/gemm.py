@@ -14,8 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.configs import TileConfig, precision
-from cwdpo_kernels.triton.primitives import load_tile, rounded
+from .configs import TileConfig, precision
+from .primitives import load_tile, rounded
 
 
 class AllRows:

@@ -20,11 +20,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.combine import empty_sums, join_tiles, move_anchor
-from cwdpo_kernels.triton.configs import WORKSPACE_BYTES, grid, tile_config
-from cwdpo_kernels.triton.gemm import AllRows, LiveBlocks
-from cwdpo_kernels.triton.primitives import exp_anchored, logits_tile, rounded, slope_of, tile_position
-from cwdpo_kernels.triton.sweep import Sweep, tile_arguments
+from .combine import empty_sums, join_tiles, move_anchor
+from .configs import WORKSPACE_BYTES, grid, tile_config
+from .gemm import AllRows, LiveBlocks
+from .primitives import exp_anchored, logits_tile, rounded, slope_of, tile_position
+from .sweep import Sweep, tile_arguments
 
 DIRECTION_BLOCK_N, DIRECTION_BLOCK_D = 16, 128
 

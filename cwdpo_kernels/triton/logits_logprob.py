@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.primitives import NO_ANCHOR, anchor_of, exp_anchored, join, logp_of, rounded
+from .primitives import NO_ANCHOR, anchor_of, exp_anchored, join, logp_of, rounded
 
 FORWARD_BLOCK, BACKWARD_BLOCK, NUM_WARPS = 8192, 4096, 8
 

@@ -7,7 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.segments import BLOCK_TOKENS, segment_sum, spread
+from .segments import BLOCK_TOKENS, segment_sum, spread
 
 
 @triton.jit

@@ -20,8 +20,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.configs import TileConfig, grid, operands, precision, tile_config
-from cwdpo_kernels.triton.primitives import (
+from .configs import TileConfig, grid, operands, precision, tile_config
+from .primitives import (
     NO_ANCHOR,
     anchor_of,
     log2_anchored,

@@ -11,10 +11,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.combine import empty_sums, join_tiles
-from cwdpo_kernels.triton.configs import grid, tile_config
-from cwdpo_kernels.triton.primitives import LN2_HI, LN2_LO, logits_tile, tile_position
-from cwdpo_kernels.triton.sweep import Sweep, tile_arguments
+from .combine import empty_sums, join_tiles
+from .configs import grid, tile_config
+from .primitives import LN2_HI, LN2_LO, logits_tile, tile_position
+from .sweep import Sweep, tile_arguments
 
 NO_LABEL = -1  # in no tile: every entry competes, so the sweep's sum is the softmax's
 

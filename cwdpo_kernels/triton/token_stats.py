@@ -7,8 +7,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from cwdpo_kernels.triton.primitives import LN2, NO_ANCHOR, join, log1p, log2_anchored, logp_of
-from cwdpo_kernels.triton.sweep import Sweep
+from .primitives import LN2, NO_ANCHOR, join, log1p, log2_anchored, logp_of
+from .sweep import Sweep
 
 BLOCK_N, BLOCK_T = 32, 32
 

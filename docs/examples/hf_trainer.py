@@ -15,7 +15,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArguments
 
 from cwdpo_kernels import Cooling, linear_cwdpo_loss, linear_sequence_logprob, shift_labels
-from cwdpo_kernels.adapters.hugging_face import attach_head
+from cwdpo_kernels.integrations.hugging_face import attach_head
 
 COOLING = Cooling(logp_floor=-4.5, temperature=0.5)  # an untrained model gives every token -log 64 = -4.2 nats
 PROMPT = 4

@@ -11,7 +11,7 @@ from torch.utils.data import DataLoader
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from cwdpo_kernels import Cooling, linear_cwdpo_loss, linear_sequence_logprob, shift_labels
-from cwdpo_kernels.adapters.hugging_face import attach_head
+from cwdpo_kernels.integrations.hugging_face import attach_head
 
 PROMPT = 4
 

@@ -10,7 +10,7 @@ from tiny_llava import color_pairs, tiny_llava
 from trl import DPOConfig
 
 from cwdpo_kernels import Cooling
-from cwdpo_kernels.adapters.trl import CoolingDPOTrainer
+from cwdpo_kernels.integrations.trl import CoolingDPOTrainer
 
 folder = tempfile.mkdtemp()
 model, processor = tiny_llava()

@@ -22,8 +22,8 @@ from transformers import (
 )
 
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.collator import PairCollator
-from cwdpo_trainer.data import Row, load_rows
+from cwdpo_trainer.data.collator import PairCollator
+from cwdpo_trainer.data.rows import Row, load_rows
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

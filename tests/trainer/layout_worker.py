@@ -17,7 +17,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from cwdpo_kernels import Cooling, linear_cwdpo_loss
-from cwdpo_kernels.adapters.hugging_face import attach_head
+from cwdpo_kernels.integrations.hugging_face import attach_head
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import TEXT_TOKENS, llava, qwen2_5_vl

@@ -12,9 +12,9 @@ import yaml
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from cwdpo_trainer.card import Origin, make_card
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.summary import table
+from cwdpo_trainer.evaluation.card import Origin, make_card
+from cwdpo_trainer.evaluation.summary import table
 
 
 def section(card, title):

@@ -9,12 +9,12 @@ import pytest
 import transformers as hf
 from PIL import Image
 
-from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
-from cwdpo_trainer.causality import check_causal
-from cwdpo_trainer.collator import PairCollator, with_answers
-from cwdpo_trainer.data import Row
+from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
+from cwdpo_trainer.data.collator import PairCollator, with_answers
+from cwdpo_trainer.data.images import FilePicture
+from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.pictures import FilePicture
+from cwdpo_trainer.models.causality import check_causal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import TEXT, VISION

@@ -12,10 +12,10 @@ from datasets import Dataset
 from PIL import Image
 from transformers import LlavaForConditionalGeneration, LlavaProcessor
 
-from cwdpo_trainer.check import histogram
-from cwdpo_trainer.checks import ERROR, WARNING, Problem
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.dry_run import dry_run
+from cwdpo_trainer.preflight.dry_run import dry_run
+from cwdpo_trainer.preflight.report import histogram
+from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, Problem
 
 # Renders the prompt anew, longer, as soon as an answer follows: as templates that strip earlier turns do.
 REWRITES = (
@@ -310,7 +310,7 @@ def test_a_processor_that_needs_more_than_is_installed_is_named(case, monkeypatc
     def load(path):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
-    monkeypatch.setattr("cwdpo_trainer.run.AutoProcessor.from_pretrained", load)
+    monkeypatch.setattr("cwdpo_trainer.models.loading.AutoProcessor.from_pretrained", load)
     (problem,) = case.problems()
     assert problem.name == "processor"
     assert "requires the Torchvision library" in problem.evidence

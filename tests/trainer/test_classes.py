@@ -13,7 +13,7 @@ import torch
 import transformers as hf
 
 from cwdpo_kernels import linear_logprob
-from cwdpo_kernels.adapters.hugging_face import HeadError, attach_head, check_head
+from cwdpo_kernels.integrations.hugging_face import HeadError, attach_head, check_head
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import CLASSES, TEXT, TEXT_TOKENS, VISION, llama, llava, qwen2_5_vl

@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 
-from cwdpo_trainer.collator import PairCollator, with_answers
+from cwdpo_trainer.data.collator import PairCollator, with_answers
 from cwdpo_trainer.errors import InputError
 
 TEMPLATE = (

@@ -10,7 +10,7 @@ import yaml
 import cwdpo_trainer
 from cwdpo_kernels import Cooling
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.config import load_config, read_config
+from cwdpo_trainer.config.loader import load_config, read_config
 from cwdpo_trainer.errors import InputError
 
 

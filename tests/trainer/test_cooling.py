@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from cwdpo_trainer.cooling import measure_cooling
 from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.stages.cooling import measure_cooling
 
 
 def test_measured_weights_of_logistic_log_probs_are_their_ranks():

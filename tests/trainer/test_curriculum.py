@@ -9,12 +9,12 @@ import pytest
 import torch
 
 from cwdpo_kernels import Cooling, cooling_weight
-from cwdpo_trainer.arguments import DPOArguments, ProbeArguments, SamplingArguments
-from cwdpo_trainer.collator import with_answers
-from cwdpo_trainer.curriculum import ORDER_FILE, hardest_first, in_order, share_of
-from cwdpo_trainer.dpo import CWDPOTrainer
+from cwdpo_trainer.config.arguments import DPOArguments, ProbeArguments, SamplingArguments
+from cwdpo_trainer.data.collator import with_answers
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.probes import Probes
+from cwdpo_trainer.evaluation.probes import Probes
+from cwdpo_trainer.stages.curriculum import ORDER_FILE, hardest_first, in_order, share_of
+from cwdpo_trainer.stages.dpo import CWDPOTrainer
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cwdpo_trainer.data import distinct_prompts, load_rows, split_rows
+from cwdpo_trainer.data.rows import distinct_prompts, load_rows, split_rows
 from cwdpo_trainer.errors import InputError
 
 GOOD = {"prompt": "<image> describe", "chosen": "a", "rejected": "b"}

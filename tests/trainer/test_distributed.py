@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from cwdpo_kernels.adapters.hugging_face import attach_head
+from cwdpo_kernels.integrations.hugging_face import attach_head
 from cwdpo_trainer.cli import main
 
 sys.path.insert(0, str(Path(__file__).parent))

@@ -7,7 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cwdpo_trainer.doctor import Doctor, diagnose, names_of_rules, new_findings
+from cwdpo_trainer.config.findings import finding_names
+from cwdpo_trainer.evaluation.doctor import Doctor, diagnose, new_findings
 
 # A healthy stage 2: near negatives fall, easy ones are cooled, chosen answers stay where they are.
 START = {
@@ -115,8 +116,8 @@ def test_every_rule_can_speak():
     stage_two = {"squeezing", "margin_from_rejected", "drift", "all_cooled", "no_cooling", "easy_negatives_pushed",
                  "onpolicy_empty", "nothing_kept"}  # fmt: skip
     both = {"not_finite", "overconfidence", "entropy_collapse", "past_best"}
-    assert set(names_of_rules("sft")) == both
-    assert set(names_of_rules("dpo")) == stage_two | both
+    assert set(finding_names("sft")) == both
+    assert set(finding_names("dpo")) == stage_two | both
 
 
 def test_words_have_the_evidence_and_what_helps():

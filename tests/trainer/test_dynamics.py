@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 from matplotlib.figure import Figure
 
-from cwdpo_trainer.dynamics import PANELS, draw_dynamics
-from cwdpo_trainer.probes import COOLING_BINS, FIGURES
+from cwdpo_trainer.evaluation.plot import PANELS, draw_dynamics
+from cwdpo_trainer.evaluation.probes import COOLING_BINS, FIGURES
 
 
 def probe(step: int, weight: float | None) -> dict[str, float]:

@@ -10,8 +10,8 @@ from torch import nn
 from transformers import LlavaForConditionalGeneration
 
 from cwdpo_kernels import linear_logprob
-from cwdpo_kernels.adapters.hugging_face import HeadError, attach_head, check_head
-from cwdpo_trainer.collator import with_answers
+from cwdpo_kernels.integrations.hugging_face import HeadError, attach_head, check_head
+from cwdpo_trainer.data.collator import with_answers
 
 
 @pytest.fixture

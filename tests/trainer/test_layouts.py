@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cwdpo_trainer.collator import PairCollator
-from cwdpo_trainer.data import load_rows
+from cwdpo_trainer.data.collator import PairCollator
+from cwdpo_trainer.data.layouts import canonical
+from cwdpo_trainer.data.rows import load_rows
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.layouts import canonical
 
 ASK = {"role": "user", "content": "where"}
 SYSTEM = {"role": "system", "content": "be brief"}

@@ -12,15 +12,15 @@ import torch
 from PIL import Image
 from transformers import Qwen2VLImageProcessorPil
 
-from cwdpo_kernels.adapters.hugging_face import attach_head, check_head
-from cwdpo_trainer.arguments import DataArguments, SamplingArguments
+from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.collator import PairCollator, with_answers
-from cwdpo_trainer.data import Row
+from cwdpo_trainer.config.arguments import DataArguments, SamplingArguments
+from cwdpo_trainer.data.collator import PairCollator, with_answers
+from cwdpo_trainer.data.images import FilePicture
+from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
+from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.lengths import LengthMeter, fit_rows
-from cwdpo_trainer.pictures import FilePicture
-from cwdpo_trainer.sampling import sample_answers
+from cwdpo_trainer.negatives.sampling import sample_answers
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_processors import PROCESSORS

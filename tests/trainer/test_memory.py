@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from cwdpo_trainer.memory import HeadStep, size
+from cwdpo_trainer.preflight.memory import HeadStep, size
 
 RESULTS = json.loads((Path(__file__).parents[2] / "benchmarks" / "results" / "linear_cpu.json").read_text())
 STEPS = {entry["name"]: entry for entry in RESULTS["measurements"] if entry["mode"] != "no_grad"}

@@ -10,14 +10,14 @@ import pytest
 import torch
 from accelerate import Accelerator
 
-from cwdpo_kernels.adapters.hugging_face import attach_head
-from cwdpo_trainer.arguments import SamplingArguments
-from cwdpo_trainer.captions import score_captions
-from cwdpo_trainer.negatives_log import NegativesLog
-from cwdpo_trainer.onpolicy import OnPolicyPool, uniform
-from cwdpo_trainer.policy import PolicyInTraining, answers_logp
-from cwdpo_trainer.sampling import caption, ended, normalise, sample_answers, wrong_answers
-from cwdpo_trainer.schedule import Schedule
+from cwdpo_kernels.integrations.hugging_face import attach_head
+from cwdpo_trainer.config.arguments import SamplingArguments
+from cwdpo_trainer.config.schedule import Schedule
+from cwdpo_trainer.evaluation.captions import score_captions
+from cwdpo_trainer.negatives.log import NegativesLog
+from cwdpo_trainer.negatives.policy import PolicyInTraining, answers_logp
+from cwdpo_trainer.negatives.pool import OnPolicyPool, uniform
+from cwdpo_trainer.negatives.sampling import caption, ended, normalise, sample_answers, wrong_answers
 
 ROWS = list(range(200))
 DATASET = [[-1]] * len(ROWS)
@@ -171,7 +171,7 @@ def test_a_process_that_has_nothing_to_ask_takes_part(model, collator, rows, mon
     model.register_forward_pre_hook(lambda *_: calls.append(None))
     assert (policy.draw([], 0), policy.mean_logp([], [])) == ([], [])
     assert calls == []
-    monkeypatch.setattr("cwdpo_trainer.policy.largest", lambda accelerator, number: max(number, 2))
+    monkeypatch.setattr("cwdpo_trainer.negatives.policy.largest", lambda accelerator, number: max(number, 2))
     assert policy.mean_logp([], []) == []
     assert len(calls) == 2  # as many as another process has answers to a row
     assert policy.mean_logp([3], [[[7, 2]]])[0] == policy.mean_logp([3, 4], [[[7, 2]], []])[0]

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from cwdpo_kernels import Cooling
-from cwdpo_kernels.adapters.hugging_face import attach_head
-from cwdpo_trainer.arguments import ProbeArguments, SamplingArguments
-from cwdpo_trainer.probes import Probes
+from cwdpo_kernels.integrations.hugging_face import attach_head
+from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
+from cwdpo_trainer.evaluation.probes import Probes
 
 COOLING = Cooling(logp_floor=-4.0, temperature=0.7)
 

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
-from cwdpo_trainer.pictures import FilePicture
-from cwdpo_trainer.reference_cache import PairLogp, ReferenceCache, fingerprint, image_keys, pair_key
+from cwdpo_trainer.data.images import FilePicture
+from cwdpo_trainer.models.reference_cache import PairLogp, ReferenceCache, fingerprint, image_keys, pair_key
 
 
 def some_pairs(seed: int, count: int = 4) -> dict[str, PairLogp]:

@@ -13,7 +13,7 @@ import pytest
 from PIL import Image
 
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.dpo import CWDPOTrainer
+from cwdpo_trainer.stages.dpo import CWDPOTrainer
 
 KILLED_IN_A_SAVE = """
 import os, signal, sys

@@ -14,11 +14,11 @@ import pytest
 from PIL import Image, ImageChops
 
 from cwdpo_trainer import server as server_module
-from cwdpo_trainer.arguments import SamplingArguments
-from cwdpo_trainer.collator import PairCollator
+from cwdpo_trainer.config.arguments import SamplingArguments
+from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.policy import PolicyInTraining
-from cwdpo_trainer.server import AnswerServer
+from cwdpo_trainer.negatives.policy import PolicyInTraining
+from cwdpo_trainer.negatives.server import AnswerServer
 
 # Renders parts as the models' own templates do.
 TEMPLATE = (

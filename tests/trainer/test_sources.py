@@ -14,12 +14,12 @@ import pytest
 from datasets import Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
-from cwdpo_trainer.config import load_config
-from cwdpo_trainer.data import distinct_prompts, load_rows
+from cwdpo_trainer.config.loader import load_config
+from cwdpo_trainer.data.images import FilePicture, StoredPicture
+from cwdpo_trainer.data.rows import distinct_prompts, load_rows
+from cwdpo_trainer.data.sources import FileSource, open_source
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.pictures import FilePicture, StoredPicture
 from cwdpo_trainer.run import run
-from cwdpo_trainer.sources import FileSource, open_source
 
 RED, BLUE = (Image.new("RGB", (8, 8), color) for color in ("red", "blue"))
 GOOD = {"prompt": "<image> describe", "chosen": "a red square", "rejected": "a blue square"}
@@ -157,7 +157,7 @@ def test_a_configuration_is_between_name_and_split(monkeypatch):
         asked.append((*args, split))
         return Dataset.from_list([GOOD])
 
-    monkeypatch.setattr("cwdpo_trainer.hub.load_dataset", load)
+    monkeypatch.setattr("cwdpo_trainer.data.hub.load_dataset", load)
     for text in ("hub:a/b", "hub:a/b:test", "hub:a/b:vqa:test", "hub:a/b:train[:5]", "hub:a/b:vqa:train[1:5]"):
         open_source(text)
     assert asked == [

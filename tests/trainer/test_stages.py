@@ -12,12 +12,12 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard
 
 from cwdpo_kernels import Cooling
-from cwdpo_trainer.arguments import DPOArguments, ProbeArguments, SamplingArguments, SFTArguments
-from cwdpo_trainer.collator import with_answers
-from cwdpo_trainer.dpo import CWDPOTrainer
+from cwdpo_trainer.config.arguments import DPOArguments, ProbeArguments, SamplingArguments, SFTArguments
+from cwdpo_trainer.data.collator import with_answers
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.probes import Probes
-from cwdpo_trainer.sft import ConstrainedSFTTrainer
+from cwdpo_trainer.evaluation.probes import Probes
+from cwdpo_trainer.stages.dpo import CWDPOTrainer
+from cwdpo_trainer.stages.sft import ConstrainedSFTTrainer
 
 OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 2, "logging_steps": 2,
            "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
@@ -151,7 +151,7 @@ def test_all_processes_compute_if_one_must(make, collator, rows, monkeypatch):
     sizes = counted_reference(trainer)
     before = losses(trainer, collator, rows)
     assert sizes == []
-    monkeypatch.setattr("cwdpo_trainer.reference.largest", lambda accelerator, number: max(number, 1))
+    monkeypatch.setattr("cwdpo_trainer.stages.reference.largest", lambda accelerator, number: max(number, 1))
     assert losses(trainer, collator, rows) == before
     assert sizes == [2, 1] * 3
     assert len(trainer.cached_reference.cache) == 8

@@ -1,0 +1,207 @@
+"""Liger's fused linear DPO loss (liger-kernel 0.8), for any device, with logits never below float32.
+
+before:
+    from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
+after:
+    from cwdpo_kernels.compat.liger import LigerFusedLinearDPOLoss
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.functional import logsigmoid
+
+from .. import Head, linear_sequence_logprob
+from ..validation import expect
+
+OP = "LigerFusedLinearDPOLoss"
+
+
+class DPOMetrics(NamedTuple):
+    """What comes beside the loss, in Liger's order, without gradient: [P] per pair, scalars for the batch.
+
+    Log-probs in nats (per token with `average_log_prob`); mean logits over all positions, ignored ones too; the
+    chosen answers' NLL in nats per labelled token (0 unless asked for); rewards beta * (policy - reference log-prob).
+    """
+
+    chosen_logps: Tensor
+    rejected_logps: Tensor
+    chosen_logits_mean: Tensor
+    rejected_logits_mean: Tensor
+    nll_loss: Tensor
+    chosen_rewards: Tensor
+    rejected_rewards: Tensor
+
+
+class _Pairs(NamedTuple):
+    """What the losses are functions of: rewards w and l and d = w - l [P], and the options."""
+
+    w: Tensor
+    l: Tensor  # noqa: E741
+    d: Tensor
+    beta: float
+    smoothing: float
+    tau: float
+
+
+def _exo_pair(p: _Pairs) -> Tensor:
+    """KL(q || p) of q = (sigmoid(d), sigmoid(-d)) and p = (1 - smoothing, smoothing)."""
+    smoothing = p.d.new_tensor(p.smoothing)
+    chosen = torch.sigmoid(p.d) * (logsigmoid(p.d) - torch.log1p(-smoothing))
+    return chosen + torch.sigmoid(-p.d) * (logsigmoid(-p.d) - torch.log(smoothing))
+
+
+def _robust(p: _Pairs) -> Tensor:
+    flipped = p.smoothing * logsigmoid(-p.d)
+    return (flipped - (1 - p.smoothing) * logsigmoid(p.d)) / (1 - 2 * p.smoothing)
+
+
+def _discopop(p: _Pairs) -> Tensor:
+    """(1 - m) * -log sigmoid(d) + m * exp(-d), m = sigmoid(d / tau).
+
+    m * exp(-d) is one exponential: with d = -100 nats its factors are 0 and infinite, and it is exp(100 - 100 / tau).
+    """
+    return torch.sigmoid(-p.d / p.tau) * -logsigmoid(p.d) + torch.exp(logsigmoid(p.d / p.tau) - p.d)
+
+
+LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
+    "sigmoid": lambda p: -logsigmoid(p.d),  # DPO, arXiv 2305.18290
+    "hinge": lambda p: torch.relu(1 - p.d),  # SLiC, arXiv 2305.10425
+    "exo_pair": _exo_pair,  # arXiv 2402.00856, equation 16
+    "nca_pair": lambda p: -logsigmoid(p.w) - 0.5 * (logsigmoid(-p.w) + logsigmoid(-p.l)),  # arXiv 2402.05369
+    "robust": _robust,  # arXiv 2403.00409
+    "bco_pair": lambda p: -logsigmoid(p.w) - logsigmoid(-p.l),  # arXiv 2404.04656
+    "sppo_hard": lambda p: ((p.w - 0.5) ** 2 + (p.l + 0.5) ** 2) / p.beta**2,  # arXiv 2405.00675, equation 4.7
+    "apo_zero": lambda p: torch.sigmoid(-p.w) + torch.sigmoid(p.l),  # arXiv 2408.06266, equation 7
+    "apo_down": lambda p: torch.sigmoid(p.w) + torch.sigmoid(-p.d),  # arXiv 2408.06266, equation 8
+    "discopop": _discopop,  # arXiv 2406.08414, equation 5
+}
+
+
+class LigerFusedLinearDPOLoss(torch.nn.Module):
+    """mean over pairs of a preference loss of log-ratios, plus alpha * NLL(chosen), from hidden states.
+
+        d = beta * ((log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l)));  "sigmoid": -log sigmoid(d)
+
+    `loss_type`: a key of `LOSSES`. `average_log_prob`: means over an answer's tokens instead of sums.
+    `use_ref_model=False`: log ref = 0, the reference's arguments are not looked at. `label_smoothing` counts for
+    "exo_pair" and "robust", `discopop_tau` for "discopop". `compiled` and `chunk_size` tune Liger's chunks and have
+    no effect: the vocabulary is tiled.
+
+    An answer without labelled tokens has log-prob 0, also as a mean, and no gradient; the NLL of no token is 0. (In
+    Liger the mean of no token, and any loss where no chosen token is labelled, is NaN.)
+
+    ValueError: unknown loss types and "ipo", smoothing outside a loss's range, an odd batch, a missing reference.
+    """
+
+    def __init__(
+        self, ignore_index: int = -100, beta: float = 0.1, alpha: float = 1.0, compute_nll_loss: bool = False,
+        compiled: bool = True, use_ref_model: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
+        loss_type: str = "sigmoid", label_smoothing: float = 0.0, discopop_tau: float = 0.05,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        _check_options(loss_type, beta, label_smoothing, discopop_tau)
+        self.ignore_index = ignore_index
+        self.beta = beta
+        self.alpha = alpha
+        self.compute_nll_loss = compute_nll_loss
+        self.compiled = compiled
+        self.use_ref_model = use_ref_model
+        self.average_log_prob = average_log_prob
+        self.chunk_size = chunk_size
+        self.loss_type = loss_type
+        self.label_smoothing = label_smoothing
+        self.discopop_tau = discopop_tau
+
+    def forward(
+        self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
+        ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None,
+    ) -> tuple[Tensor, DPOMetrics]:  # fmt: skip
+        """_input [2P, T, D] (P chosen rows, then P rejected), lin_weight [V, D], bias [V], aligned target [2P, T].
+
+        The reference's likewise, of any width, never differentiated. float32 results (float64 for float64).
+        """
+        shape = list(target.shape)
+        ok = len(shape) == 2 and shape[0] > 0 and shape[0] % 2 == 0
+        expect(ok, OP, "target", "shape", "[2P, T], an even number of rows: chosen first, rejected second", shape)
+        pairs = shape[0] // 2
+        policy = linear_sequence_logprob(_input, Head(lin_weight, bias), target, ignore_index=self.ignore_index)
+        logp = policy.mean if self.average_log_prob else policy.total
+        logratio = logp - self._reference_logp(target, ref_input, ref_weight, ref_bias)
+        chosen, rejected = logratio.split(pairs)
+        beta = self.beta
+        terms = _Pairs(
+            beta * chosen, beta * rejected, beta * (chosen - rejected), beta, self.label_smoothing, self.discopop_tau
+        )
+        loss = LOSSES[self.loss_type](terms).mean()
+        nll = torch.zeros_like(loss)
+        if self.compute_nll_loss:
+            nll = -policy.total[:pairs].sum() / policy.count[:pairs].sum().clamp_min(1)
+            loss = loss + self.alpha * nll
+        mean_logits = _mean_logits(_input, lin_weight, bias)
+        metrics = DPOMetrics(*logp.split(pairs), *mean_logits, nll, terms.w, terms.l)
+        return loss, DPOMetrics(*(metric.detach() for metric in metrics))
+
+    @torch.no_grad()
+    def _reference_logp(
+        self, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
+    ) -> Tensor | float:
+        """The reference's log-probs [2P], 0 without a reference."""
+        if not self.use_ref_model:
+            return 0.0
+        for name, value in (("ref_input", ref_input), ("ref_weight", ref_weight)):
+            ok = isinstance(value, Tensor)
+            expect(ok, OP, name, "type", "Tensor (as use_ref_model is True)", type(value).__name__)
+        logp = linear_sequence_logprob(ref_input, Head(ref_weight, ref_bias), target, ignore_index=self.ignore_index)
+        return logp.mean if self.average_log_prob else logp.total
+
+
+def liger_fused_linear_dpo(
+    _input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ref_input: Tensor | None = None,
+    ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, ignore_index: int = -100, beta: float = 0.1,
+    compute_nll_loss: bool = False, compiled: bool = True, use_ref_model: bool = True, average_log_prob: bool = False,
+    chunk_size: int = 1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, discopop_tau: float = 0.05,
+    alpha: float = 1.0,
+) -> tuple[Tensor, DPOMetrics]:  # fmt: skip
+    """`LigerFusedLinearDPOLoss` as one function, in the order of Liger's functional."""
+    loss = LigerFusedLinearDPOLoss(
+        ignore_index, beta, alpha, compute_nll_loss, compiled, use_ref_model, average_log_prob, chunk_size, loss_type,
+        label_smoothing, discopop_tau,
+    )  # fmt: skip
+    return loss(weight, _input, target, bias, ref_input, ref_weight, ref_bias)
+
+
+class LigerFusedLinearDPOFunction:
+    """Liger's name for the function; of an autograd function it has what callers use, `apply`."""
+
+    apply = staticmethod(liger_fused_linear_dpo)
+
+
+def _check_options(loss_type: str, beta: float, label_smoothing: float, discopop_tau: float) -> None:
+    """The first words of the first three errors are what callers of Liger match."""
+    if loss_type not in LOSSES:
+        raise ValueError(f"{OP}: Unsupported loss_type: expected one of {', '.join(LOSSES)}, got {loss_type!r}")
+    if loss_type == "exo_pair" and not 0 < label_smoothing < 1:
+        raise ValueError(f"{OP}: label_smoothing must be > 0 for loss_type='exo_pair' (and < 1), got {label_smoothing}")
+    if loss_type == "robust" and not 0 <= label_smoothing < 0.5:
+        raise ValueError(f"{OP}: label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {label_smoothing}")
+    expect(beta > 0, OP, "beta", "a value", "> 0", beta)
+    expect(discopop_tau > 0, OP, "discopop_tau", "a value", "> 0", discopop_tau)
+
+
+@torch.no_grad()
+def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """[2]: the mean logit of the chosen rows, and of the rejected ones, over positions and vocabulary.
+
+    mean(z) = mean(hidden) . mean(weight) + mean(bias): no vocabulary pass.
+    """
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    halves = hidden.reshape(2, -1, hidden.shape[-1]).mean(1, dtype=dtype)
+    # In parts, because torch's sum of half precision on a CPU copies its input to float32 first.
+    mean_row = sum(rows.sum(0, dtype=dtype) for rows in weight.split(4096)) / weight.shape[0]
+    means = (halves * mean_row).sum(-1)
+    return means if bias is None else means + bias.mean(dtype=dtype)

@@ -1,0 +1,71 @@
+"""The signature of `torch.nn.functional.linear_cross_entropy` (torch 2.13), without logits and with exact gradients.
+
+before:
+    from torch.nn.functional import linear_cross_entropy
+after:
+    from cwdpo_kernels.compat.torch_nn import linear_cross_entropy
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import Head, linear_logprob
+from ..validation import expect
+from .reduction import check_reduction, reduced
+
+OP = "linear_cross_entropy"
+
+
+def linear_cross_entropy(
+    input: Tensor,
+    linear_weight: Tensor,
+    target: Tensor,
+    *,
+    linear_bias: Tensor | None = None,
+    weight: Tensor | None = None,
+    reduction: str = "mean",
+    ignore_index: int | None = None,
+    label_smoothing: float = 0.0,
+    options: object | None = None,
+) -> Tensor:
+    """Cross entropy of softmax(input @ linear_weight.T + linear_bias) with class indices, in nats.
+
+    input [D] or [N, D], linear_weight [V, D], target [] or [N] (int64), linear_bias [V] -> [] or, unreduced, as target;
+    float32 (float64 for float64 inputs), also where torch would round to the input's dtype. 0 where target is
+    `ignore_index` (None: -100), which "mean" leaves out; the mean of no token is NaN, as torch's is.
+
+        -log p_y + label_smoothing * (z_y - mean_v z_v),  mean_v z_v = input . mean(linear_weight) + mean(linear_bias)
+
+    With smoothing, half-precision gradients of the head are sums of two rounded terms, which cancel at the label as
+    `label_smoothing` nears 1.
+
+    NotImplementedError: `options` (chunks of tokens; here the vocabulary is tiled), class weights, targets that
+    are probabilities, a K-dimensional loss.
+    """
+    if options is not None:
+        raise NotImplementedError(f"{OP}: options (torch's chunking) are not supported, memory is bounded without them")
+    if weight is not None:
+        raise NotImplementedError(f"{OP}: weight (a factor for each class) is not supported")
+    if target.is_floating_point():
+        raise NotImplementedError(f"{OP}: target with class probabilities is not supported, class indices are")
+    if linear_weight.dim() > 2:
+        raise NotImplementedError(f"{OP}: linear_weight with more than 2 dimensions is not supported")
+    check_reduction(OP, reduction)
+    expect(0.0 <= label_smoothing <= 1.0, OP, "label_smoothing", "a value", "between 0 and 1", label_smoothing)
+    ignored = -100 if ignore_index is None else ignore_index
+    loss = -linear_logprob(input, Head(linear_weight, linear_bias), target, ignore_index=ignored)
+    counts = target != ignored
+    if label_smoothing:
+        lead = _lead_over_the_mean(input, linear_weight, linear_bias, target.where(counts, 0))
+        loss = loss + label_smoothing * lead.where(counts, 0.0)
+    return reduced(loss, counts, reduction)
+
+
+def _lead_over_the_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """z_y - mean_v z_v, a dot product a token: no vocabulary pass."""
+    dtype = torch.promote_types(hidden.dtype, torch.float32)
+    rows = weight[labels].to(dtype) - weight.mean(dim=0, dtype=dtype)
+    lead = (hidden.to(dtype) * rows).sum(-1)
+    return lead if bias is None else lead + bias[labels].to(dtype) - bias.mean(dtype=dtype)

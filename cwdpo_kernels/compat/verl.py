@@ -1,0 +1,65 @@
+"""verl's fused linear cross entropy (0.4.1 and newer), for any device, with logits never below float32.
+
+before:
+    from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
+after:
+    from cwdpo_kernels.compat.verl import linear_cross_entropy
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import Head, linear_logprob, token_stats
+from ..validation import expect
+from .reduction import check_reduction, reduced
+
+OP = "linear_cross_entropy"
+NO_LABEL = torch.iinfo(torch.int32).min  # verl ignores no token
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    labels: Tensor,
+    temperature: float = 1.0,
+    reduction: str = "none",
+    dist_process_group: Any = None,
+) -> tuple[Tensor, Tensor]:
+    """(log-probs of the labels, entropies) of softmax(hidden @ weight.T / temperature), in nats.
+
+    hidden [..., D], weight [V, D], labels [...], already aligned -> [N] each, flattened; float32 (float64 for
+    float64). `reduction` "sum" or "mean" is over the N log-probs; the entropy is never reduced. No label is ignored.
+
+    Gradients of the log-probs are exact; the entropy has none. It costs a forward pass of its own, except where nothing
+    needs a gradient: then one pass gives both.
+
+    NotImplementedError: backward through the entropy (verl's `entropy_coeff` other than 0), a `dist_process_group` of
+    more than one process (the weight must hold the whole vocabulary).
+    """
+    if dist_process_group is not None and dist_process_group.size() > 1:
+        raise NotImplementedError(f"{OP}: dist_process_group (a head split over processes) is not supported")
+    expect(isinstance(temperature, (int, float)), OP, "temperature", "type", "float", type(temperature).__name__)
+    expect(temperature > 0, OP, "temperature", "a value", "> 0", temperature)
+    check_reduction(OP, reduction)
+    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    head = Head(weight, scale=1.0 / temperature)
+    logp, entropy, *_ = token_stats(flat_hidden, head, flat_labels, ignore_index=NO_LABEL)
+    if torch.is_grad_enabled() and (hidden.requires_grad or weight.requires_grad):
+        logp = linear_logprob(flat_hidden, head, flat_labels, ignore_index=NO_LABEL)
+    return reduced(logp, flat_labels != NO_LABEL, reduction), _Entropy.apply(entropy, hidden, weight)
+
+
+class _Entropy(torch.autograd.Function):
+    """The entropy as a function of hidden and weight, so that backward comes by here and is refused."""
+
+    @staticmethod
+    def forward(ctx: Any, entropy: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+        return entropy.view_as(entropy)
+
+    @staticmethod
+    def backward(ctx: Any, grad_entropy: Tensor) -> None:
+        raise NotImplementedError(f"{OP}: the gradient of entropy is not supported (entropy_coeff must be 0)")

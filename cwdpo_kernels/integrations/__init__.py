@@ -1,0 +1,1 @@
+"""This package's ops inside Hugging Face models and TRL trainers."""

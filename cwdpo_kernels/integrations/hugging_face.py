@@ -1,0 +1,239 @@
+"""Hugging Face models: call the output head instead of reading it.
+
+`attach_head(model)` gives a model the argument `head_op`: with it, the model's forward hands its hidden
+states and its own head to that function, and returns what the function returns:
+
+    attach_head(model)
+    loss = model(**inputs, head_op=lambda hidden, head: linear_cwdpo_loss(hidden, head, labels, ...).loss)
+
+The call runs inside the forward of the head module, which runs inside the forward of the (wrapped) model. So
+the hooks of DDP, FSDP and ZeRO that gather weights and reduce gradients fire. Reading `lm_head.weight` from
+outside skips them, and the head's gradient is then wrong without a word.
+
+What a model does to its logits after the head (scale, soft cap) is measured, not read from its configuration:
+see head_transform.py. Peft may wrap the model before or after the call; see lora_head.py for LoRA on the head.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from .. import Head, linear_logprob
+from . import lora_head
+from .head_transform import Transform, measure_transform, stubbed
+
+__all__ = ["HeadError", "attach_head", "check_head"]
+
+HeadOp = Callable[[Tensor, Head], Any]
+_RECEIPT, _PREVIOUS = "_cwdpo_head_receipt", "_cwdpo_previous_forward"  # in a module's __dict__
+
+
+class HeadError(ValueError):
+    """A model whose head cannot be fused, or whose fused log-probs are not the model's own."""
+
+
+@dataclass(frozen=True)
+class HeadReceipt:
+    """What `attach_head` found: the head, the transform of its logits, and how far the fused log-probs of probes
+    lie from those of the model's own logits (`difference`, in nats)."""
+
+    model: str
+    vocab: int
+    dim: int
+    dtype: torch.dtype
+    bias: bool
+    transform: Transform
+    difference: float
+
+    def __str__(self) -> str:
+        bias = "bias" if self.bias else "no bias"
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"{self.model}: head {self.vocab} x {self.dim}, {dtype}, {bias}, {self.transform}; "
+            f"fused log-probs within {self.difference:.1e} nats of the model's own"
+        )
+
+
+def attach_head(model: nn.Module) -> HeadReceipt:
+    """Teach `model` and its head module the argument `head_op`; without it both do what they always did.
+
+    `model` is a `transformers.PreTrainedModel` with an output head over a backbone, or a peft model of one. The
+    patched forwards are bound methods, so that `copy.deepcopy(model)` calls its own head; `save_pretrained` and
+    `generate` see the same signatures as before. A second call only returns the receipt of the first.
+    Raises `HeadError` where the head is not linear, where a forward is patched already, or where the logits are
+    not softcap(scale * (hidden W^T + b)); the model is then as it was.
+    """
+    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if _RECEIPT in vars(model):
+        return vars(model)[_RECEIPT]
+    name, head = type(model).__name__, model.get_output_embeddings()
+    _expect(head is not None, name, "an output head", "None from get_output_embeddings()")
+    _expect(model.base_model is not model, name, "a backbone below the head", "no base_model but itself")
+    layers = _layers(name, head)
+    for module in (model, *layers):
+        _expect(_may_patch(module), name, "forwards that are not patched", f"a patched {type(module).__name__}.forward")
+    try:
+        transform = measure_transform(model, head)
+        _take_op(layers)
+        _patch(model, _with_head_op(type(model).forward, transform))
+        receipt = _receipt(model, transform)
+    except ValueError as error:
+        for module in (model, *layers):
+            _restore(module)
+        raise error if isinstance(error, HeadError) else HeadError(f"attach_head: {name}: {error}") from error
+    setattr(model, _RECEIPT, receipt)
+    return receipt
+
+
+def _expect(condition: bool, model: str, expected: str, actual: str) -> None:
+    if not condition:
+        raise HeadError(f"attach_head: expected {model} to have {expected}, got {actual}")
+
+
+def _layers(model: str, head: nn.Module) -> list[nn.Module]:
+    layers = lora_head.linear_layers(head)
+    expected = "a linear output head with floating-point weights, or LoRA on one"
+    _expect(bool(layers), model, expected, type(head).__name__)
+    return layers
+
+
+def _take_op(layers: list[nn.Module]) -> None:
+    """Give the layers of a head the argument `op`, those that have it not. Peft may have put in others since."""
+    for layer in layers:
+        if getattr(layer.forward, "__func__", None) is not _head_forward:
+            _patch(layer, _head_forward)
+
+
+def _may_patch(module: nn.Module) -> bool:
+    # accelerate's hooks (of a quantised model, say) are called for what the new forward does not do itself.
+    return "forward" not in vars(module) or hasattr(module, "_hf_hook")
+
+
+def _patch(module: nn.Module, forward: Callable[..., Any]) -> None:
+    if "forward" in vars(module):
+        vars(module)[_PREVIOUS] = module.forward
+    module.forward = MethodType(forward, module)
+
+
+def _restore(module: nn.Module) -> None:
+    vars(module).pop("forward", None)
+    if _PREVIOUS in vars(module):
+        module.forward = vars(module).pop(_PREVIOUS)
+
+
+def _plain_forward(module: nn.Module) -> Callable[..., Any]:
+    return vars(module).get(_PREVIOUS) or MethodType(type(module).forward, module)
+
+
+def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, op: HeadOp | None = None, **kwargs: Any) -> Any:
+    if op is None:
+        return _plain_forward(self)(hidden, *args, **kwargs)
+    return op(*lora_head.head_of(self, hidden))
+
+
+def _with_head_op(plain: Callable[..., Any], transform: Transform) -> Callable[..., Any]:
+    """The forward of a model with one more argument; it keeps the signature of `plain`, which `generate` reads."""
+
+    @functools.wraps(plain)
+    def forward(self: nn.Module, *args: Any, head_op: HeadOp | None = None, **kwargs: Any) -> Any:
+        if head_op is None:
+            return _plain_forward(self)(*args, **kwargs)
+        # Wrappers (peft's) pass on options that were not given as None.
+        given = {key: value for key, value in kwargs.items() if value is not None}
+        hidden = self.base_model(*args, **given, use_cache=False).last_hidden_state
+        head = self.get_output_embeddings()
+        _take_op(_layers(type(self).__name__, head))
+
+        def op(hidden: Tensor, head: Head) -> Any:
+            return head_op(hidden, dataclasses.replace(head, scale=transform.scale, softcap=transform.softcap))
+
+        return head(hidden, op=op)
+
+    return forward
+
+
+@torch.no_grad()
+def _receipt(model: nn.Module, transform: Transform) -> HeadReceipt:
+    """Fused log-probs of random tokens beside those of the model's logits, over a backbone that is stubbed."""
+    found: dict[str, Any] = {}
+    with stubbed(model) as (hidden, inputs), _evaluating(model):
+        labels = torch.randint(0, 2**31, hidden.shape[:-1], generator=torch.Generator().manual_seed(2))
+
+        def op(hidden: Tensor, head: Head) -> Tensor:
+            weight = head.weight
+            found.update(vocab=weight.shape[0], dim=weight.shape[1], dtype=weight.dtype, bias=head.bias is not None)
+            found["labels"] = (labels % weight.shape[0]).to(weight.device)
+            return linear_logprob(hidden, head, found["labels"])
+
+        fused = model(**inputs, head_op=op)
+        own = model(**inputs).logits
+    difference = _difference(type(model).__name__, fused, own, found.pop("labels"), found["dtype"])
+    return HeadReceipt(type(model).__name__, **found, transform=transform, difference=difference)
+
+
+@contextlib.contextmanager
+def _evaluating(model: nn.Module) -> Iterator[None]:
+    """Without dropout; afterwards every module is in the mode that it was in."""
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module in training:
+            module.training = True
+
+
+def _difference(name: str, fused: Tensor, own: Tensor, labels: Tensor, dtype: torch.dtype) -> float:
+    """The largest difference between fused log-probs and those of the model's own logits, in nats: within 1e-4,
+    or the rounding of logits in a shorter dtype; `HeadError` if not."""
+    mask = labels >= 0
+    own = own[mask].float()
+    expected = own.log_softmax(-1).gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1)
+    worst = (expected - fused[mask]).abs().max().item()
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * own.abs().max().item())
+    if not worst <= tolerance:
+        raise HeadError(
+            f"{name}: expected log-probs from the head's weights to have a difference <= {tolerance:.1e} nats "
+            f"from those of the model's own logits, got {worst:.3g}: this model changes its logits after the head"
+        )
+    return worst
+
+
+@torch.no_grad()
+def check_head(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> float:
+    """Compare the fused log-probs of `labels` [S, T] with those of the model's own logits on one batch; returns the
+    largest difference, in nats.
+
+    What `attach_head` measured over a stubbed backbone is seen here over the real one, wrappers and all.
+    Raises `HeadError` with the figures where the two differ by more than 1e-4 nats, or than the rounding of
+    logits in a shorter dtype. Projects only the positions from the first label on, where the model can.
+    """
+    first = int((labels >= 0).any(dim=0).int().argmax())
+    keep = labels.shape[1] - first
+    inner = _unwrapped(model)
+    accepts_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
+    options = {"use_cache": False, **({"logits_to_keep": keep} if accepts_keep else {})}
+
+    def op(hidden: Tensor, head: Head) -> tuple[Tensor, torch.dtype]:
+        return linear_logprob(hidden, head, labels), hidden.dtype
+
+    with _evaluating(model):
+        fused, dtype = model(**inputs, head_op=op)
+        own = model(**inputs, **options).logits[:, -keep:]
+    return _difference(type(inner).__name__, fused[:, first:], own, labels[:, first:], dtype)
+
+
+def _unwrapped(model: nn.Module) -> nn.Module:
+    """The model whose signature DDP, FSDP 1 and peft hide."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if hasattr(model, "get_base_model") else model

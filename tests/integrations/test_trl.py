@@ -1,0 +1,280 @@
+"""TRL's DPOTrainer and ours, driven alike: pictures, text, peft, precomputed references, its log."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import LoraConfig, get_peft_model
+from torch.nn import functional as F
+from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
+from trl import DPOConfig, DPOTrainer
+
+from cwdpo_kernels import Cooling
+from cwdpo_kernels.integrations.trl import CoolingDPOTrainer
+
+# Names that transformers renamed, which TRL 1.16 still uses.
+pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
+BETA = 0.3
+COOLING = Cooling(logp_floor=-2.8, temperature=0.5)
+
+
+class Task(NamedTuple):
+    folder: Path  # of the saved model
+    model: torch.nn.Module
+    processor: object
+    rows: Dataset
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def tiny(load_example):
+    return load_example("tiny_llava")
+
+
+@pytest.fixture(params=["images", "text"])
+def task(request, tiny, tmp_path):
+    """A saved model, its processing class and preference pairs."""
+    model, processor = tiny["tiny_llava"]()
+    rows = tiny["color_pairs"](16)
+    if request.param == "text":
+        config = LlamaConfig(
+            vocab_size=len(tiny["WORDS"]), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1,
+            pad_token_id=0, bos_token_id=1, eos_token_id=2,
+        )  # fmt: skip
+        model, processor = LlamaForCausalLM(config), processor.tokenizer
+        rows = [{**row, "prompt": "<s> describe"} for row in rows]
+        for row in rows:
+            del row["images"]
+    model.save_pretrained(tmp_path / "model")
+    return Task(tmp_path / "model", model, processor, Dataset.from_list(rows))
+
+
+def moved(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
+    """The model with every weight a little elsewhere: a policy that is not its reference."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+    return model
+
+
+def move_adapter(model, seed):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name and ".default." in name:
+                parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+def make(kind, task, model=None, *, args=None, cooling=COOLING, **options):
+    args = {
+        "output_dir": str(task.folder / "run"), "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
+        "per_device_eval_batch_size": 4, "logging_steps": 1, "beta": BETA, "bf16": False, "use_cpu": True,
+        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 3, **(args or {}),
+    }  # fmt: skip
+    if kind is CoolingDPOTrainer:
+        options["cooling"] = cooling
+    model = str(task.folder) if model is None else model
+    return kind(model, args=DPOConfig(**args), train_dataset=task.rows, processing_class=task.processor, **options)
+
+
+def first_batch(trainer):
+    return next(iter(trainer.get_train_dataloader()))
+
+
+def float64_sequences(task, model, batch):
+    """Total and mean log-probs [2P] of the completions from full logits, in float64, by definition."""
+    twin = copy.deepcopy(task.model)  # a copy of `model` itself would call `model`: TRL's patch is bound to it
+    twin.load_state_dict(model.state_dict())
+    twin = twin.double().eval()
+    mask = batch["completion_mask"][:, 1:].bool()
+    inputs = {k: v.double() if v.is_floating_point() else v for k, v in batch.items() if k != "completion_mask"}
+    with torch.no_grad():
+        logp = twin(**inputs).logits[:, :-1].log_softmax(-1)
+    assert logp.dtype == torch.float64
+    total = (logp.gather(-1, batch["input_ids"][:, 1:, None]).squeeze(-1) * mask).sum(-1)
+    return total, total / mask.sum(-1)
+
+
+def float64_loss(task, policy, reference, batch):
+    """-log sigmoid(beta * (D_w - w_c * D_l)) by definition, and the mean of w_c."""
+    total, mean = float64_sequences(task, policy, batch)
+    chosen, rejected = (total - float64_sequences(task, reference, batch)[0]).chunk(2)
+    weight = ((mean.chunk(2)[1] - COOLING.logp_floor) / COOLING.temperature).sigmoid()
+    return -F.logsigmoid(BETA * (chosen - weight * rejected)).mean().item(), weight.mean().item()
+
+
+def gradients(trainer, batch):
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, batch)
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_five_steps_with_models_by_name(task):
+    trainer = make(CoolingDPOTrainer, task, args={"bf16": True, "eval_strategy": "steps", "eval_steps": 5},
+                   eval_dataset=task.rows.select(range(8)))  # fmt: skip
+    before = copy.deepcopy(trainer.model.state_dict())
+    trainer.train()
+    steps = [entry for entry in trainer.state.log_history if "loss" in entry]
+    assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=2e-3)  # the policy is its reference
+    assert steps[-1]["loss"] < steps[0]["loss"] - 0.05
+    assert steps[-1]["rewards/margins"] > 0.1
+    assert all(0 < entry["cooling_weight"] < 1 and entry["kept"] == 1 for entry in steps)
+    assert steps[-1]["mean_logps/chosen"] > steps[0]["mean_logps/chosen"]
+    assert steps[-1]["num_tokens"] > steps[0]["num_tokens"] > 0
+    (evaluation,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
+    assert evaluation["eval_loss"] < 0.69
+    assert 0 < evaluation["eval_cooling_weight"] < 1
+    head = "lm_head.weight"
+    assert not torch.equal(trainer.model.state_dict()[head], before[head])
+
+
+def test_first_step_equals_float64(task):
+    policy, reference = moved(copy.deepcopy(task.model)), copy.deepcopy(task.model)
+    trainer = make(CoolingDPOTrainer, task, policy, ref_model=reference, args={"max_steps": 1})
+    batch = first_batch(trainer)
+    loss, weight = float64_loss(task, policy, reference, batch)
+    assert abs(loss - 0.6931) > 0.02  # else the reference would not matter
+    trainer.train()
+    entry = trainer.state.log_history[0]
+    assert entry["loss"] == pytest.approx(loss, rel=2e-5)
+    assert entry["cooling_weight"] == pytest.approx(weight, rel=2e-5)
+
+
+def test_weight_one_is_what_trl_computes(task):
+    found = []
+    for kind in (CoolingDPOTrainer, DPOTrainer):
+        policy, reference = moved(copy.deepcopy(task.model)), copy.deepcopy(task.model)
+        trainer = make(kind, task, policy, ref_model=reference, cooling=Cooling(constant=1.0))
+        found.append((trainer, *gradients(trainer, first_batch(trainer))))
+    (ours, loss, grads), (theirs, their_loss, their_grads) = found
+    assert loss == pytest.approx(their_loss, rel=1e-5)
+    assert grads.keys() == their_grads.keys()
+    assert their_grads["lm_head.weight"].abs().max() > 1e-3
+    for name, grad in their_grads.items():
+        torch.testing.assert_close(grads[name], grad, rtol=1e-3, atol=2e-6, msg=name)
+    shared = {name for name in theirs._metrics["train"] if name.startswith(("rewards/", "logps/", "num_tokens"))}
+    assert len(shared) == 7
+    for name in shared:
+        assert ours._metrics["train"][name] == pytest.approx(theirs._metrics["train"][name], rel=1e-4, abs=1e-5), name
+
+
+LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
+def test_lora_reference(task, trained):
+    """A new adapter's reference is the model without it; that of one with a past is a copy of it, as TRL has it."""
+    policy, reference = copy.deepcopy(task.model), task.model
+    if trained:
+        policy = get_peft_model(policy, LORA)
+        move_adapter(policy, seed=2)
+        reference = copy.deepcopy(policy).merge_and_unload()
+        trainer = make(CoolingDPOTrainer, task, policy)
+        assert "ref" in trainer.model.peft_config
+    else:
+        trainer = make(CoolingDPOTrainer, task, policy, peft_config=LORA)
+    assert trainer.ref_model is None
+    move_adapter(trainer.model, seed=1)
+    batch = first_batch(trainer)
+    logp = torch.cat(trainer.compute_ref_log_probs(trainer.model, batch))
+    torch.testing.assert_close(logp.double(), float64_sequences(task, reference, batch)[0], rtol=1e-5, atol=1e-5)
+    policy = copy.deepcopy(trainer.model).merge_and_unload()
+    loss, found = float64_loss(task, policy, reference, batch)[0], gradients(trainer, batch)
+    assert abs(loss - 0.6931) > 0.01
+    assert found[0] == pytest.approx(loss, rel=2e-5)
+    assert found[1]
+    assert all("lora_" in name and ".default." in name and grad.abs().max() > 0 for name, grad in found[1].items())
+
+
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_precomputed_reference_changes_nothing(task, lora):
+    options = {"peft_config": LORA} if lora else {}
+    losses = []
+    for precompute in (False, True):
+        trainer = make(CoolingDPOTrainer, task, args={"precompute_ref_log_probs": precompute}, **options)
+        assert ("ref_chosen_logps" in trainer.train_dataset.column_names) is precompute
+        trainer.train()
+        losses.append([entry["loss"] for entry in trainer.state.log_history if "loss" in entry])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+@pytest.mark.parametrize("kept", [0, 2])
+def test_dropped_pairs(task, kept):
+    trainer = make(CoolingDPOTrainer, task, copy.deepcopy(task.model), ref_model=moved(copy.deepcopy(task.model)))
+    batch = first_batch(trainer)
+    mean = float64_sequences(task, trainer.model, batch)[1].chunk(2)[1].sort().values
+    trainer.cooling = Cooling(-2.8, 0.5, drop_below=mean[1:3].mean().item() if kept else 0.0)
+    trainer.compute_loss(trainer.model, batch)
+    metrics = trainer._metrics["train"]
+    assert metrics["kept"] == [kept / 4]
+    if kept:
+        assert metrics["cooling_weight"] == [pytest.approx(((mean[2:] + 2.8) / 0.5).sigmoid().mean().item(), rel=1e-5)]
+    else:
+        assert "cooling_weight" not in metrics
+
+
+@pytest.mark.parametrize("task", ["images"], indirect=True)
+def test_every_key_of_the_processor_reaches_the_model(task):
+    trainer = make(CoolingDPOTrainer, task)
+    batch = first_batch(trainer)
+    seen = []
+    for model in (trainer.model, trainer.ref_model):
+        model.base_model.register_forward_pre_hook(lambda _, args, kwargs: seen.append(set(kwargs)), with_kwargs=True)
+    trainer.compute_loss(trainer.model, {**batch, "mm_token_type_ids": torch.zeros_like(batch["input_ids"])})
+    expected = {"input_ids", "attention_mask", "pixel_values", "mm_token_type_ids", "use_cache"}
+    assert seen == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("loss_type", ["ipo"]), ("loss_type", ["sigmoid", "sft"]), ("loss_weights", [0.5]), ("ld_alpha", 0.5),
+        ("label_smoothing", 0.1), ("use_weighting", True), ("f_divergence_type", "js_divergence"),
+        ("padding_free", True), ("use_liger_kernel", True),
+    ],
+)  # fmt: skip
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+def test_options_of_other_losses_are_refused_by_name(task, name, value):
+    with pytest.raises(NotImplementedError, match=rf"CoolingDPOTrainer: {name}=.* is not supported, only .* is"):
+        make(CoolingDPOTrainer, task, args={name: value})
+
+
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+def test_router_losses_are_refused_by_name(task):
+    config = MixtralConfig(
+        vocab_size=task.model.config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, pad_token_id=0,
+    )  # fmt: skip
+    model = MixtralForCausalLM(config)
+    options = {"ref_model": copy.deepcopy(model), "args": {"router_aux_loss_coef": 0.01}}
+    with pytest.raises(NotImplementedError, match=r"router_aux_loss_coef=0\.01 is not supported, only 0.0 is"):
+        make(CoolingDPOTrainer, task, model, **options)
+
+
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+def test_what_needs_logits_is_refused(task):
+    trainer = make(CoolingDPOTrainer, task)
+    with pytest.raises(NotImplementedError, match="compute_metrics and predict need logits"):
+        trainer.compute_loss(trainer.model, first_batch(trainer), return_outputs=True)
+
+
+def test_the_other_adapters_need_no_trl():
+    code = "import sys; sys.modules.update(trl=None); import cwdpo_kernels.integrations.hugging_face"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,1 @@
+"""The settings of a run: the YAML file, read and checked."""

@@ -1,0 +1,129 @@
+"""From rows to model inputs, in two steps, because a pair's negative may change between them.
+
+`PairCollator` runs the processor on the prompts and turns the answers into token lists. `with_answers` joins
+prompts and answers into one padded batch with aligned labels; training does that in its step, after on-policy
+negatives are mixed in, as a data loader fetches batches ahead of the policy that should answer them.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import ProcessorMixin
+
+from cwdpo_kernels import shift_labels
+from cwdpo_trainer.data.rows import Row
+from cwdpo_trainer.errors import require
+
+IGNORE_INDEX = -100
+Tokens = list[int]
+
+
+class Batch(NamedTuple):
+    """`inputs` of S rows for the model; `labels` [S, T] aligned with the hidden states that predict them."""
+
+    inputs: dict[str, Tensor]
+    labels: Tensor
+
+
+class PairCollator:
+    """Rows -> {"prompts": processor outputs for P prompts, "rows", "chosen", "rejected": P of each}."""
+
+    def __init__(self, processor: ProcessorMixin) -> None:
+        self.processor = processor
+        self.tokenizer = processor.tokenizer
+        # PaliGemma's takes the answer as a suffix, and marks it with type 1: what has type 0 sees both sides.
+        takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        self.answer_types = {"token_type_ids": 1} if takes_suffix else {}
+        for name in ("eos_token_id", "pad_token_id"):
+            require(getattr(self.tokenizer, name) is not None, "processor", "tokenizer", "a", name, None)
+
+    def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        return {
+            "prompts": self.prompts(rows),
+            "rows": [row.id for row in rows],
+            "chosen": [self.answer_tokens(row, row.chosen) for row in rows],
+            "rejected": [self.answer_tokens(row, row.rejected) for row in rows],
+        }
+
+    def prompts(self, rows: Sequence[Row], padding_side: str = "right") -> dict[str, Tensor]:
+        """The processor's outputs for the prompts; `padding_side` "left" is what generation needs."""
+        texts = [self.prompt_text(row) for row in rows]
+        images = [row.load_images() for row in rows]
+        # A chat template writes the special tokens itself.
+        chat = isinstance(rows[0].prompt, list)
+        outputs = self.processor(
+            text=texts,
+            images=images if any(images) else None,
+            text_kwargs={"padding": True, "padding_side": padding_side, "add_special_tokens": not chat},
+            return_tensors="pt",
+        )
+        return {name: value for name, value in outputs.items() if name != "labels"}  # PaliGemma's, of its suffix
+
+    def join(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens]) -> Batch:
+        """What `prompts` returned, followed by answers: see `with_answers`."""
+        return with_answers(prompts, *answers, pad_id=self.tokenizer.pad_token_id, answer_types=self.answer_types)
+
+    def answer_tokens(self, row: Row, answer: str | list[dict[str, Any]]) -> Tokens:
+        """The tokens that a model should write after the row's prompt, the end-of-sequence token last; of a row
+        with `max_answer` only so many, and then without one."""
+        if isinstance(row.prompt, list):
+            answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+            prompt, full = self.prompt_text(row), self.processor.apply_chat_template(row.prompt + answer)
+            ok = full.startswith(prompt)
+            require(ok, row.where, "the chat template", "a rendering that starts with", repr(prompt), repr(full))
+            answer = full[len(prompt) :].rstrip()
+        tokens = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+        eos = self.tokenizer.eos_token_id
+        ended = tokens if tokens and tokens[-1] == eos else [*tokens, eos]
+        return ended[: row.max_answer]
+
+    def prompt_text(self, row: Row) -> str:
+        """The prompt as text: as it stands, or messages as the chat template renders them."""
+        if isinstance(row.prompt, str):
+            return row.prompt
+        return self.processor.apply_chat_template(row.prompt, add_generation_prompt=True)
+
+
+def with_answers(
+    prompts: dict[str, Tensor],
+    *answers: Sequence[Tokens],
+    pad_id: int,
+    answer_types: Mapping[str, int] = MappingProxyType({}),
+) -> Batch:
+    """P prompts followed by their answers: with k lists of P answers a batch of k P rows, list after list.
+
+    Outputs of the shape of `input_ids` (masks, token types) grow with the answers: 1 in the attention mask, in the
+    others what `answer_types` says, or 0, which is "text". All other outputs (pixel_values, image_grid_thw, ...)
+    are repeated k times.
+    Rows are padded on the right with `pad_id`. Labels are the answers' tokens, `IGNORE_INDEX` elsewhere.
+    """
+    ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
+    rows = [(row, tokens) for group in answers for row, tokens in enumerate(group)]
+    lengths = mask.sum(dim=1).tolist()
+    width = max(lengths[row] + len(tokens) for row, tokens in rows)
+    labels = ids.new_full((len(rows), width), IGNORE_INDEX)
+    inputs: dict[str, Tensor] = {}
+    for key, value in prompts.items():
+        if value.shape != ids.shape:
+            inputs[key] = value.repeat(len(answers), *(1,) * (value.dim() - 1))
+            continue
+        inputs[key] = value.new_full((len(rows), width), pad_id if key == "input_ids" else 0)
+        for place, (row, _) in enumerate(rows):
+            inputs[key][place, : lengths[row]] = value[row, mask[row]]
+    for place, (row, tokens) in enumerate(rows):
+        span = slice(lengths[row], lengths[row] + len(tokens))
+        inputs["input_ids"][place, span] = labels[place, span] = ids.new_tensor(tokens)
+        for key, value in {"attention_mask": 1, **answer_types}.items():
+            inputs[key][place, span] = value
+    return Batch(inputs, shift_labels(labels))
+
+
+def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The tensors of `inputs` on `device`."""
+    return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}

@@ -1,0 +1,1 @@
+"""Probes of held-out pairs, captions, the doctor, and the reports they end up in."""

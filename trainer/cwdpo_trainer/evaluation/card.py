@@ -1,0 +1,153 @@
+"""The model card, saved beside a model: what it was made from and how, what was measured, what the doctor found."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import MISSING, asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import yaml
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
+from transformers import TrainingArguments
+
+from cwdpo_trainer.errors import require
+from cwdpo_trainer.evaluation.doctor import Finding, diagnose
+from cwdpo_trainer.evaluation.history import History, probe_entries
+from cwdpo_trainer.evaluation.plot import draw_dynamics
+from cwdpo_trainer.evaluation.summary import LABEL_OF_STAGE, REFERENCES, TITLES, environment, labels_of, printed, table
+from cwdpo_trainer.files import replacing, write_text
+
+CARD, PICTURE = "README.md", "dynamics.png"
+ADAPTER_FILE = "adapter_config.json"
+TASK = "image-text-to-text"
+METHODS = {
+    "sft": "constrained supervised fine-tuning with gentle negatives, stage 1 of CW-DPO",
+    "dpo": "Cooling-Weighted DPO (CW-DPO)",
+}
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model was made from: `base_model` (a name on the Hub or a folder), the `settings` of the run as in its
+    YAML file, and the `digests` of its data."""
+
+    base_model: str
+    settings: Mapping[str, Any]
+    digests: Mapping[str, str]
+
+
+def write_card(folder: Path, stage: str, name: str, metrics: Mapping[str, Any], origin: Origin, picture: Path) -> None:
+    """Write README.md and a copy of `picture` into the folder of the model that `stage` made.
+
+    `metrics` is laid out as metrics.json; what it has of later stages is left out.
+    """
+    if picture != folder / PICTURE:
+        with replacing(folder / PICTURE) as temporary:
+            shutil.copyfile(picture, temporary)
+    write_text(folder / CARD, str(make_card(stage, name, metrics, origin, (folder / ADAPTER_FILE).exists())))
+
+
+def write_stage_card(
+    folder: Path, stage: str, name: str, history: History, settings: Mapping[str, Any], origin: Origin, device: str
+) -> None:
+    """`write_card` of a stage by itself, from its log history: without captions, which a run makes at its end."""
+    probes = probe_entries(history)
+    require(bool(probes), str(folder), "the stage", "state", "trained, as its card has its probes", "no probe")
+    metrics = {
+        LABEL_OF_STAGE[stage]: {"probes": probes[-1]},
+        "findings": [asdict(finding) for finding in diagnose(stage, history, settings)],
+        "environment": environment(device),
+    }
+    with replacing(folder / PICTURE) as temporary:
+        draw_dynamics(temporary, {stage: history})
+    write_card(folder, stage, name, metrics, origin, folder / PICTURE)
+
+
+def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin, adapter: bool) -> ModelCard:
+    """The card: metadata that the Hub reads, and the text. Tokens stay out of it."""
+    stages = ["sft"] if stage == "sft" else list(LABEL_OF_STAGE)
+    unwanted = {LABEL_OF_STAGE[later] for later in LABEL_OF_STAGE if later not in stages}
+    shown = {label: metrics[label] for label in labels_of(metrics) if label not in unwanted}
+    findings = [Finding(**finding) for finding in metrics["findings"] if finding["stage"] in stages]
+    is_folder = Path(origin.base_model).is_dir()  # which the Hub does not know
+    base = Path(origin.base_model).name if is_folder else origin.base_model
+    data = ModelCardData(
+        model_name=name,
+        base_model=None if is_folder else base,
+        library_name="peft" if adapter else "transformers",
+        pipeline_tag=TASK,
+        tags=["cwdpo", "dpo", "preference-optimization", "vision-language", *(["lora"] if adapter else [])],
+        eval_results=_eval_results(shown, LABEL_OF_STAGE[stage]),
+    )
+    settings = yaml.safe_dump(_public(origin.settings), sort_keys=False, allow_unicode=True).strip()
+    made_with = {**metrics["environment"], **{f"{name} data": digest for name, digest in origin.digests.items()}}
+    text = f"""# {name}
+
+Trained from `{base}` by {METHODS[stage]},
+[arXiv 2510.11978](https://arxiv.org/abs/2510.11978), with cwdpo_kernels.
+
+## Figures on held-out rows
+
+{_markdown(["", *(TITLES[label] for label in shown)], _figures(shown))}
+
+{REFERENCES[0].upper() + REFERENCES[1:]}.
+
+![Learning dynamics]({PICTURE})
+
+## What the doctor found
+
+{_bullets(str(finding) for finding in findings) or "Nothing."}
+
+## Settings
+
+```yaml
+{settings}
+```
+
+## Made with
+
+{_markdown(["", "version or digest"], made_with.items())}
+"""
+    return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def changed_settings(args: TrainingArguments) -> dict[str, Any]:
+    """The options of a stage that differ from their defaults, for the card of a stage that no file describes."""
+    defaults = {
+        spec.name: spec.default if spec.default is not MISSING else spec.default_factory()
+        for spec in fields(args)
+        if spec.default is not MISSING or spec.default_factory is not MISSING
+    }
+    return {key: value for key, value in args.to_dict().items() if defaults.get(key) != value}
+
+
+def _eval_results(shown: Mapping[str, Any], label: str) -> list[EvalResult]:
+    lines = [line for line in table(shown) if line.values[label] is not None]
+    return [
+        EvalResult(
+            task_type=TASK, dataset_type="preferences", dataset_name="held-out rows",
+            metric_type=line.key, metric_name=line.title, metric_value=line.values[label],
+        )
+        for line in lines
+    ]  # fmt: skip
+
+
+def _figures(shown: Mapping[str, Any]) -> list[list[str]]:
+    return [[line.title, *(printed(line, label) for label in shown)] for line in table(shown)]
+
+
+def _public(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without tokens, and without where the run's folder lies."""
+    kept = {key: value for key, value in values.items() if not key.endswith("_token") and key != "output_dir"}
+    return {key: _public(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+def _bullets(lines: Iterable[str]) -> str:
+    return "\n".join(f"- {line}" for line in lines)
+
+
+def _markdown(head: list[str], rows: Iterable[Iterable[str]]) -> str:
+    lines = [head, ["---"] * len(head), *rows]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)

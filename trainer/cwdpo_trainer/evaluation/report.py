@@ -1,0 +1,134 @@
+"""What a run leaves behind: metrics.json, probes.csv, predictions.jsonl, dynamics.png, model cards, a printed table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from cwdpo_trainer.data.rows import Row
+from cwdpo_trainer.evaluation.captions import CaptionScores, score_captions
+from cwdpo_trainer.evaluation.card import Origin, write_card
+from cwdpo_trainer.evaluation.doctor import Finding, diagnose
+from cwdpo_trainer.evaluation.history import History, probe_entries
+from cwdpo_trainer.evaluation.plot import draw_dynamics
+from cwdpo_trainer.evaluation.summary import (
+    LABEL_OF_STAGE,
+    REFERENCES,
+    TITLES,
+    environment,
+    labels_of,
+    printed,
+    table,
+)
+from cwdpo_trainer.files import read_json, replacing, write_json, write_text
+from cwdpo_trainer.run_folder import MODEL_FOLDERS
+
+
+@dataclass
+class Results:
+    """`captions` by label (start, after_sft, after_cwdpo), one per scene; `histories` and `settings` by stage."""
+
+    scenes: list[Row]
+    captions: dict[str, list[str]]
+    histories: dict[str, History]
+    settings: dict[str, Mapping[str, Any]]
+    origin: Origin
+    seed: int
+    device: str
+
+
+def write_report(folder: Path, results: Results) -> None:
+    """Write all files of the report into the run folder; metrics.json is last, so that it says "finished"."""
+    scores = {label: score_captions(texts, results.scenes) for label, texts in results.captions.items()}
+    probes = {stage: probe_entries(history) for stage, history in results.histories.items()}
+    write_text(folder / "predictions.jsonl", _predictions(results, scores, folder))
+    write_text(folder / "probes.csv", _probes_csv(probes))
+    with replacing(folder / "dynamics.png") as temporary:
+        draw_dynamics(temporary, results.histories)
+    metrics = _metrics(results, scores, probes)
+    for stage in results.histories:
+        model = folder / MODEL_FOLDERS[stage]
+        name = f"{folder.resolve().name}-{model.name}"
+        write_card(model, stage, name, metrics, results.origin, folder / "dynamics.png")
+    write_json(folder / "metrics.json", metrics)
+
+
+def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[str, History]) -> dict[str, Any]:
+    metrics: dict[str, Any] = {
+        label: {"exact_match": score.exact_match, "cider": score.cider, "captions": len(results.scenes)}
+        for label, score in scores.items()
+    }
+    for stage, entries in probes.items():
+        metrics[LABEL_OF_STAGE[stage]]["probes"] = entries[-1]
+    if "start" in metrics:
+        metrics["start"]["probes"] = probes["dpo"][0]
+    first, *others = metrics
+    for label in others:
+        metrics["delta"] = {key: metrics[label][key] - metrics[first][key] for key in ("exact_match", "cider")}
+    metrics["findings"] = [
+        asdict(finding)
+        for stage, history in results.histories.items()
+        for finding in diagnose(stage, history, results.settings[stage])
+    ]
+    metrics["environment"] = environment(results.device)
+    metrics["base_model"] = results.origin.base_model
+    metrics["data"] = dict(results.origin.digests)
+    metrics["seed"] = results.seed
+    metrics["timing"] = {
+        f"{stage}_train_seconds": entry["train_runtime"]  # of the process that ended the stage
+        for stage, history in results.histories.items()
+        for entry in history
+        if "train_runtime" in entry
+    }
+    return metrics
+
+
+def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Path) -> str:
+    lines = []
+    for place, row in enumerate(results.scenes):
+        line: dict[str, Any] = {
+            "row": Path(row.where).name,
+            "prompt": row.prompt,
+            "images": [picture.name_from(folder) for picture in row.images],
+            "references": row.references,
+        }
+        for label, texts in results.captions.items():
+            line[f"caption_{label}"] = texts[place]
+            line[f"match_{label}"] = scores[label].matches[place]
+        lines.append(json.dumps(line) + "\n")
+    return "".join(lines)
+
+
+def _probes_csv(probes: dict[str, History]) -> str:
+    entries = [{"stage": stage, **entry} for stage, of_stage in probes.items() for entry in of_stage]
+    names = list(dict.fromkeys(name for entry in entries for name in entry))
+    table = io.StringIO()
+    writer = csv.DictWriter(table, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(entries)
+    return table.getvalue()
+
+
+def is_reported(folder: Path, stages: Sequence[str]) -> bool:
+    """Whether the folder's metrics.json covers `stages`; that of an earlier stage may be there alone."""
+    path = folder / "metrics.json"
+    return path.exists() and {LABEL_OF_STAGE[stage] for stage in stages} <= read_json(path).keys()
+
+
+def print_table(metrics: dict[str, Any], folder: Path, finished: bool) -> None:
+    """The short table of a run, and where its picture is. `finished`: the run was done before this call."""
+    labels = labels_of(metrics)
+    if finished:
+        print(f"{folder}: this run is finished already")
+    print(f"\n{'':38}" + "".join(f"{TITLES[label]:>14}" for label in labels))
+    for line in table(metrics):
+        print(f"{line.title:<38}" + "".join(f"{printed(line, label):>14}" for label in labels))
+    print(REFERENCES)
+    for finding in metrics["findings"]:
+        print(f"found {Finding(**finding)}")
+    print(f"learning dynamics: {folder / 'dynamics.png'}\n")

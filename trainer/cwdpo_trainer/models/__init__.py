@@ -1,0 +1,1 @@
+"""The policy and its frozen reference: loading, adapters, sharding, cached log-probs."""

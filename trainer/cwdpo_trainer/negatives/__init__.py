@@ -1,0 +1,1 @@
+"""Rejected answers drawn from the policy while it trains."""

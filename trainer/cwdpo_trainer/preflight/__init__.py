@@ -1,0 +1,1 @@
+"""`cwdpo check`: everything that can be checked before the first training step."""
