@@ -11,16 +11,13 @@ losses: CW-DPO, arXiv 2510.11978.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import torch
 from torch import Tensor
 
 from . import ops
 from . import validation as check
-from .types import IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
-
-DEFAULT_BUDGET = MemoryBudget()
+from ._inputs import as_head, at_least_float32, autocast, detached, labelled_tokens, sequence_offsets, token_logprob
+from .types import DEFAULT_BUDGET, IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
 
 
 def linear_logprob(
@@ -34,7 +31,7 @@ def linear_logprob(
     `rows` [M]: flat indices of the labelled tokens, if known: saves finding them (a synchronisation on a GPU).
     Labelled tokens outside `rows` then count as ignored.
     """
-    return _linear_logprob("linear_logprob", hidden, head, labels, rows, budget, ignore_index)
+    return token_logprob("linear_logprob", hidden, head, labels, rows, budget, ignore_index)
 
 
 def logits_logprob(
@@ -65,19 +62,13 @@ def token_stats(
 
     Shapes and `rows` as in `linear_logprob`; every field is [...], 0 (False) where ignored.
     """
-    op = "token_stats"
-    hidden, head, labels, rows = _live("token_stats", hidden, head, labels, rows, ignore_index)
-    flat_hidden, flat_labels = _gather(hidden, labels, rows)
-    args = (
-        _detached(flat_hidden),
-        _detached(head.weight),
-        _detached(head.bias),
-        flat_labels,
-        head.scale,
-        head.softcap,
-    )
-    stats = getattr(torch.ops.cwdpo, op)(*args, ignore_index, budget.workspace_bytes or ops.BACKENDS_CHOICE)
-    return TokenStats(*(_scatter(field, rows, labels.shape) for field in stats))
+    tokens = labelled_tokens("token_stats", hidden, head, labels, rows, ignore_index)
+    head = tokens.head
+    stats = torch.ops.cwdpo.token_stats(
+        detached(tokens.hidden), detached(head.weight), detached(head.bias), tokens.labels, float(head.scale),
+        head.softcap, ignore_index, budget.workspace_bytes or ops.BACKENDS_CHOICE,
+    )  # fmt: skip
+    return TokenStats(*(tokens.scatter(field) for field in stats))
 
 
 def token_divergence(
@@ -90,8 +81,8 @@ def token_divergence(
     costs four head products.
     """
     op = "token_divergence"
-    hidden_p, head_p = _autocast(_detached(hidden_p), _as_head(op, "head_p", head_p))
-    hidden_q, head_q = _autocast(_detached(hidden_q), _as_head(op, "head_q", head_q))
+    hidden_p, head_p = autocast(detached(hidden_p), as_head(op, "head_p", head_p))
+    hidden_q, head_q = autocast(detached(hidden_q), as_head(op, "head_q", head_q))
     check.check_head(op, hidden_p, head_p, "hidden_p", "head_p")
     check.check_head(op, hidden_q, head_q, "hidden_q", "head_q")
     check.check_device(op, "hidden_q", hidden_q, hidden_p, "hidden_p")
@@ -109,8 +100,8 @@ def token_divergence(
     sides = [
         (
             hidden.reshape(-1, hidden.shape[-1]),
-            _detached(head.weight),
-            _detached(head.bias),
+            detached(head.weight),
+            detached(head.bias),
             head.scale,
             head.softcap,
         )
@@ -134,7 +125,7 @@ def sequence_logprob(
     check.expect(labels.shape == token_logp.shape, op, "labels", "shape", list(token_logp.shape), list(labels.shape))
     check.check_device(op, "labels", labels, token_logp, "token_logp")
     offsets = sequence_offsets(op, labels, cu_seqlens)
-    flat, flat_labels = _at_least_float32(token_logp).reshape(-1), labels.reshape(-1)
+    flat, flat_labels = at_least_float32(token_logp).reshape(-1), labels.reshape(-1)
     return SequenceLogprob(*torch.ops.cwdpo.sequence_logprob(flat, flat_labels, offsets, ignore_index))
 
 
@@ -148,7 +139,7 @@ def linear_sequence_logprob(
     `linear_logprob`.
     """
     op = "linear_sequence_logprob"
-    token_logp = _linear_logprob(op, hidden, head, labels, rows, budget, ignore_index)
+    token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index)
     return sequence_logprob(token_logp, labels, cu_seqlens, ignore_index=ignore_index)
 
 
@@ -177,88 +168,3 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None, *, ignore_ind
     ends = torch.where(cu_seqlens[1:] > 0, cu_seqlens[1:] - 1, labels.shape[0]).long()
     padded = torch.nn.functional.pad(shifted, (0, 1))
     return padded.index_fill(0, ends, ignore_index)[:-1]
-
-
-def sequence_offsets(op: str, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
-    """cu_seqlens as given (packed), or those of a padded [S, T] batch."""
-    if cu_seqlens is not None:
-        check.check_cu_seqlens(op, cu_seqlens, labels)
-        return cu_seqlens
-    shape = list(labels.shape)
-    check.expect(labels.dim() == 2, op, "labels", "shape", "[S, T], or [N] with cu_seqlens", shape)
-    return torch.arange(shape[0] + 1, device=labels.device) * shape[1]
-
-
-def _linear_logprob(
-    op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, budget: MemoryBudget,
-    ignore_index: int, sparse_grad: bool = False,
-) -> Tensor:  # fmt: skip
-    """`sparse_grad`: whole sequences may get no gradient (speed only: a GPU then takes the GEMMs that skip them)."""
-    hidden, head, labels, rows = _live(op, hidden, head, labels, rows, ignore_index)
-    flat_hidden, flat_labels = _gather(hidden, labels, rows)
-    parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
-    trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
-    frozen = torch.is_grad_enabled() and hidden.requires_grad and not trainable
-    kept_bytes = ops.kept_bytes(flat_hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
-    logp, *_ = torch.ops.cwdpo.linear_logprob(
-        flat_hidden, head.weight, head.bias, flat_labels, float(head.scale), head.softcap, ignore_index, frozen,
-        sparse_grad,
-        budget.workspace_bytes or ops.BACKENDS_CHOICE, kept_bytes,
-    )  # fmt: skip
-    return _scatter(logp, rows, labels.shape)
-
-
-def _live(
-    op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
-) -> tuple[Tensor, Head, Tensor, Tensor | None]:
-    """Checked arguments, and the flat indices of the tokens to project (None: all of them)."""
-    hidden, head = _autocast(hidden, _as_head(op, "head", head))
-    check.check_head(op, hidden, head)
-    check.check_labels(op, labels, hidden, "hidden", head.weight.shape[0], ignore_index)
-    if rows is not None:
-        check.check_rows(op, rows, labels)
-    elif not torch.compiler.is_compiling():  # a data-dependent shape; compiled, the op itself skips ignored tokens
-        rows = (labels.reshape(-1) != ignore_index).nonzero().squeeze(1)
-        rows = None if rows.numel() == labels.numel() else rows
-    return hidden, head, labels, rows
-
-
-def _gather(hidden: Tensor, labels: Tensor, rows: Tensor | None) -> tuple[Tensor, Tensor]:
-    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
-    return (flat_hidden, flat_labels) if rows is None else (flat_hidden[rows], flat_labels[rows])
-
-
-def _scatter(values: Tensor, rows: Tensor | None, shape: torch.Size) -> Tensor:
-    """Values of the projected tokens in their places, 0 elsewhere."""
-    if rows is None:
-        return values.view(shape)
-    return values.new_zeros(shape.numel()).index_copy(0, rows.long(), values).view(shape)
-
-
-def _as_head(op: str, arg: str, head: Head | Tensor) -> Head:
-    if isinstance(head, Tensor):
-        return Head(head)
-    check.expect(isinstance(head, Head), op, arg, "type", "Head or Tensor [V, D]", type(head).__name__)
-    return head
-
-
-def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """Inside an autocast region: hidden and head in its dtype, as torch's linear would take them."""
-    device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
-        return hidden, head
-    dtype = torch.get_autocast_dtype(device_type)
-
-    def cast(tensor: Tensor | None) -> Tensor | None:
-        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
-        return tensor.to(dtype) if eligible else tensor
-
-    return cast(hidden), replace(head, weight=cast(head.weight), bias=cast(head.bias))
-
-
-def _at_least_float32(tensor: Tensor) -> Tensor:
-    return tensor if tensor.dtype == torch.float64 else tensor.float()
-
-
-def _detached(tensor: Tensor | None) -> Tensor | None:
-    return tensor.detach() if isinstance(tensor, Tensor) else tensor

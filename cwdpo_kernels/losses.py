@@ -9,9 +9,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import functional as F
 from . import validation as check
+from ._inputs import as_head, at_least_float32, sequence_offsets, token_logprob
+from ._smoothing import lead_over_mean_logit
+from .functional import logits_logprob, sequence_logprob
 from .types import (
+    DEFAULT_BUDGET,
     IGNORE_INDEX,
     ConstrainedSFTOutput,
     Cooling,
@@ -55,7 +58,7 @@ def cwdpo_loss(
 def linear_cwdpo_loss(
     hidden: Tensor, head: Head | Tensor, labels: Tensor, ref_chosen: Tensor | SequenceLogprob,
     ref_rejected: Tensor | SequenceLogprob, *, beta: float, cooling: Cooling, normalize: str = "sequence",
-    cu_seqlens: Tensor | None = None, rows: Tensor | None = None, budget: MemoryBudget = F.DEFAULT_BUDGET,
+    cu_seqlens: Tensor | None = None, rows: Tensor | None = None, budget: MemoryBudget = DEFAULT_BUDGET,
     ignore_index: int = IGNORE_INDEX,
 ) -> CWDPOOutput:  # fmt: skip
     """`cwdpo_loss` straight from hidden states, without logits; gradients to hidden, head.weight and head.bias.
@@ -66,7 +69,7 @@ def linear_cwdpo_loss(
     op = "linear_cwdpo_loss"
     _cooling_args(op, cooling)
     drops_gradients = cooling.drop_below is not None or cooling.constant == 0
-    token_logp = F._linear_logprob(op, hidden, head, labels, rows, budget, ignore_index, drops_gradients)
+    token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index, drops_gradients)
     return _token_cwdpo(
         op, token_logp, labels, cu_seqlens, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
     )
@@ -79,7 +82,7 @@ def logits_cwdpo_loss(
 ) -> CWDPOOutput:  # fmt: skip
     """`linear_cwdpo_loss` for trainers that already hold logits [2P, T, V] or packed [N, V]."""
     op = "logits_cwdpo_loss"
-    token_logp = F.logits_logprob(logits, labels, reuse_logits=reuse_logits, ignore_index=ignore_index)
+    token_logp = logits_logprob(logits, labels, reuse_logits=reuse_logits, ignore_index=ignore_index)
     return _token_cwdpo(
         op, token_logp, labels, cu_seqlens, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
     )
@@ -103,7 +106,7 @@ def constrained_sft_loss(
 
 def linear_constrained_sft_loss(
     hidden: Tensor, head: Head | Tensor, labels: Tensor, *, negatives: GentleNegatives,
-    cu_seqlens: Tensor | None = None, rows: Tensor | None = None, budget: MemoryBudget = F.DEFAULT_BUDGET,
+    cu_seqlens: Tensor | None = None, rows: Tensor | None = None, budget: MemoryBudget = DEFAULT_BUDGET,
     ignore_index: int = IGNORE_INDEX,
 ) -> ConstrainedSFTOutput:  # fmt: skip
     """`constrained_sft_loss` straight from hidden states; shapes as in `linear_cwdpo_loss`.
@@ -112,36 +115,26 @@ def linear_constrained_sft_loss(
     Errors: NotImplementedError for "smoothed" with a soft cap, where that identity does not hold.
     """
     op = "linear_constrained_sft_loss"
-    token_logp = F._linear_logprob(op, hidden, head, labels, rows, budget, ignore_index)
-    offsets = F.sequence_offsets(op, labels, cu_seqlens)
+    token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index)
+    offsets = sequence_offsets(op, labels, cu_seqlens)
     smoothing = None
     _check_negatives(op, negatives)
     if negatives.mode == "smoothed":
-        token_smoothing = _smoothing(op, hidden, F._as_head(op, "head", head), labels, ignore_index)
-        summed = F.sequence_logprob(token_smoothing, labels, cu_seqlens, ignore_index=ignore_index).total
+        head = as_head(op, "head", head)
+        if head.softcap is not None:
+            raise NotImplementedError(f"{op}: negatives.mode='smoothed' is not defined with a soft cap")
+        lead = lead_over_mean_logit(hidden, head, labels.masked_fill(labels == ignore_index, 0))
+        summed = sequence_logprob(lead, labels, cu_seqlens, ignore_index=ignore_index).total
         smoothing = summed[check.check_pairs(op, "labels", summed.shape[0]) :]
     flat = token_logp.reshape(-1)
     return _constrained_sft(op, flat, labels.reshape(-1), None, offsets, negatives, smoothing, ignore_index)
-
-
-def _smoothing(op: str, hidden: Tensor, head: Head, labels: Tensor, ignore_index: int) -> Tensor:
-    """z_y - mean_v z_v per token = scale * (h . (W_y - mean W) + b_y - mean b), at least in float32."""
-    if head.softcap is not None:
-        raise NotImplementedError(f"{op}: negatives.mode='smoothed' is not defined with a soft cap")
-    safe = labels.masked_fill(labels == ignore_index, 0)
-    dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-    contrast = head.weight[safe].to(dtype) - head.weight.mean(0, dtype=dtype)
-    smoothing = (hidden.to(dtype) * contrast).sum(-1)
-    if head.bias is not None:
-        smoothing = smoothing + head.bias[safe].to(dtype) - head.bias.mean(dtype=dtype)
-    return smoothing * head.scale
 
 
 def _token_cwdpo(
     op: str, token_logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None, ref_chosen: Tensor | SequenceLogprob,
     ref_rejected: Tensor | SequenceLogprob, beta: float, cooling: Cooling, normalize: str, ignore_index: int,
 ) -> CWDPOOutput:  # fmt: skip
-    offsets = F.sequence_offsets(op, labels, cu_seqlens)
+    offsets = sequence_offsets(op, labels, cu_seqlens)
     flat, flat_labels = token_logp.reshape(-1), labels.reshape(-1)
     return _cwdpo(
         op, flat, flat_labels, None, offsets, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
@@ -214,7 +207,7 @@ def _stack_pairs(op: str, chosen: SequenceLogprob, rejected: SequenceLogprob) ->
         check.expect(list(value.count.shape) == shape, op, f"{arg}.count", "shape", shape, list(value.count.shape))
     check.check_per_pair(op, "rejected.total", rejected.total, chosen.total.shape[0], chosen.total)
     total = torch.cat([chosen.total, rejected.total])
-    return F._at_least_float32(total), torch.cat([chosen.count, rejected.count]).long()
+    return at_least_float32(total), torch.cat([chosen.count, rejected.count]).long()
 
 
 def _split_pairs(total: Tensor, mean: Tensor, count: Tensor) -> tuple[SequenceLogprob, SequenceLogprob]:

@@ -122,6 +122,9 @@ class MemoryBudget:
         expect(ok, op, "kept_bytes", "value", "None or >= 0", self.kept_bytes)
 
 
+DEFAULT_BUDGET = MemoryBudget()
+
+
 class SequenceLogprob(NamedTuple):
     """Per sequence [S]: `total` (nats), `mean` (nats per token; 0 for an empty sequence), `count` (tokens, int64)."""
 

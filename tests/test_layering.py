@@ -21,12 +21,15 @@ ADAPTERS = {"compat", "integrations"}
 # What each part of the package may import from it. `reference` and `testing` are for tests and benchmarks only.
 ALLOWED = {
     "__init__": {"functional", "losses", "ops", "types"},
-    "losses": {"functional", "ops", "types", "validation"},
-    "functional": {"ops", "types", "validation"},
+    "losses": {"functional", "_inputs", "_smoothing", "ops", "types", "validation"},
+    "functional": {"_inputs", "ops", "types", "validation"},
+    "_inputs": {"ops", "types", "validation"},
+    "_smoothing": {"types"},
     "types": {"validation"},
     "validation": set(),
     "testing": {"types"},
-    **{group: {group, "validation", "__init__"} for group in ADAPTERS},  # and the public names of the package
+    # The public names of the package, and what its own functions share.
+    **{group: {group, "__init__", "_inputs", "_smoothing", "validation"} for group in ADAPTERS},
     "ops": {"ops", *BACKENDS},
     "reference": {"reference", "types"},
     **{backend: {backend} for backend in BACKENDS},

@@ -8,10 +8,10 @@ after:
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .. import Head, linear_logprob
+from .._smoothing import lead_over_mean_logit
 from ..validation import expect
 from .reduction import check_reduction, reduced
 
@@ -55,17 +55,10 @@ def linear_cross_entropy(
     check_reduction(OP, reduction)
     expect(0.0 <= label_smoothing <= 1.0, OP, "label_smoothing", "a value", "between 0 and 1", label_smoothing)
     ignored = -100 if ignore_index is None else ignore_index
-    loss = -linear_logprob(input, Head(linear_weight, linear_bias), target, ignore_index=ignored)
+    head = Head(linear_weight, linear_bias)
+    loss = -linear_logprob(input, head, target, ignore_index=ignored)
     counts = target != ignored
     if label_smoothing:
-        lead = _lead_over_the_mean(input, linear_weight, linear_bias, target.where(counts, 0))
+        lead = lead_over_mean_logit(input, head, target.where(counts, 0))
         loss = loss + label_smoothing * lead.where(counts, 0.0)
     return reduced(loss, counts, reduction)
-
-
-def _lead_over_the_mean(hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """z_y - mean_v z_v, a dot product a token: no vocabulary pass."""
-    dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rows = weight[labels].to(dtype) - weight.mean(dim=0, dtype=dtype)
-    lead = (hidden.to(dtype) * rows).sum(-1)
-    return lead if bias is None else lead + bias[labels].to(dtype) - bias.mean(dtype=dtype)

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import Head
+from .._inputs import autocast
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:
@@ -42,10 +43,10 @@ def is_lora(layer: nn.Module) -> bool:
 def head_of(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Head]:
     """Hidden states [..., D'] and head [V, D'] whose product is what `layer` makes of `hidden` [..., D]."""
     if not is_lora(layer):
-        return _autocast(hidden, Head.of(layer))
+        return autocast(hidden, Head.of(layer))
     if layer.disable_adapters and layer.merged:
         layer.unmerge()  # as its own forward does
-    hidden, head = _autocast(hidden, Head.of(layer.base_layer))
+    hidden, head = autocast(hidden, Head.of(layer.base_layer))
     if layer.disable_adapters or layer.merged:
         return hidden, head
     columns, weights, bias = [hidden], [head.weight], head.bias
@@ -59,13 +60,3 @@ def head_of(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Head]:
                 added = (up.bias * scaling).to(hidden.dtype)
                 bias = added if bias is None else bias + added
     return torch.cat(columns, -1), dataclasses.replace(head, weight=torch.cat(weights, 1), bias=bias)
-
-
-def _autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """As autocast does for the linear layer that the call replaces."""
-    device = hidden.device.type
-    if not torch.is_autocast_enabled(device):
-        return hidden, head
-    dtype = torch.get_autocast_dtype(device)
-    bias = None if head.bias is None else head.bias.to(dtype)
-    return hidden.to(dtype), dataclasses.replace(head, weight=head.weight.to(dtype), bias=bias)

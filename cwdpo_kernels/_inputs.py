@@ -1,0 +1,124 @@
+"""From public arguments to op arguments: validation, autocast, and the selection of labelled tokens.
+
+Shapes as in `functional`; M labelled tokens of N.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from . import ops
+from . import validation as check
+from .types import Head, MemoryBudget
+
+
+@dataclass(frozen=True)
+class LabelledTokens:
+    """The tokens that an op projects: hidden [M, D], labels [M], and where they come from.
+
+    `rows` [M] are their flat indices in a batch of `shape`; None: all tokens, in order.
+    """
+
+    hidden: Tensor
+    head: Head
+    labels: Tensor
+    rows: Tensor | None
+    shape: torch.Size
+
+    def scatter(self, values: Tensor) -> Tensor:
+        """Values [M] of the tokens back in the batch's shape, 0 elsewhere."""
+        if self.rows is None:
+            return values.view(self.shape)
+        return values.new_zeros(self.shape.numel()).index_copy(0, self.rows.long(), values).view(self.shape)
+
+
+def labelled_tokens(
+    op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
+) -> LabelledTokens:
+    """Check the arguments of a linear op and gather the tokens to project.
+
+    In a compiled graph all tokens are gathered, because the number of labelled ones would be a data-dependent shape;
+    the op itself then skips ignored tokens.
+    """
+    hidden, head = autocast(hidden, as_head(op, "head", head))
+    check.check_head(op, hidden, head)
+    check.check_labels(op, labels, hidden, "hidden", head.weight.shape[0], ignore_index)
+    flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
+    if rows is not None:
+        check.check_rows(op, rows, labels)
+    elif not torch.compiler.is_compiling():
+        rows = (flat_labels != ignore_index).nonzero().squeeze(1)
+        rows = None if rows.numel() == labels.numel() else rows
+    if rows is not None:
+        flat_hidden, flat_labels = flat_hidden[rows], flat_labels[rows]
+    return LabelledTokens(flat_hidden, head, flat_labels, rows, labels.shape)
+
+
+def token_logprob(
+    op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, budget: MemoryBudget,
+    ignore_index: int, sparse_grad: bool = False,
+) -> Tensor:  # fmt: skip
+    """`functional.linear_logprob` on behalf of `op`, which errors name.
+
+    `sparse_grad`: whole sequences may get no gradient. Affects speed only: a GPU then runs the GEMMs that skip them.
+    """
+    tokens = labelled_tokens(op, hidden, head, labels, rows, ignore_index)
+    head = tokens.head
+    parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
+    trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+    frozen = torch.is_grad_enabled() and tokens.hidden.requires_grad and not trainable
+    kept_bytes = ops.kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
+    logp, *_ = torch.ops.cwdpo.linear_logprob(
+        tokens.hidden, head.weight, head.bias, tokens.labels, float(head.scale), head.softcap, ignore_index, frozen,
+        sparse_grad, budget.workspace_bytes or ops.BACKENDS_CHOICE, kept_bytes,
+    )  # fmt: skip
+    return tokens.scatter(logp)
+
+
+def sequence_offsets(op: str, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:
+    """`cu_seqlens` as given (packed), or the offsets of a padded [S, T] batch."""
+    if cu_seqlens is not None:
+        check.check_cu_seqlens(op, cu_seqlens, labels)
+        return cu_seqlens
+    shape = list(labels.shape)
+    check.expect(labels.dim() == 2, op, "labels", "shape", "[S, T], or [N] with cu_seqlens", shape)
+    return torch.arange(shape[0] + 1, device=labels.device) * shape[1]
+
+
+def as_head(op: str, arg: str, head: Head | Tensor) -> Head:
+    """`head`, or the Head of a bare weight [V, D]."""
+    if isinstance(head, Tensor):
+        return Head(head)
+    check.expect(isinstance(head, Head), op, arg, "type", "Head or Tensor [V, D]", type(head).__name__)
+    return head
+
+
+def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
+    """`hidden` and `head` in the dtype of the enclosing autocast region, as torch's linear would cast them.
+
+    Unchanged outside such a region. Like torch, float64 is never cast.
+    """
+    device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
+    if not torch.is_autocast_enabled(device_type):
+        return hidden, head
+    dtype = torch.get_autocast_dtype(device_type)
+
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = isinstance(tensor, Tensor) and tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    bias = None if head.bias is None else cast(head.bias)
+    return cast(hidden), replace(head, weight=cast(head.weight), bias=bias)
+
+
+def at_least_float32(tensor: Tensor) -> Tensor:
+    """`tensor` in the dtype of the computation: float64 stays, everything else becomes float32."""
+    return tensor if tensor.dtype == torch.float64 else tensor.float()
+
+
+def detached(tensor: Tensor | None) -> Tensor | None:
+    """`tensor` without its graph; anything else as it is."""
+    return tensor.detach() if isinstance(tensor, Tensor) else tensor
