@@ -20,6 +20,7 @@ from .losses import (
 )
 from .ops import backend, missing_backend
 from .types import (
+    IGNORE_INDEX,
     ConstrainedSFTOutput,
     Cooling,
     CWDPOOutput,
@@ -34,6 +35,7 @@ from .types import (
 __version__ = "0.1.0"
 
 __all__ = [
+    "IGNORE_INDEX",
     "CWDPOOutput",
     "ConstrainedSFTOutput",
     "Cooling",

@@ -32,10 +32,10 @@ from .. import Head, linear_logprob
 from . import lora_head
 from .head_transform import Transform, measure_transform, stubbed
 
-__all__ = ["HeadError", "attach_head", "check_head"]
+__all__ = ["HeadError", "HeadInfo", "attach_head", "check_head", "evaluating"]
 
 HeadOp = Callable[[Tensor, Head], Any]
-_RECEIPT, _PREVIOUS = "_cwdpo_head_receipt", "_cwdpo_previous_forward"  # in a module's __dict__
+_INFO, _PREVIOUS = "_cwdpo_head_info", "_cwdpo_previous_forward"  # in a module's __dict__
 
 
 class HeadError(ValueError):
@@ -43,7 +43,7 @@ class HeadError(ValueError):
 
 
 @dataclass(frozen=True)
-class HeadReceipt:
+class HeadInfo:
     """What `attach_head` found: the head, the transform of its logits, and how far the fused log-probs of probes
     lie from those of the model's own logits (`difference`, in nats)."""
 
@@ -64,18 +64,18 @@ class HeadReceipt:
         )
 
 
-def attach_head(model: nn.Module) -> HeadReceipt:
+def attach_head(model: nn.Module) -> HeadInfo:
     """Teach `model` and its head module the argument `head_op`; without it both do what they always did.
 
     `model` is a `transformers.PreTrainedModel` with an output head over a backbone, or a peft model of one. The
     patched forwards are bound methods, so that `copy.deepcopy(model)` calls its own head; `save_pretrained` and
-    `generate` see the same signatures as before. A second call only returns the receipt of the first.
+    `generate` see the same signatures as before. A second call returns the result of the first.
     Raises `HeadError` where the head is not linear, where a forward is patched already, or where the logits are
     not softcap(scale * (hidden W^T + b)); the model is then as it was.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
-    if _RECEIPT in vars(model):
-        return vars(model)[_RECEIPT]
+    if _INFO in vars(model):
+        return vars(model)[_INFO]
     name, head = type(model).__name__, model.get_output_embeddings()
     _expect(head is not None, name, "an output head", "None from get_output_embeddings()")
     _expect(model.base_model is not model, name, "a backbone below the head", "no base_model but itself")
@@ -86,13 +86,29 @@ def attach_head(model: nn.Module) -> HeadReceipt:
         transform = measure_transform(model, head)
         _take_op(layers)
         _patch(model, _with_head_op(type(model).forward, transform))
-        receipt = _receipt(model, transform)
+        info = _compare(model, transform)
     except ValueError as error:
         for module in (model, *layers):
             _restore(module)
         raise error if isinstance(error, HeadError) else HeadError(f"attach_head: {name}: {error}") from error
-    setattr(model, _RECEIPT, receipt)
-    return receipt
+    setattr(model, _INFO, info)
+    return info
+
+
+@contextlib.contextmanager
+def evaluating(model: nn.Module) -> Iterator[None]:
+    """Put `model` and its submodules in evaluation mode; afterwards restore each module's own mode, even on errors.
+
+    `model.train(was_training)` would not do: it sets all submodules to one mode, including those that were frozen in
+    evaluation mode.
+    """
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, training in modes:
+            module.training = training
 
 
 def _expect(condition: bool, model: str, expected: str, actual: str) -> None:
@@ -163,10 +179,10 @@ def _with_head_op(plain: Callable[..., Any], transform: Transform) -> Callable[.
 
 
 @torch.no_grad()
-def _receipt(model: nn.Module, transform: Transform) -> HeadReceipt:
+def _compare(model: nn.Module, transform: Transform) -> HeadInfo:
     """Fused log-probs of random tokens beside those of the model's logits, over a backbone that is stubbed."""
     found: dict[str, Any] = {}
-    with stubbed(model) as (hidden, inputs), _evaluating(model):
+    with stubbed(model) as (hidden, inputs), evaluating(model):
         labels = torch.randint(0, 2**31, hidden.shape[:-1], generator=torch.Generator().manual_seed(2))
 
         def op(hidden: Tensor, head: Head) -> Tensor:
@@ -178,19 +194,7 @@ def _receipt(model: nn.Module, transform: Transform) -> HeadReceipt:
         fused = model(**inputs, head_op=op)
         own = model(**inputs).logits
     difference = _difference(type(model).__name__, fused, own, found.pop("labels"), found["dtype"])
-    return HeadReceipt(type(model).__name__, **found, transform=transform, difference=difference)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Without dropout; afterwards every module is in the mode that it was in."""
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module in training:
-            module.training = True
+    return HeadInfo(type(model).__name__, **found, transform=transform, difference=difference)
 
 
 def _difference(name: str, fused: Tensor, own: Tensor, labels: Tensor, dtype: torch.dtype) -> float:
@@ -227,7 +231,7 @@ def check_head(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> f
     def op(hidden: Tensor, head: Head) -> tuple[Tensor, torch.dtype]:
         return linear_logprob(hidden, head, labels), hidden.dtype
 
-    with _evaluating(model):
+    with evaluating(model):
         fused, dtype = model(**inputs, head_op=op)
         own = model(**inputs, **options).logits[:, -keep:]
     return _difference(type(inner).__name__, fused[:, first:], own, labels[:, first:], dtype)

@@ -64,10 +64,10 @@ def compare(model, inputs, labels, expected_from=None):
 
 def test_fused_logp_and_gradients_are_the_models_own(tiny):
     name, model, inputs, labels = tiny
-    receipt = attach_head(model)
+    info = attach_head(model)
     expected = EXPECTED.get(name, (1.0, None))
-    assert (receipt.transform.scale, receipt.transform.softcap) == expected
-    assert receipt.difference < 1e-4
+    assert (info.transform.scale, info.transform.softcap) == expected
+    assert info.difference < 1e-4
     assert check_head(model, inputs, labels) < 1e-4
     compare(model, inputs, labels)
 
@@ -86,8 +86,8 @@ def test_lora(make, targets, order):
     if order == "attached first":
         attach_head(model)
     wrapped = lora(model, targets)
-    receipt = attach_head(wrapped)
-    assert receipt is attach_head(model)
+    info = attach_head(wrapped)
+    assert info is attach_head(model)
     compare(wrapped, inputs, labels)
     trained = [name for name, parameter in wrapped.named_parameters() if parameter.grad is not None]
     assert any("lm_head" in name for name in trained) == ("lm_head" in targets)
@@ -152,9 +152,9 @@ def test_short_dtypes(dtype):
     for make in (llava, functools.partial(qwen2_5_vl, tied=True), *(CLASSES[name] for name in EXPECTED)):
         model, inputs = make()
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
-        receipt = attach_head(model.to(dtype))
-        assert receipt.dtype == dtype
-        assert receipt.transform.softcap == (3.0 if type(model).__name__ == "Gemma2ForCausalLM" else None)
+        info = attach_head(model.to(dtype))
+        assert info.dtype == dtype
+        assert info.transform.softcap == (3.0 if type(model).__name__ == "Gemma2ForCausalLM" else None)
         check_head(model, inputs, answer_labels(inputs))
 
 

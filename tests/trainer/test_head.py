@@ -125,9 +125,9 @@ def test_the_transform_of_the_logits_is_measured(model, batch, change, scale, so
     changed = Changed(model.config)
     changed.load_state_dict(model.state_dict())
     changed.change = change
-    receipt = attach_head(changed)
-    assert receipt.transform.scale == pytest.approx(scale, rel=1e-6)
-    assert receipt.transform.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
+    info = attach_head(changed)
+    assert info.transform.scale == pytest.approx(scale, rel=1e-6)
+    assert info.transform.softcap == (None if softcap is None else pytest.approx(softcap, rel=1e-6))
     torch.testing.assert_close(fused_logp(changed, batch).double(), own_logp(changed, batch), rtol=1e-5, atol=1e-5)
 
 

@@ -127,7 +127,7 @@ def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: Model) 
     """Train `policy` in place, and save it; what it is now is the stage's reference."""
     trainer = _trainer(config, inputs, stage, policy, freeze_reference(policy))
     if trainer.args.should_save:
-        print(f"{stage}: {trainer.receipt}")
+        print(f"{stage}: {trainer.head_info}")
     trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
     policy.zero_grad()  # gradients have no place in the copy that becomes the next reference
     folder = config.output_dir / MODEL_FOLDERS[stage]

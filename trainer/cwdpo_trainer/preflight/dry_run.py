@@ -138,16 +138,16 @@ def first_pair(plan: Plan) -> Row | None:
 
 
 def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch.device) -> str:
-    """Load the model and compare the fused log-probs of one pair with those of its own logits; a receipt.
+    """Load the model and compare the fused log-probs of one pair with those of its own logits; a one-line summary.
 
     Raises what the model raises, `HeadError` where the two differ, `InputError` where an answer sees its own future.
     """
     model = load_model(config.model, model_path(config), config.lora)
     model = model if config.model.quantization else model.to(device)  # quantised weights are where they were put
-    receipt = attach_head(model)
+    info = attach_head(model)
     pair = collator([row])
     inputs, labels = collator.join(pair["prompts"], pair["chosen"], pair["rejected"])
     batch = (to_device(inputs, device), labels.to(device))
     difference = check_head(model, *batch)
     check_causal(model, *batch)
-    return f"{receipt}; on the pair {row.where} within {difference:.1e} nats"
+    return f"{info}; on the pair {row.where} within {difference:.1e} nats"

@@ -36,7 +36,7 @@ class StageTrainer(Trainer):
     """What both stages share: pairs as batches, the head call, averaged figures, probes, whole checkpoints.
 
     `reference` is the frozen model that the stage starts from (`models.freeze_reference`); a stage trains `model`
-    on `rows`. `receipt` says what was found out about the model's head, `origin` where the model comes from,
+    on `rows`. `head_info` says what was found out about the model's head, `origin` where the model comes from,
     for its card.
     """
 
@@ -51,7 +51,7 @@ class StageTrainer(Trainer):
         origin: Origin | None = None,
     ) -> None:
         check_quantization(model, args.device)
-        self.receipt = attach_head(model)
+        self.head_info = attach_head(model)
         if not isinstance(reference, AdapterReference):  # which is `model` with another adapter
             attach_head(reference)
         super().__init__(
