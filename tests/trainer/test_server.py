@@ -13,10 +13,10 @@ from io import BytesIO
 import pytest
 from PIL import Image, ImageChops
 
-from cwdpo_trainer import server as server_module
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.negatives import server as server_module
 from cwdpo_trainer.negatives.policy import PolicyInTraining
 from cwdpo_trainer.negatives.server import AnswerServer
 

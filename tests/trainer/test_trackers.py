@@ -6,8 +6,8 @@ import pytest
 from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
-from cwdpo_trainer import arguments
 from cwdpo_trainer.cli import main
+from cwdpo_trainer.config import arguments
 
 
 @pytest.fixture

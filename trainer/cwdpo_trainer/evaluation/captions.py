@@ -1,18 +1,22 @@
-"""How good captions are: exact match with a reference, and CIDEr."""
+"""How good captions are: exact match with a reference, and CIDEr-D."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from statistics import fmean
 from typing import NamedTuple
 
-from pycocoevalcap.cider.cider import Cider
-
 from cwdpo_trainer.data.rows import Row
+from cwdpo_trainer.evaluation.cider import cider_d
 from cwdpo_trainer.negatives.sampling import normalise
 
 
 class CaptionScores(NamedTuple):
-    """`exact_match`: share of captions that equal a reference, `matches`: which; `cider` x 100, as usual."""
+    """Scores of a list of captions.
+
+    `exact_match`: share of the captions that equal one of their references. `cider`: 100 times the mean CIDEr-D, as
+    papers print it. `matches`: for each caption, whether it equals a reference.
+    """
 
     exact_match: float
     cider: float
@@ -20,13 +24,12 @@ class CaptionScores(NamedTuple):
 
 
 def score_captions(captions: Sequence[str], rows: Sequence[Row]) -> CaptionScores:
-    """Scores of one caption for each row against the row's references.
+    """Score one caption per row against the row's references.
 
-    Captions are compared in lower case, split at white space. The weights of CIDEr's n-grams come from the
-    references of these rows, as in the reference implementation (pycocoevalcap), less its Java tokenizer.
+    Case and extra white space are ignored. N-gram frequencies for CIDEr-D come from the references of these rows, as
+    in pycocoevalcap. Its Java tokenizer, which removes punctuation, is not used.
     """
-    references = {place: [normalise(text) for text in row.references] for place, row in enumerate(rows)}
-    answers = {place: [normalise(text)] for place, text in enumerate(captions)}
-    matches = [answers[place][0] in references[place] for place in references]
-    cider, _ = Cider().compute_score(references, answers)
-    return CaptionScores(sum(matches) / len(matches), 100 * float(cider), matches)
+    references = [[normalise(text) for text in row.references] for row in rows]
+    candidates = [normalise(text) for text in captions]
+    matches = [text in texts for text, texts in zip(candidates, references, strict=True)]
+    return CaptionScores(fmean(matches), 100 * fmean(cider_d(candidates, references)), matches)
