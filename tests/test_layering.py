@@ -39,8 +39,8 @@ PEERS = {"transformers", "accelerate", "peft", "datasets", "trl", "lightning", "
 PEERS_OF = {"integrations/trl.py": {"trl", "transformers", "accelerate"}}
 # The trainer's rooms (and the files beside them) from the ground up. A room imports only from rooms before it.
 ROOMS = (
-    "errors", "files", "config", "run_folder", "data", "models", "negatives", "evaluation", "stages", "preflight",
-    "run", "recipes", "cli",
+    "errors", "files", "reporter", "config", "run_folder", "data", "models", "negatives", "evaluation", "stages",
+    "preflight", "run", "recipes", "cli",
 )  # fmt: skip
 LARGEST_ROOM = 10  # modules
 

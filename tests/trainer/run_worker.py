@@ -13,7 +13,8 @@ import torch
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 
-from cwdpo_trainer import cli, dpo
+from cwdpo_trainer import cli
+from cwdpo_trainer.stages import dpo
 
 FSDP2 = {
     "ACCELERATE_USE_FSDP": "true", "FSDP_VERSION": "2", "FSDP_AUTO_WRAP_POLICY": "TRANSFORMER_BASED_WRAP",

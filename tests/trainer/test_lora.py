@@ -14,13 +14,13 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
-from cwdpo_trainer import dpo
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.models.distributed import prepare_reference
 from cwdpo_trainer.models.loading import AdapterReference, freeze_reference, load_model
 from cwdpo_trainer.models.reference_cache import fingerprint
+from cwdpo_trainer.stages import dpo
 
 TARGETS = ["q_proj", "v_proj", "lm_head"]
 

@@ -18,7 +18,8 @@ from cwdpo_trainer.stages.dpo import CWDPOTrainer
 KILLED_IN_A_SAVE = """
 import os, signal, sys
 import torch
-from cwdpo_trainer import cli, dpo
+from cwdpo_trainer import cli
+from cwdpo_trainer.stages import dpo
 
 save_more = dpo.CWDPOTrainer._save_more
 
@@ -36,7 +37,8 @@ cli.main(["run", sys.argv[1]])
 KILLED_IN_A_CACHE_WRITE = """
 import os, signal, sys
 import torch
-from cwdpo_trainer import cli, reference_cache
+from cwdpo_trainer import cli
+from cwdpo_trainer.models import reference_cache
 
 add, count = reference_cache.ReferenceCache.add, 0
 

@@ -22,6 +22,7 @@ from cwdpo_trainer.config.loader import STAGES, load_config
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.measure import Subject, evaluate, probe
 from cwdpo_trainer.preflight.report import check_run, environment_report
+from cwdpo_trainer.reporter import say, say_error
 from cwdpo_trainer.run import run
 
 COMMANDS = {
@@ -55,12 +56,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if parsed.command == "check":
         if parsed.config is not None:
             return check_run(parsed.config, parsed.override, parsed.rows, load=not parsed.no_model)
-        print(environment_report())
+        say(environment_report())
         return 0
     try:
         _do(parsed)
     except (InputError, HeadError) as error:
-        print(f"cwdpo: {error}", file=sys.stderr)
+        say_error(f"cwdpo: {error}")
         return 2
     return 0
 

@@ -29,6 +29,7 @@ from cwdpo_trainer.files import read_json, replacing_folder, write_json
 from cwdpo_trainer.models.loading import Model, freeze_reference, load_model, load_processor, model_path
 from cwdpo_trainer.negatives.sampling import caption
 from cwdpo_trainer.negatives.server import AnswerServer
+from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import COOLING_FILE, MODEL_FOLDERS, RECORD_FILE, STATE_FILE, check_folder, is_done, record
 from cwdpo_trainer.stages.base import StageTrainer
 from cwdpo_trainer.stages.checkpoints import newest_checkpoint
@@ -88,16 +89,14 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
 
 def _load_inputs(config: RunConfig, stages: Sequence[str]) -> _Inputs:
     sources = {name: open_source(getattr(config.data, name), config.base) for name in ("train", "heldout")}
-    first: StageArguments = getattr(config, stages[0])
-    tell = print if first.should_save else lambda _: None
-    train, heldout = (load_rows(source, tell if config.data.skip_bad_rows else None) for source in sources.values())
+    train, heldout = (load_rows(source, say if config.data.skip_bad_rows else None) for source in sources.values())
     path = model_path(config)
     collator = PairCollator(load_processor(path))
     if config.data.max_length is not None:
         meter, limit = LengthMeter(collator), config.data.max_length
         fits = [fit_rows(rows, meter, limit, config.data.over_length) for rows in (train, heldout)]
         for source, fit in zip(sources.values(), fits, strict=True):
-            tell(fit.report(source.name, limit))
+            say(fit.report(source.name, limit))
         train, heldout = (fit.rows for fit in fits)
     if len(stages) == 2:
         shares = split_rows(train, config.data.sft_fraction, config.seed)
@@ -126,8 +125,7 @@ def _train_stages(config: RunConfig, inputs: _Inputs, wanted: Sequence[str]) -> 
 def _train_stage(config: RunConfig, inputs: _Inputs, stage: str, policy: Model) -> None:
     """Train `policy` in place, and save it; what it is now is the stage's reference."""
     trainer = _trainer(config, inputs, stage, policy, freeze_reference(policy))
-    if trainer.args.should_save:
-        print(f"{stage}: {trainer.head_info}")
+    say(f"{stage}: {trainer.head_info}")
     trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
     policy.zero_grad()  # gradients have no place in the copy that becomes the next reference
     folder = config.output_dir / MODEL_FOLDERS[stage]

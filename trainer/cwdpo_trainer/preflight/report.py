@@ -14,6 +14,7 @@ from cwdpo_trainer.data.lengths import Length
 from cwdpo_trainer.preflight.dry_run import dry_run, first_pair, self_test
 from cwdpo_trainer.preflight.memory import HeadStep, size
 from cwdpo_trainer.preflight.run_rules import ERROR, Plan, Problem
+from cwdpo_trainer.reporter import say
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate")
 BINS = 8
@@ -53,19 +54,19 @@ def check_run(path: Path, overrides: Sequence[str], rows: int, load: bool) -> in
 
     `rows` of each data set are looked at one by one. `load`: the model is loaded, and tried on one pair.
     """
-    print(environment_report())
+    say(environment_report())
     plan, problems = dry_run(path, overrides, rows)
     if plan is not None:
         for name in plan.rows:
-            print("\n".join(_data_report(plan, name)))
-        print("\n".join(_model_report(plan)))
+            say("\n".join(_data_report(plan, name)))
+        say("\n".join(_model_report(plan)))
         if load:
             problems += _self_test(plan)
-    print()
+    say()
     for problem in sorted(problems, key=lambda problem: problem.severity != ERROR):
-        print(problem)
+        say(str(problem))
     errors = sum(problem.severity == ERROR for problem in problems)
-    print(f"{errors} errors, {len(problems) - errors} warnings")
+    say(f"{errors} errors, {len(problems) - errors} warnings")
     return int(errors > 0)
 
 
@@ -127,11 +128,11 @@ def _model_report(plan: Plan) -> list[str]:
 def _self_test(plan: Plan) -> list[Problem]:
     row, stages = first_pair(plan), plan.stages()
     if row is None or not stages:
-        print("  self-test: not done, as there is no good pair or no stage")
+        say("  self-test: not done, as there is no good pair or no stage")
         return []
     device = next(iter(stages.values())).device
     try:
-        print(f"  self-test: {self_test(plan.config, plan.collator, row, device)}")
+        say(f"  self-test: {self_test(plan.config, plan.collator, row, device)}")
     except Exception as error:  # whatever the model raises would stop the run
         evidence = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
         return [Problem(ERROR, "self_test", evidence, "the run would stop at its first batch; see the message")]
