@@ -9,7 +9,7 @@ READY := $(VENV)/ready
 CPU_ONLY := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,+cpu))
 TORCH ?= $(shell sed -n 's/^torch==.*/&/p' constraints.txt)$(CPU_ONLY)
 
-.PHONY: help demo test sanitize lint format bench gpu clean
+.PHONY: help demo test sanitize lint format docs bench gpu clean
 
 help:
 	@echo "make demo    two-stage CW-DPO on handwritten digits; the picture and the figures land in runs/digits"
@@ -19,6 +19,7 @@ help:
 	@echo "make bench   the CPU benchmarks; results land in benchmarks/results"
 	@echo "make gpu     on a machine with a GPU: the tests and the benchmarks there, into runs/gpu; installs nothing"
 	@echo "make format  ruff, applied"
+	@echo "make docs    the documentation site, into build/site"
 	@echo "make clean   remove everything that make made, runs included"
 
 $(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.cpp" -o -name "*.h")
@@ -54,6 +55,18 @@ lint: $(READY)
 format: $(READY)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+# Reads the docstrings without importing the packages, so neither torch nor a compiler is needed.
+DOCS := build/docs
+$(DOCS)/ready: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(DOCS)
+	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	$(DOCS)/bin/pip install --quiet --constraint constraints.txt --requirement $(DOCS)/requirements.txt
+	touch $@
+
+docs: $(DOCS)/ready
+	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "build/site/index.html"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run

@@ -1,4 +1,4 @@
-"""What the documents show runs as it stands, and what they point at is there."""
+"""The code in the documents runs, their config file loads, and their links lead somewhere."""
 
 from __future__ import annotations
 
@@ -11,15 +11,18 @@ import torch
 from cwdpo_trainer.config.loader import load_config
 
 ROOT = Path(__file__).parents[1]
-README, ADAPTERS, TRAINER = ROOT / "README.md", ROOT / "docs" / "adapters.md", ROOT / "docs" / "trainer.md"
+README, DOCS = ROOT / "README.md", ROOT / "docs"
+GUIDE, ADAPTERS, TRAINER = DOCS / "guide.md", DOCS / "adapters.md", DOCS / "trainer.md"
+DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+GENERATED_ANCHORS = {DOCS / "options.md", *(DOCS / "api").glob("*.md")}  # headings from docstrings
 
 
 def blocks(document: Path, language: str) -> list[str]:
     return re.findall(rf"```{language}\n(.*?)```", document.read_text(), re.DOTALL)
 
 
-def run(document: Path, code: str) -> dict:
-    names: dict = {}
+def run(document: Path, code: str, names: dict | None = None) -> dict:
+    names = {} if names is None else names
     exec(compile(code, str(document), "exec"), names)
     return names
 
@@ -30,6 +33,16 @@ def test_example_of_the_readme():
     assert names["out"].loss.item() > 0
     assert torch.isfinite(names["hidden"].grad).all()
     assert names["lm_head"].weight.grad.abs().sum() > 0
+
+
+def test_examples_of_the_guide():
+    """They run one after another, as a reader would paste them."""
+    names: dict = {}
+    for code in blocks(GUIDE, "python"):
+        run(GUIDE, code, names)
+    assert torch.isfinite(names["lm_head"].weight.grad).all()
+    torch.testing.assert_close(names["token_logp"][:, :7], torch.zeros(4, 7))  # the prompt has no labels
+    assert names["token_logp"][:, 7:-1].lt(0).all()
 
 
 @pytest.mark.parametrize(
@@ -45,23 +58,39 @@ def test_examples_of_the_adapters(code):
 
 
 def test_imports_of_the_adapters():
-    """What the differences tell to import, instead of what: ours exists under the name of theirs."""
+    """Every import that a diff adds exists."""
     added = re.findall(r"^\+(from cwdpo_kernels.*)$", "".join(blocks(ADAPTERS, "diff")), re.MULTILINE)
     assert len(added) >= 4
     for line in added:
         run(ADAPTERS, line)
 
 
-def test_configuration_of_the_trainer(tmp_path):
+def test_config_of_the_trainer(tmp_path):
     (text,) = blocks(TRAINER, "yaml")
     (tmp_path / "mine.yaml").write_text(text)
     config = load_config(tmp_path / "mine.yaml")
     assert (config.lora.r, config.dpo.logp_floor, config.data.over_length) == (16, "auto", "trim")
 
 
-@pytest.mark.parametrize("document", [README, ADAPTERS, TRAINER], ids=lambda path: path.name)
+def test_every_page_with_python_is_run():
+    """A new page with Python blocks needs a test above."""
+    with_python = {document for document in DOCUMENTS if blocks(document, "python")}
+    assert with_python <= {README, GUIDE, ADAPTERS}
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())
 def test_links(document):
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text())
-    assert links
-    for link in links:
-        assert (document.parent / link).exists(), link
+    for link in re.findall(r"\]\((?!https?:)([^)\s]+)\)", prose(document)):
+        path, _, anchor = link.partition("#")
+        target = (document.parent / path).resolve() if path else document
+        assert target.is_file(), link
+        assert not anchor or target in GENERATED_ANCHORS or anchor in anchors(target), link
+
+
+def prose(document: Path) -> str:
+    return re.sub(r"```.*?```", "", document.read_text(), flags=re.DOTALL)
+
+
+def anchors(document: Path) -> set[str]:
+    headings = re.findall(r"^#+ (.*)$", prose(document), re.MULTILINE)
+    return {re.sub(r"\s+", "-", re.sub(r"[^\w\s-]", "", heading.lower()).strip()) for heading in headings}
