@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 
-from cwdpo_trainer import cli
 from cwdpo_trainer.cli import main
 
 
@@ -80,7 +79,7 @@ def test_mistakes_are_named(arguments, message, task, tmp_path, capsys):
 
 def test_demo_is_the_packaged_recipe(monkeypatch):
     started = []
-    monkeypatch.setattr(cli, "run", lambda config, only: started.append((config, only)))
+    monkeypatch.setattr("cwdpo_trainer.run.run", lambda config, only: started.append((config, only)))
     assert main(["demo", "sft.max_steps=1"]) == 0
     ((config, only),) = started
     assert only is None

@@ -1,9 +1,6 @@
-"""The command line.
+"""The command line: `cwdpo COMMAND ...`.
 
-cwdpo {run,sft,dpo} CONFIG.yaml [section.key=value ...]
-cwdpo check [CONFIG.yaml [section.key=value ...]]
-cwdpo {probe,eval} RUN_OR_MODEL DATA
-cwdpo demo [section.key=value ...]
+A command imports what it needs when it runs, so that `cwdpo --help` needs neither torch nor transformers.
 """
 
 from __future__ import annotations
@@ -14,87 +11,209 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from transformers.utils import logging
-
-from cwdpo_kernels.integrations.hugging_face import HeadError
 from cwdpo_trainer import recipes
-from cwdpo_trainer.config.loader import STAGES, load_config
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.evaluation.measure import Subject, evaluate, probe
-from cwdpo_trainer.preflight.report import check_run, environment_report
 from cwdpo_trainer.reporter import say, say_error
-from cwdpo_trainer.run import run
 
-COMMANDS = {
-    "run": "train the stages that CONFIG has a section for, and report",
-    "sft": "stage 1 of the run alone: constrained SFT",
-    "dpo": "stage 2 of the run alone: CW-DPO",
-}
 DEMO = Path(recipes.__file__).with_name("digits.yaml")
+DESCRIPTION = """\
+Train a vision-language model on preference pairs with Cooling-Weighted DPO.
+Stage 1 is supervised fine-tuning with gentle negatives, stage 2 is CW-DPO."""
+EXAMPLES = """\
+examples:
+  cwdpo demo                         train a tiny model on digits, on a CPU
+  cwdpo check mine.yaml              find mistakes before training
+  cwdpo run mine.yaml                train both stages, or resume the run
+  cwdpo run mine.yaml dpo.beta=0.2   override a value of the config
+  cwdpo probe runs/mine test.jsonl   measure the trained model on other pairs
+
+'cwdpo COMMAND --help' describes a command."""
+TRAINING = {
+    "run": (
+        "train all stages of a config and write the report",
+        "Train every stage that CONFIG has a section for (sft, dpo) and write the report.\n"
+        "An interrupted run resumes from its newest complete checkpoint. A finished run\n"
+        "only prints its report.",
+    ),
+    "sft": (
+        "train stage 1 only (constrained SFT)",
+        "Train stage 1 only. 'cwdpo dpo CONFIG' or 'cwdpo run CONFIG' continues from it.",
+    ),
+    "dpo": (
+        "train stage 2 only (CW-DPO)",
+        "Train stage 2 only. If CONFIG has a section sft, 'cwdpo sft CONFIG' comes first.",
+    ),
+}
+OVERRIDE = "replace a value of the config, for example dpo.beta=0.2 or output_dir=runs/other"
+Commands = Any  # argparse's type of `add_subparsers` is private
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command. Returns 0; wrong input is a message on stderr and 2, errors that `check` found are 1."""
-    parser = argparse.ArgumentParser(prog="cwdpo", description="Cooling-Weighted DPO of vision-language models.")
-    commands = parser.add_subparsers(dest="command", required=True)
-    for name, text in COMMANDS.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("config", type=Path, help="the YAML file of the run")
-        command.add_argument("override", nargs="*", help="section.key=value, in place of what the file says")
-    text = "what is installed; with CONFIG also what its run would train on, and every mistake in it"
-    check = commands.add_parser("check", help=text, description=text)
-    check.add_argument("config", type=Path, nargs="?", help="the YAML file of the run")
-    check.add_argument("override", nargs="*", help="section.key=value, in place of what the file says")
-    check.add_argument("--rows", type=_positive, default=512, help="rows of each data set to look at one by one")
-    check.add_argument("--no-model", action="store_true", help="do not load the model to try it on one pair")
-    _add_measures(commands)
-    text = "both stages on handwritten digits, into runs/digits; minutes on two CPU cores"
-    demo = commands.add_parser("demo", help=text, description=text)
-    demo.add_argument("override", nargs="*", help="section.key=value, in place of what the recipe says")
-    parsed = parser.parse_args(arguments)
-    logging.disable_progress_bar()  # of loading and saving weights; training keeps its own
-    if parsed.command == "check":
-        if parsed.config is not None:
-            return check_run(parsed.config, parsed.override, parsed.rows, load=not parsed.no_model)
-        say(environment_report())
-        return 0
+    """Run a command and return its exit status: 0 success, 1 errors that `check` found, 2 wrong input."""
+    parsed = _parser().parse_args(arguments)
+
+    from transformers.utils import logging
+
+    from cwdpo_kernels.integrations.hugging_face import HeadError
+
+    logging.disable_progress_bar()  # of loading and saving weights; training has its own
     try:
-        _do(parsed)
+        return parsed.execute(parsed)
     except (InputError, HeadError) as error:
         say_error(f"cwdpo: {error}")
         return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cwdpo",
+        description=DESCRIPTION,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action=_Version, nargs=0, help="print the version and exit")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name in TRAINING:
+        _add_training(commands, name)
+    _add_check(commands)
+    _add_probe(commands)
+    _add_eval(commands)
+    _add_demo(commands)
+    return parser
+
+
+class _Version(argparse.Action):
+    """Print the version. `action="version"` would need it, and so torch, for every `--help`."""
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        from cwdpo_kernels import __version__
+
+        say(f"cwdpo {__version__}")
+        parser.exit()
+
+
+def _add_command(commands: Commands, name: str, summary: str, details: str, example: str) -> argparse.ArgumentParser:
+    return commands.add_parser(
+        name,
+        help=summary,
+        description=details,
+        epilog=f"example: {example}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+
+
+def _add_training(commands: Commands, name: str) -> None:
+    command = _add_command(commands, name, *TRAINING[name], f"cwdpo {name} mine.yaml")
+    command.add_argument("config", metavar="CONFIG", type=Path, help="the run's YAML file")
+    command.add_argument("override", metavar="KEY=VALUE", nargs="*", help=OVERRIDE)
+    command.set_defaults(execute=_train, only=None if name == "run" else name)
+
+
+def _train(parsed: argparse.Namespace) -> int:
+    from cwdpo_trainer.config.loader import load_config
+    from cwdpo_trainer.run import run
+
+    run(load_config(parsed.config, parsed.override), parsed.only)
     return 0
 
 
-def _add_measures(commands: Any) -> None:
-    texts = {
-        "probe": "all probe figures of a model against its reference on held-out rows, and what the doctor finds",
-        "eval": "greedy captions of a model: exact match and CIDEr",
-    }
-    for name, text in texts.items():
-        command = commands.add_parser(name, help=text, description=text)
-        command.add_argument("subject", metavar="RUN_OR_MODEL", help="a run's folder, or a model's folder or Hub name")
-        command.add_argument("data", metavar="DATA", help="preference rows: a file, a folder or hub:owner/name")
-        command.add_argument("--rows", type=_positive, help="the first ROWS of them (default: the run's, or all)")
-        command.add_argument("--json", type=Path, metavar="FILE", help="also write everything there")
-    commands.choices["probe"].add_argument("--reference", metavar="MODEL", help="default: what the run started from")
+def _add_check(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "check",
+        "find mistakes in a config and its data before training",
+        "Print the installed versions and the backends. With CONFIG, also read the config,\n"
+        "the data and the model as a run would, and print every mistake, the lengths of the\n"
+        "rows and the memory of the head. Writes no file, except through the config's\n"
+        "'prepare' function. The exit status is 1 if there are errors.",
+        "cwdpo check mine.yaml --rows 2000",
+    )
+    command.add_argument("config", metavar="CONFIG", type=Path, nargs="?", help="the run's YAML file")
+    command.add_argument("override", metavar="KEY=VALUE", nargs="*", help=OVERRIDE)
+    text = "check N rows of each dataset, evenly spaced (default: %(default)s)"
+    command.add_argument("--rows", type=_positive, metavar="N", default=512, help=text)
+    text = "skip the test that loads the model and runs one pair through it"
+    command.add_argument("--no-model", action="store_true", help=text)
+    command.set_defaults(execute=_check)
 
 
-def _do(parsed: argparse.Namespace) -> None:
-    if parsed.command == "probe":
-        probe(Subject.find(parsed.subject, parsed.reference), parsed.data, parsed.rows, parsed.json)
-    elif parsed.command == "eval":
-        evaluate(Subject.find(parsed.subject), parsed.data, parsed.rows, parsed.json)
-    else:
-        path = DEMO if parsed.command == "demo" else parsed.config
-        only = parsed.command if parsed.command in STAGES else None
-        run(load_config(path, parsed.override), only)
+def _check(parsed: argparse.Namespace) -> int:
+    from cwdpo_trainer.preflight.report import check_run, environment_report
+
+    if parsed.config is not None:
+        return check_run(parsed.config, parsed.override, parsed.rows, load=not parsed.no_model)
+    say(environment_report())
+    return 0
+
+
+def _add_probe(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "probe",
+        "measure the log-probs, calibration and drift of a trained model",
+        "Measure the log-probs of chosen and rejected answers, entropy, calibration error\n"
+        "and the distance from the reference model. Print what the doctor finds in them.",
+        "cwdpo probe runs/mine data/test.jsonl --json probe.json",
+    )
+    _add_measurement(command, "use the first N rows (default: the run's probes.rows, else 128)")
+    text = "the model to compare with (default: the one that the run's last stage started from)"
+    command.add_argument("--reference", metavar="MODEL", help=text)
+    command.set_defaults(execute=_probe)
+
+
+def _probe(parsed: argparse.Namespace) -> int:
+    from cwdpo_trainer.evaluation.measure import Subject, probe
+
+    probe(Subject.find(parsed.subject, parsed.reference), parsed.data, parsed.rows, parsed.json)
+    return 0
+
+
+def _add_eval(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "eval",
+        "caption images with a trained model and score the captions",
+        "Generate a greedy caption for each distinct prompt of DATA. Print the share of\nexact matches and CIDEr.",
+        "cwdpo eval runs/mine data/test.jsonl --rows 500",
+    )
+    _add_measurement(command, "caption the first N distinct prompts (default: all)")
+    command.set_defaults(execute=_eval)
+
+
+def _eval(parsed: argparse.Namespace) -> int:
+    from cwdpo_trainer.evaluation.measure import Subject, evaluate
+
+    evaluate(Subject.find(parsed.subject), parsed.data, parsed.rows, parsed.json)
+    return 0
+
+
+def _add_measurement(command: argparse.ArgumentParser, rows: str) -> None:
+    text = "a run folder, the folder of a model, or the name of a model on the Hub"
+    command.add_argument("subject", metavar="RUN_OR_MODEL", help=text)
+    text = "preference pairs: a file, a folder, or hub:owner/name[:split]"
+    command.add_argument("data", metavar="DATA", help=text)
+    command.add_argument("--rows", type=_positive, metavar="N", help=rows)
+    command.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+
+
+def _add_demo(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "demo",
+        "train both stages on handwritten digits, on a CPU",
+        "Train a tiny LLaVA from scratch to caption scenes of handwritten digits, through\n"
+        "both stages. Takes minutes on two CPU cores and downloads nothing. The results are\n"
+        "in runs/digits.",
+        "cwdpo demo sft.max_steps=50 dpo.max_steps=20 output_dir=runs/short",
+    )
+    command.add_argument("override", metavar="KEY=VALUE", nargs="*", help=OVERRIDE)
+    command.set_defaults(execute=_train, config=DEMO, only=None)
 
 
 def _positive(text: str) -> int:
     value = int(text)
     if value < 1:
-        raise argparse.ArgumentTypeError(f"expected --rows to have value >= 1, got {value}")
+        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
     return value
 
 
