@@ -44,6 +44,10 @@ def test_every_kernel_on_every_chip(report):
     assert compiled == {(chip, kernel) for chip in CHIPS for kernel in kernels}
 
 
+def test_every_kernel_is_compiled_with_the_options_of_a_launch(report):
+    assert all(row["enable_fp_fusion"] is True for row in report[1]["kernels"])
+
+
 def test_the_committed_report_is_of_these_kernels(report):
     """Registers may move with the compiler; which kernels are compiled, and with which constants, may not."""
 

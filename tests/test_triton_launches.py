@@ -1,4 +1,7 @@
-"""What the Triton backend promises beside its values: the same bits every time, no wait for the device, CUDA graphs."""
+"""Triton launches: bitwise reproducible, no device sync, CUDA graphs, and the same compiler options everywhere."""
+
+import ast
+from pathlib import Path
 
 import pytest
 import torch
@@ -8,9 +11,31 @@ from cwdpo_kernels import ops
 from cwdpo_kernels.testing import leaves, make_inputs
 
 pytest.importorskip("triton")
+TRITON_SOURCES = sorted((Path(ck.__file__).parent / "triton").glob("*.py"))
 ON_GPU = torch.cuda.is_available()
 needs_gpu = pytest.mark.skipif(not ON_GPU, reason="needs a GPU")
 DEVICE = "cuda" if ON_GPU else "cpu"
+
+
+def kernels_and_launches() -> tuple[set[str], list[tuple[str, str, ast.Call]]]:
+    """Names of all kernels (`file:name`), and every `kernel[grid](...)` as (file, kernel, call)."""
+    kernels, launches = set(), []
+    for path in TRITON_SOURCES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and node.name.endswith("_kernel"):
+                kernels.add(f"{path.name}:{node.name}")
+            elif isinstance(node, ast.Call) and isinstance(node.func, ast.Subscript):
+                launches.append((path.name, ast.unparse(node.func.value), node))
+    return kernels, launches
+
+
+def test_every_launch_passes_the_compiler_options():
+    """Without them the default of `enable_fp_fusion`, and so our numbers, would depend on Triton's version."""
+    kernels, launches = kernels_and_launches()
+    assert {f"{file}:{kernel}" for file, kernel, _ in launches} == kernels
+    for file, kernel, call in launches:
+        unpacked = {ast.unparse(keyword.value) for keyword in call.keywords if keyword.arg is None}
+        assert "COMPILER_OPTIONS" in unpacked, f"{file}:{call.lineno}: {kernel} is launched without COMPILER_OPTIONS"
 
 
 def step(hidden, head, labels, rows):

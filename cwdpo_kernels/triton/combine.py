@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import COMPILER_OPTIONS
 from .primitives import NO_ANCHOR, join, logp_of, rounded
 
 BLOCK_N, BLOCK_T, BLOCK_C = 32, 32, 128
@@ -83,6 +84,7 @@ def join_tiles(
         _join_kernel[(triton.cdiv(rows, BLOCK_N),)](
             anchor_TN, total_TN, anchor_N if target_N is None else target_N, labels, anchor_N, total_N, logp_N, rows,
             tiles.start, tiles.stop, ignore_index, FINISH=target_N is not None, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T,
+            **COMPILER_OPTIONS,
         )  # fmt: skip
     return logp_N
 
@@ -97,5 +99,5 @@ def move_anchor(matrix_NC: Tensor, from_TN: Tensor, to_N: Tensor, tiles: range, 
         block_c = min(BLOCK_C, tile_columns)
         _move_anchor_kernel[triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, block_c)](
             matrix_NC, from_TN, to_N, rows, columns, tiles.start, from_TN.stride(0), BLOCK_TILE=tile_columns,
-            BLOCK_N=BLOCK_N, BLOCK_C=block_c,
+            BLOCK_N=BLOCK_N, BLOCK_C=block_c, **COMPILER_OPTIONS,
         )  # fmt: skip

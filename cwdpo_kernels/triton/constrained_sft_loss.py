@@ -10,6 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import COMPILER_OPTIONS
 from .segments import BLOCK_TOKENS, all_segment_sums, spread_all
 
 
@@ -73,6 +74,6 @@ def constrained_sft_loss(
             logp if count is None else count.contiguous(), cu_seqlens.contiguous(), *scalars, total, mean, count_out,
             grad_logp, grad_total, pairs, weight, nll_floor, ignore_index, HAS_LABELS=labels is not None,
             HAS_COUNT=count is not None, HINGE=hinge, PER_TOKEN=per_token, BLOCK_P=triton.next_power_of_2(pairs),
-            BLOCK=BLOCK_TOKENS, num_warps=8,
+            BLOCK=BLOCK_TOKENS, num_warps=8, **COMPILER_OPTIONS,
         )  # fmt: skip
     return *scalars, total, mean, count_out, grad_logp

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import COMPILER_OPTIONS
 from .primitives import sigmoid, softplus
 from .segments import BLOCK_TOKENS, all_segment_sums, spread_all
 
@@ -90,5 +91,6 @@ def cwdpo_loss(
             0.0 if drop_below is None else drop_below, ignore_index, HAS_LABELS=labels is not None,
             HAS_COUNT=count is not None, HAS_CONSTANT=constant is not None, HAS_DROP=drop_below is not None,
             PER_TOKEN=per_token, BLOCK_P=triton.next_power_of_2(pairs), BLOCK=BLOCK_TOKENS, num_warps=8,
+            **COMPILER_OPTIONS,
         )  # fmt: skip
     return loss, *rewards, kept, total, mean, count_out, grad_logp

@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, precision
+from .configs import COMPILER_OPTIONS, TileConfig, precision
 from .primitives import load_tile, rounded
 
 
@@ -105,8 +105,9 @@ class LiveBlocks:
         (rows, depth), dim = a.shape, b.shape[1]
         sizes, options = self._launch(a)
         _live_rows_kernel[self.blocks.shape[0], triton.cdiv(dim, sizes["BLOCK_D"])](
-            a, b, out, self.blocks, self.count, rows, depth, dim, a.stride(0), *b.stride(), **sizes, **options
-        )
+            a, b, out, self.blocks, self.count, rows, depth, dim, a.stride(0), *b.stride(), **sizes, **options,
+            **COMPILER_OPTIONS,
+        )  # fmt: skip
 
     def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """out [C, D] = a [N, C].T @ b [N, D] over the live blocks, accumulated in float32 and rounded once."""
@@ -115,7 +116,7 @@ class LiveBlocks:
         block_c = sizes["BLOCK_D"]
         _live_sum_kernel[triton.cdiv(columns, block_c), triton.cdiv(dim, block_c)](
             a, b, out, self.blocks, self.count, rows, columns, dim, a.stride(0), *b.stride(), *out.stride(),
-            BLOCK_C=block_c, **sizes, **options,
+            BLOCK_C=block_c, **sizes, **options, **COMPILER_OPTIONS,
         )  # fmt: skip
 
     def _launch(self, a: Tensor) -> tuple[dict, dict]:

@@ -21,7 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .combine import empty_sums, join_tiles, move_anchor
-from .configs import WORKSPACE_BYTES, grid, tile_config
+from .configs import COMPILER_OPTIONS, WORKSPACE_BYTES, grid, tile_config
 from .gemm import AllRows, LiveBlocks
 from .primitives import exp_anchored, logits_tile, rounded, slope_of, tile_position
 from .sweep import Sweep, tile_arguments
@@ -112,6 +112,7 @@ def _direction(sweep: Sweep, pushed_ND: Tensor, total_N: Tensor) -> Tensor:
             pushed_ND, sweep.weight, sweep.labels, sweep.target_N, total_N, out, rows, sweep.vocab, dim,
             *sweep.weight.stride(), sweep.scale, 1.0 if sweep.softcap is None else sweep.softcap, sweep.ignore_index,
             HAS_SOFTCAP=sweep.softcap is not None, BLOCK_N=DIRECTION_BLOCK_N, BLOCK_D=DIRECTION_BLOCK_D,
+            **COMPILER_OPTIONS,
         )  # fmt: skip
     return out
 
@@ -207,7 +208,7 @@ def linear_logprob_backward(
         kept_NC, kept_anchor_TN = kept_chunks.views.get(tiles.start, (grad_NC, peak))  # of others nothing is read
         _gradient_kernel[grid(config, tiles_n * len(tiles), hidden.device)](
             **arguments, kept_ptr=kept_NC, kept_anchor_ptr=kept_anchor_TN, out_ptr=grad_NC, first_tile_v=tiles.start,
-            end_tile_v=tiles.stop, out_columns=width, KEPT=tiles.start in kept_chunks.views,
+            end_tile_v=tiles.stop, out_columns=width, KEPT=tiles.start in kept_chunks.views, **COMPILER_OPTIONS,
         )  # fmt: skip
         if needs_weight:
             gemms.product(grad_weight[columns], grad_NC, hidden)

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import COMPILER_OPTIONS
 from .primitives import NO_ANCHOR, anchor_of, exp_anchored, join, logp_of, rounded
 
 FORWARD_BLOCK, BACKWARD_BLOCK, NUM_WARPS = 8192, 4096, 8
@@ -69,7 +70,7 @@ def logits_logprob(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logi
         block = min(FORWARD_BLOCK, triton.next_power_of_2(vocab))
         _forward_kernel[(rows,)](
             logits, labels, logp, anchor, total, vocab, logits.stride(0), ignore_index, BLOCK_V=block,
-            num_warps=NUM_WARPS,
+            num_warps=NUM_WARPS, **COMPILER_OPTIONS,
         )  # fmt: skip
     return logp, anchor, total
 
@@ -102,7 +103,7 @@ def _write_gradient(
     block = min(BACKWARD_BLOCK, triton.next_power_of_2(vocab))
     _backward_kernel[rows, triton.cdiv(vocab, block)](
         logits, out, labels.contiguous(), peak, push, pull, vocab, logits.stride(0), out.stride(0), BLOCK_V=block,
-        num_warps=NUM_WARPS,
+        num_warps=NUM_WARPS, **COMPILER_OPTIONS,
     )  # fmt: skip
 
 

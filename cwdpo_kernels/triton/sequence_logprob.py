@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import COMPILER_OPTIONS
 from .segments import BLOCK_TOKENS, segment_sum, spread
 
 
@@ -40,7 +41,7 @@ def sequence_logprob(
     if sequences:
         _forward_kernel[(sequences,)](
             logp.contiguous(), labels.contiguous(), cu_seqlens.contiguous(), total, mean, count, ignore_index,
-            BLOCK=BLOCK_TOKENS,
+            BLOCK=BLOCK_TOKENS, **COMPILER_OPTIONS,
         )  # fmt: skip
     return total, mean, count
 
@@ -53,6 +54,6 @@ def sequence_logprob_backward(
     if count.numel():
         _backward_kernel[(count.numel(),)](
             grad_total.contiguous(), grad_mean.contiguous(), labels.contiguous(), count, cu_seqlens.contiguous(), out,
-            ignore_index, BLOCK=BLOCK_TOKENS,
+            ignore_index, BLOCK=BLOCK_TOKENS, **COMPILER_OPTIONS,
         )  # fmt: skip
     return out

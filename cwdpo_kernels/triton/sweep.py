@@ -20,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import TileConfig, grid, operands, precision, tile_config
+from .configs import COMPILER_OPTIONS, TileConfig, grid, operands, precision, tile_config
 from .primitives import (
     NO_ANCHOR,
     anchor_of,
@@ -132,7 +132,7 @@ class Sweep:
             peak_ptr=self.peak_TN, moment_ptr=self.moment_TN, N=self.rows, V=self.vocab, D=self.hidden.shape[1],
             first_tile_v=tiles.start, end_tile_v=tiles.stop, tile_columns=0 if out is None else out.shape[1],
             ignore_index=self.ignore_index, HAS_RUNNING=running is not None, WRITE_TILE=out is not None,
-            STATISTICS=self.statistics,
+            STATISTICS=self.statistics, **COMPILER_OPTIONS,
         )  # fmt: skip
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .combine import empty_sums, join_tiles
-from .configs import grid, tile_config
+from .configs import COMPILER_OPTIONS, grid, tile_config
 from .primitives import LN2_HI, LN2_LO, logits_tile, tile_position
 from .sweep import Sweep, tile_arguments
 
@@ -100,7 +100,7 @@ def token_divergence(
     if rows:
         tiles = triton.cdiv(rows, config.block_n) * tiles_v
         _divergence_kernel[grid(config, tiles, hidden_p.device)](
-            **arguments, tv_ptr=tv, js_ptr=js, kl_ptr=kl, N=rows, V=vocab
+            **arguments, tv_ptr=tv, js_ptr=js, kl_ptr=kl, N=rows, V=vocab, **COMPILER_OPTIONS
         )
     return tv.sum(0), js.sum(0).clamp_min_(0), kl.sum(0).clamp_min_(0)
 

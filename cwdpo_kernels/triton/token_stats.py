@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .configs import COMPILER_OPTIONS
 from .primitives import LN2, NO_ANCHOR, join, log1p, log2_anchored, logp_of
 from .sweep import Sweep
 
@@ -82,5 +83,6 @@ def token_stats(
         _statistics_kernel[(triton.cdiv(sweep.rows, BLOCK_N),)](
             sweep.anchor_TN, sweep.total_TN, sweep.moment_TN, sweep.peak_TN, sweep.target_N, sweep.labels, logp,
             entropy, top1_prob, is_top1, sweep.rows, sweep.tiles_v, ignore_index, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T,
+            **COMPILER_OPTIONS,
         )  # fmt: skip
     return logp, entropy, top1_prob, is_top1
