@@ -38,11 +38,11 @@ from transformers import (
 import cwdpo_kernels as ck
 from benchmarks import memory, peers, timing
 from cwdpo_kernels import reference
-from cwdpo_trainer import dpo
 from cwdpo_trainer.config.arguments import DPOArguments, ProbeArguments, SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.rows import Row, load_rows
 from cwdpo_trainer.evaluation.probes import Probes
+from cwdpo_trainer.stages import dpo
 
 WARM_UP, MOST = 2, 5  # steps
 LOSS_TOLERANCE = 1e-4  # of a step, between the paths

@@ -59,7 +59,9 @@ def test_a_model_that_sees_both_sides_is_refused(paligemma):
     batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
     assert check_head(model, *batch) < 1e-4  # which cannot see it
     model.train()
-    with pytest.raises(InputError, match=r"PaliGemma.*: expected log-probs .* to have a change <= .* sees both"):
+    with pytest.raises(
+        InputError, match=r"PaliGemma.*: log-probs of answers: expected a change <= .* attends to later tokens"
+    ):
         check_causal(model, *batch)
     assert model.training
 

@@ -80,5 +80,7 @@ def test_a_chat_template_that_rewrites_the_prompt_is_refused(collator, rows):
     processor.chat_template = "{{ messages | length }}"
     row = copy.copy(rows[0])
     object.__setattr__(row, "prompt", [{"role": "user", "content": "describe"}])
-    with pytest.raises(InputError, match=r"train.jsonl:1: expected the chat template to have a rendering that starts"):
+    with pytest.raises(
+        InputError, match=r"train.jsonl:1: chat template: expected prompt and answer to start with the rendered prompt"
+    ):
         PairCollator(processor).answer_tokens(row, "a")

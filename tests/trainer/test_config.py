@@ -63,48 +63,54 @@ def test_the_recipe_that_ships_is_valid():
 MISTAKES = [
     (
         "dpo.bta=0.1",
-        "config.yaml: expected key dpo.bta to have a known name (did you mean 'beta'?), got 'bta'",
+        "config.yaml: dpo.bta: expected a known key (did you mean 'beta'?), got 'bta'",
     ),
-    ("dop.beta=0.1", "expected key dop to have a known name (did you mean 'dpo'?), got 'dop'"),
-    ("dpo.beta=high", "config.yaml: expected dpo.beta to have type float, got 'high' (str)"),
-    ("dpo.max_steps=2.5", "expected dpo.max_steps to have type int, got 2.5 (float)"),
-    ("dpo.beta=-1", "config.yaml: dpo: expected beta to have value finite and > 0, got -1.0"),
-    ("dpo.tau=0", "dpo: Cooling: expected temperature to have value finite and > 0, got 0.0"),
-    ("dpo.onpolicy_fraction=1.5", "dpo: expected onpolicy_fraction to have value in [0, 1], got 1.5"),
+    ("dop.beta=0.1", "dop: expected a known key (did you mean 'dpo'?), got 'dop'"),
+    ("dpo.beta=high", "config.yaml: dpo.beta: expected type float, got 'high' (str)"),
+    ("dpo.max_steps=2.5", "dpo.max_steps: expected type int, got 2.5 (float)"),
+    ("dpo.beta=-1", "config.yaml: dpo.beta: expected a finite number > 0, got -1.0"),
+    (
+        "dpo.tau=0",
+        "dpo: expected valid options, got ValueError: Cooling: expected temperature to have value finite and > 0, got",
+    ),
+    ("dpo.onpolicy_fraction=1.5", "dpo.onpolicy_fraction: expected numbers in [0, 1], got 1.5"),
     (
         "dpo.onpolicy_fraction=[[0.5, 0], [0.2, 1]]",
-        "dpo: expected onpolicy_fraction to have form a number or rising [place, value] points, got [[0.5, 0], [0.2",
+        "dpo.onpolicy_fraction: expected a number, or [position, value] points with increasing positions, got [[0.5",
     ),
-    ("dpo.onpolicy_staleness=-1", "dpo: expected onpolicy_staleness to have value null or >= 0, got -1.0"),
-    ("dpo.cooling=warm", "dpo: expected cooling to have value in adaptive, constant, off, got 'warm'"),
-    ("dpo.cooling=true", "dpo: expected cooling to have value in adaptive, constant, off, got True"),
-    ("dpo.cooling=constant", "expected constant_weight to have value a number, as cooling is constant, got None"),
-    ("dpo.constant_weight=0.5", "expected constant_weight to have value null, as cooling is not constant, got 0.5"),
-    ("dpo.logp_floor=low", "dpo: expected logp_floor to have value a number or auto, got 'low'"),
-    ("dpo.auto_rows=1", "dpo: expected auto_rows to have value >= 2, got 1"),
-    ("dpo.refresh_steps=0", "dpo: expected refresh_steps to have value >= 1, got 0"),
-    ("dpo.normalize=words", "dpo: expected normalize to have value sequence or token, got 'words'"),
-    ("dpo.save_total_limit=1", "dpo: expected save_total_limit to have value null or >= 2, got 1"),
-    ("sft.save_only_model=true", "sft: expected save_only_model to have value False, as a stage has no use for it"),
-    ("dpo.label_smoothing_factor=0.1", "dpo: expected label_smoothing_factor to have value 0.0, as a stage has no use"),
-    ("dpo.early_stopping_patience=2", "dpo: expected metric_for_best_model to have value a probe"),
-    ("dpo.lr_scheduler_type=wavy", "dpo: wavy is not a valid SchedulerType"),
-    ("sft.negatives=harsh", "sft: GentleNegatives: expected mode to have value"),
-    ("sft.output_dir=x", "expected key sft.output_dir to have a place"),
-    ("data.sft_fraction=1", "data: expected sft_fraction to have value in (0, 1), got 1.0"),
-    ("data.skip_bad_rows=maybe", "expected data.skip_bad_rows to have type bool, got 'maybe' (str)"),
-    ("data.train=null", "expected data.train to have type str, got nothing"),
-    ("model.dtype=int8", "model: expected dtype to have value in auto, float32"),
-    ("probes=3", "expected probes to have type mapping, got 3 (int)"),
-    ("sampling.top_p=0", "sampling: expected top_p to have value in (0, 1], got 0.0"),
-    ("sampling.server=host:8000", "sampling: expected server to have form null or http://host:port, got 'host:8000'"),
-    ("sampling.server=http://127.0.0.1:1", "expected prompt to have type list of messages, as sampling.server is set"),
-    ("output_dir=null", "expected output_dir to have type str, got nothing"),
-    ("seed=x", "expected seed to have type int, got 'x' (str)"),
-    ("prepare.function=nowhere", "expected prepare.folder to have type str, got nothing"),
-    ("nonsense", "command line: expected an override to have form section.key=value, got 'nonsense'"),
-    ("data.train=gone.jsonl", "gone.jsonl: expected the data set to have an existing file"),
-    ("model.path=./gone", "model: expected path to have an existing folder"),
+    ("dpo.onpolicy_staleness=-1", "dpo.onpolicy_staleness: expected null or a number >= 0, got -1.0"),
+    ("dpo.cooling=warm", "dpo.cooling: expected one of adaptive, constant, off, got 'warm'"),
+    ("dpo.cooling=true", "dpo.cooling: expected one of adaptive, constant, off, got True"),
+    ("dpo.cooling=constant", "dpo.constant_weight: expected a number, as cooling is constant, got null"),
+    ("dpo.constant_weight=0.5", "dpo.constant_weight: expected null, as cooling is not constant, got 0.5"),
+    ("dpo.logp_floor=low", "dpo.logp_floor: expected a number or auto, got 'low'"),
+    ("dpo.auto_rows=1", "dpo.auto_rows: expected an integer >= 2, got 1"),
+    ("dpo.refresh_steps=0", "dpo.refresh_steps: expected an integer >= 1, got 0"),
+    ("dpo.normalize=words", "dpo.normalize: expected sequence or token, got 'words'"),
+    ("dpo.save_total_limit=1", "dpo.save_total_limit: expected null or an integer >= 2, got 1"),
+    ("sft.save_only_model=true", "sft.save_only_model: expected False (the trainer does not support this option)"),
+    ("dpo.label_smoothing_factor=0.1", "dpo.label_smoothing_factor: expected 0.0 (the trainer does not support this"),
+    ("dpo.early_stopping_patience=2", "dpo.metric_for_best_model: expected the name of a probe metric"),
+    ("dpo.lr_scheduler_type=wavy", "dpo: expected valid options, got ValueError: wavy is not a valid SchedulerType"),
+    (
+        "sft.negatives=harsh",
+        "sft: expected valid options, got ValueError: GentleNegatives: expected mode to have value",
+    ),
+    ("sft.output_dir=x", "sft.output_dir: expected no such key in a section"),
+    ("data.sft_fraction=1", "data.sft_fraction: expected a number in (0, 1), got 1.0"),
+    ("data.skip_bad_rows=maybe", "data.skip_bad_rows: expected type bool, got 'maybe' (str)"),
+    ("data.train=null", "data.train: expected type str, got null"),
+    ("model.dtype=int8", "model.dtype: expected one of auto, float32"),
+    ("probes=3", "probes: expected a mapping, got 3 (int)"),
+    ("sampling.top_p=0", "sampling.top_p: expected a number in (0, 1], got 0.0"),
+    ("sampling.server=host:8000", "sampling.server: expected null or a URL such as http://host:port, got 'host:8000'"),
+    ("sampling.server=http://127.0.0.1:1", "prompt: expected a list of messages, as sampling.server is set"),
+    ("output_dir=null", "output_dir: expected type str, got null"),
+    ("seed=x", "seed: expected type int, got 'x' (str)"),
+    ("prepare.function=nowhere", "prepare.folder: expected type str, got null"),
+    ("nonsense", "command line: expected an override of the form section.key=value, got 'nonsense'"),
+    ("data.train=gone.jsonl", "gone.jsonl: expected an existing file, got no such file"),
+    ("model.path=./gone", "config: model.path: expected an existing folder"),
 ]
 
 
@@ -123,8 +129,9 @@ def test_all_mistakes_are_named_at_once(settings, write_config):
     overrides = ["dpo.bta=1", "dpo.max_steps=2.5", "sft.negatives=harsh", "sampling.top_p=0", "seed=x", "dop=1"]
     with pytest.raises(InputError) as error:
         load_config(write_config(settings), overrides)
-    lines = str(error.value).split("\n")
-    assert len(lines) == len(overrides)
+    title, *lines = str(error.value).split("\n  ")
+    assert title.endswith("config.yaml: 6 errors:")
+    assert len(lines) == len(error.value.errors) == len(overrides)
     assert all(any(name in line for line in lines) for name in ("bta", "max_steps", "mode", "top_p", "seed", "dop"))
 
 
@@ -139,12 +146,12 @@ def test_what_is_right_is_read_beside_what_is_wrong(settings, write_config):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "config.yaml:1: expected the file to have valid YAML"),
-        ("- 1", "expected the file to have type mapping of sections, got list"),
-        ("model: {}\nsft: {}\noutput_dir: x", "expected model.path to have a value, got none"),
+        ("a: [1", "config.yaml:1: expected valid YAML"),
+        ("- 1", "expected a mapping of sections, got [1] (list)"),
+        ("model: {}\nsft: {}\noutput_dir: x", "model.path: expected a value, got none"),
         (
             "model: {path: m}\ndata: {train: a, heldout: b}\noutput_dir: x",
-            "the file to have a section sft or dpo",
+            "expected a section sft or dpo",
         ),
     ],
 )
@@ -162,7 +169,7 @@ def test_prepare_is_called_with_its_folder_and_keys(settings, write_config, tmp_
     settings["data"]["train"] = "train.jsonl"  # beside what prepare made, where there is none
     assert main(["run", str(write_config(settings))]) == 2
     assert (tmp_path / "made").is_dir()
-    assert f"{tmp_path / 'made' / 'train.jsonl'}: expected the data set" in capsys.readouterr().err
+    assert f"{tmp_path / 'made' / 'train.jsonl'}: expected an existing file" in capsys.readouterr().err
 
 
 def test_bad_rows_stop_a_run_or_are_skipped_and_counted(settings, write_config, tmp_path, capsys):
@@ -170,16 +177,16 @@ def test_bad_rows_stop_a_run_or_are_skipped_and_counted(settings, write_config, 
     bad.write_text("{oops\n" * 2 + '{"prompt": "x", "chosen": "a", "rejected": "b"}\n' * 2)
     command = ["run", str(write_config(settings)), f"data.train={bad}", "model.path=./gone"]
     assert main(command) == 2
-    assert f"cwdpo: {bad}: 2 of 4 rows cannot be used:\n  {bad}:1: expected the row" in capsys.readouterr().err
+    assert f"cwdpo: {bad}: 2 of 4 rows are invalid:\n  {bad}:1: expected valid JSON" in capsys.readouterr().err
     assert main([*command, "data.skip_bad_rows=true"]) == 2
     said = capsys.readouterr()
-    assert said.out.startswith(f"{bad}: 2 of 4 rows cannot be used and are left out:\n  {bad}:1: expected the row")
-    assert "expected path to have an existing folder" in said.err  # the data did not stop it
+    assert said.out.startswith(f"{bad}: 2 of 4 rows are invalid and are skipped:\n  {bad}:1: expected valid JSON")
+    assert "model.path: expected an existing folder" in said.err  # the data did not stop it
     assert not Path(settings["output_dir"]).exists()
 
 
 def test_a_wrong_key_of_prepare_is_named(settings, write_config, tmp_path, capsys):
     settings["prepare"] = {"function": "os:makedirs", "folder": str(tmp_path / "made"), "mod": 1}
     assert main(["run", str(write_config(settings))]) == 2
-    assert "expected keys of os:makedirs" in capsys.readouterr().err
+    assert "prepare: expected arguments that os:makedirs accepts" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()

@@ -28,5 +28,7 @@ def test_impossible_answers_move_nothing():
 
 
 def test_equal_negatives_have_no_scale():
-    with pytest.raises(InputError, match=r"expected the rejected answers to have a spread of mean log-probs > 0 .*got"):
+    with pytest.raises(
+        InputError, match=r"automatic cooling: expected rejected answers whose mean log-probs differ .*got"
+    ):
         measure_cooling(torch.full((8,), -2.5))

@@ -89,10 +89,10 @@ def test_a_checkpoint_of_other_rows_is_refused(make, tmp_path):
     make(curriculum="hardest_first").train()
     folder = tmp_path / "stage" / "checkpoint-3"
     (folder / ORDER_FILE).write_text("[1, 0]")
-    with pytest.raises(InputError, match="expected the order to have number of rows 32, got 2"):
+    with pytest.raises(InputError, match="expected an order of 32 rows, got 2"):
         make(curriculum="hardest_first").train(resume_from_checkpoint=str(folder))
     (folder / ORDER_FILE).unlink()
-    with pytest.raises(InputError, match=r"expected the checkpoint to have a curriculum.json, got none"):
+    with pytest.raises(InputError, match=r"expected a checkpoint with curriculum.json, got one without"):
         make(curriculum="hardest_first").train(resume_from_checkpoint=str(folder))
 
 
@@ -109,5 +109,5 @@ def test_shares_of_processes_make_the_whole(count, ranks):
 
 
 def test_an_unknown_curriculum_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="expected curriculum to have value null or hardest_first, got 'easiest'"):
+    with pytest.raises(ValueError, match="curriculum: expected null or hardest_first, got 'easiest'"):
         DPOArguments(output_dir=str(tmp_path), curriculum="easiest")

@@ -26,39 +26,45 @@ def without(name: str) -> dict:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        (without("prompt"), "prompt to have a value, got no such column"),
-        (without("rejected"), "rejected to have a value, got no such column"),
-        ({**GOOD, "chosen": 3}, "chosen to have type text or list of messages (role, content), got int"),
-        ({**GOOD, "prompt": "  "}, "prompt to have length >= 1 word, got '  '"),
-        ({**GOOD, "prompt": []}, "prompt to have length >= 1 message, got 0"),
-        ({**GOOD, "prompt": [{"role": "user"}]}, "prompt to have type text or list of messages"),
-        ({**GOOD, "rejected": "a"}, "rejected to have an answer other than chosen, got 'a'"),
-        ({**GOOD, "chosen": [{"role": "assistant", "content": "a"}]}, "chosen to have content text, or one"),
-        ({**GOOD, "images": ["nowhere.png"]}, "images to have an existing file, got"),
-        ({**GOOD, "images": "one.png"}, "images to have type list of texts, got 'one.png'"),
-        ({**GOOD, "image": 1}, "image to have type text, got int"),
-        ({**GOOD, "image": "a.png", "images": []}, "columns to have one of image, images, got both"),
-        ({**GOOD, "references": []}, "references to have type list of texts, not empty, got []"),
-        ({**GOOD, "negative_source": "chosen"}, "negative_source to have form a word other than"),
-        ({**GOOD, "chosne": "a"}, "columns to have names in prompt, chosen, rejected"),
-        ([1], "the row to have type object, got list"),
-        ("{oops", "the row to have valid JSON, got Expecting"),
-        ({**GOOD, "prompt": [{"role": "user", "content": "x"}]}, "prompt to have type str (as"),
+        (without("prompt"), "prompt: expected a value, or a common start of chosen and rejected"),
+        (without("rejected"), "rejected: expected a value, got none"),
+        ({**GOOD, "chosen": 3}, "chosen: expected text or a list of messages with role and content, got int"),
+        ({**GOOD, "prompt": "  "}, "prompt: expected at least 1 word, got '  '"),
+        ({**GOOD, "prompt": []}, "prompt: expected at least 1 message, got 0"),
+        ({**GOOD, "prompt": [{"role": "user"}]}, "prompt: expected text or a list of messages"),
+        ({**GOOD, "rejected": "a"}, "rejected: expected an answer that differs from chosen, got 'a'"),
+        (
+            {**GOOD, "chosen": [{"role": "assistant", "content": "a"}]},
+            "chosen: expected text, or one assistant message",
+        ),
+        ({**GOOD, "images": ["nowhere.png"]}, "images: expected an existing file, got"),
+        ({**GOOD, "images": "one.png"}, "images: expected a list of paths or data: URIs, got 'one.png'"),
+        ({**GOOD, "image": 1}, "image: expected a path or a data: URI, got int"),
+        ({**GOOD, "image": "a.png", "images": []}, "columns: expected either image or images, got both"),
+        ({**GOOD, "references": []}, "references: expected a non-empty list of texts, got []"),
+        (
+            {**GOOD, "negative_source": "chosen"},
+            "negative_source: expected letters, digits and underscores, other than",
+        ),
+        ({**GOOD, "chosne": "a"}, "columns: expected only prompt, chosen, rejected"),
+        ([1], "expected a JSON object, got list"),
+        ("{oops", "expected valid JSON, got Expecting"),
+        ({**GOOD, "prompt": [{"role": "user", "content": "x"}]}, "prompt: expected text, as in"),
     ],
 )
 def test_a_wrong_row_is_named(tmp_path, row, message):
     path = write(tmp_path, GOOD, row)
     with pytest.raises(InputError) as error:
         load_rows(path)
-    assert str(error.value).startswith(f"{path}:2: expected ")
+    assert error.value.where == f"{path}:2"
     assert message in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone.jsonl: expected the data set to have an existing file"):
+    with pytest.raises(InputError, match=r"gone.jsonl: expected an existing file, got no such file"):
         load_rows(tmp_path / "gone.jsonl")
-    with pytest.raises(InputError, match=r"number of rows >= 1, got 0"):
+    with pytest.raises(InputError, match=r"expected at least 1 row, got 0"):
         load_rows(write(tmp_path))
 
 
@@ -67,8 +73,8 @@ def test_all_bad_rows_are_counted_and_the_first_ten_shown(tmp_path):
     with pytest.raises(InputError) as error:
         load_rows(path)
     first, *shown = str(error.value).split("\n")
-    assert first == f"{path}: 12 of 14 rows cannot be used; the first 10:"
-    assert [line.split(": expected")[0].strip() for line in shown] == [f"{path}:{line}" for line in range(2, 12)]
+    assert first == f"{path}: 12 of 14 rows are invalid; the first 10:"
+    assert [line.split(": chosen")[0].strip() for line in shown] == [f"{path}:{line}" for line in range(2, 12)]
 
 
 def test_bad_rows_are_skipped_on_request_and_reported(tmp_path):
@@ -77,16 +83,14 @@ def test_bad_rows_are_skipped_on_request_and_reported(tmp_path):
     (row,) = load_rows(path, reports.append)
     assert (row.id, row.where) == (0, f"{path}:2")
     (report,) = reports
-    assert report.startswith(
-        f"{path}: 3 of 4 rows cannot be used and are left out:\n  {path}:1: expected chosen to have a value"
-    )
-    assert f"{path}:4: expected prompt to have type str (as {path}:2), got list" in report
+    assert report.startswith(f"{path}: 3 of 4 rows are invalid and are skipped:\n  {path}:1: chosen: expected a value")
+    assert f"{path}:4: prompt: expected text, as in {path}:2, got a list of messages" in report
     load_rows(write(tmp_path, GOOD), reports.append)
     assert len(reports) == 1
 
 
 def test_a_file_of_bad_rows_alone_is_never_skipped(tmp_path):
-    with pytest.raises(InputError, match=r"2 of 2 rows cannot be used"):
+    with pytest.raises(InputError, match=r"2 of 2 rows are invalid"):
         load_rows(write(tmp_path, "{oops", "{oops"), print)
 
 
@@ -101,12 +105,12 @@ def test_a_json_file_has_an_array_of_rows(tmp_path):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("[\n]", "pairs.json: expected the data set to have number of rows >= 1, got 0"),
-        ('[\n{"prompt": "x"}]', "pairs.json:2: expected chosen to have a value"),
-        ("[\n%s,\n{oops]", "pairs.json:3: expected the row to have valid JSON"),
-        ("[%s\n%s]", "pairs.json:1: expected the row to have after it , or ], got '{'"),
-        ("[%s,\n", "pairs.json:2: expected the row to have valid JSON"),
-        ("[%s", "pairs.json:1: expected the row to have after it , or ], got ''"),
+        ("[\n]", "pairs.json: expected at least 1 row, got 0"),
+        ('[\n{"prompt": "x"}]', "pairs.json:2: chosen: expected a value"),
+        ("[\n%s,\n{oops]", "pairs.json:3: expected valid JSON"),
+        ("[%s\n%s]", "pairs.json:1: expected ',' or ']' after the row, got '{'"),
+        ("[%s,\n", "pairs.json:2: expected valid JSON"),
+        ("[%s", "pairs.json:1: expected ',' or ']' after the row, got the end of the file"),
     ],
 )
 def test_a_mistake_in_an_array_is_named(tmp_path, text, message):
@@ -119,7 +123,7 @@ def test_a_mistake_in_an_array_is_named(tmp_path, text, message):
 
 def test_another_encoding_is_named(tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(b'{"prompt": "\xff"}')
-    with pytest.raises(InputError, match=r"pairs.jsonl: expected the data set to have encoding UTF-8"):
+    with pytest.raises(InputError, match=r"pairs.jsonl: expected UTF-8 text"):
         load_rows(tmp_path / "pairs.jsonl")
 
 
@@ -134,7 +138,7 @@ def test_defaults_and_image_paths(tmp_path):
 def test_an_unreadable_image_is_named_when_it_is_loaded(tmp_path):
     (tmp_path / "one.png").write_text("not a picture")
     (row,) = load_rows(write(tmp_path, {**GOOD, "image": "one.png"}))
-    with pytest.raises(InputError, match=r"pairs.jsonl:1: expected images to have a readable file .*one.png"):
+    with pytest.raises(InputError, match=r"pairs.jsonl:1: images: expected readable image files, got .*one.png"):
         row.load_images()
 
 

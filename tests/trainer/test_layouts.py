@@ -130,41 +130,53 @@ ALPACA = TEXT_LAYOUTS["alpaca"]
 @pytest.mark.parametrize(
     ("values", "message"),
     [
-        ({"question": "x", "answer": "y"}, "columns to have the names prompt, chosen, rejected (TRL), messages"),
+        ({"question": "x", "answer": "y"}, "columns: expected prompt, chosen, rejected (TRL), or messages"),
         ({"question": "x", "answer": "y"}, "got answer, question"),
         ({}, "got none"),
         ({"messages": [ASK, said("a")]}, "got messages"),
-        ({"chosen": "a", "rejected": [said("b")]}, "chosen and rejected to have one type of text and list"),
-        ({"chosen": [said("a")], "rejected": [said("b")]}, "prompt to have a value, got no such column"),
-        ({"chosen": [], "rejected": []}, "prompt to have a value, got no such column"),
-        ({**SWIFT, "tools": "[]"}, "columns to have names in messages, rejected_response, rejected_messages"),
-        ({**SWIFT, "messages": [ASK]}, "the last of messages to have role assistant, got 'user'"),
-        ({**SWIFT, "messages": [said("a")]}, "messages to have length >= 2"),
-        ({**SWIFT, "messages": []}, "messages to have type list of messages, not empty"),
-        ({**SWIFT, "messages": ["x"]}, "messages to have messages of role and content, or from and value"),
-        ({**SWIFT, "rejected_response": 3}, "rejected_response to have type text, got int"),
-        ({**SWIFT, "rejected_messages": [ASK]}, "columns to have one of rejected_response, rejected_messages"),
-        ({**TEXT_LAYOUTS["swift, messages"], "rejected_images": ["b"]}, "rejected_images to have value that of images"),
-        ({**SHARE, "conversations": [QUESTION, GOOD]}, "the last of conversations to have role human"),
-        ({**SHARE, "rejected": QUESTION}, "rejected to have role gpt, got 'user'"),
-        ({**SHARE, "chosen": {"from": "function_call", "value": "f"}}, "chosen to have role in system, user"),
-        ({**SHARE, "system": 3}, "system to have type text, got int"),
-        ({**ALPACA, "instruction": " "}, "instruction and input to have type text, the first not empty"),
-        ({**ALPACA, "history": ["x"]}, "history to have type list of [question, answer]"),
+        (
+            {"chosen": "a", "rejected": [said("b")]},
+            "chosen and rejected: expected two texts or two lists of messages, got str and list",
+        ),
+        ({"chosen": [said("a")], "rejected": [said("b")]}, "prompt: expected a value, or a common start"),
+        ({"chosen": [], "rejected": []}, "prompt: expected a value, or a common start"),
+        ({**SWIFT, "tools": "[]"}, "columns: expected only messages, rejected_response, rejected_messages"),
+        ({**SWIFT, "messages": [ASK]}, "messages: expected a last message with role 'assistant', got role 'user'"),
+        ({**SWIFT, "messages": [said("a")]}, "messages: expected at least 2"),
+        ({**SWIFT, "messages": []}, "messages: expected a non-empty list of messages, got []"),
+        ({**SWIFT, "messages": ["x"]}, "messages: expected messages with role and content, or with from and value"),
+        ({**SWIFT, "rejected_response": 3}, "rejected_response: expected text, got int"),
+        (
+            {**SWIFT, "rejected_messages": [ASK]},
+            "columns: expected either rejected_response or rejected_messages, got both",
+        ),
+        (
+            {**TEXT_LAYOUTS["swift, messages"], "rejected_images": ["b"]},
+            "rejected_images: expected the same value as images",
+        ),
+        ({**SHARE, "conversations": [QUESTION, GOOD]}, "conversations: expected a last message from the user"),
+        (
+            {**SHARE, "rejected": QUESTION},
+            "rejected: expected a message with role 'assistant' or 'gpt', got role 'user'",
+        ),
+        ({**SHARE, "chosen": {"from": "function_call", "value": "f"}}, "chosen: expected roles out of system, user"),
+        ({**SHARE, "system": 3}, "system: expected text, got int"),
+        ({**ALPACA, "instruction": " "}, "instruction and input: expected texts, and an instruction that"),
+        ({**ALPACA, "history": ["x"]}, "history: expected a list of [question, answer] pairs"),
         (
             {**ALPACA, "instruction": "<image> <image>", "images": ["a"]},
-            "number of tags <image> 1 (as images), or none",
+            "prompt: expected one <image> tag per image, or none, got 2 for 1 images",
         ),
     ],
 )
 def test_a_row_that_fits_no_layout_is_named(values, message):
     with pytest.raises(InputError) as error:
         canonical("f:1", values)
-    assert str(error.value).startswith("f:1: expected ")
+    assert error.value.where == "f:1"
     assert message in str(error.value)
 
 
 def test_equal_conversations_are_refused_as_equal(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": [ASK, said("a")], "rejected": [ASK, said("a")]}))
-    with pytest.raises(InputError, match=r"a.jsonl:1: expected rejected to have an answer other than chosen"):
+    with pytest.raises(InputError, match=r"a.jsonl:1: rejected: expected an answer that differs from chosen"):
         load_rows(tmp_path / "a.jsonl")

@@ -102,7 +102,9 @@ def test_a_processor_that_looks_at_what_is_in_an_image_is_refused(qwen, make_row
     image = Image.new("RGB", (64, 64))
     image.paste((255, 0, 0), (0, 0, 63, 40))
     image.save(row.images[0].path)
-    with pytest.raises(InputError, match=r"f:1: expected prompts of .* as for blank images of the same sizes"):
+    with pytest.raises(
+        InputError, match=r"f:1: prompt tokens of .*: expected .*, as with blank images of the same sizes"
+    ):
         LengthMeter(PairCollator(processor))(row)
 
 
@@ -138,7 +140,7 @@ def test_skip_leaves_out_what_is_too_long(collator, make_row):
     rows = [make_row((8, 8)), make_row((8, 8), chosen="a square")]
     fit = fit_rows(rows, LengthMeter(collator), 12, "skip")
     assert (fit.rows, fit.skipped) == ([rows[1]], ["f:1"])
-    with pytest.raises(InputError, match="max_length to have value >= the length of some row"):
+    with pytest.raises(InputError, match=r"data.max_length: expected room for at least 1 row"):
         fit_rows(rows, LengthMeter(collator), 4, "skip")
 
 
@@ -166,7 +168,7 @@ def test_shrink_leaves_out_what_cannot_be_small_enough(qwen, make_row):
 
 
 def test_shrink_is_refused_where_the_size_of_an_image_does_not_matter(collator, make_row):
-    expected = "over_length to have value trim or skip with LlavaProcessor, which makes as many tokens .*f:1 has 13"
+    expected = "data.over_length: expected trim or skip, as LlavaProcessor makes as many tokens .*f:1 has 13"
     with pytest.raises(InputError, match=expected):
         fit_rows([make_row((8, 8))], LengthMeter(collator), 12, "shrink")
 
@@ -214,5 +216,5 @@ def test_a_run_reports_what_gave_way(settings, write_config, capsys):
 
 @pytest.mark.parametrize(("key", "value"), [("max_length", 1), ("over_length", "cut")])
 def test_wrong_settings_are_named(key, value):
-    with pytest.raises(ValueError, match=f"expected {key} to have value"):
+    with pytest.raises(ValueError, match=f"{key}: expected"):
         DataArguments("a", "b", **{key: value})

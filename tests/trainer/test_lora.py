@@ -199,13 +199,13 @@ def test_a_frozen_tower_is_not_trained(task):
     model = load_model(settings, settings.path, None)
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     assert frozen == {name for name, _ in model.named_parameters() if "vision_tower" in name}
-    with pytest.raises(InputError, match=r"model: expected freeze to have names of modules, such as .*got 'tower'"):
+    with pytest.raises(InputError, match=r"model.freeze: expected names of modules, such as .*got 'tower'"):
         load_model(ModelArguments(settings.path, freeze=["tower"]), settings.path, None)
 
 
 def test_wrong_targets_are_refused_by_name(task):
     settings = ModelArguments(str(task / "model"))
-    with pytest.raises(InputError, match=r"lora: expected settings that fit the model, got .*no_such_layer"):
+    with pytest.raises(InputError, match=r"lora: expected options that fit the model, got .*no_such_layer"):
         load_model(settings, settings.path, LoraArguments(target_modules=["no_such_layer"]))
 
 
@@ -251,7 +251,7 @@ def test_quantised_weights_are_loaded_and_their_logp_is_the_models_own(wide, col
 
 def test_quantised_weights_are_not_trained_themselves(wide):
     settings = ModelArguments(str(wide), quantization="4bit", dtype="float32")
-    with pytest.raises(InputError, match=r"expected quantization to have value null without a section lora, got 4bit"):
+    with pytest.raises(InputError, match=r"model.quantization: expected null without a section lora, got 4bit"):
         load_model(settings, settings.path, None)
 
 
@@ -260,7 +260,7 @@ def test_training_quantised_weights_on_a_cpu_is_refused(wide, settings, write_co
     for stage in ("sft", "dpo"):
         settings[stage]["use_cpu"] = True
     assert main(["run", str(write_config({**settings, "lora": {"r": 4}}))]) == 2
-    assert "model: expected quantization to have value null on a CPU, got bitsandbytes" in capsys.readouterr().err
+    assert "model.quantization: expected null on a CPU, got bitsandbytes" in capsys.readouterr().err
 
 
 def test_peft_is_what_trains(adapted):

@@ -61,10 +61,10 @@ def test_eval_of_a_run_gives_its_scores_again(finished, task, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["probe", "./nowhere", "DATA"], "expected RUN_OR_MODEL to have an existing folder, or a name on the Hub, got"),
-        (["eval", "EMPTY", "DATA"], "expected path to have a vision-language model and its processor"),
-        (["probe", "UNFINISHED", "DATA"], "expected the run to have state at least one stage done, got none done"),
-        (["probe", "MODEL", "./nowhere.jsonl"], "expected the data set to have an existing file, got none there"),
+        (["probe", "./nowhere", "DATA"], "RUN_OR_MODEL: expected an existing folder or a name on the Hub, got"),
+        (["eval", "EMPTY", "DATA"], "expected a vision-language model with its processor"),
+        (["probe", "UNFINISHED", "DATA"], "expected at least 1 finished stage, got none"),
+        (["probe", "MODEL", "./nowhere.jsonl"], "nowhere.jsonl: expected an existing file, got no such file"),
     ],
 )
 def test_mistakes_are_named(arguments, message, task, tmp_path, capsys):

@@ -198,7 +198,7 @@ def test_a_run_killed_in_a_cache_write_loses_nothing(settings, write_config, tmp
 
 def test_stages_one_by_one_are_the_whole_run(config, settings, write_config, tmp_path, capsys):
     assert main(["dpo", str(config)]) == 2
-    assert "expected stage sft to have state done" in capsys.readouterr().err
+    assert "expected a finished stage sft" in capsys.readouterr().err
     assert main(["sft", str(config)]) == 0
     kept = {"after_sft", "findings", "environment", "base_model", "data", "seed"}
     assert set(results(Path(settings["output_dir"]))) == kept
@@ -223,10 +223,10 @@ def test_a_folder_continues_its_own_run_only(config, settings, task, capsys):
     before = sorted(path.name for path in folder.iterdir())
     capsys.readouterr()
     assert main(["run", str(config)]) == 2
-    assert f"{folder}: expected config.sft.max_steps to have value 1 (this run was" in capsys.readouterr().err
+    assert f"{folder}: config.sft.max_steps: expected 1, as when this run was started" in capsys.readouterr().err
     changed = [f"data.train={task / 'heldout.jsonl'}", "sft.max_steps=1"]
     assert main(["run", str(config), *changed]) == 2
-    assert "expected config.data.train to have value" in capsys.readouterr().err
+    assert "config.data.train: expected" in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
@@ -235,5 +235,5 @@ def test_a_folder_of_something_else_is_left_alone(config, settings, capsys):
     folder.mkdir()
     (folder / "thesis.tex").touch()
     assert main(["run", str(config)]) == 2
-    assert "expected output_dir to have content none, or that of a run, got thesis.tex" in capsys.readouterr().err
+    assert "output_dir: expected an empty folder or that of a run, got one with thesis.tex" in capsys.readouterr().err
     assert [path.name for path in folder.iterdir()] == ["thesis.tex"]

@@ -130,28 +130,28 @@ def test_a_server_that_is_busy_is_asked_again(stub, chat, chat_rows, pauses):
 def test_a_server_that_fails_is_named(stub, chat, chat_rows, status, attempts):
     stub.failures = [(status, "too many images")] * 9
     with pytest.raises(
-        InputError, match=rf"sampling.server: expected {stub.url}/v1/.* an answer, got {status} .*images"
+        InputError, match=rf"sampling.server: {stub.url}/v1/.*: expected an answer, got {status} .*images"
     ):
         draw(stub, chat, chat_rows[:1])
     assert len(stub.asked) == attempts
 
 
 def test_no_server_is_named(chat, chat_rows, stub, pauses):
-    with pytest.raises(InputError, match=r"expected http://127.0.0.1:1/v1/models to have an answer, got .*refused"):
+    with pytest.raises(InputError, match=r"http://127.0.0.1:1/v1/models: expected an answer, got .*refused"):
         AnswerServer.open("http://127.0.0.1:1", chat_rows)
     assert len(pauses) == 3
     stub.models = []
-    with pytest.raises(InputError, match=r"to have number of models >= 1, got 0"):
+    with pytest.raises(InputError, match=r"expected at least 1 model, got 0"):
         AnswerServer.open(stub.url, chat_rows)
 
 
 def test_prompts_that_a_server_cannot_take_are_refused(rows, chat_rows, stub):
-    with pytest.raises(InputError, match=r"train.jsonl:1: expected prompt to have type list of messages, as .*got str"):
+    with pytest.raises(InputError, match=r"train.jsonl:1: prompt: expected a list of messages, as .*got text"):
         AnswerServer.open(stub.url, rows)
     text = [{"role": "user", "content": "<image> describe"}]
     mixed = [chat_rows[0], dataclasses.replace(chat_rows[1], prompt=text)]
-    with pytest.raises(InputError, match=r"train.jsonl:2: expected prompt to have number of image parts 1, .*got 0"):
+    with pytest.raises(InputError, match=r"train.jsonl:2: prompt: expected one image part per image, .*got 0 for 1"):
         AnswerServer.open(stub.url, mixed)
     assert SamplingArguments(server="http://host:8000/v1/").server == "http://host:8000"
-    with pytest.raises(ValueError, match=r"expected server to have form null or http://host:port, got 'host:8000'"):
+    with pytest.raises(ValueError, match=r"server: expected null or a URL such as http://host:port, got 'host:8000'"):
         SamplingArguments(server="host:8000")

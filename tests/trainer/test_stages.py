@@ -280,13 +280,13 @@ def test_a_finding_ends_a_stage(make, capsys):
 
 @pytest.mark.parametrize(("kind", "name"), [(DPOArguments, "squezing"), (SFTArguments, "squeezing")])
 def test_an_unknown_finding_is_refused(kind, name, tmp_path):
-    with pytest.raises(ValueError, match=f"expected stop_on to have names of findings in not_finite, .*got '{name}'"):
+    with pytest.raises(ValueError, match=f"stop_on: expected names of findings out of not_finite, .*got '{name}'"):
         kind(output_dir=str(tmp_path), stop_on=[name])
 
 
 def test_card_of_a_stage_without_a_run(make, tmp_path):
     trainer = make(CWDPOTrainer, beta=0.3, hub_token="hf_secret")
-    with pytest.raises(InputError, match=r"expected the stage to have state trained.*got no probe"):
+    with pytest.raises(InputError, match=r"expected probes of a trained stage for its card, got none"):
         trainer.create_model_card()
     trainer.train()
     trainer.create_model_card("squares")
@@ -326,7 +326,7 @@ def test_pairs_that_are_dropped_are_counted(make):
 
 
 def test_an_unknown_metric_is_refused_before_training(make):
-    with pytest.raises(InputError, match=r"expected metric_for_best_model to have a name of a probe .*chosen_logp"):
+    with pytest.raises(InputError, match=r"metric_for_best_model: expected a probe metric .*chosen_logp"):
         make(
             ConstrainedSFTTrainer, early_stopping_patience=2, metric_for_best_model="chosen_lopg",
             greater_is_better=True,

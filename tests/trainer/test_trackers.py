@@ -45,5 +45,5 @@ def test_a_tracker_that_is_not_installed_is_refused(settings, write_config, monk
     monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["trackio"])
     settings["dpo"]["report_to"] = ["wandb"]
     assert main(["run", str(write_config(settings))]) == 2
-    message = "dpo: expected report_to to have trackers that are installed in ['trackio'], got 'wandb'"
+    message = "dpo.report_to: expected installed trackers, out of ['trackio'], got 'wandb'"
     assert message in capsys.readouterr().err

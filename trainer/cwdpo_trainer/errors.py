@@ -1,16 +1,62 @@
-"""What the trainer says when the user's input is wrong, which the command line prints as it is: one line, or
-one more for each bad row of a data set."""
+"""Errors about the user's input. The command line prints them without a traceback."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 
 class InputError(ValueError):
-    """A mistake in a configuration file, a data set or a run folder; the message names the place."""
+    """A mistake in a config file, a dataset, a run folder or on the command line.
+
+    Args:
+        where: the place of the mistake: a file, "file:line", "dataset[index]", "command line", or "config" for a
+            config key whose file is not known
+        what: the key, column or property that is wrong; may be ""
+        expected: a noun phrase that reads on after "expected"
+        got: what is there instead
+
+    The message is "where: what: expected EXPECTED, got GOT". `where` alone may be a complete message: torch rebuilds
+    an exception from its message when a DataLoader worker has raised it.
+    """
+
+    def __init__(self, where: str, what: str = "", expected: Any = "", got: Any = "") -> None:
+        self.where, self.what, self.expected, self.got = where, what, str(expected), str(got)
+        super().__init__(self.where, self.what, self.expected, self.got)
+
+    def __str__(self) -> str:
+        if not self.expected:
+            return self.where
+        subject = ": ".join(part for part in (self.where, self.what) if part)
+        return f"{subject}: expected {self.expected}, got {self.got}"
 
 
-def require(condition: bool, where: str, arg: str, prop: str, expected: Any, actual: Any) -> None:
-    """Raise `InputError` unless `condition` holds: where, which argument, what was expected, what came."""
+class InputErrors(InputError):
+    """Several mistakes at once. The message is `title` and a line for each of the first `shown` of `errors`."""
+
+    def __init__(self, title: str, errors: Sequence[InputError], shown: int | None = None) -> None:
+        super().__init__(title)
+        self.errors = tuple(errors)
+        self.shown = shown
+
+    def __str__(self) -> str:
+        limited = self.shown is not None and len(self.errors) > self.shown
+        title = f"{self.where}; the first {self.shown}:" if limited else f"{self.where}:"
+        return "\n  ".join([title, *map(str, self.errors[: self.shown])])
+
+
+def require(condition: bool, where: str, what: str, expected: Any, got: Any) -> None:
+    """Raise `InputError(where, what, expected, got)` unless `condition` holds."""
     if not condition:
-        raise InputError(f"{where}: expected {arg} to have {prop} {expected}, got {actual}")
+        raise InputError(where, what, expected, got)
+
+
+def shorten(text: object, limit: int = 300) -> str:
+    """`text` on one line of at most `limit` characters."""
+    line = " ".join(str(text).split())
+    return line if len(line) <= limit else line[: limit - 3] + "..."
+
+
+def describe(error: Exception, limit: int = 300) -> str:
+    """The type and the message of another library's exception, on one line of at most `limit` characters."""
+    return shorten(f"{type(error).__name__}: {error}", limit)

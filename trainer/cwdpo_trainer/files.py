@@ -10,6 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from cwdpo_trainer.errors import InputError, describe, require
+
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
@@ -32,6 +34,17 @@ def replacing_folder(path: Path) -> Iterator[Path]:
     temporary.mkdir(parents=True)
     yield temporary
     temporary.rename(path)
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of the user's. Raises `InputError` if there is none, or if it cannot be read as UTF-8."""
+    try:
+        require(path.is_file(), str(path), "", "an existing file", "a folder" if path.is_dir() else "no such file")
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(str(path), "", "UTF-8 text", describe(error)) from error
+    except OSError as error:
+        raise InputError(str(path), "", "a readable file", describe(error)) from error
 
 
 def write_text(path: Path, text: str) -> None:

@@ -57,19 +57,17 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     """
     stages = [name for name in STAGES if getattr(config, name) is not None]
     wanted = [only] if only else stages
-    require(wanted[0] in stages, "configuration", "the file", "a section", wanted[0], ", ".join(stages))
+    require(wanted[0] in stages, "config", "", f"a section {wanted[0]}", ", ".join(stages))
     folder = config.output_dir
     args: StageArguments = getattr(config, wanted[0])
-    several = "one process a GPU (accelerate launch), or one GPU (CUDA_VISIBLE_DEVICES)"
-    require(
-        args.n_gpu <= 1, "run", "this machine", "as many GPUs as processes:", several, f"{args.n_gpu} in one process"
-    )
+    several = "one process per GPU (accelerate launch), or one GPU (CUDA_VISIBLE_DEVICES)"
+    require(args.n_gpu <= 1, "run", "", several, f"one process for {args.n_gpu} GPUs")
     with args.main_process_first(local=False):
         prepare(config)
     inputs = _load_inputs(config, stages)
     check_folder(config, inputs.digests)
     needs_sft = wanted == ["dpo"] and "sft" in stages and not is_done(folder, "sft")
-    require(not needs_sft, str(folder), "stage sft", "state", "done (run `cwdpo sft` first)", "not done")
+    require(not needs_sft, str(folder), "", "a finished stage sft (run `cwdpo sft` first)", "none")
     finished = is_reported(folder, wanted)
     if not finished:
         if config.sampling.server is not None and "dpo" in wanted:

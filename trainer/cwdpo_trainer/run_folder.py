@@ -37,17 +37,19 @@ def check_folder(config: RunConfig, digests: dict[str, str]) -> None:
     folder = config.output_dir
     if not folder.exists():
         return
-    require(folder.is_dir(), str(folder), "output_dir", "type", "folder", "a file")
+    require(folder.is_dir(), str(folder), "output_dir", "a folder", "a file")
     stored = folder / RECORD_FILE
     if not stored.exists():
         found = sorted(path.name for path in folder.iterdir())
-        require(not found, str(folder), "output_dir", "content", "none, or that of a run", ", ".join(found[:5]))
+        require(
+            not found, str(folder), "output_dir", "an empty folder or that of a run", f"one with {', '.join(found[:5])}"
+        )
         return
     before, now = _flatten(read_json(stored)), _flatten(record(config, digests))
     for key in sorted(before.keys() | now.keys()):
         same = before.get(key) == now.get(key)
-        expected = f"{before.get(key)!r} (this run was started with it; use another output_dir)"
-        require(same, str(folder), key, "value", expected, repr(now.get(key)))
+        expected = f"{before.get(key)!r}, as when this run was started (or use another output_dir)"
+        require(same, str(folder), key, expected, repr(now.get(key)))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -6,6 +6,7 @@ The two stages extend `transformers.TrainingArguments`, so each of its options i
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,7 +17,9 @@ from transformers.integrations import get_available_reporting_integrations
 from cwdpo_kernels import Cooling, GentleNegatives
 from cwdpo_trainer.config.findings import finding_names
 from cwdpo_trainer.config.schedule import Schedule
+from cwdpo_trainer.errors import InputError, require
 
+CONFIG = "config"  # where an error is, until the loader names the file
 AUTO = "auto"
 MODES = ("adaptive", "constant", "off")
 LESS_IS_BETTER = ("_ece", "_tv", "_js")  # ends of metrics' names
@@ -24,9 +27,13 @@ LESS_IS_BETTER = ("_ece", "_tv", "_js")  # ends of metrics' names
 _UNUSED = {"save_only_model": False, "resume_from_checkpoint": None, "label_smoothing_factor": 0.0}
 
 
-def _check(condition: bool, arg: str, prop: str, expected: str, actual: object) -> None:
-    if not condition:
-        raise ValueError(f"expected {arg} to have {prop} {expected}, got {actual!r}")
+def _check(condition: bool, key: str, expected: str, got: object) -> None:
+    """Raise `InputError` about `key` of a section unless `condition` holds; the loader adds file and section."""
+    require(condition, CONFIG, key, expected, "null" if got is None else repr(got))
+
+
+def _one_of(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(names)
 
 
 @dataclass
@@ -45,10 +52,10 @@ class ModelArguments:
     freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        known = ("auto", "float32", "bfloat16", "float16")
-        _check(self.dtype in known, "dtype", "value", "in " + ", ".join(known), self.dtype)
-        known = (None, "4bit", "8bit")
-        _check(self.quantization in known, "quantization", "value", "null, 4bit or 8bit", self.quantization)
+        dtypes = ("auto", "float32", "bfloat16", "float16")
+        _check(self.dtype in dtypes, "dtype", _one_of(dtypes), self.dtype)
+        known = self.quantization in (None, "4bit", "8bit")
+        _check(known, "quantization", "null, 4bit or 8bit", self.quantization)
 
     @property
     def torch_dtype(self) -> torch.dtype | str:
@@ -74,8 +81,8 @@ class LoraArguments:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self.r >= 1, "r", "value", ">= 1", self.r)
-        _check(0 <= self.lora_dropout < 1, "lora_dropout", "value", "in [0, 1)", self.lora_dropout)
+        _check(self.r >= 1, "r", "an integer >= 1", self.r)
+        _check(0 <= self.lora_dropout < 1, "lora_dropout", "a number in [0, 1)", self.lora_dropout)
 
 
 @dataclass
@@ -95,10 +102,11 @@ class DataArguments:
     over_length: str = "trim"
 
     def __post_init__(self) -> None:
-        _check(self.max_length is None or self.max_length >= 2, "max_length", "value", "null or >= 2", self.max_length)
+        limit = self.max_length
+        _check(limit is None or limit >= 2, "max_length", "null or an integer >= 2", limit)
         policies = ("trim", "shrink", "skip")
-        _check(self.over_length in policies, "over_length", "value", "in " + ", ".join(policies), self.over_length)
-        _check(0 < self.sft_fraction < 1, "sft_fraction", "value", "in (0, 1)", self.sft_fraction)
+        _check(self.over_length in policies, "over_length", _one_of(policies), self.over_length)
+        _check(0 < self.sft_fraction < 1, "sft_fraction", "a number in (0, 1)", self.sft_fraction)
 
 
 @dataclass
@@ -111,7 +119,7 @@ class ProbeArguments:
 
     def __post_init__(self) -> None:
         for name in ("rows", "batch_size", "caption_rows"):
-            _check(getattr(self, name) >= 1, name, "value", ">= 1", getattr(self, name))
+            _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
 
 
 @dataclass
@@ -128,13 +136,13 @@ class SamplingArguments:
 
     def __post_init__(self) -> None:
         if self.server is not None:
-            known = self.server.startswith(("http://", "https://"))
-            _check(known, "server", "form", "null or http://host:port", self.server)
+            is_url = self.server.startswith(("http://", "https://"))
+            _check(is_url, "server", "null or a URL such as http://host:port", self.server)
             self.server = self.server.rstrip("/").removesuffix("/v1")
-        _check(self.samples >= 1, "samples", "value", ">= 1", self.samples)
-        _check(self.temperature > 0, "temperature", "value", "> 0", self.temperature)
-        _check(0 < self.top_p <= 1, "top_p", "value", "in (0, 1]", self.top_p)
-        _check(self.max_new_tokens >= 1, "max_new_tokens", "value", ">= 1", self.max_new_tokens)
+        _check(self.samples >= 1, "samples", "an integer >= 1", self.samples)
+        _check(self.temperature > 0, "temperature", "a number > 0", self.temperature)
+        _check(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
+        _check(self.max_new_tokens >= 1, "max_new_tokens", "an integer >= 1", self.max_new_tokens)
 
 
 @dataclass
@@ -161,25 +169,22 @@ class StageArguments(TrainingArguments):
         # With a limit of 1 the library deletes the last checkpoint as training ends, if it is not the best one: a kill
         # before the model is saved would cost all steps since the best.
         limit = self.save_total_limit
-        _check(limit is None or limit >= 2, "save_total_limit", "value", "null or >= 2", limit)
+        _check(limit is None or limit >= 2, "save_total_limit", "null or an integer >= 2", limit)
         patience = self.early_stopping_patience
-        _check(patience is None or patience >= 1, "early_stopping_patience", "value", "null or >= 1", patience)
-        needs_metric = patience is not None and self.metric_for_best_model is None
-        _check(
-            not needs_metric,
-            "metric_for_best_model",
-            "value",
-            "a probe, as early_stopping_patience is set",
-            None,
-        )
+        expected = "null or an integer >= 1"
+        _check(patience is None or patience >= 1, "early_stopping_patience", expected, patience)
+        has_metric = patience is None or self.metric_for_best_model is not None
+        expected = "the name of a probe metric, as early_stopping_patience is set"
+        _check(has_metric, "metric_for_best_model", expected, None)
         for name, unused in _UNUSED.items():
             value = getattr(self, name)
-            _check(value == unused, name, "value", f"{unused}, as a stage has no use for it", value)
+            expected = f"{'null' if unused is None else unused} (the trainer does not support this option)"
+            _check(value == unused, name, expected, value)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
         known = finding_names(self.stage)
         for name in self.stop_on:
-            _check(name in known, "stop_on", "names of findings in", ", ".join(known), name)
+            _check(name in known, "stop_on", f"names of findings out of {', '.join(known)}", name)
         if self.use_liger_kernel:
             # Its kernels serve the rest of the model; its patch of the forward is about the head, which is ours.
             fused_heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
@@ -187,7 +192,7 @@ class StageArguments(TrainingArguments):
         super().__post_init__()
         installed = get_available_reporting_integrations()
         for name in self.report_to:
-            _check(name in installed, "report_to", "trackers that are installed in", str(installed), name)
+            _check(name in installed, "report_to", f"installed trackers, out of {installed}", name)
 
 
 @dataclass
@@ -249,19 +254,19 @@ class DPOArguments(StageArguments):
 
     def __post_init__(self) -> None:
         self.cooling = "off" if self.cooling is False else self.cooling
-        _check(self.cooling in MODES, "cooling", "value", "in " + ", ".join(MODES), self.cooling)
+        _check(self.cooling in MODES, "cooling", _one_of(MODES), self.cooling)
         for name in ("logp_floor", "tau"):
             value = getattr(self, name)
-            _check(value == AUTO or not isinstance(value, str), name, "value", "a number or auto", value)
+            _check(value == AUTO or not isinstance(value, str), name, "a number or auto", value)
         constant, weight = self.cooling == "constant", self.constant_weight
         expected = "a number, as cooling is constant" if constant else "null, as cooling is not constant"
-        _check(constant == (weight is not None), "constant_weight", "value", expected, weight)
+        _check(constant == (weight is not None), "constant_weight", expected, weight)
         _ = self.cooling_with(Cooling.logp_floor, Cooling.temperature)  # its own checks
-        _check(self.auto_rows >= 2, "auto_rows", "value", ">= 2", self.auto_rows)
-        _check(math.isfinite(self.beta) and self.beta > 0, "beta", "value", "finite and > 0", self.beta)
-        _check(self.normalize in ("sequence", "token"), "normalize", "value", "sequence or token", self.normalize)
-        known = (None, "hardest_first")
-        _check(self.curriculum in known, "curriculum", "value", "null or hardest_first", self.curriculum)
+        _check(self.auto_rows >= 2, "auto_rows", "an integer >= 2", self.auto_rows)
+        _check(math.isfinite(self.beta) and self.beta > 0, "beta", "a finite number > 0", self.beta)
+        _check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
+        known = self.curriculum in (None, "hardest_first")
+        _check(known, "curriculum", "null or hardest_first", self.curriculum)
         self._check_onpolicy()
         super().__post_init__()
 
@@ -269,15 +274,13 @@ class DPOArguments(StageArguments):
         try:
             shares = [share for _, share in self.onpolicy_schedule.points]
         except ValueError as error:
-            expected = "a number or rising [place, value] points"
-            raise ValueError(
-                f"expected onpolicy_fraction to have form {expected}, got {self.onpolicy_fraction!r}"
-            ) from error
+            expected = "a number, or [position, value] points with increasing positions"
+            raise InputError(CONFIG, "onpolicy_fraction", expected, repr(self.onpolicy_fraction)) from error
         for share in shares:
-            _check(0 <= share <= 1, "onpolicy_fraction", "value", "in [0, 1]", share)
+            _check(0 <= share <= 1, "onpolicy_fraction", "numbers in [0, 1]", share)
         limit = self.onpolicy_staleness
-        _check(limit is None or limit >= 0, "onpolicy_staleness", "value", "null or >= 0", limit)
-        _check(self.refresh_steps >= 1, "refresh_steps", "value", ">= 1", self.refresh_steps)
+        _check(limit is None or limit >= 0, "onpolicy_staleness", "null or a number >= 0", limit)
+        _check(self.refresh_steps >= 1, "refresh_steps", "an integer >= 1", self.refresh_steps)
 
     @property
     def onpolicy_schedule(self) -> Schedule:

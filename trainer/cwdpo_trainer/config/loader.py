@@ -29,7 +29,8 @@ from cwdpo_trainer.config.arguments import (
     SamplingArguments,
     SFTArguments,
 )
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
+from cwdpo_trainer.files import read_text
 
 SECTIONS: dict[str, type] = {
     "model": ModelArguments,
@@ -69,11 +70,11 @@ class RunConfig:
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
     """Read, override and check the YAML file at `path`. Nothing is written, and `prepare` is not called yet.
 
-    Raises one `InputError` about all mistakes, each with the file, the key, what was expected and what came.
+    Raises an `InputError` about the mistake, `InputErrors` about several.
     """
     config, problems = read_config(path, overrides)
     if problems:
-        raise problems[0] if len(problems) == 1 else InputError("\n".join(map(str, problems)))
+        raise problems[0] if len(problems) == 1 else InputErrors(f"{path}: {len(problems)} errors", problems)
     return config
 
 
@@ -95,7 +96,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     output_dir, seed, base = None, 0, path.parent
     with _collecting(problems):
         stages = any(name in raw for name in STAGES)
-        require(stages, where, "the file", "a section", "sft or dpo", sorted(map(str, raw)))
+        require(stages, where, "", "a section sft or dpo", ", ".join(sorted(map(str, raw))) or "an empty file")
     with _collecting(problems):
         output_dir = _typed(where, "output_dir", raw.get("output_dir"), str)
     with _collecting(problems):
@@ -143,37 +144,38 @@ def prepare(config: RunConfig) -> None:
     try:
         inspect.signature(function).bind(config.base, **options)
     except TypeError as error:
-        raise InputError(f"prepare: expected keys of {section['function']}, got {options}: {error}") from error
+        expected = f"arguments that {section['function']} accepts"
+        raise InputError("config", "prepare", expected, f"{options} ({error})") from error
     function(config.base, **options)
 
 
 def _read(path: Path) -> dict[str, Any]:
-    require(path.is_file(), str(path), "the configuration", "an existing", "file", "none there")
+    text = read_text(path)
     try:
-        raw = yaml.safe_load(path.read_text(encoding="utf-8"))
+        raw = yaml.safe_load(text)
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         line = f":{mark.line + 1}" if mark else ""
-        problem = getattr(error, "problem", None) or "it cannot be parsed"
-        raise InputError(f"{path}{line}: expected the file to have valid YAML, got a mistake: {problem}") from error
-    require(isinstance(raw, dict), str(path), "the file", "type", "mapping of sections", type(raw).__name__)
+        problem = getattr(error, "problem", None) or error
+        raise InputError(f"{path}{line}", "", "valid YAML", f"an error: {shorten(problem)}") from error
+    require(isinstance(raw, dict), str(path), "", "a mapping of sections", _describe(raw))
     return raw
 
 
 def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
-    require(bool(equals and key), "command line", "an override", "form", "section.key=value", repr(override))
+    require(bool(equals and key), "command line", "", "an override of the form section.key=value", repr(override))
     *parents, last = key.split(".")
     target = raw
     for parent in parents:
         if target.get(parent) is None:
             target[parent] = {}
         target = target[parent]
-        require(isinstance(target, dict), "command line", key, "type of " + parent, "mapping", repr(target))
+        require(isinstance(target, dict), "command line", key, f"{parent} to be a mapping", _describe(target))
     try:
         target[last] = yaml.safe_load(value)
     except yaml.YAMLError as error:
-        raise InputError(f"command line: expected {key} to have a YAML value, got {value!r}") from error
+        raise InputError("command line", key, "a YAML value", repr(value)) from error
 
 
 def _section(where: str, name: str, raw: dict[str, Any], problems: list[InputError]) -> Any:
@@ -187,14 +189,14 @@ def _section(where: str, name: str, raw: dict[str, Any], problems: list[InputErr
     hints = typing.get_type_hints(kind)
     typed: dict[str, Any] = {}
     with _collecting(problems):
-        require(isinstance(values, dict), where, name, "type", "mapping", _describe(values))
+        require(isinstance(values, dict), where, name, "a mapping", _describe(values))
         for key, value in values.items():
             with _collecting(problems):
                 _known_key(where, f"{name}.", key, [key for key in hints if key not in RESERVED])
                 typed[key] = _typed(where, f"{name}.{key}", value, hints[key])
         needed = [spec.name for spec in fields(kind) if spec.default is MISSING and spec.default_factory is MISSING]
         for key in needed:
-            require(key in values, where, f"{name}.{key}", "a", "value", "none")
+            require(key in values, where, f"{name}.{key}", "a value", "none")
         if all(key in typed for key in needed):
             return _made(where, name, kind, typed)
     return None
@@ -203,20 +205,24 @@ def _section(where: str, name: str, raw: dict[str, Any], problems: list[InputErr
 def _made(where: str, name: str, kind: type, typed: dict[str, Any]) -> Any:
     try:
         return kind(**typed)
+    except InputError as error:  # knows the key alone
+        raise InputError(where, f"{name}.{error.what}", error.expected, error.got) from None
     except (ValueError, ImportError) as error:
-        raise InputError(f"{where}: {name}: {' '.join(str(error).split())}") from error
+        raise InputError(where, name, "valid options", describe(error)) from error
 
 
 def _known_key(where: str, prefix: str, key: Any, known: list[str]) -> None:
     if key in known:
         return
     close = difflib.get_close_matches(str(key), known, n=1)
-    expected = f"a known name (did you mean {close[0]!r}?)" if close else f"a known name ({len(known)} exist)"
-    if prefix == "" and not close:
-        expected = "a name of " + ", ".join(known)
-    elif key in RESERVED:
-        expected = "a place in a stage, but it is set once for the run"
-    raise InputError(f"{where}: expected key {prefix}{key} to have {expected}, got {key!r}")
+    expected = "a known key"
+    if key in RESERVED:
+        expected = "no such key in a section, as it is set once for the whole run"
+    elif close:
+        expected = f"a known key (did you mean {close[0]!r}?)"
+    elif prefix == "":
+        expected = "one of the keys " + ", ".join(known)
+    raise InputError(where, f"{prefix}{key}", expected, repr(key))
 
 
 def _typed(where: str, key: str, value: Any, hint: Any) -> Any:
@@ -227,7 +233,7 @@ def _typed(where: str, key: str, value: Any, hint: Any) -> Any:
         if matches:
             return converted
     names = " or ".join(_type_name(arm) for arm in arms)
-    raise InputError(f"{where}: expected {key} to have type {names}, got {_describe(value)}")
+    raise InputError(where, key, f"type {names}", _describe(value))
 
 
 def _is_union(hint: Any) -> bool:
@@ -259,21 +265,21 @@ def _match(value: Any, arm: Any) -> tuple[bool, Any]:
 
 
 def _describe(value: Any) -> str:
-    return "nothing" if value is None else f"{value!r} ({type(value).__name__})"
+    return "null" if value is None else f"{shorten(repr(value))} ({type(value).__name__})"
 
 
 def _prepare_folder(where: str, path: Path, section: Any) -> Path:
     """Where relative paths start: the folder that `prepare` fills, or the one that the YAML file is in."""
     if section is None:
         return path.parent
-    require(isinstance(section, dict), where, "prepare", "type", "mapping", _describe(section))
+    require(isinstance(section, dict), where, "prepare", "a mapping", _describe(section))
     for key in ("function", "folder"):
         _typed(where, f"prepare.{key}", section.get(key), str)
     try:
         _prepare_function(section["function"])
     except (ImportError, AttributeError, ValueError) as error:
-        message = f"{where}: expected prepare.function to have form package.module:function, got"
-        raise InputError(f"{message} {section['function']!r} ({error})") from error
+        expected = "the name of a function, package.module:function"
+        raise InputError(where, "prepare.function", expected, f"{section['function']!r} ({describe(error)})") from error
     return Path(section["folder"])
 
 

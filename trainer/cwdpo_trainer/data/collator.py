@@ -41,7 +41,7 @@ class PairCollator:
         takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         self.answer_types = {"token_type_ids": 1} if takes_suffix else {}
         for name in ("eos_token_id", "pad_token_id"):
-            require(getattr(self.tokenizer, name) is not None, "processor", "tokenizer", "a", name, None)
+            require(getattr(self.tokenizer, name) is not None, "processor", f"tokenizer.{name}", "a token id", None)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         return {
@@ -75,8 +75,8 @@ class PairCollator:
         if isinstance(row.prompt, list):
             answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
             prompt, full = self.prompt_text(row), self.processor.apply_chat_template(row.prompt + answer)
-            ok = full.startswith(prompt)
-            require(ok, row.where, "the chat template", "a rendering that starts with", repr(prompt), repr(full))
+            expected = f"prompt and answer to start with the rendered prompt {prompt!r}"
+            require(full.startswith(prompt), row.where, "chat template", expected, repr(full))
             answer = full[len(prompt) :].rstrip()
         tokens = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
         eos = self.tokenizer.eos_token_id

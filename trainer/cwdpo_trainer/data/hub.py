@@ -20,7 +20,7 @@ from datasets.exceptions import DatasetsError
 from cwdpo_trainer.data.images import StoredPicture
 from cwdpo_trainer.data.layouts import ALL_COLUMNS
 from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.errors import InputError, describe, require
 
 NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<configuration>[^:\[\]]+)(?=:))?(?::(?P<split>.+))?")
 IMAGE_COLUMNS = ("image", "images")
@@ -42,7 +42,7 @@ class DatasetSource(Source):
         counts = {column: self._image_counts(column) for column in stored}
         others = [column for column in self.dataset.column_names if column in ALL_COLUMNS and column not in stored]
         known, found = ", ".join(sorted(ALL_COLUMNS)), ", ".join(self.dataset.column_names)
-        require(bool(others), self.name, "the data set", "columns of", known, found)
+        require(bool(others), self.name, "columns", f"some of {known}", found)
         texts = self.tables.select_columns(others)
         place = 0
         for table in texts.iter(batch_size=BATCH):
@@ -110,7 +110,8 @@ def _without_nulls(value: Any) -> Any:
 def open_hub(text: str, folder: Path) -> DatasetSource:
     """The data set `hub:owner/name[:split]` or `hub:owner/name:configuration:split`."""
     match = NAME.fullmatch(text.removeprefix(HUB))
-    require(match is not None, text, "the data set", "form", "hub:owner/name[:split]", repr(text))
+    expected = "a name of the form hub:owner/name[:split] or hub:owner/name:configuration:split"
+    require(match is not None, text, "", expected, repr(text))
     name, configuration, split = match["name"], match["configuration"], match["split"] or DEFAULT_SPLIT
     return DatasetSource(text, _load(text, name, configuration, split), folder)
 
@@ -122,10 +123,10 @@ def open_folder(folder: Path, split: str) -> DatasetSource:
         return DatasetSource(name, _load(name, str(folder), None, split), folder)
     dataset = load_from_disk(folder)
     if isinstance(dataset, DatasetDict):
-        require(split in dataset, name, "the data set", "a split", "of " + ", ".join(dataset), repr(split))
+        require(split in dataset, name, "split", "one of " + ", ".join(dataset), repr(split))
         return DatasetSource(name, dataset[split], folder)
     own = str(dataset.split) if dataset.split else DEFAULT_SPLIT
-    require(split in (own, DEFAULT_SPLIT), name, "the data set", "a split", own, repr(split))
+    require(split in (own, DEFAULT_SPLIT), name, "split", repr(own), repr(split))
     return DatasetSource(str(folder), dataset, folder)
 
 
@@ -133,7 +134,4 @@ def _load(where: str, name: str, configuration: str | None, split: str) -> Datas
     try:
         return load_dataset(name, configuration, split=split)
     except (OSError, ValueError, DatasetsError) as error:
-        raise InputError(
-            f"{where}: expected the data set to have a name or folder that `datasets` can load, got "
-            f"{' '.join(str(error).split())[:300]}"
-        ) from error
+        raise InputError(where, "", "a dataset that the `datasets` library can load", describe(error)) from error

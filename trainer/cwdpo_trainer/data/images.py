@@ -19,7 +19,7 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.errors import InputError, describe, require, shorten
 
 # What Pillow raises on files that are no image, broken ones, and ones that claim to be enormous.
 BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
@@ -103,15 +103,20 @@ class StoredPicture(Picture):
         return "sha256:" + hashlib.sha256(self.read()).hexdigest()
 
 
+def unreadable(where: str, picture: Picture, error: Exception) -> InputError:
+    """The error for an image of the row at `where` that raised one of `BROKEN`."""
+    return InputError(where, "images", "readable image files", f"{picture.name} ({describe(error)})")
+
+
 def pictures_of(where: str, values: dict[str, Any], folder: Path) -> tuple[Picture, ...]:
     """The pictures in the columns `image` or `images` of a row; relative paths start at `folder`."""
-    require(not ("image" in values and "images" in values), where, "columns", "one of", "image, images", "both")
+    require(not ("image" in values and "images" in values), where, "columns", "either image or images", "both")
     if "image" in values:
         image = values["image"]
-        require(isinstance(image, (str, Picture)), where, "image", "type", "text", type(image).__name__)
+        require(isinstance(image, (str, Picture)), where, "image", "a path or a data: URI", type(image).__name__)
     images = [values["image"]] if "image" in values else values.get("images", [])
     ok = isinstance(images, list) and all(isinstance(image, (str, Picture)) for image in images)
-    require(ok, where, "images", "type", "list of texts", repr(images))
+    require(ok, where, "images", "a list of paths or data: URIs", shorten(repr(images)))
     return tuple(
         image if isinstance(image, Picture) else _picture(where, f"{where} images[{place}]", image, folder)
         for place, image in enumerate(images)
@@ -121,18 +126,18 @@ def pictures_of(where: str, values: dict[str, Any], folder: Path) -> tuple[Pictu
 def _picture(where: str, name: str, text: str, folder: Path) -> Picture:
     if text.startswith("data:"):
         head, comma, payload = text.partition(",")
-        form = "data:image/...;base64,..."
-        require(bool(comma) and head.endswith(";base64"), where, "images", "a URI of form", form, repr(text[:40]))
+        ok = bool(comma) and head.endswith(";base64")
+        require(ok, where, "images", "URIs of the form data:image/...;base64,...", repr(text[:40]))
         try:
             data = base64.b64decode(payload, validate=True)
         except binascii.Error as error:
-            raise InputError(f"{where}: expected images to have valid base64, got {error}") from error
+            raise InputError(where, "images", "valid base64", describe(error)) from error
         return StoredPicture(name, partial(bytes, data))
     address = text.startswith(("http://", "https://"))
-    require(not address, where, "images", "paths of files", "on this machine (download them first)", text)
+    require(not address, where, "images", "local files (download them first)", text)
     path = folder / text
     # A system cannot even look for a longer name; a picture's own bytes would be one.
     fits = all(len(part) <= 255 for part in path.parts)
-    require(fits, where, "images", "paths of files", "or data: addresses", f"{text[:60]!r}...")
-    require(path.is_file(), where, "images", "an existing", "file", str(path))
+    require(fits, where, "images", "file paths or data: URIs", f"{text[:60]!r}...")
+    require(path.is_file(), where, "images", "an existing file", path)
     return FilePicture(path)

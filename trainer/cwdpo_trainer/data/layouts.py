@@ -21,7 +21,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.errors import InputError, require, shorten
 
 Values = dict[str, Any]
 Message = dict[str, Any]
@@ -47,7 +47,7 @@ def canonical(where: str, values: Values) -> Values:
     known = set(own) | SHARED | METADATA
     unknown = sorted(set(values) - known)
     names = ", ".join([*own, *(name for name in COLUMNS if name in SHARED)])
-    require(not unknown, where, "columns", "names in", names, ", ".join(unknown))
+    require(not unknown, where, "columns", f"only {names}", f"also {', '.join(unknown)}")
     row = {name: value for name, value in values.items() if name in SHARED}
     row |= convert(where, values)
     if "images" in row and isinstance(row["images"], list):
@@ -72,11 +72,11 @@ def _layout(where: str, values: Values) -> tuple[Callable[[str, Values], Values]
     if answers:
         return _implicit, ("chosen", "rejected")
     expected = (
-        "prompt, chosen, rejected (TRL), messages, rejected_response (ms-swift), or conversations or instruction, "
-        "chosen, rejected (LLaMA-Factory)"
+        "prompt, chosen, rejected (TRL), or messages, rejected_response (ms-swift), or chosen, rejected and either "
+        "conversations or instruction (LLaMA-Factory)"
     )
     columns = ", ".join(sorted(values)) or "none"
-    raise InputError(f"{where}: expected columns to have the names {expected}, got {columns}")
+    raise InputError(where, "columns", expected, columns)
 
 
 def _preference(where: str, values: Values) -> Values:
@@ -95,7 +95,7 @@ def _implicit(where: str, values: Values) -> Values:
     chosen, rejected = values["chosen"], values["rejected"]
     alike = type(chosen) is type(rejected) and isinstance(chosen, (str, list))
     types = f"{type(chosen).__name__} and {type(rejected).__name__}"
-    require(alike, where, "chosen and rejected", "one type", "of text and list of messages", types)
+    require(alike, where, "chosen and rejected", "two texts or two lists of messages", types)
     pairs = zip(chosen, rejected, strict=False)
     shorter = min(len(chosen), len(rejected))
     length = next((place for place, (one, other) in enumerate(pairs) if one != other), shorter)
@@ -103,30 +103,26 @@ def _implicit(where: str, values: Values) -> Values:
         length = max((match.start() for match in re.finditer(r"\s+", chosen[:length])), default=0)
     else:
         length = min(length, shorter - 1)
-    require(length > 0, where, "prompt", "a", "value", "no such column")
+    require(length > 0, where, "prompt", "a value, or a common start of chosen and rejected", "neither")
     return {"prompt": chosen[:length], "chosen": chosen[length:], "rejected": rejected[length:]}
 
 
 def _swift(where: str, values: Values) -> Values:
     messages = _conversation(where, "messages", values["messages"], values.get("system"))
     if "rejected_messages" in values:
-        require(
-            "rejected_response" not in values,
-            where,
-            "columns",
-            "one of",
-            "rejected_response, rejected_messages",
-            "both",
-        )
+        one = "rejected_response" not in values
+        require(one, where, "columns", "either rejected_response or rejected_messages", "both")
         same = values.get("rejected_images", values.get("images")) == values.get("images")
-        require(same, where, "rejected_images", "value", "that of images", repr(values.get("rejected_images")))
+        require(
+            same, where, "rejected_images", "the same value as images", shorten(repr(values.get("rejected_images")))
+        )
         rejected = _conversation(where, "rejected_messages", values["rejected_messages"], values.get("system"))
         return _implicit(where, {"chosen": messages, "rejected": rejected})
     role = messages[-1]["role"]
-    require(role == "assistant", where, "the last of messages", "role", "assistant", repr(role))
-    require(len(messages) > 1, where, "messages", "length", ">= 2 (a prompt and its answer)", len(messages))
+    require(role == "assistant", where, "messages", "a last message with role 'assistant'", f"role {role!r}")
+    require(len(messages) > 1, where, "messages", "at least 2 (a prompt and its answer)", len(messages))
     rejected = values["rejected_response"]
-    require(isinstance(rejected, str), where, "rejected_response", "type", "text", type(rejected).__name__)
+    require(isinstance(rejected, str), where, "rejected_response", "text", type(rejected).__name__)
     return {"prompt": messages[:-1], "chosen": _answer(messages[-1]), "rejected": rejected}
 
 
@@ -134,13 +130,14 @@ def _sharegpt(where: str, values: Values) -> Values:
     name = "messages" if "messages" in values else "conversations"
     prompt = _conversation(where, name, values[name], values.get("system"))
     role = prompt[-1]["role"]
-    require(role != "assistant", where, f"the last of {name}", "role", "human (the answers follow it)", repr(role))
+    require(role != "assistant", where, name, "a last message from the user (the answers follow it)", f"role {role!r}")
     answers = {}
     for column in ("chosen", "rejected"):
         answer = values[column]
         if not isinstance(answer, str):
             (message,) = _conversation(where, column, [answer], None)
-            require(message["role"] == "assistant", where, column, "role", "gpt", repr(message["role"]))
+            role = message["role"]
+            require(role == "assistant", where, column, "a message with role 'assistant' or 'gpt'", f"role {role!r}")
             answer = _answer(message)
         answers[column] = answer
     return {"prompt": prompt, **answers}
@@ -149,10 +146,10 @@ def _sharegpt(where: str, values: Values) -> Values:
 def _alpaca(where: str, values: Values) -> Values:
     asked = [values["instruction"], values.get("input", "")]
     texts = all(isinstance(text, str) for text in asked) and bool(asked[0].strip())
-    require(texts, where, "instruction and input", "type", "text, the first not empty", repr(asked))
+    require(texts, where, "instruction and input", "texts, and an instruction that is not empty", shorten(repr(asked)))
     turns = values.get("history", [])
     pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
-    require(pairs, where, "history", "type", "list of [question, answer]", repr(turns))
+    require(pairs, where, "history", "a list of [question, answer] pairs", shorten(repr(turns)))
     messages = []
     for question, answer in turns:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
@@ -163,19 +160,20 @@ def _alpaca(where: str, values: Values) -> Values:
 
 def _conversation(where: str, name: str, value: Any, system: Any) -> list[Message]:
     """Messages of either form as {"role", "content"}, after one of the text `system` where there is one."""
-    require(isinstance(value, list) and bool(value), where, name, "type", "list of messages, not empty", repr(value))
+    ok = isinstance(value, list) and bool(value)
+    require(ok, where, name, "a non-empty list of messages", shorten(repr(value)))
     messages = []
     for message in value:
         fields = message if isinstance(message, dict) else {}
         role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
         ok = isinstance(role, str) and isinstance(content, (str, list))
-        require(ok, where, name, "messages of", "role and content, or from and value", repr(message))
+        require(ok, where, name, "messages with role and content, or with from and value", shorten(repr(message)))
         role = ROLES.get(role, role)
         known = ("system", "user", "assistant", "tool")
-        require(role in known, where, name, "role", "in " + ", ".join([*known, *ROLES]), repr(role))
+        require(role in known, where, name, "roles out of " + ", ".join([*known, *ROLES]), repr(role))
         messages.append({"role": role, "content": content})
     if system:
-        require(isinstance(system, str), where, "system", "type", "text", type(system).__name__)
+        require(isinstance(system, str), where, "system", "text", type(system).__name__)
         messages.insert(0, {"role": "system", "content": system})
     return messages
 
@@ -203,7 +201,7 @@ def _with_image_parts(where: str, row: Values) -> Values:
     if any(tag != TAG for tag in found):
         return row
     ok = len(found) in (0, len(images))
-    require(ok, where, "prompt", "number of tags <image>", f"{len(images)} (as images), or none", len(found))
+    require(ok, where, "prompt", "one <image> tag per image, or none", f"{len(found)} for {len(images)} images")
     messages = [{**message, "content": _parts(message["content"])} for message in prompt]
     if not found:
         first = next((message for message in messages if message.get("role") == "user"), messages[0])

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers.image_utils import make_flat_list_of_images
 
 from cwdpo_trainer.data.collator import PairCollator
-from cwdpo_trainer.data.images import BROKEN, Picture
+from cwdpo_trainer.data.images import BROKEN, Picture, unreadable
 from cwdpo_trainer.data.rows import SHOWN, Row
 from cwdpo_trainer.errors import InputError, require
 
@@ -75,9 +75,8 @@ class LengthMeter:
     def _verify(self, collator: PairCollator, row: Row, measured: int) -> None:
         """The first row with images is also processed as it is: what this class rests on is looked at once."""
         real = collator.prompts([row])["input_ids"].shape[1]
-        name = type(collator.processor).__name__
-        expected = f"as for blank images of the same sizes ({measured})"
-        require(real == measured, row.where, f"prompts of {name}", "as many tokens", expected, real)
+        what = f"prompt tokens of {type(collator.processor).__name__}"
+        require(real == measured, row.where, what, f"{measured}, as with blank images of the same sizes", real)
 
     def _prompt(self, row: Row, blanks: Sequence[Picture] | None = None) -> list[int]:
         blanks = [_blank(row, picture) for picture in row.images] if blanks is None else blanks
@@ -107,8 +106,7 @@ def _blank(row: Row, picture: Picture) -> _Blank:
     try:
         return _Blank(*picture.shape())
     except BROKEN as error:
-        message = f"{row.where}: expected images to have a readable file {picture.name}, got {error}"
-        raise InputError(message) from error
+        raise unreadable(row.where, picture, error) from error
 
 
 class _OncePerShape:
@@ -186,7 +184,8 @@ def fit_rows(rows: Sequence[Row], meter: LengthMeter, max_length: int, policy: s
             changed[policy].append(row.where)
         fit.rows.append(fitting)
         fit.lengths.append(length if fitting is row else meter(fitting))
-    require(bool(fit.rows), "data", "max_length", "value", f">= the length of some row ({policy})", max_length)
+    expected = f"room for at least 1 row (data.over_length: {policy})"
+    require(bool(fit.rows), "config", "data.max_length", expected, max_length)
     return fit
 
 
@@ -205,10 +204,8 @@ def _shrink(row: Row, length: Length, meter: LengthMeter, max_length: int) -> Ro
         return None
     if not meter.counts_pixels(row):
         processor = type(meter.collator.processor).__name__
-        raise InputError(
-            f"data: expected over_length to have value trim or skip with {processor}, which makes as many tokens "
-            f"of a small image as of a large one, got 'shrink' ({row.where} has {length.total} tokens)"
-        )
+        expected = f"trim or skip, as {processor} makes as many tokens from a small image as from a large one"
+        raise InputError("config", "data.over_length", expected, f"shrink ({row.where} has {length.total} tokens)")
     largest = max(math.prod(picture.shape()[1]) for picture in row.images)
     best, low, high = None, SMALLEST, 1.0
     for step in range(STEPS):

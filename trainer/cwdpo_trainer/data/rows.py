@@ -27,11 +27,11 @@ from typing import Any
 
 from PIL import Image
 
-from cwdpo_trainer.data.images import BROKEN, Picture, pictures_of
+from cwdpo_trainer.data.images import BROKEN, Picture, pictures_of, unreadable
 from cwdpo_trainer.data.layouts import canonical
 from cwdpo_trainer.data.source import Source
 from cwdpo_trainer.data.sources import open_source
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.errors import InputError, InputErrors, require, shorten
 
 SHOWN = 10  # bad rows that a report quotes
 Message = dict[str, Any]
@@ -60,8 +60,7 @@ class Row:
             try:
                 loaded.append(_within(picture.load(), self.max_pixels))
             except BROKEN as error:
-                message = f"{self.where}: expected images to have a readable file {picture.name}, got {error}"
-                raise InputError(message) from error
+                raise unreadable(self.where, picture, error) from error
         return loaded
 
 
@@ -78,53 +77,44 @@ def _within(image: Image.Image, max_pixels: int | None) -> Image.Image:
 def load_rows(data: Source | Path, skipped: Callable[[str], None] | None = None) -> list[Row]:
     """Every row of a data set, or of the file at a path.
 
-    Raises one `InputError` about all the bad rows, each with its place, column, expected and got. With `skipped`
-    the good rows are returned instead, if there are any, and `skipped` is called with the report.
+    Raises an `InputError` about the bad row, `InputErrors` about several. With `skipped` the good rows are returned
+    instead, if there are any, and `skipped` is called with the report about the bad ones.
     """
     source = open_source(data) if isinstance(data, Path) else data
-    rows, problems = read_rows(source)
-    if problems:
-        skip = skipped is not None and bool(rows)
-        report = _report(source, problems, len(rows) + len(problems), " and are left out" if skip else "")
-        if not skip:
-            raise InputError(problems[0] if len(problems) == 1 else report)
-        skipped(report)
-    require(bool(rows), source.name, "the data set", "number of rows", ">= 1", 0)
+    rows, errors = read_rows(source)
+    if errors:
+        title = f"{source.name}: {len(errors)} of {len(rows) + len(errors)} rows are invalid"
+        if skipped is not None and rows:
+            skipped(str(InputErrors(f"{title} and are skipped", errors, SHOWN)))
+        else:
+            raise errors[0] if len(errors) == 1 else InputErrors(title, errors, SHOWN)
+    require(bool(rows), source.name, "", "at least 1 row", 0)
     return rows
 
 
-def read_rows(source: Source) -> tuple[list[Row], list[str]]:
-    """The good rows, and what is wrong with each of the others. Raises `InputError` where nothing can be read."""
+def read_rows(source: Source) -> tuple[list[Row], list[InputError]]:
+    """Return the good rows and an error for each bad one. Raises `InputError` if the source cannot be read at all."""
     rows: list[Row] = []
-    problems: list[str] = []
+    errors: list[InputError] = []
     for where, values in source.rows():
         try:
             row = _row(len(rows), where, values, source.folder)
             if rows:  # one batch is rendered one way
-                first, kind = type(rows[0].prompt).__name__, type(row.prompt).__name__
-                require(kind == first, where, "prompt", "type", f"{first} (as {rows[0].where})", kind)
+                first, kind = (_kind(each.prompt) for each in (rows[0], row))
+                require(kind == first, where, "prompt", f"{first}, as in {rows[0].where}", kind)
             rows.append(row)
         except InputError as error:
-            problems.append(str(error))
-    return rows, problems
+            errors.append(error)
+    return rows, errors
 
 
-def _report(source: Source, problems: Sequence[str], total: int, fate: str) -> str:
-    shown = problems[:SHOWN]
-    which = f"; the first {SHOWN}" if len(problems) > SHOWN else ""
-    return "\n  ".join([f"{source.name}: {len(problems)} of {total} rows cannot be used{fate}{which}:", *shown])
+def _kind(prompt: str | list[Message]) -> str:
+    return "text" if isinstance(prompt, str) else "a list of messages"
 
 
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """A seeded shuffle of `rows`, cut after `fraction` of them: the rows of stage 1 and those of stage 2."""
-    require(
-        len(rows) >= 2,
-        "data.train",
-        "the data set",
-        "number of rows",
-        ">= 2 (two stages share it)",
-        len(rows),
-    )
+    require(len(rows) >= 2, "config", "data.train", "at least 2 rows, as two stages share them", len(rows))
     order = list(rows)
     random.Random(seed).shuffle(order)
     cut = min(max(round(fraction * len(order)), 1), len(order) - 1)
@@ -142,29 +132,24 @@ def distinct_prompts(rows: Sequence[Row]) -> list[Row]:
 def _row(row_id: int, where: str, values: Any, folder: Path) -> Row:
     if isinstance(values, InputError):
         raise values
-    require(isinstance(values, dict), where, "the row", "type", "object", type(values).__name__)
+    require(isinstance(values, dict), where, "", "a JSON object", type(values).__name__)
     values = canonical(where, values)
     prompt = _content(where, values, "prompt")
     chosen, rejected = (_content(where, values, name) for name in ("chosen", "rejected"))
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         if isinstance(answer, list):
             ok = isinstance(prompt, list) and len(answer) == 1 and answer[0]["role"] == "assistant"
-            require(
-                ok,
-                where,
-                name,
-                "content",
-                "text, or one assistant message after a prompt of messages",
-                answer,
-            )
-    require(chosen != rejected, where, "rejected", "an answer", "other than chosen", repr(rejected))
+            expected = "text, or one assistant message after a prompt of messages"
+            require(ok, where, name, expected, shorten(repr(answer)))
+    require(chosen != rejected, where, "rejected", "an answer that differs from chosen", shorten(repr(rejected)))
     references = values.get("references", [answer_text(chosen)])
     texts = isinstance(references, list) and all(isinstance(text, str) and text.strip() for text in references)
-    require(texts and bool(references), where, "references", "type", "list of texts, not empty", repr(references))
+    require(texts and bool(references), where, "references", "a non-empty list of texts", shorten(repr(references)))
     source = values.get("negative_source", "dataset")
     named = isinstance(source, str) and re.fullmatch(r"[A-Za-z0-9_]+", source) is not None
     named = named and source not in ("chosen", "onpolicy")  # names of the other sets that are probed
-    require(named, where, "negative_source", "form", "a word other than chosen and onpolicy", repr(source))
+    expected = "letters, digits and underscores, other than 'chosen' and 'onpolicy'"
+    require(named, where, "negative_source", expected, repr(source))
     images = pictures_of(where, values, folder)
     return Row(row_id, where, prompt, chosen, rejected, images, tuple(references), source)
 
@@ -178,17 +163,17 @@ def answer_text(answer: str | list[Message]) -> str:
 
 
 def _content(where: str, values: dict[str, Any], name: str) -> str | list[Message]:
-    require(name in values, where, name, "a", "value", "no such column")
+    require(name in values, where, name, "a value", "none")
     value = values[name]
     if isinstance(value, str):
-        require(bool(value.strip()), where, name, "length", ">= 1 word", repr(value))
+        require(bool(value.strip()), where, name, "at least 1 word", repr(value))
         return value
     messages = isinstance(value, list) and all(
         isinstance(message, dict) and isinstance(message.get("role"), str) and _is_message_content(message)
         for message in value
     )
-    require(messages, where, name, "type", "text or list of messages (role, content)", type(value).__name__)
-    require(bool(value), where, name, "length", ">= 1 message", 0)
+    require(messages, where, name, "text or a list of messages with role and content", type(value).__name__)
+    require(bool(value), where, name, "at least 1 message", 0)
     return value
 
 

@@ -18,6 +18,7 @@ from typing import Any
 
 from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
 from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.files import read_text
 
 
 def open_source(text: str | Path, base: Path = Path()) -> Source:
@@ -43,11 +44,7 @@ class FileSource(Source):
         self.folder = path.parent
 
     def rows(self) -> Iterator[tuple[str, Any]]:
-        require(self.path.is_file(), self.name, "the data set", "an existing", "file", "none there")
-        try:
-            text = self.path.read_text(encoding="utf-8-sig")
-        except UnicodeDecodeError as error:
-            raise InputError(f"{self.name}: expected the data set to have encoding UTF-8, got {error}") from error
+        text = read_text(self.path)
         if self.path.suffix == ".json" and text.lstrip().startswith("["):
             yield from _array(self.path, text)
             return
@@ -65,7 +62,7 @@ class FileSource(Source):
 
 
 def _not_json(where: str, error: json.JSONDecodeError) -> InputError:
-    return InputError(f"{where}: expected the row to have valid JSON, got {error}")
+    return InputError(where, "", "valid JSON", error)
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -86,4 +83,5 @@ def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         yield where, value
         place = gap.match(text, end).end()
         separator = text[place : place + 1]
-        require(separator in (",", "]"), where, "the row", "after it", ", or ]", repr(separator))
+        found = repr(separator) if separator else "the end of the file"
+        require(separator in (",", "]"), where, "", "',' or ']' after the row", found)

@@ -54,7 +54,7 @@ def write_stage_card(
 ) -> None:
     """`write_card` of a stage by itself, from its log history: without captions, which a run makes at its end."""
     probes = probe_entries(history)
-    require(bool(probes), str(folder), "the stage", "state", "trained, as its card has its probes", "no probe")
+    require(bool(probes), str(folder), "", "probes of a trained stage for its card", "none")
     metrics = {
         LABEL_OF_STAGE[stage]: {"probes": probes[-1]},
         "findings": [asdict(finding) for finding in diagnose(stage, history, settings)],

@@ -71,7 +71,7 @@ class Subject:
         if (folder / "run.json").is_file():
             return cls._of_run(folder, reference)
         local = not folder.is_dir() and text[0] in "./~"
-        require(not local, "command line", "RUN_OR_MODEL", "an existing", "folder, or a name on the Hub", text)
+        require(not local, "command line", "RUN_OR_MODEL", "an existing folder or a name on the Hub", text)
         model, probes, sampling = ModelArguments(text), ProbeArguments(), SamplingArguments()
         return cls(text, reference, "dpo", model, None, probes, sampling, Cooling(), {}, 0)
 
@@ -79,7 +79,7 @@ class Subject:
     def _of_run(cls, folder: Path, reference: str | None) -> Subject:
         where, raw = str(folder / "run.json"), read_json(folder / "run.json")["config"]
         done = [stage for stage in STAGES if (folder / MODEL_FOLDERS[stage]).is_dir()]
-        require(bool(done), str(folder), "the run", "state", "at least one stage done", "none done")
+        require(bool(done), str(folder), "", "at least 1 finished stage", "none")
         stage = done[-1]
         sections = [read_section(where, name, raw) for name in ("model", "data", "probes", "sampling")]
         path = folder / MODEL_FOLDERS[stage]

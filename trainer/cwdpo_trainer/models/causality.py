@@ -30,10 +30,9 @@ def check_causal(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) ->
     worst = (logp - other).abs().max().item()
     tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * logp.abs().max().item())
     if not worst <= tolerance:
-        raise InputError(
-            f"{type(model).__name__}: expected log-probs of answers to have a change <= {tolerance:.1e} nats when only "
-            f"a token after them changes, got {worst:.3g}: the model sees both sides of an answer's tokens"
-        )
+        expected = f"a change <= {tolerance:.1e} nats when only a later token changes"
+        got = f"{worst:.3g}: the model attends to later tokens of an answer"
+        raise InputError(type(model).__name__, "log-probs of answers", expected, got)
     return worst
 
 

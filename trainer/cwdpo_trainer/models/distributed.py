@@ -38,16 +38,16 @@ def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
     """Raise `InputError` for a layout that would train wrongly or could not save; choose the units of FSDP2 where the
     configuration does not."""
     kind = accelerator.distributed_type
-    require(kind != DistributedType.DEEPSPEED, WHERE, "distributed_type", "value", "NO, MULTI_* or FSDP", kind.value)
+    require(kind != DistributedType.DEEPSPEED, WHERE, "distributed_type", "NO, MULTI_* or FSDP", kind.value)
     if not is_sharded(accelerator):
         return
     plugin = accelerator.state.fsdp_plugin
-    require(plugin.fsdp_version == 2, WHERE, "fsdp_version", "value", 2, plugin.fsdp_version)
+    require(plugin.fsdp_version == 2, WHERE, "fsdp_version", 2, plugin.fsdp_version)
     state_dict = str(plugin.state_dict_type)
-    require("FULL" in state_dict, WHERE, "fsdp_state_dict_type", "value", "FULL_STATE_DICT", state_dict)
+    require("FULL" in state_dict, WHERE, "fsdp_state_dict_type", "FULL_STATE_DICT", state_dict)
     # The head is measured before it is sharded, in every process, and needs its weights there.
     lean = plugin.cpu_ram_efficient_loading
-    require(not lean, WHERE, "fsdp_cpu_ram_efficient_loading", "value", "false", lean)
+    require(not lean, WHERE, "fsdp_cpu_ram_efficient_loading", "false", lean)
     if plugin.transformer_cls_names_to_wrap is None:
         # accelerate would take all that the class names, and fail at those that this model does not have.
         present = {type(module).__name__ for module in model.modules()}

@@ -33,7 +33,7 @@ from transformers import (
 
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.config.loader import RunConfig
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.errors import InputError, describe, require
 
 POLICY, REFERENCE = "default", "reference"  # names of adapters
 ADAPTER_FILE = "adapter_config.json"
@@ -54,7 +54,7 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     if not trainable:
         return model
     kind = settings.quantization
-    require(kind is None or lora is not None, "model", "quantization", "value", "null without a section lora", kind)
+    require(kind is None or lora is not None, "config", "model.quantization", "null without a section lora", kind)
     _freeze(model, settings.freeze)
     return model if lora is None else _with_adapter(model, settings, lora)
 
@@ -64,10 +64,9 @@ def load_processor(path: str) -> ProcessorMixin:
     try:
         processor = AutoProcessor.from_pretrained(path)
     except (OSError, ValueError, ImportError) as error:  # some processors need torchvision
-        message = f"model: expected path to have a vision-language model and its processor, got {path}"
-        raise InputError(f"{message} ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(path, "", "a vision-language model with its processor", describe(error)) from error
     usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")
-    require(usable, path, "the processor", "parts", "tokenizer and image_processor", type(processor).__name__)
+    require(usable, path, "processor", "a tokenizer and an image_processor", type(processor).__name__)
     return processor
 
 
@@ -75,7 +74,7 @@ def model_path(config: RunConfig) -> str:
     """The folder of the model if there is one, else its name on the Hub."""
     path = config.model.path
     local = config.base / Path(path).expanduser()
-    require(local.is_dir() or path[0] not in "./~", "model", "path", "an existing", "folder", str(local))
+    require(local.is_dir() or path[0] not in "./~", "config", "model.path", "an existing folder", local)
     return str(local.resolve()) if local.is_dir() else path  # an adapter remembers it
 
 
@@ -94,8 +93,8 @@ def _load(settings: ModelArguments, path: str) -> PreTrainedModel:
     try:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=settings.torch_dtype, **options)
     except (OSError, ValueError, ImportError) as error:
-        message = f"model: expected path to have a model that can be loaded with {options or 'no options'}, got {path}"
-        raise InputError(f"{message} ({' '.join(str(error).split())[:300]})") from error
+        expected = f"a vision-language model that loads with {options or 'default options'}"
+        raise InputError(path, "", expected, describe(error)) from error
 
 
 def _quantization(settings: ModelArguments) -> BitsAndBytesConfig:
@@ -114,14 +113,14 @@ def check_quantization(model: Model, device: torch.device) -> None:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     kind = getattr(base, "quantization_method", None)
     fine = kind is None or device.type != "cpu"
-    require(fine, "model", "quantization", "value", "null on a CPU", getattr(kind, "value", kind))
+    require(fine, "config", "model.quantization", "null on a CPU", getattr(kind, "value", kind))
 
 
 def _freeze(model: nn.Module, prefixes: list[str]) -> None:
     for prefix in prefixes:
         found = [parameter for name, parameter in model.named_parameters() if f".{prefix}." in f".{name}"]
         modules = sorted({name for name, module in model.named_modules() if name and name.count(".") <= 1})
-        require(bool(found), "model", "freeze", "names of modules, such as", ", ".join(modules), repr(prefix))
+        require(bool(found), "config", "model.freeze", f"names of modules, such as {', '.join(modules)}", repr(prefix))
         for parameter in found:
             parameter.requires_grad_(False)
 
@@ -146,7 +145,7 @@ def _with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraAr
         )  # fmt: skip
         return _saving_the_policy(get_peft_model(model, config))
     except (OSError, ValueError) as error:
-        raise InputError(f"lora: expected settings that fit the model, got {' '.join(str(error).split())}") from error
+        raise InputError("config", "lora", "options that fit the model", describe(error)) from error
 
 
 def _saving_the_policy(policy: PeftModel) -> PeftModel:
@@ -173,7 +172,13 @@ def load_weights(model: Model, folder: str) -> None:
         stored = load_peft_weights(folder, device="cpu")
         wanted = set(_adapter_weights(model))
         missing = sorted(wanted ^ set(stored))
-        require(not missing, folder, "the adapter", "weights", "of this run's", f"others: {', '.join(missing[:5])}")
+        require(
+            not missing,
+            folder,
+            "",
+            "an adapter with the weights of this run's",
+            f"other weights: {', '.join(missing[:5])}",
+        )
         set_peft_model_state_dict(model, stored, adapter_name=POLICY)
         return
     plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))

@@ -24,7 +24,7 @@ from PIL import Image
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator, Tokens
 from cwdpo_trainer.data.rows import Row
-from cwdpo_trainer.errors import require
+from cwdpo_trainer.errors import describe, require, shorten
 
 WHERE = "sampling.server"
 PAUSES = (1.0, 5.0, 20.0)  # seconds before another attempt, where a server is away or busy
@@ -48,7 +48,7 @@ class AnswerServer:
         for row in rows:
             _check(row)
         models = _request(f"{url}/v1/models", None).get("data", [])
-        require(bool(models), WHERE, url, "number of models", ">= 1", 0)
+        require(bool(models), WHERE, url, "at least 1 model", 0)
         return cls(url, models[0]["id"])
 
     def draw(
@@ -87,11 +87,11 @@ def chat_messages(row: Row) -> list[dict[str, Any]]:
 
 def _check(row: Row) -> None:
     is_chat = isinstance(row.prompt, list)
-    require(is_chat, row.where, "prompt", "type", f"list of messages, as {WHERE} is set", type(row.prompt).__name__)
+    require(is_chat, row.where, "prompt", f"a list of messages, as {WHERE} is set", "text")
     contents = [message["content"] for message in row.prompt if isinstance(message["content"], list)]
     places = sum(part["type"] == "image" for content in contents for part in content)
-    expected = f"{len(row.images)}, one for each image, as {WHERE} is set"
-    require(places == len(row.images), row.where, "prompt", "number of image parts", expected, places)
+    expected = f"one image part per image, as {WHERE} is set"
+    require(places == len(row.images), row.where, "prompt", expected, f"{places} for {len(row.images)} images")
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -108,10 +108,10 @@ def _request(url: str, body: dict[str, Any] | None, pauses: Sequence[float] = PA
         with urllib.request.urlopen(request, timeout=TIMEOUT) as response:
             return json.load(response)
     except urllib.error.HTTPError as error:
-        problem = f"{error.code} {error.read(500).decode(errors='replace')}"
+        problem = shorten(f"{error.code} {error.read(500).decode(errors='replace')}")
         passes = error.code >= 500 or error.code == 429
     except (OSError, ValueError) as error:  # no connection, no answer in time, no JSON
-        problem, passes = str(error), True
-    require(passes and bool(pauses), WHERE, url, "an", "answer", problem)
+        problem, passes = describe(error), True
+    require(passes and bool(pauses), WHERE, url, "an answer", problem)
     time.sleep(pauses[0])
     return _request(url, body, pauses[1:])

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,13 +15,11 @@ from cwdpo_trainer.data.collator import PairCollator, to_device
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, read_rows
 from cwdpo_trainer.data.sources import open_source
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.errors import InputError, describe, require, shorten
 from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.loading import base_model, load_model, load_processor, model_path
 from cwdpo_trainer.preflight.row_rules import listed, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Plan, Problem, problems_of
-
-MESSAGE = re.compile(r"(?P<where>.*?): expected (?P<kind>.*?), got (?P<got>.*)", re.DOTALL)
 
 
 def dry_run(path: Path, overrides: Sequence[str], rows: int) -> tuple[Plan | None, list[Problem]]:
@@ -64,25 +61,24 @@ def _heldout(plan: Plan, rows: int) -> Iterator[Problem]:
 
 def _data(plan: Plan, name: str, rows: int) -> Iterator[Problem]:
     source = open_source(getattr(plan.config.data, name), plan.config.base)
-    plan.rows[name], messages = read_rows(source)
+    plan.rows[name], errors = read_rows(source)
     plan.digests[name], plan.unused[name] = source.digest(), source.unused_columns()
     step = max(1, -(-len(plan.rows[name]) // rows))
     plan.sample[name] = plan.rows[name][::step]
-    yield from _unusable_rows(plan, name, messages)
-    require(bool(plan.rows[name]), source.name, "the data set", "number of rows", ">= 1 that is good", 0)
+    yield from _unusable_rows(plan, name, errors)
+    require(bool(plan.rows[name]), source.name, "", "at least 1 valid row", 0)
 
 
-def _unusable_rows(plan: Plan, name: str, messages: Sequence[str]) -> Iterator[Problem]:
+def _unusable_rows(plan: Plan, name: str, errors: Sequence[InputError]) -> Iterator[Problem]:
     """One problem for each kind of mistake."""
-    kinds: dict[str, list[str]] = defaultdict(list)
-    for message in messages:
-        match = MESSAGE.fullmatch(message)
-        kinds[match["kind"]].append(f"{match['where']}: {match['got'][:120]}")
+    kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for error in errors:
+        kinds[error.what, error.expected].append(f"{error.where}: {shorten(error.got, 120)}")
     skipped = plan.config.data.skip_bad_rows
     advice = "they are left out, as data.skip_bad_rows says" if skipped else "correct them, or set data.skip_bad_rows"
-    total = len(plan.rows[name]) + len(messages)
-    for kind, evidence in kinds.items():
-        head = f"{len(evidence)} of {total} rows of data.{name}, expected {kind}"
+    total = len(plan.rows[name]) + len(errors)
+    for (what, expected), evidence in kinds.items():
+        head = f"{len(evidence)} of {total} rows of data.{name}: {what + ': ' if what else ''}expected {expected}, got"
         yield Problem(WARNING if skipped else ERROR, "unusable_rows", listed(head, evidence), advice)
 
 
@@ -100,11 +96,10 @@ def _model(plan: Plan, rows: int) -> Iterator[Problem]:
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(settings)
     except (OSError, ValueError, ImportError) as error:
-        message = f"model: expected path to have the configuration of a vision-language model, got {path}"
-        raise InputError(f"{message} ({' '.join(str(error).split())[:200]})") from error
+        raise InputError(path, "", "the config of a vision-language model", describe(error)) from error
     text = settings.get_text_config()
     head = model.get_output_embeddings()
-    require(head is not None, path, type(model).__name__, "an output head", "over the vocabulary", "none")
+    require(head is not None, path, type(model).__name__, "an output head over the vocabulary", "none")
     vocab, dim = head.weight.shape
     dtype = plan.config.model.torch_dtype
     if dtype == "auto":

@@ -11,6 +11,7 @@ import torch
 
 import cwdpo_kernels
 from cwdpo_trainer.data.lengths import Length
+from cwdpo_trainer.errors import describe
 from cwdpo_trainer.preflight.dry_run import dry_run, first_pair, self_test
 from cwdpo_trainer.preflight.memory import HeadStep, size
 from cwdpo_trainer.preflight.run_rules import ERROR, Plan, Problem
@@ -134,6 +135,7 @@ def _self_test(plan: Plan) -> list[Problem]:
     try:
         say(f"  self-test: {self_test(plan.config, plan.collator, row, device)}")
     except Exception as error:  # whatever the model raises would stop the run
-        evidence = f"{type(error).__name__}: {' '.join(str(error).split())[:400]}"
-        return [Problem(ERROR, "self_test", evidence, "the run would stop at its first batch; see the message")]
+        return [
+            Problem(ERROR, "self_test", describe(error, 400), "the run would stop at its first batch; see the message")
+        ]
     return []

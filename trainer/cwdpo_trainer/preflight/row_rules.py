@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator
 
 from cwdpo_trainer.data.lengths import Length
 from cwdpo_trainer.data.rows import Row, answer_text
-from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.errors import InputError, describe, shorten
 from cwdpo_trainer.preflight.run_rules import ERROR, PLACES, Plan, Problem
 
 RowRule = Callable[[Plan, Row], str | None]
@@ -20,7 +20,7 @@ def unreadable_image(plan: Plan, row: Row) -> str | None:
     try:
         row.load_images()
     except InputError as error:
-        return _got(error)
+        return _mistake(error)
     return None
 
 
@@ -50,7 +50,7 @@ def answer_is_no_continuation(plan: Plan, row: Row) -> str | None:
         for answer in (row.chosen, row.rejected):
             plan.collator.answer_tokens(row, answer)
     except InputError as error:
-        return _got(error)
+        return _mistake(error)
     return None
 
 
@@ -99,7 +99,7 @@ def _first_mistake(plan: Plan, row: Row, lengths: dict[int, Length]) -> tuple[st
                 return name, evidence
         lengths[row.id] = plan.meter(row)
     except Exception as error:  # whatever a processor, a template or a tokenizer raises would stop the run
-        return REFUSED, f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        return REFUSED, describe(error)
     return None
 
 
@@ -109,6 +109,6 @@ def listed(head: str, evidence: list[str]) -> str:
     return "\n    ".join([head, *evidence[:PLACES], *more])
 
 
-def _got(error: InputError) -> str:
-    """The message without the place, which stands before it already."""
-    return " ".join(str(error).partition(": expected ")[2].split())[:300]
+def _mistake(error: InputError) -> str:
+    """The error without its place, which the report prints before it."""
+    return shorten(f"expected {error.expected}, got {error.got}")

@@ -107,8 +107,7 @@ class StageTrainer(Trainer):
         metric = self.args.metric_for_best_model
         names = self.probes.names()
         known = metric is None or metric.removeprefix("eval_") in names
-        name = "a name of a probe"
-        require(known, "configuration", "metric_for_best_model", name, ", ".join(names), repr(metric))
+        require(known, "config", "metric_for_best_model", f"a probe metric out of {', '.join(names)}", repr(metric))
 
     def compute_loss(
         self,

@@ -25,6 +25,6 @@ def measure_cooling(mean_logp: Tensor) -> tuple[float, float]:
     """
     quarter, half, three = torch.quantile(mean_logp.double(), mean_logp.new_tensor([0.25, 0.5, 0.75]).double()).tolist()
     spread = three - quarter
-    expected = "> 0 (give logp_floor and tau as numbers)"
-    require(spread > 0, "automatic cooling", "the rejected answers", "a spread of mean log-probs", expected, spread)
+    expected = "rejected answers whose mean log-probs differ (else set logp_floor and tau to numbers)"
+    require(spread > 0, "automatic cooling", "", expected, f"an interquartile range of {spread}")
     return half, spread / (2 * math.log(3))

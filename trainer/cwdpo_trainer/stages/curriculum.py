@@ -60,7 +60,7 @@ def save_order(checkpoint: Path, order: list[int]) -> None:
 def load_order(checkpoint: Path, count: int) -> list[int]:
     """The order that `save_order` wrote, of `count` rows."""
     path = checkpoint / ORDER_FILE
-    require(path.is_file(), str(checkpoint), "the checkpoint", "a", ORDER_FILE, "none: it had no curriculum")
+    require(path.is_file(), str(checkpoint), "", f"a checkpoint with {ORDER_FILE}", "one without a curriculum")
     order = read_json(path)
-    require(sorted(order) == list(range(count)), str(path), "the order", "number of rows", count, len(order))
+    require(sorted(order) == list(range(count)), str(path), "", f"an order of {count} rows", len(order))
     return order

@@ -47,10 +47,10 @@ class _Settings:
         for name, least in (("seed", 0), ("train_rows", 2), ("heldout_rows", 2), ("warmup_steps", 0)):
             value = getattr(self, name)
             whole = isinstance(value, int) and not isinstance(value, bool)
-            require(whole and value >= least, "digits", name, "value", f"a whole number >= {least}", value)
+            require(whole and value >= least, "config", f"prepare.{name}", f"an integer >= {least}", repr(value))
         even = self.heldout_rows % len(NEGATIVE_SOURCES) == 0
-        expected = "even (a near and an easy row per scene)"
-        require(even, "digits", "heldout_rows", "value", expected, self.heldout_rows)
+        expected = "an even number (a near and an easy row per scene)"
+        require(even, "config", "prepare.heldout_rows", expected, self.heldout_rows)
 
 
 def prepare(
@@ -87,11 +87,11 @@ def _is_stamped(folder: Path, stamp: dict[str, Any]) -> bool:
     """Whether `folder` holds what `stamp` describes. A folder with files of somebody else is refused."""
     if not folder.exists():
         return False
-    require(folder.is_dir(), str(folder), "the digits folder", "type", "folder", "a file")
+    require(folder.is_dir(), str(folder), "", "a folder", "a file")
     found = {path.name for path in folder.iterdir()}
     foreign = sorted(found - CONTENT) if STAMP in found else sorted(found)
-    expected = "none, or what the recipe wrote"
-    require(not foreign, str(folder), "the digits folder", "content", expected, ", ".join(foreign[:5]))
+    expected = "an empty folder, or one that this recipe wrote"
+    require(not foreign, str(folder), "", expected, f"one with {', '.join(foreign[:5])}")
     return found == CONTENT and read_json(folder / STAMP) == stamp
 
 
