@@ -50,7 +50,11 @@ def test_a_cache_of_references_may_lie_elsewhere_or_nowhere(settings, write_conf
 
 def test_a_run_has_the_stages_that_have_a_section(settings, write_config):
     del settings["sft"]
-    assert load_config(write_config(settings)).sft is None
+    config = load_config(write_config(settings))
+    assert config.sft is None
+    assert (config.stages, config.stage("dpo")) == (["dpo"], config.dpo)
+    with pytest.raises(InputError, match="config: expected a section sft, got dpo"):
+        config.stage("sft")
 
 
 def test_the_recipe_that_ships_is_valid():

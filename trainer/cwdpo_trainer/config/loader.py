@@ -28,6 +28,7 @@ from cwdpo_trainer.config.arguments import (
     ProbeArguments,
     SamplingArguments,
     SFTArguments,
+    StageArguments,
 )
 from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
 from cwdpo_trainer.files import read_text
@@ -65,6 +66,21 @@ class RunConfig:
     sampling: SamplingArguments
     sft: SFTArguments | None
     dpo: DPOArguments | None
+
+    @property
+    def stages(self) -> list[str]:
+        """Names of the stages that have a section, in the order of training."""
+        return [name for name, args in self._arguments().items() if args is not None]
+
+    def stage(self, name: str) -> StageArguments:
+        """Options of the stage `name`, "sft" or "dpo". Raises `InputError` if the config has no section for it."""
+        args = self._arguments()[name]
+        if args is None:
+            raise InputError("config", "", f"a section {name}", ", ".join(self.stages) or "no stage")
+        return args
+
+    def _arguments(self) -> dict[str, StageArguments | None]:
+        return {"sft": self.sft, "dpo": self.dpo}
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
