@@ -11,7 +11,7 @@ from PIL import Image
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_trainer.data.collator import PairCollator, with_answers
-from cwdpo_trainer.data.images import FilePicture
+from cwdpo_trainer.data.images import FileImage
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.models.causality import check_causal
@@ -39,7 +39,7 @@ def paligemma(tmp_path):
     model.get_output_embeddings().weight.data.normal_(std=0.5)
     attach_head(model)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
-    picture = FilePicture(tmp_path / "red.png")
+    picture = FileImage(tmp_path / "red.png")
     rows = [Row(0, "f:1", "<image> describe", chosen, "blue", (picture,), ("x",), "d") for chosen in ("a red", "red")]
     return model, collator, collator(rows)
 

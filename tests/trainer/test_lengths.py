@@ -16,7 +16,7 @@ from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.config.arguments import DataArguments, SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator, with_answers
-from cwdpo_trainer.data.images import FilePicture
+from cwdpo_trainer.data.images import FileImage
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError
@@ -40,7 +40,7 @@ def make_row(tmp_path):
         for number, size in enumerate(sizes):
             path = tmp_path / f"{place}_{number}.png"
             Image.new("RGB", size, (40 * place % 255, 9, 200)).save(path)
-            pictures.append(FilePicture(path))
+            pictures.append(FileImage(path))
         prompt = " ".join(["<image>"] * len(sizes) + ["describe"])
         values = {"prompt": prompt, "chosen": "a red square and a blue square", "rejected": "a red square"} | changes
         return Row(place, f"f:{place + 1}", images=tuple(pictures), references=("x",), negative_source="d", **values)

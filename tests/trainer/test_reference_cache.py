@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from transformers import AutoModelForImageTextToText
 
-from cwdpo_trainer.data.images import FilePicture
+from cwdpo_trainer.data.images import FileImage
 from cwdpo_trainer.models.reference_cache import PairLogp, ReferenceCache, fingerprint, image_keys, pair_key
 
 
@@ -105,7 +105,7 @@ def test_a_key_depends_on_images_prompt_and_answers():
 def test_images_are_known_by_their_bytes_and_pixels(rows, tmp_path):
     copied = tmp_path / "copy.png"
     copied.write_bytes(rows[0].images[0].read_bytes())
-    same = dataclasses.replace(rows[0], images=(FilePicture(copied),))
+    same = dataclasses.replace(rows[0], images=(FileImage(copied),))
     smaller = dataclasses.replace(rows[0], max_pixels=16)
     keys = [image_keys(row) for row in (rows[0], same, rows[1], smaller)]
     assert keys[0] == keys[1]

@@ -15,7 +15,7 @@ from datasets import Dataset, DatasetDict, Features, List, Value
 from PIL import Image
 
 from cwdpo_trainer.config.loader import load_config
-from cwdpo_trainer.data.images import FilePicture, StoredPicture
+from cwdpo_trainer.data.images import FileImage, StoredImage
 from cwdpo_trainer.data.rows import distinct_prompts, load_rows
 from cwdpo_trainer.data.sources import FileSource, open_source
 from cwdpo_trainer.errors import InputError
@@ -56,7 +56,7 @@ def test_images_of_every_kind_stay_in_the_data_set_until_they_are_needed(tmp_pat
     Dataset.from_list([{**GOOD, **column}]).save_to_disk(tmp_path / "set")
     BLUE.save(tmp_path / "set" / "blue.png")
     (row,) = load_rows(open_source("set", tmp_path))
-    assert all(isinstance(picture, StoredPicture) for picture in row.images)
+    assert all(isinstance(picture, StoredImage) for picture in row.images)
     assert row.images[0].name == f"{tmp_path}/set[0] {next(iter(column))}[0]"
     assert row.where == f"{tmp_path}/set[0]"
     assert pixels(row) == [(255, 0, 0), (0, 0, 255)][: len(row.images)]
@@ -69,7 +69,7 @@ def test_paths_of_images_are_checked_when_rows_are_read(tmp_path):
     with pytest.raises(InputError, match=r"set\[0\]: images: expected an existing file, got .*red.png"):
         load_rows(source)
     RED.save(tmp_path / "set" / "red.png")
-    assert isinstance(load_rows(source)[0].images[0], FilePicture)
+    assert isinstance(load_rows(source)[0].images[0], FileImage)
 
 
 def test_messages_lose_the_nulls_that_a_table_adds(tmp_path):
@@ -217,7 +217,7 @@ def test_what_is_no_folder_is_a_file(tmp_path):
 
 def as_dataset(path: Path) -> Dataset:
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return Dataset.from_list([{**row, "images": [FilePicture(path.parent / row["images"][0]).load()]} for row in rows])
+    return Dataset.from_list([{**row, "images": [FileImage(path.parent / row["images"][0]).load()]} for row in rows])
 
 
 def test_a_run_on_data_sets_equals_that_on_files(task, settings, tmp_path):

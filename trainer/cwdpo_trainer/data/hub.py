@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
 from datasets.exceptions import DatasetsError
 
-from cwdpo_trainer.data.images import StoredPicture
+from cwdpo_trainer.data.images import StoredImage
 from cwdpo_trainer.data.layouts import ALL_COLUMNS
 from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
 from cwdpo_trainer.errors import InputError, describe, require
@@ -74,7 +74,7 @@ class DatasetSource(Source):
 
     def _pictures(self, place: int, column: str, count: int | None) -> Any:
         pictures = [
-            StoredPicture(f"{self.name}[{place}] {column}[{number}]", partial(self._read, place, column, number))
+            StoredImage(f"{self.name}[{place}] {column}[{number}]", partial(self._read, place, column, number))
             for number in range(count or 0)
         ]
         return pictures[0] if column == "image" and len(pictures) == 1 else pictures or None

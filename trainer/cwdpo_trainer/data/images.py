@@ -22,10 +22,10 @@ from PIL import Image
 from cwdpo_trainer.errors import InputError, describe, require, shorten
 
 # What Pillow raises on files that are no image, broken ones, and ones that claim to be enormous.
-BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
+IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
-class Picture(ABC):
+class ImageRef(ABC):
     """An image that is not decoded yet. `name` is how messages call it; equal pictures are one image."""
 
     name: str
@@ -48,7 +48,7 @@ class Picture(ABC):
         return BytesIO(self.read_bytes())
 
     def load(self) -> Image.Image:
-        """The image as RGB, or gray as it is. Raises one of `BROKEN` where it cannot be read."""
+        """The image as RGB, or gray as it is. Raises one of `IMAGE_ERRORS` where it cannot be read."""
         with Image.open(self.file()) as image:
             return image.convert("RGB") if image.mode not in ("RGB", "L") else image.copy()
 
@@ -58,7 +58,7 @@ class Picture(ABC):
             return "L" if image.mode == "L" else "RGB", image.size
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Picture) and self.key == other.key
+        return isinstance(other, ImageRef) and self.key == other.key
 
     def __hash__(self) -> int:
         return hash(self.key)
@@ -67,7 +67,7 @@ class Picture(ABC):
         return f"{type(self).__name__}({self.name!r})"
 
 
-class FilePicture(Picture):
+class FileImage(ImageRef):
     """A file; its path says which image it is."""
 
     def __init__(self, path: Path) -> None:
@@ -88,7 +88,7 @@ class FilePicture(Picture):
         return os.path.relpath(self.path, folder)
 
 
-class StoredPicture(Picture):
+class StoredImage(ImageRef):
     """Bytes that `read` finds, in a data set or a row itself; a digest of them says which image it is."""
 
     def __init__(self, name: str, read: Callable[[], bytes]) -> None:
@@ -103,27 +103,27 @@ class StoredPicture(Picture):
         return "sha256:" + hashlib.sha256(self.read()).hexdigest()
 
 
-def unreadable(where: str, picture: Picture, error: Exception) -> InputError:
-    """The error for an image of the row at `where` that raised one of `BROKEN`."""
+def unreadable(where: str, picture: ImageRef, error: Exception) -> InputError:
+    """The error for an image of the row at `where` that raised one of `IMAGE_ERRORS`."""
     return InputError(where, "images", "readable image files", f"{picture.name} ({describe(error)})")
 
 
-def pictures_of(where: str, values: dict[str, Any], folder: Path) -> tuple[Picture, ...]:
+def image_refs(where: str, values: dict[str, Any], folder: Path) -> tuple[ImageRef, ...]:
     """The pictures in the columns `image` or `images` of a row; relative paths start at `folder`."""
     require(not ("image" in values and "images" in values), where, "columns", "either image or images", "both")
     if "image" in values:
         image = values["image"]
-        require(isinstance(image, (str, Picture)), where, "image", "a path or a data: URI", type(image).__name__)
+        require(isinstance(image, (str, ImageRef)), where, "image", "a path or a data: URI", type(image).__name__)
     images = [values["image"]] if "image" in values else values.get("images", [])
-    ok = isinstance(images, list) and all(isinstance(image, (str, Picture)) for image in images)
+    ok = isinstance(images, list) and all(isinstance(image, (str, ImageRef)) for image in images)
     require(ok, where, "images", "a list of paths or data: URIs", shorten(repr(images)))
     return tuple(
-        image if isinstance(image, Picture) else _picture(where, f"{where} images[{place}]", image, folder)
+        image if isinstance(image, ImageRef) else _picture(where, f"{where} images[{place}]", image, folder)
         for place, image in enumerate(images)
     )
 
 
-def _picture(where: str, name: str, text: str, folder: Path) -> Picture:
+def _picture(where: str, name: str, text: str, folder: Path) -> ImageRef:
     if text.startswith("data:"):
         head, comma, payload = text.partition(",")
         ok = bool(comma) and head.endswith(";base64")
@@ -132,7 +132,7 @@ def _picture(where: str, name: str, text: str, folder: Path) -> Picture:
             data = base64.b64decode(payload, validate=True)
         except binascii.Error as error:
             raise InputError(where, "images", "valid base64", describe(error)) from error
-        return StoredPicture(name, partial(bytes, data))
+        return StoredImage(name, partial(bytes, data))
     address = text.startswith(("http://", "https://"))
     require(not address, where, "images", "local files (download them first)", text)
     path = folder / text
@@ -140,4 +140,4 @@ def _picture(where: str, name: str, text: str, folder: Path) -> Picture:
     fits = all(len(part) <= 255 for part in path.parts)
     require(fits, where, "images", "file paths or data: URIs", f"{text[:60]!r}...")
     require(path.is_file(), where, "images", "an existing file", path)
-    return FilePicture(path)
+    return FileImage(path)

@@ -26,7 +26,7 @@ from tqdm import tqdm
 from transformers.image_utils import make_flat_list_of_images
 
 from cwdpo_trainer.data.collator import PairCollator
-from cwdpo_trainer.data.images import BROKEN, Picture, unreadable
+from cwdpo_trainer.data.images import IMAGE_ERRORS, ImageRef, unreadable
 from cwdpo_trainer.data.rows import SHOWN, Row
 from cwdpo_trainer.errors import InputError, require
 
@@ -78,13 +78,13 @@ class LengthMeter:
         what = f"prompt tokens of {type(collator.processor).__name__}"
         require(real == measured, row.where, what, f"{measured}, as with blank images of the same sizes", real)
 
-    def _prompt(self, row: Row, blanks: Sequence[Picture] | None = None) -> list[int]:
+    def _prompt(self, row: Row, blanks: Sequence[ImageRef] | None = None) -> list[int]:
         blanks = [_blank(row, picture) for picture in row.images] if blanks is None else blanks
         (ids,) = self.collator.prompts([dataclasses.replace(row, images=tuple(blanks))])["input_ids"].tolist()
         return ids
 
 
-class _Blank(Picture):
+class _Blank(ImageRef):
     """An image without content."""
 
     def __init__(self, mode: str, size: tuple[int, int]) -> None:
@@ -102,10 +102,10 @@ class _Blank(Picture):
         return Image.new(self.mode, self.size)
 
 
-def _blank(row: Row, picture: Picture) -> _Blank:
+def _blank(row: Row, picture: ImageRef) -> _Blank:
     try:
         return _Blank(*picture.shape())
-    except BROKEN as error:
+    except IMAGE_ERRORS as error:
         raise unreadable(row.where, picture, error) from error
 
 

@@ -27,7 +27,7 @@ from typing import Any
 
 from PIL import Image
 
-from cwdpo_trainer.data.images import BROKEN, Picture, pictures_of, unreadable
+from cwdpo_trainer.data.images import IMAGE_ERRORS, ImageRef, image_refs, unreadable
 from cwdpo_trainer.data.layouts import canonical
 from cwdpo_trainer.data.source import Source
 from cwdpo_trainer.data.sources import open_source
@@ -46,7 +46,7 @@ class Row:
     prompt: str | list[Message]
     chosen: str | list[Message]
     rejected: str | list[Message]
-    images: tuple[Picture, ...]
+    images: tuple[ImageRef, ...]
     references: tuple[str, ...]
     negative_source: str
     # Set by lengths.py where the row is too long: pixels an image may have, tokens an answer may have.
@@ -59,7 +59,7 @@ class Row:
         for picture in self.images:
             try:
                 loaded.append(_within(picture.load(), self.max_pixels))
-            except BROKEN as error:
+            except IMAGE_ERRORS as error:
                 raise unreadable(self.where, picture, error) from error
         return loaded
 
@@ -123,7 +123,7 @@ def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Ro
 
 def distinct_prompts(rows: Sequence[Row]) -> list[Row]:
     """The first row of each (prompt, images): the scenes to caption, whatever number of pairs they are in."""
-    seen: dict[tuple[str, tuple[Picture, ...]], Row] = {}
+    seen: dict[tuple[str, tuple[ImageRef, ...]], Row] = {}
     for row in rows:
         seen.setdefault((json.dumps(row.prompt), row.images), row)
     return list(seen.values())
@@ -150,7 +150,7 @@ def _row(row_id: int, where: str, values: Any, folder: Path) -> Row:
     named = named and source not in ("chosen", "onpolicy")  # names of the other sets that are probed
     expected = "letters, digits and underscores, other than 'chosen' and 'onpolicy'"
     require(named, where, "negative_source", expected, repr(source))
-    images = pictures_of(where, values, folder)
+    images = image_refs(where, values, folder)
     return Row(row_id, where, prompt, chosen, rejected, images, tuple(references), source)
 
 

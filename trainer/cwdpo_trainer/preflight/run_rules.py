@@ -20,7 +20,7 @@ import torch
 from cwdpo_trainer.config.arguments import StageArguments
 from cwdpo_trainer.config.loader import STAGES, RunConfig
 from cwdpo_trainer.data.collator import PairCollator
-from cwdpo_trainer.data.images import BROKEN
+from cwdpo_trainer.data.images import IMAGE_ERRORS
 from cwdpo_trainer.data.lengths import Fit, Length, LengthMeter
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import InputError
@@ -240,7 +240,7 @@ def _contents(row: Row) -> tuple[object, ...]:
     is equal to none."""
     try:
         return (_texts(row), *(hashlib.sha256(picture.read_bytes()).digest() for picture in row.images))
-    except BROKEN:
+    except IMAGE_ERRORS:
         return (row.where,)
 
 
