@@ -18,7 +18,7 @@ from .losses import (
     linear_cwdpo_loss,
     logits_cwdpo_loss,
 )
-from .ops import backend, missing_backend
+from .ops import backend, default_workspace_bytes, missing_backend
 from .types import (
     IGNORE_INDEX,
     ConstrainedSFTOutput,
@@ -49,6 +49,7 @@ __all__ = [
     "constrained_sft_loss",
     "cooling_weight",
     "cwdpo_loss",
+    "default_workspace_bytes",
     "linear_constrained_sft_loss",
     "linear_cwdpo_loss",
     "linear_logprob",

@@ -10,8 +10,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from . import ops
 from . import validation as check
+from ._ops import ops
+from .ops import kept_bytes
 from .types import Head, MemoryBudget
 
 
@@ -70,12 +71,17 @@ def token_logprob(
     parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
     trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
     frozen = torch.is_grad_enabled() and tokens.hidden.requires_grad and not trainable
-    kept_bytes = ops.kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
-    logp, *_ = torch.ops.cwdpo.linear_logprob(
+    kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
+    logp, *_ = ops.linear_logprob(
         tokens.hidden, head.weight, head.bias, tokens.labels, float(head.scale), head.softcap, ignore_index, frozen,
-        sparse_grad, budget.workspace_bytes or ops.BACKENDS_CHOICE, kept_bytes,
+        sparse_grad, workspace_bytes(budget), kept,
     )  # fmt: skip
     return tokens.scatter(logp)
+
+
+def workspace_bytes(budget: MemoryBudget) -> int:
+    """The workspace as ops take it: 0 leaves the size to the backend."""
+    return budget.workspace_bytes or 0
 
 
 def sequence_offsets(op: str, labels: Tensor, cu_seqlens: Tensor | None) -> Tensor:

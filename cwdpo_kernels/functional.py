@@ -14,9 +14,18 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from . import ops
 from . import validation as check
-from ._inputs import as_head, at_least_float32, autocast, detached, labelled_tokens, sequence_offsets, token_logprob
+from ._inputs import (
+    as_head,
+    at_least_float32,
+    autocast,
+    detached,
+    labelled_tokens,
+    sequence_offsets,
+    token_logprob,
+    workspace_bytes,
+)
+from ._ops import ops
 from .types import DEFAULT_BUDGET, IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
 
 
@@ -50,7 +59,7 @@ def logits_logprob(
     ok = not reuse_logits or logits.is_contiguous()
     check.expect(ok, op, "logits", "layout", "contiguous (for reuse_logits)", "non-contiguous")
     flat = logits.reshape(-1, logits.shape[-1])
-    logp, *_ = torch.ops.cwdpo.logits_logprob(flat, labels.reshape(-1), ignore_index, reuse_logits)
+    logp, *_ = ops.logits_logprob(flat, labels.reshape(-1), ignore_index, reuse_logits)
     return logp.view(labels.shape)
 
 
@@ -64,9 +73,9 @@ def token_stats(
     """
     tokens = labelled_tokens("token_stats", hidden, head, labels, rows, ignore_index)
     head = tokens.head
-    stats = torch.ops.cwdpo.token_stats(
+    stats = ops.token_stats(
         detached(tokens.hidden), detached(head.weight), detached(head.bias), tokens.labels, float(head.scale),
-        head.softcap, ignore_index, budget.workspace_bytes or ops.BACKENDS_CHOICE,
+        head.softcap, ignore_index, workspace_bytes(budget),
     )  # fmt: skip
     return TokenStats(*(tokens.scatter(field) for field in stats))
 
@@ -107,7 +116,7 @@ def token_divergence(
         )
         for hidden, head in ((hidden_p, head_p), (hidden_q, head_q))
     ]
-    fields = torch.ops.cwdpo.token_divergence(*sides[0], *sides[1], budget.workspace_bytes or ops.BACKENDS_CHOICE)
+    fields = ops.token_divergence(*sides[0], *sides[1], workspace_bytes(budget))
     return Divergence(*(field.view(hidden_p.shape[:-1]) for field in fields))
 
 
@@ -126,7 +135,7 @@ def sequence_logprob(
     check.check_device(op, "labels", labels, token_logp, "token_logp")
     offsets = sequence_offsets(op, labels, cu_seqlens)
     flat, flat_labels = at_least_float32(token_logp).reshape(-1), labels.reshape(-1)
-    return SequenceLogprob(*torch.ops.cwdpo.sequence_logprob(flat, flat_labels, offsets, ignore_index))
+    return SequenceLogprob(*ops.sequence_logprob(flat, flat_labels, offsets, ignore_index))
 
 
 def linear_sequence_logprob(

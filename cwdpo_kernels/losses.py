@@ -11,6 +11,7 @@ from torch import Tensor
 
 from . import validation as check
 from ._inputs import as_head, at_least_float32, sequence_offsets, token_logprob
+from ._ops import ops
 from ._smoothing import lead_over_mean_logit
 from .functional import logits_logprob, sequence_logprob
 from .types import (
@@ -35,7 +36,7 @@ def cooling_weight(mean_logp: Tensor, cooling: Cooling) -> Tensor:
     """
     op = "cooling_weight"
     check.check_dtype(op, "mean_logp", mean_logp, check.FLOAT_DTYPES)
-    return torch.ops.cwdpo.cooling_weight(mean_logp.detach(), *_cooling_args(op, cooling)[:3])
+    return ops.cooling_weight(mean_logp.detach(), *_cooling_args(op, cooling)[:3])
 
 
 def cwdpo_loss(
@@ -154,7 +155,7 @@ def _cwdpo(
         ref = ref.total if isinstance(ref, SequenceLogprob) else ref
         check.check_per_pair(op, arg, ref, pairs, logp)
         references.append(ref.detach())
-    loss, *per_pair, kept, total, mean, count, _ = torch.ops.cwdpo.cwdpo_loss(
+    loss, *per_pair, kept, total, mean, count, _ = ops.cwdpo_loss(
         logp, labels, count, offsets, *references, float(beta), *_cooling_args(op, cooling), normalize == "token",
         ignore_index,
     )  # fmt: skip
@@ -168,7 +169,7 @@ def _constrained_sft(
     _check_negatives(op, negatives)
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
     hinge, per_token = negatives.mode == "hinge", negatives.normalize == "token"
-    loss, chosen_nll, rejected_nll, penalty, total, mean, count, _ = torch.ops.cwdpo.constrained_sft_loss(
+    loss, chosen_nll, rejected_nll, penalty, total, mean, count, _ = ops.constrained_sft_loss(
         logp,
         labels,
         count,

@@ -21,16 +21,17 @@ ADAPTERS = {"compat", "integrations"}
 # What each part of the package may import from it. `reference` and `testing` are for tests and benchmarks only.
 ALLOWED = {
     "__init__": {"functional", "losses", "ops", "types"},
-    "losses": {"functional", "_inputs", "_smoothing", "ops", "types", "validation"},
-    "functional": {"_inputs", "ops", "types", "validation"},
-    "_inputs": {"ops", "types", "validation"},
+    "losses": {"functional", "_inputs", "_ops", "_smoothing", "types", "validation"},
+    "functional": {"_inputs", "_ops", "types", "validation"},
+    "_inputs": {"_ops", "ops", "types", "validation"},
+    "_ops": set(),
     "_smoothing": {"types"},
     "types": {"validation"},
     "validation": set(),
     "testing": {"types"},
     # The public names of the package, and what its own functions share.
     **{group: {group, "__init__", "_inputs", "_smoothing", "validation"} for group in ADAPTERS},
-    "ops": {"ops", *BACKENDS},
+    "ops": {"ops", "_ops", *BACKENDS},
     "reference": {"reference", "types"},
     **{backend: {backend} for backend in BACKENDS},
 }

@@ -16,7 +16,7 @@ from cwdpo_kernels.ops import library
 from cwdpo_kernels.testing import as_float64, confident_inputs, leaves, make_inputs, relative_error
 
 ROOT = Path(__file__).parents[1]
-needs_library = pytest.mark.skipif(library.missing() is not None, reason="the C++ backend was not built")
+needs_library = pytest.mark.skipif(library.load() is not None, reason="the C++ backend was not built")
 
 
 def step(hidden, head, labels, budget=ck.MemoryBudget()):  # noqa: B008
@@ -26,7 +26,7 @@ def step(hidden, head, labels, budget=ck.MemoryBudget()):  # noqa: B008
 
 def test_a_machine_with_a_compiler_has_it():
     if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
-        assert library.missing() is None
+        assert library.load() is None
         assert ck.backend("cpu") == "csrc"
     else:
         assert ck.backend("cpu") == "portable"
@@ -35,7 +35,6 @@ def test_a_machine_with_a_compiler_has_it():
 def test_without_the_library(monkeypatch, tmp_path):
     """Not built, or built and broken: portable is named, with the reason; asked for by name there is an error."""
     monkeypatch.setattr(library, "PATH", tmp_path / "libcwdpo_cpu.so")
-    monkeypatch.setattr(library, "missing", library.missing.__wrapped__)
     assert ck.backend("cpu") == "portable"
     assert "was not built: install a C++ compiler" in ck.missing_backend("cpu")
     with pytest.raises(RuntimeError, match="expected the backend csrc on cpu"), ops.forced("cpu", "csrc"):

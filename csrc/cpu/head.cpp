@@ -144,3 +144,6 @@ template class TiledHead<float>;
 template class TiledHead<double>;
 
 }  // namespace cwdpo
+
+// Read by cwdpo_kernels/ops/library.py: the package reports the default workspace instead of repeating the number.
+extern "C" __attribute__((visibility("default"))) int64_t cwdpo_workspace_bytes() { return cwdpo::kWorkspaceBytes; }

@@ -1,10 +1,10 @@
-"""Registers every op under torch.ops.cwdpo: importing this package is what makes them exist."""
+"""Importing this package registers every op with torch, and then the backends that run them."""
 
 from . import (
+    backends,
     constrained_sft_loss,
     cooling_weight,
     cwdpo_loss,
-    library,
     linear_logprob,
     logits_logprob,
     sequence_logprob,
@@ -12,23 +12,22 @@ from . import (
     token_stats,
 )
 from .linear_logprob import kept_bytes
-from .registry import backend, forced, missing_backend
+from .registry import backend, default_workspace_bytes, forced, missing_backend, register_backend
 
-library.missing()  # loads it: every schema is defined by now
-
-BACKENDS_CHOICE = 0  # a workspace of this many bytes leaves its size to the backend
+backends.register()
 
 __all__ = [
-    "BACKENDS_CHOICE",
     "backend",
     "constrained_sft_loss",
     "cooling_weight",
     "cwdpo_loss",
+    "default_workspace_bytes",
     "forced",
     "kept_bytes",
     "linear_logprob",
     "logits_logprob",
     "missing_backend",
+    "register_backend",
     "sequence_logprob",
     "token_divergence",
     "token_stats",

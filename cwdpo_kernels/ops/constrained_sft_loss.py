@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from ..portable import constrained_sft_loss as portable
-from .registry import define, implement
+from .._ops import add_op_namespace_prefix
+from .registry import define
 from .scalar_loss import register_scalar_loss
 
 define(
@@ -14,11 +14,10 @@ define(
     "bool per_token, int ignore_index) -> (Tensor loss, Tensor chosen_nll, Tensor rejected_nll, Tensor penalty, "
     "Tensor total, Tensor mean, Tensor count_out, Tensor grad_logp)",
 )
-implement("constrained_sft_loss", portable.constrained_sft_loss, triton="constrained_sft_loss")
 register_scalar_loss("constrained_sft_loss", n_inputs=9)
 
 
-@torch.library.register_fake("cwdpo::constrained_sft_loss")
+@torch.library.register_fake(add_op_namespace_prefix("constrained_sft_loss"))
 def _(logp, labels, count, cu_seqlens, *_):
     scalars = [logp.new_empty(()) for _ in range(4)]
     sequences = cu_seqlens.shape[0] - 1

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import torch
 
-from ..portable import cooling_weight as portable
-from .registry import define, implement
+from .._ops import add_op_namespace_prefix
+from .registry import define
 
 define("cooling_weight", "(Tensor mean_logp, float logp_floor, float temperature, float? constant) -> Tensor")
-implement("cooling_weight", portable.cooling_weight)
 
 
-@torch.library.register_fake("cwdpo::cooling_weight")
+@torch.library.register_fake(add_op_namespace_prefix("cooling_weight"))
 def _(mean_logp, logp_floor, temperature, constant):
     return torch.empty_like(mean_logp)

@@ -1,10 +1,11 @@
-"""Loads the C++ backend: one shared object beside the package, built on installation where there was a compiler.
+"""Loads the C++ backend: one shared library in the package's folder, built on installation if there is a compiler.
 
-The object registers itself for CPU tensors under the schemas of `ops`, which therefore have to be defined first.
+The library registers its own kernels for CPU tensors when it is loaded.
 """
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import warnings
 from pathlib import Path
@@ -13,23 +14,34 @@ import torch
 
 PATH = Path(__file__).parents[1] / "libcwdpo_cpu.so"
 HOW_TO_BUILD = (
-    "install a C++ compiler (g++ or clang++), then this package again, from its source, where torch already is: "
-    "pip install --no-deps --force-reinstall --no-build-isolation ."
+    "install a C++ compiler (g++ or clang++), then reinstall this package from source into the environment that has "
+    "torch: pip install --no-deps --force-reinstall --no-build-isolation ."
 )
 
 
-@functools.cache
-def missing() -> str | None:
-    """None if the C++ backend is loaded (the first call loads it), else why it is not and what helps.
+def load() -> str | None:
+    """Load the library, once; return None, or the reason why it cannot be loaded and what helps.
 
-    A library that was built but cannot be loaded is a fault of the installation and also warned about.
+    A library that exists but cannot be loaded also raises a RuntimeWarning, because the installation is broken.
     """
     if not PATH.exists():
         return f"the C++ backend was not built: {HOW_TO_BUILD}"
+    return _load(PATH)
+
+
+@functools.cache
+def _load(path: Path) -> str | None:
     try:
-        torch.ops.load_library(PATH)
+        torch.ops.load_library(path)
     except OSError as error:
         reason = f"the C++ backend was built but cannot be loaded ({error}): {HOW_TO_BUILD}"
-        warnings.warn(f"cwdpo_kernels: {reason}", RuntimeWarning, stacklevel=2)
+        warnings.warn(f"cwdpo_kernels: {reason}", RuntimeWarning, stacklevel=3)
         return reason
     return None
+
+
+def workspace_bytes() -> int:
+    """The library's default workspace, in bytes; `load` must have succeeded."""
+    default = ctypes.CDLL(str(PATH)).cwdpo_workspace_bytes
+    default.restype = ctypes.c_int64
+    return default()

@@ -12,9 +12,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import linear_logprob as portable
+from .._ops import add_op_namespace_prefix, ops
 from ..portable.tiles import compute_dtype
-from .registry import define, implement
+from .registry import define
 
 define(
     "linear_logprob",
@@ -35,12 +35,9 @@ define(
     "Tensor total, Tensor(a!) kept, float scale, float? softcap, int ignore_index, bool needs_hidden, "
     "bool needs_bias, bool sparse_grad, SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_bias)",
 )
-implement("linear_logprob", portable.linear_logprob, triton="linear_logprob")
-implement("linear_logprob_backward", portable.linear_logprob_backward, triton="linear_logprob")
-implement("linear_logprob_backward_", portable.linear_logprob_backward_, triton="linear_logprob")
 
 
-@torch.library.register_fake("cwdpo::linear_logprob")
+@torch.library.register_fake(add_op_namespace_prefix("linear_logprob"))
 def _(hidden, weight, bias, labels, *rest):
     *_, with_direction, _, _, kept_bytes = rest
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
@@ -49,7 +46,7 @@ def _(hidden, weight, bias, labels, *rest):
     return logp, torch.empty_like(logp), torch.empty_like(logp), direction, kept
 
 
-@torch.library.register_fake("cwdpo::linear_logprob_backward")
+@torch.library.register_fake(add_op_namespace_prefix("linear_logprob_backward"))
 def _(grad_logp, hidden, weight, bias, *rest):
     *_, needs_hidden, needs_weight, needs_bias, _, _ = rest
     return (
@@ -59,7 +56,7 @@ def _(grad_logp, hidden, weight, bias, *rest):
     )
 
 
-@torch.library.register_fake("cwdpo::linear_logprob_backward_")
+@torch.library.register_fake(add_op_namespace_prefix("linear_logprob_backward_"))
 def _(grad_logp, hidden, weight, bias, *rest):
     *_, needs_hidden, needs_bias, _, _ = rest
     return (
@@ -128,13 +125,13 @@ def _backward(ctx, grad_logp: Tensor | None, *_):
     if needs_weight and _takes_over(kept, grad_logp):
         ctx.written_over = True
         grad_weight = kept.data  # autograd can have this one without a copy, and its version is not that of `kept`
-        grad_hidden, grad_bias = torch.ops.cwdpo.linear_logprob_backward_(
+        grad_hidden, grad_bias = ops.linear_logprob_backward_(
             *saved, grad_weight, *ctx.transform, needs_hidden, needs_bias, *ctx.options
         )
         grads = grad_hidden, grad_weight, grad_bias
     else:
-        grads = torch.ops.cwdpo.linear_logprob_backward(*saved, kept, *ctx.transform, *needs, *ctx.options)
+        grads = ops.linear_logprob_backward(*saved, kept, *ctx.transform, *needs, *ctx.options)
     return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none[3:])
 
 
-torch.library.register_autograd("cwdpo::linear_logprob", _backward, setup_context=_setup_context)
+torch.library.register_autograd(add_op_namespace_prefix("linear_logprob"), _backward, setup_context=_setup_context)

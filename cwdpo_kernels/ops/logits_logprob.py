@@ -9,9 +9,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import logits_logprob as portable
+from .._ops import add_op_namespace_prefix, ops
 from ..portable.tiles import compute_dtype
-from .registry import define, implement
+from .registry import define
 
 define(
     "logits_logprob",
@@ -29,27 +29,18 @@ define(
 )
 
 
-def _portable(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: bool) -> tuple[Tensor, Tensor, Tensor]:
-    return portable.logits_logprob(logits, labels, ignore_index)
-
-
-implement("logits_logprob", _portable, triton="logits_logprob")
-implement("logits_logprob_backward", portable.logits_logprob_backward, triton="logits_logprob")
-implement("logits_logprob_backward_", portable.logits_logprob_backward_, triton="logits_logprob")
-
-
-@torch.library.register_fake("cwdpo::logits_logprob")
+@torch.library.register_fake(add_op_namespace_prefix("logits_logprob"))
 def _(logits, labels, ignore_index, reuse_logits):
     logp = logits.new_empty(labels.shape, dtype=compute_dtype(logits.dtype))
     return logp, torch.empty_like(logp), torch.empty_like(logp)
 
 
-@torch.library.register_fake("cwdpo::logits_logprob_backward")
+@torch.library.register_fake(add_op_namespace_prefix("logits_logprob_backward"))
 def _(grad_logp, logits, labels, logp, peak, total, ignore_index):
     return torch.empty_like(logits)
 
 
-@torch.library.register_fake("cwdpo::logits_logprob_backward_")
+@torch.library.register_fake(add_op_namespace_prefix("logits_logprob_backward_"))
 def _(grad_logp, logits, labels, logp, peak, total, ignore_index):
     return None
 
@@ -68,10 +59,10 @@ def _backward(ctx, grad_logp: Tensor | None, *_):
     logits, labels, logp, peak, total = ctx.saved_tensors
     args = (grad_logp, logits, labels, logp, peak, total, ctx.ignore_index)
     if not ctx.reuse_logits:
-        return torch.ops.cwdpo.logits_logprob_backward(*args), None, None, None
-    torch.ops.cwdpo.logits_logprob_backward_(*args)
+        return ops.logits_logprob_backward(*args), None, None, None
+    ops.logits_logprob_backward_(*args)
     torch.autograd.graph.increment_version(logits)  # a kernel writes behind autograd's back
     return logits, None, None, None
 
 
-torch.library.register_autograd("cwdpo::logits_logprob", _backward, setup_context=_setup_context)
+torch.library.register_autograd(add_op_namespace_prefix("logits_logprob"), _backward, setup_context=_setup_context)

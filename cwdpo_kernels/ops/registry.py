@@ -1,8 +1,12 @@
-"""How an op is registered: its schema once, then one implementation per backend.
+"""Ops and backends: an op declares its schema once, and a backend brings kernels for the ops by their names.
 
-`portable` serves every device ("default"). A faster backend registers the same schema under a device's own dispatch
-key, and the dispatcher prefers it: nothing above the ops changes. Triton is imported at its first call; the C++ backend
-registers itself when its library is loaded (see `library`).
+The kernels of a backend in Python lie in the package's folder of its name, one file an op: the function
+`linear_logprob` in `portable/linear_logprob.py` is the kernel of the op `linear_logprob`, and
+`linear_logprob_backward` lies beside it. Files are imported when their kernel is first called. A backend does not need
+to have every op.
+
+Exactly one backend serves every device (device None). Others serve one type of device, where torch's dispatcher
+prefers their kernels. `register_backend` is all that a new backend needs.
 """
 
 from __future__ import annotations
@@ -12,53 +16,101 @@ import functools
 import importlib
 import importlib.util
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
 
 import torch
+from torch import Tensor
 
-from . import library
+from .._ops import add_op_namespace_prefix
 
-NAMESPACE = "cwdpo"
-_PORTABLE: dict[str, Callable] = {}
-_TRITON: dict[str, Callable] = {}
+PACKAGE = __package__.rpartition(".")[0]
+NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
+
+Kernel = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """A registered backend; the fields are the arguments of `register_backend`, and `kernels` by the op's name."""
+
+    name: str
+    device: str | None
+    loader: Callable[[], str | None]
+    workspace_bytes: Callable[[], int]
+    compiled: bool
+    kernels: Mapping[str, Kernel]
+
+
+_OPS: list[str] = []
+_BACKENDS: dict[str, Backend] = {}
 _FORCED: dict[str, str] = {}  # device type -> the backend that `forced` put there
 
 
-def define(name: str, schema: str) -> None:
-    """Declare the op `cwdpo::name` with its schema."""
-    torch.library.define(f"{NAMESPACE}::{name}", schema)
+def define(op: str, schema: str) -> None:
+    """Declare an op with its schema. Backends are registered after all ops are."""
+    torch.library.define(add_op_namespace_prefix(op), schema)
+    _OPS.append(op)
 
 
-def implement(name: str, function: Callable, triton: str | None = None) -> None:
-    """Register the portable implementation for every device and, where there is one, the Triton kernel for GPUs.
+def register_backend(
+    name: str, device: str | None, loader: Callable[[], str | None], *, workspace_bytes: Callable[[], int],
+    float64: bool = True, compiled: bool = False,
+) -> None:  # fmt: skip
+    """Let the backend `name` serve `device` (a type, such as "cuda"; None: every device without a faster backend).
 
-    `triton` names the module of `cwdpo_kernels.triton` that has a function called like the op. It serves every dtype
-    but float64, which stays with `portable`: the truth is nobody's fast path.
+    loader: makes the backend ready; returns None, or the reason why it cannot and what helps.
+    workspace_bytes: the backend's default for `MemoryBudget.workspace_bytes`; called only when `loader` succeeded.
+    float64: False leaves float64 tensors to the backend of every device.
+    compiled: the loaded library registers its own kernels with torch; nothing is looked up in Python.
     """
-    _PORTABLE[name] = _without_autocast(function)
-    torch.library.impl(f"{NAMESPACE}::{name}", "default", _PORTABLE[name])
-    if triton is not None:
-        _TRITON[name] = _without_autocast(_float64_to(function, _lazy(f"cwdpo_kernels.triton.{triton}", name)))
-        if importlib.util.find_spec("triton") is not None:
-            torch.library.impl(f"{NAMESPACE}::{name}", "cuda", _TRITON[name])
+    ops = [] if compiled else [op for op in _OPS if _has_kernel(name, op)]
+    kernels = {op: _kernel(name, op, float64) for op in ops}
+    _BACKENDS[name] = Backend(name, device, loader, workspace_bytes, compiled, kernels)
+    if loader() is None:
+        for op, kernel in kernels.items():
+            torch.library.impl(add_op_namespace_prefix(op), device or "default", kernel)
+
+
+def backend(device: str | torch.device = "cpu") -> str:
+    """Name of the backend that serves `device`: "triton", "csrc" or "portable".
+
+    `portable` also serves float64 on a GPU, and ops that a faster backend lacks.
+    Errors: RuntimeError (torch's own) for a device type that torch does not know.
+    """
+    device_type = torch.device(device).type
+    return _FORCED.get(device_type) or _serving(device_type).name
+
+
+def missing_backend(device: str | torch.device = "cpu") -> str | None:
+    """Why the faster backend for `device` is unavailable, and what helps; None if it runs or none was made for it."""
+    faster = _faster(torch.device(device).type)
+    return None if faster is None else faster.loader()
+
+
+def default_workspace_bytes(device: str | torch.device = "cpu") -> int:
+    """What `MemoryBudget.workspace_bytes=None` means on `device`, in bytes, as reported by its backend."""
+    return _BACKENDS[backend(device)].workspace_bytes()
 
 
 @contextlib.contextmanager
 def forced(device_type: str, name: str) -> Iterator[None]:
     """Inside, the ops on `device_type` run the backend `name` ("portable", "triton" or "csrc").
 
-    Ops that the backend does not have stay as they were. Triton on "cpu" needs its interpreter.
-    Errors: RuntimeError if the backend is not to be had there: it is never replaced by another.
+    Ops that the backend lacks stay as they were. Triton on "cpu" needs its interpreter.
+    Errors: RuntimeError if the backend is unavailable on that device. There is no fallback.
     """
-    reason = missing_backend(device_type) if name == "csrc" and device_type == "cpu" else None
-    if reason or (name == "csrc" and device_type != "cpu"):
-        raise RuntimeError(f"forced: expected the backend csrc on {device_type}, got none: {reason or 'CPU only'}")
+    chosen = _BACKENDS[name]
+    elsewhere = chosen.compiled and device_type != chosen.device
+    reason = f"{str(chosen.device).upper()} only" if elsewhere else chosen.loader()
+    if reason is not None:
+        raise RuntimeError(f"forced: expected the backend {name} on {device_type}, got none: {reason}")
     override = torch.library.Library(NAMESPACE, "IMPL")
-    implementations = {"portable": _PORTABLE, "triton": _TRITON, "csrc": {}}[name]
-    with warnings.catch_warnings():  # overriding what is registered is the purpose
+    with warnings.catch_warnings():  # torch warns that the override replaces a kernel, which is the purpose
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
-        for op, function in implementations.items():
-            override.impl(op, function, device_type.upper(), allow_override=True)
+        for op, kernel in chosen.kernels.items():
+            override.impl(op, kernel, device_type.upper(), allow_override=True)
     before = _FORCED.get(device_type)
     _FORCED[device_type] = name
     try:
@@ -70,60 +122,49 @@ def forced(device_type: str, name: str) -> Iterator[None]:
             _FORCED[device_type] = before
 
 
-def backend(device: str | torch.device = "cpu") -> str:
-    """Name of the backend that serves `device`: "triton", "csrc" or "portable".
+def _faster(device_type: str) -> Backend | None:
+    return next((each for each in _BACKENDS.values() if each.device == device_type), None)
 
-    Float64 on a GPU and the ops that a faster backend lacks are always portable's.
-    Errors: RuntimeError (torch's own) for a device type that torch does not know.
+
+def _fallback() -> Backend:
+    return next(each for each in _BACKENDS.values() if each.device is None)
+
+
+def _serving(device_type: str) -> Backend:
+    faster = _faster(device_type)
+    return faster if faster is not None and faster.loader() is None else _fallback()
+
+
+def _module(backend_name: str, op: str) -> str:
+    """The module that holds an op's kernel. Backward ops lie in the file of their forward op."""
+    return f"{PACKAGE}.{backend_name}.{op.partition('_backward')[0]}"
+
+
+def _has_kernel(backend_name: str, op: str) -> bool:
+    return importlib.util.find_spec(_module(backend_name, op)) is not None
+
+
+@functools.cache
+def _function(backend_name: str, op: str) -> Kernel:
+    return getattr(importlib.import_module(_module(backend_name, op)), op)
+
+
+def _kernel(backend_name: str, op: str, float64: bool) -> Kernel:
+    """The backend's function, imported at its first call and run on its arguments' device, outside autocast.
+
+    A backend chooses its own precision: the caller's autocast region would round its float32 products.
     """
-    device_type = torch.device(device).type
-    faster = {"cuda": "triton", "cpu": "csrc"}.get(device_type, "portable")
-    return _FORCED.get(device_type) or ("portable" if missing_backend(device_type) else faster)
 
-
-def missing_backend(device: str | torch.device = "cpu") -> str | None:
-    """Why `device` has to do without the faster backend made for it, and what helps; None where it has it."""
-    device_type = torch.device(device).type
-    if device_type == "cpu":
-        return library.missing()
-    if device_type == "cuda" and importlib.util.find_spec("triton") is None:
-        return "Triton is not installed: pip install triton"
-    return None
-
-
-def _first_tensor(args: tuple) -> torch.Tensor:
-    return next(arg for arg in args if isinstance(arg, torch.Tensor))
-
-
-def _without_autocast(function: Callable) -> Callable:
-    """A backend chooses its own precision: an autocast region of the caller would round its float32 products."""
-
-    @functools.wraps(function)
-    def call(*args):
-        device_type = _first_tensor(args).device.type
-        if not torch.is_autocast_enabled(device_type):
-            return function(*args)
-        with torch.autocast(device_type, enabled=False):
-            return function(*args)
-
-    return call
-
-
-def _float64_to(portable: Callable, fast: Callable) -> Callable:
-    def call(*args):
-        function = portable if _first_tensor(args).dtype == torch.float64 else fast
-        return function(*args)
-
-    return call
-
-
-def _lazy(module: str, name: str) -> Callable:
-    """The function, imported when it is called; on a GPU with its arguments' device as the current one."""
-
-    def call(*args):
-        function = getattr(importlib.import_module(module), name)
-        device = _first_tensor(args).device
-        with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+    def call(*args: Any) -> Any:
+        tensor = next(arg for arg in args if isinstance(arg, Tensor))
+        leave = not float64 and tensor.dtype == torch.float64
+        function = _function(_fallback().name if leave else backend_name, op)
+        device = tensor.device
+        with contextlib.ExitStack() as stack:
+            if device.type == "cuda":
+                stack.enter_context(torch.cuda.device(device))
+            if torch.is_autocast_enabled(device.type):
+                stack.enter_context(torch.autocast(device.type, enabled=False))
             return function(*args)
 
     return call

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .._ops import add_op_namespace_prefix
+
 
 def register_scalar_loss(name: str, n_inputs: int) -> None:
     """Only the first output (loss) is differentiable, and only in the first input (logp)."""
@@ -18,4 +20,4 @@ def register_scalar_loss(name: str, n_inputs: int) -> None:
         (grad_logp,) = ctx.saved_tensors
         return (None if grad_loss is None else grad_loss * grad_logp, *(None,) * (n_inputs - 1))
 
-    torch.library.register_autograd(f"cwdpo::{name}", backward, setup_context=setup_context)
+    torch.library.register_autograd(add_op_namespace_prefix(name), backward, setup_context=setup_context)

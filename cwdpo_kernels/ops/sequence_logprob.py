@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..portable import sequence_logprob as portable
-from .registry import define, implement
+from .._ops import add_op_namespace_prefix, ops
+from .registry import define
 
 define(
     "sequence_logprob",
@@ -16,17 +16,15 @@ define(
     "sequence_logprob_backward",
     "(Tensor grad_total, Tensor grad_mean, Tensor labels, Tensor count, Tensor cu_seqlens, int ignore_index) -> Tensor",
 )
-implement("sequence_logprob", portable.sequence_logprob, triton="sequence_logprob")
-implement("sequence_logprob_backward", portable.sequence_logprob_backward, triton="sequence_logprob")
 
 
-@torch.library.register_fake("cwdpo::sequence_logprob")
+@torch.library.register_fake(add_op_namespace_prefix("sequence_logprob"))
 def _(logp, labels, cu_seqlens, ignore_index):
     total = logp.new_empty(cu_seqlens.shape[0] - 1)
     return total, torch.empty_like(total), torch.empty_like(total, dtype=torch.int64)
 
 
-@torch.library.register_fake("cwdpo::sequence_logprob_backward")
+@torch.library.register_fake(add_op_namespace_prefix("sequence_logprob_backward"))
 def _(grad_total, grad_mean, labels, count, cu_seqlens, ignore_index):
     return grad_total.new_empty(labels.shape)
 
@@ -39,7 +37,7 @@ def _setup_context(ctx, inputs, output) -> None:
 
 def _backward(ctx, grad_total: Tensor, grad_mean: Tensor, _):
     args = (*ctx.saved_tensors, ctx.ignore_index)
-    return torch.ops.cwdpo.sequence_logprob_backward(grad_total, grad_mean, *args), None, None, None
+    return ops.sequence_logprob_backward(grad_total, grad_mean, *args), None, None, None
 
 
-torch.library.register_autograd("cwdpo::sequence_logprob", _backward, setup_context=_setup_context)
+torch.library.register_autograd(add_op_namespace_prefix("sequence_logprob"), _backward, setup_context=_setup_context)

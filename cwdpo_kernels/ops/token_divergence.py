@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from ..portable import token_divergence as portable
+from .._ops import add_op_namespace_prefix
 from ..portable.tiles import compute_dtype
-from .registry import define, implement
+from .registry import define
 
 define(
     "token_divergence",
@@ -14,10 +14,9 @@ define(
     "Tensor hidden_q, Tensor weight_q, Tensor? bias_q, float scale_q, float? softcap_q, SymInt workspace_bytes) "
     "-> (Tensor tv, Tensor js, Tensor kl)",
 )
-implement("token_divergence", portable.token_divergence, triton="token_divergence")
 
 
-@torch.library.register_fake("cwdpo::token_divergence")
+@torch.library.register_fake(add_op_namespace_prefix("token_divergence"))
 def _(hidden_p, *_):
     tv = hidden_p.new_empty(hidden_p.shape[0], dtype=compute_dtype(hidden_p.dtype))
     return tv, torch.empty_like(tv), torch.empty_like(tv)

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import torch
 
-from ..portable import token_stats as portable
+from .._ops import add_op_namespace_prefix
 from ..portable.tiles import compute_dtype
-from .registry import define, implement
+from .registry import define
 
 define(
     "token_stats",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
     "SymInt workspace_bytes) -> (Tensor logp, Tensor entropy, Tensor top1_prob, Tensor is_top1)",
 )
-implement("token_stats", portable.token_stats, triton="token_stats")
 
 
-@torch.library.register_fake("cwdpo::token_stats")
+@torch.library.register_fake(add_op_namespace_prefix("token_stats"))
 def _(hidden, weight, bias, labels, scale, softcap, ignore_index, workspace_bytes):
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
     return logp, torch.empty_like(logp), torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)

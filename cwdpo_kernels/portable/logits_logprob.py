@@ -17,8 +17,10 @@ from .tiles import blocks, compute_dtype, live_rows
 BLOCK_BYTES = 4 << 20
 
 
-def logits_logprob(logits: Tensor, labels: Tensor, ignore_index: int) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, peak and total [N]; 0 where ignored."""
+def logits_logprob(
+    logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """logp, peak and total [N]; 0 where ignored. `reuse_logits` matters to backward only."""
     dtype = compute_dtype(logits.dtype)
     logp, peak, total = (torch.zeros(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
     for rows in _row_blocks(labels != ignore_index, logits.shape[1], dtype):

@@ -10,8 +10,9 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
+from . import WORKSPACE_BYTES
+
 MIN_TILE = 128
-WORKSPACE_BYTES = 4 << 20  # fits the cache of a core
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -15,7 +15,8 @@ import math
 import torch
 from torch import Tensor
 
-from .tiles import WORKSPACE_BYTES, TiledHead
+from . import WORKSPACE_BYTES
+from .tiles import TiledHead
 
 
 def token_divergence(

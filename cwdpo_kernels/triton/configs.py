@@ -55,7 +55,6 @@ PERSISTENT_PROGRAMS_INTERPRETED = 3
 # Every launch passes these. A multiply and an add become one instruction, rounded once: the default up to Triton 3.9,
 # but not from 3.10 on, where leaving it out would change our numbers and our speed.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
-WORKSPACE_BYTES = 256 << 20  # tiles of gradients for the vendor's GEMM: large enough for its full rate
 
 
 def interpreted() -> bool:

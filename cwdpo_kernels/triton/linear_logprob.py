@@ -20,8 +20,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from . import WORKSPACE_BYTES
 from .combine import empty_sums, join_tiles, move_anchor
-from .configs import COMPILER_OPTIONS, WORKSPACE_BYTES, grid, tile_config
+from .configs import COMPILER_OPTIONS, grid, tile_config
 from .gemm import AllRows, LiveBlocks
 from .primitives import exp_anchored, logits_tile, rounded, slope_of, tile_position
 from .sweep import Sweep, tile_arguments
