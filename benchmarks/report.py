@@ -40,10 +40,11 @@ def load(folder: Path = results.FOLDER) -> Reports:
 
 
 def main() -> None:
-    from benchmarks import pictures  # matplotlib: the text does without
+    from benchmarks import overview, pictures  # matplotlib: the text does without
 
     reports = load()
     pictures.draw(reports, IMAGES)
+    (IMAGES / "overview.svg").write_text(overview.svg(reports))
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(reports))
     README.write_text(with_table(README.read_text(), reports))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import report
+from benchmarks import overview, report
 
 HINT = "run `python -m benchmarks.report`"
 
@@ -25,12 +25,17 @@ def test_the_readme_is_that_of_the_results(reports):
     assert readme == report.with_table(readme, reports), HINT
 
 
+def test_the_picture_of_the_readme_is_that_of_the_results(reports):
+    assert (report.IMAGES / "overview.svg").read_text() == overview.svg(reports), HINT
+
+
 def test_a_figure_that_drifts_is_seen(reports):
     drifted = copy.deepcopy(reports)
-    result = drifted["linear"]["measurements"][0]["results"]["cwdpo_kernels"]
-    result["median_seconds"] *= 1.5
+    for entry in drifted["linear"]["measurements"]:
+        entry["results"]["cwdpo_kernels"]["median_seconds"] *= 1.5
     assert report.page(drifted) != report.page(reports)
     assert report.readme_table(drifted) != report.readme_table(reports)
+    assert overview.svg(drifted) != overview.svg(reports)
 
 
 def test_every_picture_is_there_and_every_implementation_is_in_the_legend(reports, tmp_path):
