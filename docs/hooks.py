@@ -47,7 +47,8 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 
 
 def on_page_content(content: str, page: Page, config: MkDocsConfig, files: Files) -> str:
-    return FORMULA.sub(lambda match: mathml(html.unescape(match[2]), match[1] == "div"), content)
+    content = FORMULA.sub(lambda match: mathml(html.unescape(match[2]), match[1] == "div"), content)
+    return re.sub(r"(?<=\d) (?=(?:s|MiB)\b)", "&nbsp;", content)  # no line break between a number and its unit
 
 
 def origin(uri: str) -> str:

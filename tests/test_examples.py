@@ -1,4 +1,4 @@
-"""The examples of docs/examples run as scripts and do what they say: they learn, and rejected answers cool."""
+"""Each example in docs/examples runs as a script: its loss falls, and rejected answers cool."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parents[1]
-# Names that transformers and torch renamed, which TRL 1.16 and Lightning 2.6 still use.
+# TRL 1.16 and Lightning 2.6 still use names that transformers and torch have renamed.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.*LeafSpec.* is deprecated"),
     pytest.mark.filterwarnings("ignore:.*does not have many workers"),
-    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),  # the reference is
+    pytest.mark.filterwarnings("ignore:Found .* in eval mode at the start of training"),  # true of the reference
 ]
 
 
@@ -23,7 +23,7 @@ def run(load_example, capsys):
     torch.set_num_threads(1)  # tiny models
 
     def run(name: str) -> tuple[dict, dict[str, tuple[float, float]]]:
-        """The names of the script, and the first and last figures that it printed."""
+        """The script's variables, and the first and last value of each metric that it printed."""
         names = load_example(name, run_name="__main__")
         printed = re.findall(r"^(.+?) +(-?\d+\.\d+) -> +(-?\d+\.\d+)", capsys.readouterr().out, re.MULTILINE)
         return names, {what: (float(first), float(last)) for what, first, last in printed}

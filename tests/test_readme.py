@@ -14,6 +14,7 @@ ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 GUIDE, ADAPTERS, TRAINER = DOCS / "guide.md", DOCS / "adapters.md", DOCS / "trainer.md"
 DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+LOSS = DOCS / "contributing" / "loss.md"
 GENERATED_ANCHORS = {DOCS / "options.md", *(DOCS / "api").glob("*.md")}  # headings from docstrings
 
 
@@ -57,6 +58,12 @@ def test_examples_of_the_adapters(code):
     assert weight.grad.abs().sum() > 0
 
 
+def test_example_of_a_new_loss():
+    names = run(LOSS, blocks(LOSS, "python")[0])
+    assert torch.isfinite(names["hidden"].grad).all()
+    assert names["weight"].grad.abs().sum() > 0
+
+
 def test_imports_of_the_adapters():
     """Every import that a diff adds exists."""
     added = re.findall(r"^\+(from cwdpo_kernels.*)$", "".join(blocks(ADAPTERS, "diff")), re.MULTILINE)
@@ -75,7 +82,7 @@ def test_config_of_the_trainer(tmp_path):
 def test_every_page_with_python_is_run():
     """A new page with Python blocks needs a test above."""
     with_python = {document for document in DOCUMENTS if blocks(document, "python")}
-    assert with_python <= {README, GUIDE, ADAPTERS}
+    assert with_python <= {README, GUIDE, ADAPTERS, LOSS}
 
 
 @pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: path.relative_to(ROOT).as_posix())

@@ -1,7 +1,7 @@
 """CW-DPO in `transformers.Trainer`, through its `compute_loss_func`.
 
-The model returns what `head_op` returns, and the collator can put it into the batch. So the loss is computed inside
-the model's forward, no logits exist, and `compute_loss_func` only has to pick it up.
+The collator puts a `head_op` into the batch. The model's forward calls it with its hidden states and head, and returns
+the result. So the loss is computed inside the forward, without logits, and `compute_loss_func` only reads it.
 
     python docs/examples/hf_trainer.py
 """
@@ -17,13 +17,14 @@ from transformers import LlamaConfig, LlamaForCausalLM, Trainer, TrainingArgumen
 from cwdpo_kernels import Cooling, linear_cwdpo_loss, linear_sequence_logprob, shift_labels
 from cwdpo_kernels.integrations.hugging_face import attach_head
 
-COOLING = Cooling(logp_floor=-4.5, temperature=0.5)  # an untrained model gives every token -log 64 = -4.2 nats
+# An untrained model gives every token a log-prob of -log 64 = -4.2 nats.
+COOLING = Cooling(logp_floor=-4.5, temperature=0.5)
 PROMPT = 4
 
 
 @dataclass
 class PairLoss:
-    """What a batch asks of the head. A class, not a lambda, so that workers of a DataLoader can send it."""
+    """The `head_op` of a batch. A class, because DataLoader workers cannot pickle a lambda."""
 
     labels: Tensor
     ref_chosen: Tensor
@@ -52,8 +53,8 @@ torch.manual_seed(0)
 starts = torch.randint(32, (32,)).tolist()
 rows = [
     {
-        "prompt": [start + place for place in range(PROMPT)],
-        "chosen": [start + PROMPT + place for place in range(3 + start % 3)],  # counts on
+        "prompt": [start + index for index in range(PROMPT)],
+        "chosen": [start + PROMPT + index for index in range(3 + start % 3)],  # continues the count
         "rejected": torch.randint(64, (4,)).tolist(),
     }
     for start in starts
@@ -65,7 +66,7 @@ model = LlamaForCausalLM(
 )
 attach_head(model)
 
-# Reference log-probs of every row, before training: two numbers a pair.
+# Reference log-probs of every row, computed before training: two numbers per pair.
 with torch.no_grad():
     batch = collate(rows)
     labels = shift_labels(batch.pop("labels"))
@@ -76,14 +77,14 @@ for row, ref_chosen, ref_rejected in zip(rows, *logp.view(2, -1).tolist(), stric
 args = TrainingArguments(
     tempfile.mkdtemp(), max_steps=20, per_device_train_batch_size=8, learning_rate=3e-3, logging_steps=1, use_cpu=True,
     save_strategy="no", report_to="none", disable_tqdm=True,
-    remove_unused_columns=False,  # the collator needs them
-    average_tokens_across_devices=False,  # the loss is a mean over pairs, which devices may average
+    remove_unused_columns=False,  # the collator needs all columns
+    average_tokens_across_devices=False,  # the loss is a mean over pairs, so devices can average it
 )  # fmt: skip
 history = []
 
 
 def compute_loss(output, labels, num_items_in_batch=None):
-    """`output` is the CWDPOOutput. Trainer leaves the division by accumulation steps to a function like this."""
+    """`output` is the CWDPOOutput. Trainer expects a loss already divided by the accumulation steps."""
     history.append(output)
     return output.loss / args.gradient_accumulation_steps
 

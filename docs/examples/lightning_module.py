@@ -1,4 +1,4 @@
-"""CW-DPO in a LightningModule, with its metrics in Lightning's log.
+"""CW-DPO in a LightningModule that logs the loss's metrics.
 
 python docs/examples/lightning_module.py
 """
@@ -39,8 +39,8 @@ class CoolingDPO(lightning.LightningModule):
                 hidden, head, labels, *ref_logp.chunk(2), beta=self.beta, cooling=self.cooling
             ),
         )
-        figures = {"loss": out.loss, "margin": out.margin.mean(), "cooling_weight": out.cooling_weight.mean()}
-        self.log_dict(figures, batch_size=len(batch["chosen"]))
+        metrics = {"loss": out.loss, "margin": out.margin.mean(), "cooling_weight": out.cooling_weight.mean()}
+        self.log_dict(metrics, batch_size=len(batch["chosen"]))
         return out.loss
 
     def configure_optimizers(self):
@@ -48,7 +48,7 @@ class CoolingDPO(lightning.LightningModule):
 
 
 class History(lightning.Callback):
-    """What was logged at each step; where you have a logger."""
+    """Keeps what each step logged. Use a logger instead."""
 
     def __init__(self):
         self.steps = []
@@ -61,12 +61,12 @@ torch.manual_seed(0)
 pairs = []
 for start in torch.randint(32, (32,)).tolist():
     prompt = torch.arange(start, start + PROMPT)
-    chosen = torch.arange(start + PROMPT, start + PROMPT + 4)  # counts on
+    chosen = torch.arange(start + PROMPT, start + PROMPT + 4)  # continues the count
     pairs.append({"chosen": torch.cat([prompt, chosen]), "rejected": torch.cat([prompt, torch.randint(64, (4,))])})
 config = LlamaConfig(
     vocab_size=64, hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, pad_token_id=0
 )
-# An untrained model gives every token -log 64 = -4.2 nats.
+# An untrained model gives every token a log-prob of -log 64 = -4.2 nats.
 module = CoolingDPO(LlamaForCausalLM(config), beta=0.1, cooling=Cooling(logp_floor=-4.5, temperature=0.5))
 history = History()
 trainer = lightning.Trainer(

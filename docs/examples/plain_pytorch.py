@@ -1,4 +1,4 @@
-"""CW-DPO in a plain PyTorch loop: any model that makes hidden states and has a linear head.
+"""CW-DPO in a plain PyTorch loop, for any model with hidden states and a linear head.
 
 python docs/examples/plain_pytorch.py
 """
@@ -21,20 +21,25 @@ class TinyLanguageModel(nn.Module):
         self.lm_head = nn.Linear(48, VOCAB, bias=False)
 
     def forward(self, tokens, head_op):
-        """Instead of logits, whatever `head_op` makes of the hidden states and the head. Called in here, and not on
-        a weight read from outside, it works under DDP and FSDP too."""
+        """Returns `head_op(hidden, head)` in place of logits.
+
+        Call it inside forward, so that it also works under DDP and FSDP. Reading the weight from outside does not.
+        """
         hidden, _ = self.backbone(self.embed(tokens))
         return head_op(hidden, self.lm_head.weight)
 
 
 def counting_pairs():
-    """Tokens and labels [2P, T], chosen rows first: these count on from the prompt, rejected answers are noise."""
+    """Tokens and labels [2P, T], chosen rows first.
+
+    Chosen answers continue the prompt's count, rejected ones are noise.
+    """
     prompt = torch.randint(VOCAB // 2, (PAIRS, 1)) + torch.arange(PROMPT)
     chosen = prompt[:, -1:] + 1 + torch.arange(ANSWER)
     rejected = torch.randint(VOCAB, (PAIRS, ANSWER))
     tokens = torch.cat([prompt.repeat(2, 1), torch.cat([chosen, rejected])], dim=1)
     labels = tokens.clone()
-    labels[:, :PROMPT] = -100  # only answers count
+    labels[:, :PROMPT] = -100  # only answers are labelled
     return tokens, shift_labels(labels)  # aligned: hidden[t] predicts labels[t]
 
 
@@ -42,12 +47,12 @@ torch.manual_seed(0)
 tokens, labels = counting_pairs()
 model = TinyLanguageModel()
 
-# The reference is the model as it is now; its log-probs are needed once. Without gradients nothing is kept for them.
+# The reference is a copy of the initial model. Its log-probs are computed once, without gradients.
 with torch.no_grad():
     reference = copy.deepcopy(model)
     ref_logp = reference(tokens, lambda hidden, head: linear_sequence_logprob(hidden, head, labels).total)
 
-# An untrained model gives every token -log 64 = -4.2 nats: a rejected answer below -5 is as good as forgotten.
+# An untrained model gives every token a log-prob of -log 64 = -4.2 nats. Below -5 a rejected answer stops pushing.
 cooling = Cooling(logp_floor=-5.0, temperature=0.5)
 optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
 history = []

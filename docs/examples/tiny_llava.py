@@ -1,6 +1,6 @@
-"""A LLaVA of 30 thousand random weights with its processor, and preference pairs about coloured squares. No download.
+"""A LLaVA with 30 thousand random weights, its processor, and preference pairs about coloured squares. No download.
 
-For examples and tests: it stands where you have `AutoModelForImageTextToText.from_pretrained(...)` and your data.
+Examples and tests use it in place of `AutoModelForImageTextToText.from_pretrained(...)` and your data.
 """
 
 import torch
@@ -38,7 +38,7 @@ def tiny_llava() -> tuple[LlavaForConditionalGeneration, LlavaProcessor]:
 
 
 def tiny_processor() -> LlavaProcessor:
-    vocabulary = Tokenizer(models.WordLevel({word: place for place, word in enumerate(WORDS)}, unk_token="<unk>"))
+    vocabulary = Tokenizer(models.WordLevel({word: index for index, word in enumerate(WORDS)}, unk_token="<unk>"))
     vocabulary.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=vocabulary, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
@@ -54,14 +54,14 @@ def tiny_processor() -> LlavaProcessor:
 
 
 def color_pairs(count: int) -> list[dict]:
-    """Rows as TRL wants them. Every second rejected answer is near (another colour), the others are word salad."""
+    """Rows in TRL's layout. Every second rejected answer is close (another colour), the others are random words."""
     names = list(COLORS)
     rows = []
-    for place in range(count):
-        color, other = names[place % 3], names[(place + 1) % 3]
+    for index in range(count):
+        color, other = names[index % 3], names[(index + 1) % 3]
         image = Image.new("RGB", (8, 8), COLORS[color])
-        image.putpixel((place % 8, place // 8 % 8), (255, 255, 255))  # no two are the same
-        rejected = f" a {other} square </s>" if place % 2 else " and above left and </s>"
+        image.putpixel((index % 8, index // 8 % 8), (255, 255, 255))  # makes every image different
+        rejected = f" a {other} square </s>" if index % 2 else " and above left and </s>"
         rows.append(
             {
                 "images": [image],

@@ -1,4 +1,4 @@
-"""CW-DPO in TRL on images. Against plain TRL two things change: the class, and `cooling=`.
+"""CW-DPO in TRL, on images. Two things differ from plain TRL: the class, and `cooling=`.
 
 python docs/examples/trl_dpo.py
 """
@@ -14,7 +14,7 @@ from cwdpo_kernels.integrations.trl import CoolingDPOTrainer
 
 folder = tempfile.mkdtemp()
 model, processor = tiny_llava()
-model.save_pretrained(folder)  # TRL loads policy and reference by name
+model.save_pretrained(folder)  # TRL loads policy and reference from here
 
 trainer = CoolingDPOTrainer(
     folder,  # or "Qwen/Qwen2.5-VL-3B-Instruct", or a loaded model
@@ -24,7 +24,7 @@ trainer = CoolingDPOTrainer(
     ),
     train_dataset=Dataset.from_list(color_pairs(32)),
     processing_class=processor,
-    cooling=Cooling(logp_floor=-3.0, temperature=0.5),  # an answer of less than -3 nats per token hardly pushes
+    cooling=Cooling(logp_floor=-3.0, temperature=0.5),  # below -3 nats per token a rejected answer hardly pushes
 )  # fmt: skip
 trainer.train()
 
