@@ -1,4 +1,4 @@
-"""`curriculum: hardest_first`: the order of the pairs, and that a resumed stage keeps it."""
+"""`curriculum: hardest_first`: the order of the pairs, which a resumed stage keeps."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from cwdpo_trainer.config.arguments import DPOArguments, ProbeArguments, Samplin
 from cwdpo_trainer.data.collator import with_answers
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import Probes
-from cwdpo_trainer.stages.curriculum import ORDER_FILE, hardest_first, in_order, share_of
+from cwdpo_trainer.stages.curriculum import ORDER_FILE, hardest_first, in_row_order, share_of
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
 
 
 @pytest.fixture
 def make(model, collator, rows, tmp_path):
-    """A trainer of stage 2 on all rows that notes which rows its steps see."""
+    """A stage 2 trainer on all rows; `seen` records the rows of each batch."""
 
     def make(**options):
         sampling = SamplingArguments(max_new_tokens=5)
@@ -42,7 +42,7 @@ def make(model, collator, rows, tmp_path):
 
 @torch.no_grad()
 def weights_by_hand(model, collator, rows, cooling):
-    """w_c of every row's negative, from full logits."""
+    """w_c of every row's negative, computed from full logits."""
     model.eval()
     pairs = collator(rows)
     batch = with_answers(pairs["prompts"], pairs["rejected"], pad_id=0)
@@ -53,16 +53,16 @@ def weights_by_hand(model, collator, rows, cooling):
 
 
 @pytest.mark.parametrize("cooling", ["adaptive", "off"])
-def test_pairs_come_in_the_order_of_their_weight(make, model, collator, rows, cooling):
+def test_pairs_are_ordered_by_cooling_weight(make, model, collator, rows, cooling):
     trainer = make(curriculum="hardest_first", cooling=cooling, logp_floor=-5.0, tau=3.0, onpolicy_fraction=0.5)
     trainer.train()
     seen = [row for batch in trainer.seen for row in batch]
     weights = weights_by_hand(model, collator, rows, Cooling(-5.0, 3.0))
-    in_turn = [weights[row].item() for row in seen]
-    assert sorted(seen[:32]) == list(range(32))  # an epoch has them all
-    assert all(before >= after - 1e-6 for before, after in pairwise(in_turn[:32]))
-    assert in_turn[0] > in_turn[31] + 0.1
-    assert seen[32:] == seen[:8]  # and the next one begins again
+    in_order = [weights[row].item() for row in seen]
+    assert sorted(seen[:32]) == list(range(32))  # the first epoch sees every pair once
+    assert all(before >= after - 1e-6 for before, after in pairwise(in_order[:32]))
+    assert in_order[0] > in_order[31] + 0.1
+    assert seen[32:] == seen[:8]  # the second epoch has the same order
     assert seen[:32] != list(range(32))
 
 
@@ -77,7 +77,7 @@ def test_without_a_curriculum_the_order_is_random(make):
 def test_a_resumed_stage_keeps_the_order_and_the_trajectory(make, tmp_path, monkeypatch):
     whole = make(curriculum="hardest_first")
     whole.train()
-    monkeypatch.setattr(CWDPOTrainer, "_measure", None)  # it is measured once
+    monkeypatch.setattr(CWDPOTrainer, "_rejected_mean_logp", None)  # a resumed stage must not measure again
     resumed = make(curriculum="hardest_first")
     resumed.train(resume_from_checkpoint=str(tmp_path / "stage" / "checkpoint-3"))
     assert resumed.seen == whole.seen[3:]
@@ -96,16 +96,16 @@ def test_a_checkpoint_of_other_rows_is_refused(make, tmp_path):
         make(curriculum="hardest_first").train(resume_from_checkpoint=str(folder))
 
 
-def test_equals_stay_in_the_order_of_the_data():
+def test_ties_keep_the_order_of_the_data():
     assert hardest_first(torch.tensor([-3.0, -1.0, -2.0, -1.0, -3.0])) == [1, 3, 2, 0, 4]
 
 
 @pytest.mark.parametrize(("count", "ranks"), [(7, 1), (7, 2), (7, 3), (6, 3), (2, 4)])
-def test_shares_of_processes_make_the_whole(count, ranks):
+def test_shares_of_all_processes_cover_the_rows(count, ranks):
     rows = list(range(count))
     shares = [share_of(rows, rank, ranks) for rank in range(ranks)]
     assert len({len(share) for share in shares}) == 1
-    assert in_order(torch.tensor(shares).flatten(), count, ranks).tolist() == rows
+    assert in_row_order(torch.tensor(shares).flatten(), count, ranks).tolist() == rows
 
 
 def test_an_unknown_curriculum_is_refused(tmp_path):

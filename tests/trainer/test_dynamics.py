@@ -6,12 +6,12 @@ import pytest
 from matplotlib.figure import Figure
 
 from cwdpo_trainer.evaluation.plot import PANELS, draw_dynamics
-from cwdpo_trainer.evaluation.probes import COOLING_BINS, FIGURES
+from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
 
 
 def probe(step: int, weight: float | None) -> dict[str, float]:
     """A probe whose negatives all have the cooling weight `weight`."""
-    entry = {f"eval_{name}_{figure}": 0.1 * step for name in ("chosen", "near") for figure in FIGURES}
+    entry = {f"eval_{name}_{figure}": 0.1 * step for name in ("chosen", "near") for figure in METRICS}
     if weight is not None:
         shares = {place: float(place == int(weight * COOLING_BINS)) for place in range(COOLING_BINS)}
         entry |= {"eval_near_cooling": weight}

@@ -1,4 +1,4 @@
-"""On-policy negatives: who gets one, and which, depends on seed, step, row and pool alone."""
+"""On-policy negatives: which pairs get one, when answers are drawn again, and how they are generated."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ DATASET = [[-1]] * len(ROWS)
 
 
 class Drawing:
-    """A policy of numbers: what it draws for a row depends on the seed; it likes all answers equally well."""
+    """A fake policy. Its answers to a row depend on the seed; all of a row's answers have the same log-prob."""
 
     def __init__(self, logp=-1.0):
         self.logp = logp
@@ -42,16 +42,16 @@ def pool(refresh_steps=10, max_staleness=None, seed=1):
 
 
 @pytest.mark.parametrize(("fraction", "low", "high"), [(0.0, 0, 0), (0.5, 70, 130), (1.0, 200, 200)])
-def test_fraction_of_the_pairs_is_on_policy(fraction, low, high):
+def test_a_fraction_of_the_pairs_is_on_policy(fraction, low, high):
     policy = Drawing()
-    mixed = pool().mix(ROWS, DATASET, 3, fraction, policy)
-    assert low <= sum(mixed.is_onpolicy) <= high
+    negatives = pool().mix(ROWS, DATASET, 3, fraction, policy)
+    assert low <= sum(negatives.is_onpolicy) <= high
     assert bool(policy.asked) == (fraction > 0)
-    for row, tokens, is_onpolicy in zip(ROWS, *mixed[:2], strict=True):
+    for row, tokens, is_onpolicy in zip(ROWS, *negatives[:2], strict=True):
         assert (tokens[0] == row) if is_onpolicy else (tokens == [-1])
 
 
-def test_the_choice_does_not_depend_on_order_history_or_random_state():
+def test_the_choice_depends_on_seed_step_and_row_only():
     first = pool().mix(ROWS, DATASET, 3, 0.5, Drawing())
     random.seed(99)
     torch.manual_seed(99)
@@ -64,10 +64,10 @@ def test_the_choice_does_not_depend_on_order_history_or_random_state():
 
 def test_uniform_is_the_same_in_every_process():
     assert uniform(0, 1, 2) == pytest.approx(0.1922018794572527)
-    assert 0 <= min(uniform(place) for place in range(1000)) < 0.01
+    assert 0 <= min(uniform(index) for index in range(1000)) < 0.01
 
 
-def test_drawn_answers_serve_until_they_are_old():
+def test_answers_are_drawn_again_after_refresh_steps():
     drawn, policy = pool(refresh_steps=3), Drawing()
     drawn.mix([5], [[-1]], 0, 1.0, policy)
     drawn.mix([5], [[-1]], 2, 1.0, policy)
@@ -76,7 +76,7 @@ def test_drawn_answers_serve_until_they_are_old():
     assert drawn.drawn[5].step == 3
 
 
-def test_answers_that_lost_likelihood_are_drawn_anew():
+def test_answers_are_drawn_again_once_they_are_stale():
     drawn, policy = pool(refresh_steps=100, max_staleness=0.2), Drawing(logp=-1.0)
     assert drawn.mix([5, 6], [[-1]] * 2, 0, 1.0, policy).staleness == []
     policy.logp = -1.15
@@ -85,23 +85,23 @@ def test_answers_that_lost_likelihood_are_drawn_anew():
     policy.logp = -1.25
     assert drawn.mix([5], [[-1]], 5, 1.0, policy).staleness == pytest.approx([0.25])
     assert policy.asked == [[5, 6], [5]]
-    # What was drawn anew is measured against the policy that drew it.
+    # New answers are compared with the policy that drew them.
     policy.logp = -1.35
     assert drawn.mix([5, 6], [[-1]] * 2, 6, 1.0, policy).staleness == pytest.approx([0.1, 0.35])
     assert policy.asked == [[5, 6], [5], [6]]
-    # Likelier than when they were drawn is not stale.
+    # Answers that became more likely are not stale.
     policy.logp = 0.0
     drawn.mix([5, 6], [[-1]] * 2, 7, 1.0, policy)
     assert len(policy.asked) == 3
 
 
-def test_a_row_without_a_wrong_sample_keeps_its_negative():
+def test_rows_without_a_wrong_sample_keep_their_negative():
     policy = Drawing()
     policy.draw = lambda rows, seed: [[], [[9]]]
     assert pool(max_staleness=0.1).mix([5, 6], [[1], [2]], 0, 1.0, policy)[:2] == ([[1], [9]], [False, True])
 
 
-def test_a_stored_pool_continues_exactly(tmp_path):
+def test_a_saved_pool_continues_exactly(tmp_path):
     first = pool(4, 0.1, seed=3)
     first.mix(ROWS, DATASET, 2, 0.7, Drawing())
     first.save(tmp_path / "pool.json")
@@ -113,33 +113,33 @@ def test_a_stored_pool_continues_exactly(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("value", "places", "values"),
+    ("value", "steps", "values"),
     [
         (0.25, [0, 40, 80], [0.25] * 3),
         ([[0, 0.0], [0.5, 0.5]], [0, 20, 40, 80], [0.0, 0.25, 0.5, 0.5]),
         ([[10, 1.0], [20, 0.0], [60, 0.4]], [0, 10, 15, 20, 40, 80], [1.0, 1.0, 0.5, 0.0, 0.2, 0.4]),
     ],
 )
-def test_a_schedule_is_linear_between_its_points(value, places, values):
-    assert [Schedule.of(value).at(step, 80) for step in places] == pytest.approx(values)
+def test_a_schedule_is_linear_between_its_points(value, steps, values):
+    assert [Schedule.of(value).at(step, 80) for step in steps] == pytest.approx(values)
 
 
 @pytest.mark.parametrize("value", [True, None, [], [[1]], [0.5], [[0.5, 1], [0.5, 2]], [[-1, 0]], "much"])
-def test_what_is_no_schedule_is_refused(value):
+def test_invalid_schedules_are_refused(value):
     with pytest.raises(ValueError, match=r".+"):
         Schedule.of(value)
 
 
-def test_the_log_of_negatives_goes_on_where_a_checkpoint_was(tmp_path):
+def test_the_log_of_negatives_continues_from_a_checkpoint(tmp_path):
     log = NegativesLog(tmp_path / "negatives.jsonl")
     log.start(0)
     for step in range(3):
-        log.write(step, ["a:1", "a:2"], [False, True], ["of the data", f"wrong {step}"])
+        log.write(step, ["a:1", "a:2"], [False, True], ["from the dataset", f"wrong {step}"])
     whole = log.path.read_bytes()
     with log.path.open("a") as file:
         file.write('{"step": 3, "ro')
     log.start(2)
-    log.write(2, ["a:1", "a:2"], [False, True], ["of the data", "wrong 2"])
+    log.write(2, ["a:1", "a:2"], [False, True], ["from the dataset", "wrong 2"])
     assert log.path.read_bytes() == whole
     assert json.loads(whole.splitlines()[1]) == {"step": 0, "row": "a:2", "origin": "onpolicy", "answer": "wrong 0"}
     assert json.loads(whole.splitlines()[2]) == {"step": 1, "row": "a:1", "origin": "dataset"}
@@ -147,10 +147,10 @@ def test_the_log_of_negatives_goes_on_where_a_checkpoint_was(tmp_path):
     assert log.path.read_bytes() == b""
 
 
-def test_log_probs_of_answers_are_those_of_full_logits(model, collator, rows):
+def test_answers_logp_agrees_with_full_logits(model, collator, rows):
     attach_head(model)
     answers = [[[7, 8, 2], [9, 2]], [], [[6, 6, 6, 2]]]
-    found = answers_logp(model, collator, rows[:3], answers, most=2)
+    found = answers_logp(model, collator, rows[:3], answers, forwards=2)
     for row, of_row, values in zip(rows, answers, found, strict=False):
         for tokens, value in zip(of_row, values, strict=True):
             ids = collator.prompts([row])
@@ -161,8 +161,8 @@ def test_log_probs_of_answers_are_those_of_full_logits(model, collator, rows):
             assert value == pytest.approx(logp.mean().item(), abs=1e-5)
 
 
-def test_a_process_that_has_nothing_to_ask_takes_part(model, collator, rows, monkeypatch):
-    """Where a model is sharded, as its forward waits for all processes."""
+def test_ranks_without_work_run_a_dummy_row(model, collator, rows, monkeypatch):
+    """Only if the model is sharded, because its forward is then collective."""
     attach_head(model)
     settings = SamplingArguments(max_new_tokens=3)
     policy = PolicyInTraining(model, collator, {row.id: row for row in rows}, settings, Accelerator())
@@ -172,14 +172,14 @@ def test_a_process_that_has_nothing_to_ask_takes_part(model, collator, rows, mon
     assert calls == []
     monkeypatch.setattr("cwdpo_trainer.negatives.policy.largest", lambda accelerator, number: max(number, 2))
     assert policy.mean_logp([], []) == []
-    assert len(calls) == 2  # as many as another process has answers to a row
+    assert len(calls) == 2  # another process has two answers to a row
     assert policy.mean_logp([3], [[[7, 2]]])[0] == policy.mean_logp([3, 4], [[[7, 2]], []])[0]
     calls.clear()
     assert policy.draw([], 0) == []
     assert 1 <= len(calls) <= 3
 
 
-def test_samples_are_wrong_answers_and_leave_the_random_state(model, collator, rows):
+def test_samples_are_wrong_answers_and_restore_the_random_state(model, collator, rows):
     settings = SamplingArguments(samples=3, max_new_tokens=5)
     state = torch.random.get_rng_state()
     answers = sample_answers(model, collator, rows[:6], settings, seed=4)
@@ -192,7 +192,7 @@ def test_samples_are_wrong_answers_and_leave_the_random_state(model, collator, r
     for row, tokens in kept:
         assert 1 <= len(tokens) <= 5
         assert tokenizer.eos_token_id not in tokens[:-1]
-        assert not set(tokens) & {0, 1, 3, 4}  # pad, bos, unk and image placeholder
+        assert not set(tokens) & {0, 1, 3, 4}  # pad, bos, unk, image placeholder
         assert normalise(tokenizer.decode(tokens, skip_special_tokens=True)) not in row.references
 
 
@@ -203,7 +203,7 @@ def test_right_samples_are_dropped(model, collator, rows):
     assert sample_answers(model, collator, [right], settings, seed=0) == [[]]
 
 
-def test_captions_do_not_depend_on_the_batch(model, collator, rows):
+def test_captions_do_not_depend_on_the_batch_size(model, collator, rows):
     one, all_at_once = (caption(model, collator, rows[:5], 4, size) for size in (1, 5))
     assert one == all_at_once
 
@@ -212,14 +212,14 @@ def test_captions_do_not_depend_on_the_batch(model, collator, rows):
     ("tokens", "expected"),
     [([5, 6, 2, 0], [5, 6, 2]), ([5, 9, 2, 7], [5, 9, 2]), ([5, 9, 7], [5, 9, 2]), ([5, 6], [5, 6]), ([2], [2])],
 )
-def test_answers_end_where_the_model_ends_them(tokens, expected):
-    """At the end of sequence (2) or of a turn (9), and with the end of sequence, as the data's own answers do."""
+def test_generated_answers_end_like_those_of_the_dataset(tokens, expected):
+    """Answers stop at the end of sequence (2) or of a turn (9), and then end with 2."""
     assert ended(tokens, [2, 9]) == expected
 
 
-def test_marks_of_the_rows_own_answer_may_be_drawn(collator, rows):
-    mark = collator.tokenizer.unk_token
-    row = dataclasses.replace(rows[0], chosen=f"a red square {mark}", references=("a red square",))
-    drawn = [collator.answer_tokens(row, f"{text} {mark}") for text in ("a blue square", "a red square")]
+def test_special_tokens_of_the_chosen_answer_may_be_drawn(collator, rows):
+    special = collator.tokenizer.unk_token
+    row = dataclasses.replace(rows[0], chosen=f"a red square {special}", references=("a red square",))
+    drawn = [collator.answer_tokens(row, f"{text} {special}") for text in ("a blue square", "a red square")]
     assert wrong_answers(collator, [row], [drawn]) == [drawn[:1]]
     assert wrong_answers(collator, [rows[0]], [drawn]) == [[]]

@@ -1,4 +1,4 @@
-"""Probes against figures computed by hand from full logits in float64."""
+"""Probes against metrics computed from full logits in float64."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def probes(collator, rows):
 
 @pytest.fixture
 def models(model):
-    """A policy and a reference that differs from it."""
+    """A policy and a reference with other weights."""
     reference = copy.deepcopy(model)
     with torch.no_grad():
         reference.lm_head.weight.add_(0.3 * torch.randn_like(reference.lm_head.weight))
@@ -41,7 +41,7 @@ def models(model):
 
 
 def log_softmax(model, collator, row, tokens):
-    """[len(tokens), V], one answer at a time and without padding."""
+    """Log-probs [len(tokens), V] of one answer, without padding."""
     prompt = collator.prompts([row])
     ids = torch.cat([prompt["input_ids"], torch.tensor([tokens])], dim=1)
     with torch.no_grad():
@@ -49,18 +49,18 @@ def log_softmax(model, collator, row, tokens):
     return logits[0, -len(tokens) - 1 : -1].double().log_softmax(-1)
 
 
-def by_hand(models, collator, answers):
+def from_full_logits(models, collator, answers):
     logp, mean, ref_logp, entropy, top1, right, tv, js = ([] for _ in range(8))
     for row, tokens in answers:
         p, q = (log_softmax(model, collator, row, tokens) for model in models)
-        places = torch.arange(len(tokens)), torch.tensor(tokens)
-        logp.append(p[places].sum())
-        mean.append(p[places].mean())
-        ref_logp.append(q[places].sum())
+        indices = torch.arange(len(tokens)), torch.tensor(tokens)
+        logp.append(p[indices].sum())
+        mean.append(p[indices].mean())
+        ref_logp.append(q[indices].sum())
         entropy.append(-(p.exp() * p).sum(-1))
         best = p.max(-1)
         top1.append(best.values.exp())
-        right.append(best.indices == places[1])
+        right.append(best.indices == indices[1])
         tv.append((p.exp() - q.exp()).abs().sum(-1) / 2)
         middle = ((p.exp() + q.exp()) / 2).log()
         js.append(((p.exp() * (p - middle)).sum(-1) + (q.exp() * (q - middle)).sum(-1)) / 2)
@@ -68,39 +68,40 @@ def by_hand(models, collator, answers):
     bins = (top1 * 15).long().clamp(max=14)
     gaps = [(right[bins == b].mean() - top1[bins == b].mean()).abs() * (bins == b).sum() for b in bins.unique()]
     average = {"logp": logp, "mean_logp": mean, "entropy": entropy, "tv": tv, "js": js}
-    figures = {name: torch.cat([value.flatten() for value in values]).mean() for name, values in average.items()}
-    figures |= {"top1_prob": top1.mean(), "accuracy": right.mean(), "ece": sum(gaps) / len(top1)}
-    figures["delta_logp"] = figures["logp"] - torch.stack(ref_logp).mean()
+    metrics = {name: torch.cat([value.flatten() for value in values]).mean() for name, values in average.items()}
+    metrics |= {"top1_prob": top1.mean(), "accuracy": right.mean(), "ece": sum(gaps) / len(top1)}
+    metrics["delta_logp"] = metrics["logp"] - torch.stack(ref_logp).mean()
     weights = torch.sigmoid((torch.stack(mean) - COOLING.logp_floor) / COOLING.temperature)
-    return figures | {"cooling": weights.mean()}, weights
+    return metrics | {"cooling": weights.mean()}, weights
 
 
-def test_figures_equal_those_of_full_logits(models, collator, probes):
+def test_metrics_agree_with_full_logits(models, collator, probes):
     probes.draw_onpolicy(models[1])
-    figures = probes.measure(*models, torch.device("cpu"))
+    metrics = probes.measure(*models, torch.device("cpu"))
+    assert list(metrics) == probes.names()
     assert set(probes.sets) == {"chosen", "near", "easy", "onpolicy"}
     for name, answers in probes.sets.items():
-        expected, weights = by_hand(models, collator, answers)
+        expected, weights = from_full_logits(models, collator, answers)
         if name == "chosen":
             expected.pop("cooling")
-            assert "chosen_cooling" not in figures
+            assert "chosen_cooling" not in metrics
         else:
-            shares = [figures[f"{name}_cooling_bin{place}"] for place in range(10)]
-            counts = [((weights * 10).long() == place).double().mean().item() for place in range(10)]
-            assert shares == pytest.approx(counts)
+            shares = [metrics[f"{name}_cooling_bin{index}"] for index in range(10)]
+            expected_shares = [((weights * 10).long() == index).double().mean().item() for index in range(10)]
+            assert shares == pytest.approx(expected_shares)
         for key, value in expected.items():
-            assert figures[f"{name}_{key}"] == pytest.approx(value.item(), rel=1e-4, abs=2e-5), (name, key)
+            assert metrics[f"{name}_{key}"] == pytest.approx(value.item(), rel=1e-4, abs=2e-5), (name, key)
 
 
-def test_against_itself_nothing_has_moved(models, probes):
-    figures = probes.measure(models[0], models[0], torch.device("cpu"))
+def test_a_model_does_not_differ_from_itself(models, probes):
+    metrics = probes.measure(models[0], models[0], torch.device("cpu"))
     for name in ("chosen", "near", "easy"):
-        assert figures[f"{name}_delta_logp"] == 0
-        assert figures[f"{name}_tv"] == pytest.approx(0, abs=1e-6)
-        assert 0 < figures[f"{name}_entropy"] < math.log(models[0].config.text_config.vocab_size)
+        assert metrics[f"{name}_delta_logp"] == 0
+        assert metrics[f"{name}_tv"] == pytest.approx(0, abs=1e-6)
+        assert 0 < metrics[f"{name}_entropy"] < math.log(models[0].config.text_config.vocab_size)
 
 
-def test_a_right_answer_counts_once_per_scene(collator, rows):
+def test_a_chosen_answer_counts_once_per_prompt(collator, rows):
     twice = [rows[0], type(rows[0])(**{**vars(rows[0]), "rejected": "the a", "negative_source": "near"})]
     probes = Probes(twice, collator, ProbeArguments(), SamplingArguments(), COOLING, seed=0)
     assert {name: len(answers) for name, answers in probes.sets.items()} == {
@@ -110,8 +111,11 @@ def test_a_right_answer_counts_once_per_scene(collator, rows):
     }
 
 
-def test_measuring_keeps_the_mode_and_the_gradients(models, probes):
+def test_measuring_restores_the_mode_of_every_module(models, probes):
+    """Also of a module that is frozen in evaluation mode while the model trains."""
     models[0].train()
+    models[0].base_model.vision_tower.eval()
+    modes = [module.training for module in models[0].modules()]
     probes.measure(*models, torch.device("cpu"))
-    assert models[0].training
+    assert [module.training for module in models[0].modules()] == modes
     assert all(parameter.grad is None for parameter in models[0].parameters())

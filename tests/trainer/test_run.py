@@ -21,14 +21,14 @@ import torch
 from cwdpo_trainer import cli
 from cwdpo_trainer.stages import dpo
 
-save_more = dpo.CWDPOTrainer._save_more
+save_stage_files = dpo.CWDPOTrainer._save_stage_files
 
 def killed(self, folder):
     if self.state.global_step == {step}:
         os.kill(os.getpid(), signal.SIGKILL)
-    save_more(self, folder)
+    save_stage_files(self, folder)
 
-dpo.CWDPOTrainer._save_more = killed
+dpo.CWDPOTrainer._save_stage_files = killed
 torch.set_num_threads(1)
 cli.main(["run", sys.argv[1]])
 """

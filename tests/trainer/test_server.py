@@ -1,4 +1,4 @@
-"""Negatives from a server of chat completions: what it is asked, what becomes of its answers, and when it fails."""
+"""Negatives from an inference server: the requests, the use of its answers, and failures."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cwdpo_trainer.negatives import server as server_module
 from cwdpo_trainer.negatives.policy import PolicyInTraining
 from cwdpo_trainer.negatives.server import AnswerServer
 
-# Renders parts as the models' own templates do.
+# Renders content parts, as real chat templates do.
 TEMPLATE = (
     "{% for message in messages %}{{ '<s> ' }}"
     "{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}"
@@ -30,7 +30,7 @@ TEMPLATE = (
 
 
 class Stub(BaseHTTPRequestHandler):
-    """Answers with the texts of the test; `failures` come first, as (status, body)."""
+    """Responds with `server.failures` first, as (status, body), then with `server.texts`."""
 
     def do_GET(self):
         self.reply(200, {"data": [{"id": model} for model in self.server.models]})
@@ -81,7 +81,7 @@ def chat_rows(rows):
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
-    """No waiting; the pauses that would have been."""
+    """Replaces `time.sleep`: returns the list of requested pauses."""
     taken = []
     monkeypatch.setattr(server_module.time, "sleep", taken.append)
     return taken
@@ -94,16 +94,16 @@ def draw(stub, chat, rows, **settings):
     return policy.draw([row.id for row in rows], seed=5)
 
 
-def test_wrong_answers_of_the_server_are_negatives(stub, chat, chat_rows):
+def test_wrong_answers_from_the_server_become_negatives(stub, chat, chat_rows):
     stub.texts = ["a red square", "the  blue square", "a above and a left and a right"]
     drawn = draw(stub, chat, chat_rows, samples=3, temperature=0.7, top_p=0.9, max_new_tokens=5)
     words = [[" ".join(chat.tokenizer.convert_ids_to_tokens(tokens)) for tokens in of_row] for of_row in drawn]
-    cut = "a above and a left"  # so long as the limit, and without an end
+    cut = "a above and a left"  # max_new_tokens long, without an end-of-sequence token
     red, blue = "a red square </s>", "the blue square </s>"
     assert words == [[blue, cut], [red, blue, cut], [red, cut]]
 
 
-def test_the_server_is_asked_with_image_settings_and_a_seed_for_each_row(stub, chat, chat_rows):
+def test_requests_hold_the_image_the_settings_and_a_seed_per_row(stub, chat, chat_rows):
     stub.texts = ["above"] * 2
     draw(stub, chat, chat_rows, samples=2, temperature=0.7, top_p=0.9, max_new_tokens=5)
     asked = sorted(stub.asked, key=lambda body: body["seed"])
@@ -119,7 +119,7 @@ def test_the_server_is_asked_with_image_settings_and_a_seed_for_each_row(stub, c
             assert ImageChops.difference(found, row.load_images()[0]).getbbox() is None
 
 
-def test_a_server_that_is_busy_is_asked_again(stub, chat, chat_rows, pauses):
+def test_busy_servers_are_asked_again(stub, chat, chat_rows, pauses):
     stub.texts = ["above", "below"]
     stub.failures = [(503, "busy"), (429, "slower")]
     assert len(draw(stub, chat, chat_rows[:1])[0]) == 2
@@ -127,7 +127,7 @@ def test_a_server_that_is_busy_is_asked_again(stub, chat, chat_rows, pauses):
 
 
 @pytest.mark.parametrize(("status", "attempts"), [(400, 1), (500, 4)])
-def test_a_server_that_fails_is_named(stub, chat, chat_rows, status, attempts):
+def test_failing_servers_are_reported(stub, chat, chat_rows, status, attempts):
     stub.failures = [(status, "too many images")] * 9
     with pytest.raises(
         InputError, match=rf"sampling.server: {stub.url}/v1/.*: expected an answer, got {status} .*images"
@@ -136,7 +136,7 @@ def test_a_server_that_fails_is_named(stub, chat, chat_rows, status, attempts):
     assert len(stub.asked) == attempts
 
 
-def test_no_server_is_named(chat, chat_rows, stub, pauses):
+def test_unusable_servers_are_reported(chat, chat_rows, stub, pauses):
     with pytest.raises(InputError, match=r"http://127.0.0.1:1/v1/models: expected an answer, got .*refused"):
         AnswerServer.open("http://127.0.0.1:1", chat_rows)
     assert len(pauses) == 3
@@ -145,7 +145,7 @@ def test_no_server_is_named(chat, chat_rows, stub, pauses):
         AnswerServer.open(stub.url, chat_rows)
 
 
-def test_prompts_that_a_server_cannot_take_are_refused(rows, chat_rows, stub):
+def test_prompts_that_cannot_be_sent_are_refused(rows, chat_rows, stub):
     with pytest.raises(InputError, match=r"train.jsonl:1: prompt: expected a list of messages, as .*got text"):
         AnswerServer.open(stub.url, rows)
     text = [{"role": "user", "content": "<image> describe"}]

@@ -1,4 +1,4 @@
-"""The stages on the tiny model: their losses, their checks and their logs."""
+"""The stages on the tiny model: losses, checks, logs and checkpoints."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SAMPLING = SamplingArguments(max_new_tokens=5)
 
 @pytest.fixture
 def make(model, collator, rows, tmp_path):
-    """A trainer of the tiny model whose reference is a copy of it, changed by `tamper` if given."""
+    """Makes a trainer of the tiny model. The reference is a copy, changed by `tamper` if given."""
 
     def make(kind, tamper=None, **options):
         reference = copy.deepcopy(model)
@@ -42,14 +42,14 @@ def make(model, collator, rows, tmp_path):
 
 
 def answer_logp(model, batch):
-    """Log-probs of whole answers and their lengths, from full logits."""
+    """Summed log-probs and lengths of the answers, from full logits."""
     logits = model(**batch.inputs).logits.double()
     mask = batch.labels >= 0
     logp = logits.log_softmax(-1).gather(-1, batch.labels.clamp(min=0).unsqueeze(-1)).squeeze(-1)
     return (logp * mask).sum(-1), mask.sum(-1)
 
 
-def test_loss_of_sft_is_that_of_full_logits(make, collator, rows):
+def test_sft_loss_agrees_with_full_logits(make, collator, rows):
     trainer = make(ConstrainedSFTTrainer, negatives_weight=0.5, nll_floor=6.0)
     pairs = collator(rows[:4])
     batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
@@ -59,7 +59,7 @@ def test_loss_of_sft_is_that_of_full_logits(make, collator, rows):
     assert trainer.compute_loss(trainer.model, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_loss_of_cwdpo_is_that_of_full_logits(make, collator, rows):
+def test_cwdpo_loss_agrees_with_full_logits(make, collator, rows):
     trainer = make(CWDPOTrainer, beta=0.3, logp_floor=-4.0, tau=0.5)
     trainer._is_first_batch = False
     with torch.no_grad():
@@ -86,7 +86,7 @@ def test_cooling_off_is_vanilla_dpo(make, collator, rows):
 
 
 def counted_reference(trainer):
-    """The numbers of answers of the reference's forwards, as they happen."""
+    """A list that gets the batch size of each forward of the reference."""
     sizes, forward = [], trainer.reference.forward
 
     @functools.wraps(forward)  # `generate` reads the signature
@@ -100,12 +100,12 @@ def counted_reference(trainer):
 
 def losses(trainer, collator, rows):
     trainer._is_first_batch = False
-    return [trainer.compute_loss(trainer.model, collator(rows[place : place + 4])).item() for place in (0, 4, 2)]
+    return [trainer.compute_loss(trainer.model, collator(rows[start : start + 4])).item() for start in (0, 4, 2)]
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4])
-def test_a_cache_changes_no_loss_and_spares_the_reference(make, collator, rows, tmp_path, fraction):
-    """The third batch is made of rows of the first two."""
+def test_the_reference_cache_saves_forwards_and_changes_no_loss(make, collator, rows, tmp_path, fraction):
+    """The third batch consists of rows of the first two."""
     options = {"onpolicy_fraction": fraction, "reference_cache": str(tmp_path / "cache"), "seed": 2}
     plain, filling, filled = (make(CWDPOTrainer, **{**options, **more}) for more in ({"reference_cache": None}, {}, {}))
     for trainer in (plain, filling, filled):
@@ -115,7 +115,7 @@ def test_a_cache_changes_no_loss_and_spares_the_reference(make, collator, rows, 
     expected = losses(plain, collator, rows)
     sizes = counted_reference(filling)
     assert losses(filling, collator, rows) == pytest.approx(expected, rel=1e-6)
-    drawn = [round(4 * value.item()) for value in filling._sums["onpolicy"]]
+    drawn = [round(4 * value.item()) for value in filling._recorded["onpolicy"]]
     assert (sum(drawn) > 0) == (fraction > 0)
     forwards = [[8, drawn[0]], [8, drawn[1]], [drawn[2]]]
     assert sizes == [size for batch in forwards for size in batch if size > 0]
@@ -124,7 +124,7 @@ def test_a_cache_changes_no_loss_and_spares_the_reference(make, collator, rows, 
     assert sizes == [size for size in drawn if size > 0]
 
 
-def test_training_on_a_filled_cache_runs_no_reference_but_for_the_probes(make):
+def test_training_on_a_filled_cache_runs_the_reference_for_probes_only(make):
     first = make(CWDPOTrainer, max_steps=4, eval_strategy="no", eval_on_start=False)
     computed = counted_reference(first)
     first.train()
@@ -136,7 +136,7 @@ def test_training_on_a_filled_cache_runs_no_reference_but_for_the_probes(make):
     assert len(computed) == probes
 
 
-def test_a_cached_value_that_is_wrong_is_refused(make):
+def test_wrong_cached_values_are_refused(make):
     trainer = make(CWDPOTrainer)
     trainer._reference_logp = lambda batch: torch.zeros(len(batch.labels))
     trainer.cached_reference._forward = trainer._reference_logp
@@ -144,8 +144,8 @@ def test_a_cached_value_that_is_wrong_is_refused(make):
         trainer.train()
 
 
-def test_all_processes_compute_if_one_must(make, collator, rows, monkeypatch):
-    """The forward of a sharded model waits for all of them."""
+def test_all_ranks_run_a_forward_if_one_must(make, collator, rows, monkeypatch):
+    """Because forwards of a sharded model are collective."""
     trainer = make(CWDPOTrainer)
     losses(trainer, collator, rows)
     sizes = counted_reference(trainer)
@@ -157,11 +157,11 @@ def test_all_processes_compute_if_one_must(make, collator, rows, monkeypatch):
     assert len(trainer.cached_reference.cache) == 8
 
 
-def test_cooling_is_measured_once_and_then_kept(make, rows, tmp_path, monkeypatch):
+def test_automatic_cooling_is_measured_once(make, rows, tmp_path, monkeypatch):
     options = {"logp_floor": "auto", "tau": "auto", "auto_rows": 10, "save_strategy": "steps", "save_steps": 2}
     trainer = make(CWDPOTrainer, **options)
     trainer.train()
-    batch = trainer._pairs(trainer._collate(rows[:10]))
+    batch = trainer._dataset_batch(trainer._collate(rows[:10]))
     total, count = answer_logp(trainer.reference, batch)
     low, floor, high = torch.quantile((total / count)[10:], torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
     measured = {"logp_floor": trainer.cooling.logp_floor, "tau": trainer.cooling.temperature}
@@ -170,14 +170,14 @@ def test_cooling_is_measured_once_and_then_kept(make, rows, tmp_path, monkeypatc
     assert logged.items() >= measured.items()
     assert trainer.probes.cooling == trainer.cooling
 
-    monkeypatch.setattr(CWDPOTrainer, "_measured_cooling", None)  # a resumed run measures nothing
+    monkeypatch.setattr(CWDPOTrainer, "_measure_cooling", None)  # a resumed run must not measure again
     resumed = make(CWDPOTrainer, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stage" / "checkpoint-2"))
     assert resumed.cooling == trainer.cooling
     assert resumed.state.global_step == 4
 
 
-def test_training_moves_the_policy_and_not_the_reference(make):
+def test_training_changes_the_policy_and_not_the_reference(make):
     trainer = make(CWDPOTrainer, learning_rate=1e-3, onpolicy_fraction=0.5)
     before = copy.deepcopy(trainer.reference.state_dict())
     trainer.train()
@@ -205,7 +205,7 @@ def test_training_moves_the_policy_and_not_the_reference(make):
     assert probes[-1]["eval_chosen_delta_logp"] != 0
 
 
-def test_a_reference_that_is_not_the_start_is_refused(make):
+def test_a_reference_that_is_not_the_initial_policy_is_refused(make):
     def tamper(reference):
         with torch.no_grad():
             reference.lm_head.weight[7] *= 1.01
@@ -215,7 +215,7 @@ def test_a_reference_that_is_not_the_start_is_refused(make):
         trainer.train()
 
 
-def test_the_last_probe_is_of_the_final_weights(make):
+def test_the_last_probe_measures_the_final_weights(make):
     trainer = make(ConstrainedSFTTrainer, max_steps=3)
     trainer.train()
     steps = [entry["step"] for entry in trainer.state.log_history if "eval_chosen_logp" in entry]
@@ -228,11 +228,11 @@ def test_early_stopping_on_a_probe(make):
         metric_for_best_model="chosen_mean_logp", greater_is_better=True,
     )  # fmt: skip
     trainer.train()
-    # The first probe is the best that this learning rate allows, two more without a better one end it.
+    # At learning rate 0 no probe is better than the first. The second and third use up the patience.
     assert trainer.state.global_step == 3
 
 
-def test_early_stopping_goes_on_counting_where_a_checkpoint_was(make, tmp_path):
+def test_early_stopping_keeps_its_count_on_resume(make, tmp_path):
     options = {
         "max_steps": 20, "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.0,
         "save_total_limit": None, "early_stopping_patience": 4, "metric_for_best_model": "chosen_mean_logp",
@@ -244,32 +244,32 @@ def test_early_stopping_goes_on_counting_where_a_checkpoint_was(make, tmp_path):
 
 
 @pytest.mark.parametrize(("metric", "is_greater"), [("chosen_logp", True), ("near_tv", False), ("chosen_ece", False)])
-def test_the_better_of_two_figures(metric, is_greater, tmp_path):
+def test_greater_is_better_depends_on_the_metric(metric, is_greater, tmp_path):
     assert SFTArguments(output_dir=str(tmp_path), metric_for_best_model=metric).greater_is_better == is_greater
     assert DPOArguments(
         output_dir=str(tmp_path), metric_for_best_model=metric, greater_is_better=not is_greater
     ).greater_is_better != is_greater  # fmt: skip
 
 
-def test_a_checkpoint_is_deleted_once_a_newer_one_is_whole(make, tmp_path, monkeypatch):
-    """Though the limit is kept, and the best one counts."""
-    whole = []
+def test_older_checkpoints_are_deleted_once_a_newer_one_is_complete(make, tmp_path, monkeypatch):
+    """`save_total_limit` is kept, and the best checkpoint counts towards it."""
+    complete = []
 
-    def save_more(self, folder):
-        whole.append(sorted(path.parent.name for path in tmp_path.glob("stage/*/COMPLETE")))
+    def save_stage_files(self, folder):
+        complete.append(sorted(path.parent.name for path in tmp_path.glob("stage/*/COMPLETE")))
 
-    monkeypatch.setattr(ConstrainedSFTTrainer, "_save_more", save_more)
+    monkeypatch.setattr(ConstrainedSFTTrainer, "_save_stage_files", save_stage_files)
     make(
         ConstrainedSFTTrainer, max_steps=4, eval_steps=1, save_steps=1, save_strategy="steps", learning_rate=0.0,
         load_best_model_at_end=True, metric_for_best_model="chosen_logp", save_total_limit=2,
     ).train()  # fmt: skip
     first = "checkpoint-1"  # the best
-    assert whole == [[], [first], [first, "checkpoint-2"], [first, "checkpoint-3"]]
+    assert complete == [[], [first], [first, "checkpoint-2"], [first, "checkpoint-3"]]
     assert sorted(path.name for path in tmp_path.glob("stage/checkpoint-*")) == [first, "checkpoint-4"]
 
 
-def test_a_finding_ends_a_stage(make, capsys):
-    """With every pair dropped the doctor says so at the first probe after a training log."""
+def test_a_finding_in_stop_on_ends_a_stage(make, capsys):
+    """With every pair dropped, the first probe after a training log shows nothing_kept."""
     trainer = make(CWDPOTrainer, max_steps=20, drop_below=0.0, stop_on=["nothing_kept"])
     trainer.train()
     assert trainer.state.global_step == 2
@@ -279,12 +279,12 @@ def test_a_finding_ends_a_stage(make, capsys):
 
 
 @pytest.mark.parametrize(("kind", "name"), [(DPOArguments, "squezing"), (SFTArguments, "squeezing")])
-def test_an_unknown_finding_is_refused(kind, name, tmp_path):
+def test_unknown_findings_are_refused(kind, name, tmp_path):
     with pytest.raises(ValueError, match=f"stop_on: expected names of findings out of not_finite, .*got '{name}'"):
         kind(output_dir=str(tmp_path), stop_on=[name])
 
 
-def test_card_of_a_stage_without_a_run(make, tmp_path):
+def test_the_card_of_a_stage_trained_without_a_run(make, tmp_path):
     trainer = make(CWDPOTrainer, beta=0.3, hub_token="hf_secret")
     with pytest.raises(InputError, match=r"expected probes of a trained stage for its card, got none"):
         trainer.create_model_card()
@@ -316,7 +316,7 @@ def test_the_best_weights_are_loaded_at_the_end(make, tmp_path):
     assert probes[-1]["eval_near_mean_logp"] == best["eval_near_mean_logp"]
 
 
-def test_pairs_that_are_dropped_are_counted(make):
+def test_dropped_pairs_are_counted(make):
     trainer = make(CWDPOTrainer, drop_below=0.0)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
@@ -325,7 +325,7 @@ def test_pairs_that_are_dropped_are_counted(make):
     assert [entry["loss"] for entry in logs] == [0, 0]
 
 
-def test_an_unknown_metric_is_refused_before_training(make):
+def test_unknown_metrics_are_refused_before_training(make):
     with pytest.raises(InputError, match=r"metric_for_best_model: expected a probe metric .*chosen_logp"):
         make(
             ConstrainedSFTTrainer, early_stopping_patience=2, metric_for_best_model="chosen_lopg",

@@ -1,21 +1,24 @@
-"""Figures on held-out answers, taken while a stage trains: the signals that early stopping and pictures use.
+"""Metrics on held-out answers, measured while a stage trains. Early stopping, the doctor and the plots use them.
 
-The sets are `chosen` (right answers), one per `negative_source` of the data set (near, easy, ...), and
-`onpolicy` (wrong answers that the stage's reference drew). For each set, per-token figures are means over the
-set's tokens and log-probs are means over its answers:
+Answers are grouped into sets: `chosen` (right answers), one set per `negative_source` of the dataset (near, easy, ...),
+and `onpolicy` (wrong answers sampled from the stage's reference). Log-probs are means over a set's answers. Per-token
+metrics are means over all of a set's tokens.
 
-    {set}_logp            nats per answer    {set}_delta_logp       less that under the reference, nats
-    {set}_mean_logp       nats per token     {set}_delta_mean_logp  the same per token
-    {set}_entropy         nats               {set}_tv, {set}_js     against the reference; js in nats
-    {set}_top1_prob, {set}_accuracy (label is the most likely token), {set}_ece
-    {set}_cooling, {set}_cooling_bin{0..9}: mean of w_c and its histogram (shares), negatives only
+    {set}_logp            nats per answer    {set}_delta_logp       minus the reference's, nats per answer
+    {set}_mean_logp       nats per token     {set}_delta_mean_logp  minus the reference's, nats per token
+    {set}_entropy         nats               {set}_tv, {set}_js     distance from the reference (js in nats)
+    {set}_top1_prob       probability of the most likely token
+    {set}_accuracy        share of tokens whose label is the most likely token
+    {set}_ece             expected calibration error of the most likely token, 15 bins
+    {set}_cooling         mean cooling weight w_c (negatives only)
+    {set}_cooling_bin{i}  share of answers with w_c in [i/10, (i+1)/10), i = 0..9 (negatives only)
 
-The reference is the model that the stage started from: the initial one in stage 1, the SFT model in stage 2.
+The reference is the model that the stage started from: the initial model in stage 1, the SFT model in stage 2.
 
-All figures of a batch come from one forward of each model and one call of each head. A token costs six products
-with a head: one for the policy's statistics, one for the reference's log-prob, and four for TV and JS, which need
-both normalisers before they can add up differences. No op returns normalisers with its statistics, so these are not
-shared; beside the backbones' passes over prompt and image the two products too many do not count.
+All metrics of a batch come from one forward of each model. A token costs six products with a head: one for the policy's
+statistics, one for the reference's log-prob, and four for TV and JS, which need both normalisers before they can sum
+differences. The statistics do not return their normalisers, so two of the six are redundant. That is small beside the
+forward over prompt and image.
 """
 
 from __future__ import annotations
@@ -29,14 +32,17 @@ from torchmetrics.functional.classification import binary_calibration_error
 from transformers import PreTrainedModel
 
 from cwdpo_kernels import (
+    IGNORE_INDEX,
     Cooling,
     Head,
+    SequenceLogprob,
     cooling_weight,
     linear_logprob,
     sequence_logprob,
     token_divergence,
     token_stats,
 )
+from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row
@@ -44,7 +50,7 @@ from cwdpo_trainer.negatives.sampling import batched, sample_answers
 
 ECE_BINS = 15
 COOLING_BINS = 10
-FIGURES = (
+METRICS = (
     "logp", "mean_logp", "delta_logp", "delta_mean_logp",
     "entropy", "top1_prob", "accuracy", "ece", "tv", "js",
 )  # fmt: skip
@@ -52,12 +58,12 @@ Answer = tuple[Row, Tokens]
 
 
 class _Measured(NamedTuple):
-    """Of one batch: per answer [S] `total`, `mean`, `ref_total`, `ref_mean`; per token [N] the others."""
+    """Values of a batch. Per answer [S]: `sum_logp`, `mean_logp` and the reference's. Per token [N]: the others."""
 
-    total: Tensor
-    mean: Tensor
-    ref_total: Tensor
-    ref_mean: Tensor
+    sum_logp: Tensor
+    mean_logp: Tensor
+    ref_sum_logp: Tensor
+    ref_mean_logp: Tensor
     entropy: Tensor
     top1_prob: Tensor
     is_top1: Tensor
@@ -66,9 +72,10 @@ class _Measured(NamedTuple):
 
 
 class Probes:
-    """Held-out answers by set, and what a policy and its reference make of them.
+    """Held-out answers by set, and how a policy and its reference score them.
 
-    Every process measures all rows, so that nothing need be gathered and any kind of wrapped model works.
+    `cooling` None means that it is not known yet, because stage 2 will measure it. Then there are no cooling metrics.
+    Every process measures all rows: nothing has to be gathered, and any wrapped model works.
     """
 
     def __init__(
@@ -86,14 +93,14 @@ class Probes:
         self.sampling = sampling
         self.seed = seed
         self.rows = list(rows[: settings.rows])
-        self.sets = self._answers_of_data()
+        self.sets = self._dataset_answers()
 
     def draw_onpolicy(self, reference: PreTrainedModel, title: str | None = None) -> None:
-        """Make the set `onpolicy` of wrong answers that `reference` draws; if none is, there is no set. With a
-        `title` under a progress bar."""
-        scenes = [row for row, _ in self.sets["chosen"]]
+        """Fill the set `onpolicy` with wrong answers sampled from `reference`. If all samples are right, there is no
+        such set. With a `title`, shows a progress bar."""
+        rows = [row for row, _ in self.sets["chosen"]]
         answers: list[Answer] = []
-        for batch in batched(scenes, self.batch_size, title):
+        for batch in batched(rows, self.batch_size, title):
             drawn = sample_answers(reference, self.collator, batch, self.sampling, self.seed)
             answers += [(row, tokens) for row, of_row in zip(batch, drawn, strict=True) for tokens in of_row]
         self.sets.pop("onpolicy", None)
@@ -101,39 +108,37 @@ class Probes:
             self.sets["onpolicy"] = answers
 
     def names(self) -> list[str]:
-        """The names of the figures of all sets."""
-        cooling = ("cooling", *(f"cooling_bin{place}" for place in range(COOLING_BINS)))
-        return [f"{name}_{key}" for name in self.sets for key in (*FIGURES, *(cooling if self._cools(name) else ()))]
+        """The names of all metrics of all sets."""
+        cooling = ("cooling", *(f"cooling_bin{index}" for index in range(COOLING_BINS)))
+        return [
+            f"{name}_{key}" for name in self.sets for key in (*METRICS, *(cooling if self._has_cooling(name) else ()))
+        ]
 
     @torch.no_grad()
     def measure(
         self, policy: nn.Module, reference: nn.Module, device: torch.device, title: str | None = None
     ) -> dict[str, float]:
-        """All figures of all sets; `policy` may be wrapped, and is left in the mode that it was in. With a `title`
-        under progress bars."""
-        was_training = policy.training
-        policy.eval()
-        figures: dict[str, float] = {}
-        for name, answers in self.sets.items():
-            batches = self._batches(answers, device, None if title is None else f"{title}: {name}")
-            parts = [_measure_batch(policy, reference, batch) for batch in batches]
-            measured = _Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
-            figures |= {f"{name}_{key}": value for key, value in _summary(measured).items()}
-            if self._cools(name):
-                summary = _cooling_summary(cooling_weight(measured.mean, self.cooling))
-                figures |= {f"{name}_{key}": value for key, value in summary.items()}
-        policy.train(was_training)
-        return figures
+        """All metrics of all sets. `policy` may be wrapped (DDP, FSDP). With a `title`, shows progress bars."""
+        metrics: dict[str, float] = {}
+        with evaluating(policy):
+            for name, answers in self.sets.items():
+                batches = self._batches(answers, device, None if title is None else f"{title}: {name}")
+                parts = [_measure_batch(policy, reference, batch) for batch in batches]
+                measured = _Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
+                summary = _summarise(measured)
+                if self._has_cooling(name):
+                    summary |= _summarise_cooling(cooling_weight(measured.mean_logp, self.cooling))
+                metrics |= {f"{name}_{key}": value for key, value in summary.items()}
+        return metrics
 
-    def _cools(self, name: str) -> bool:
-        """Whether a set has a cooling weight: `cooling` is None while it has not been measured yet (stage 1)."""
+    def _has_cooling(self, name: str) -> bool:
         return name != "chosen" and self.cooling is not None
 
-    def _answers_of_data(self) -> dict[str, list[Answer]]:
+    def _dataset_answers(self) -> dict[str, list[Answer]]:
         sets: dict[str, dict[tuple[object, ...], Answer]] = {"chosen": {}}
         for row in self.rows:
             for name, answer in (("chosen", row.chosen), (row.negative_source, row.rejected)):
-                # A scene may come with several negatives, its right answer counts once.
+                # Rows with the same prompt and images but different negatives share one chosen answer.
                 key = (repr(row.prompt), row.images, repr(answer))
                 sets.setdefault(name, {}).setdefault(key, (row, self.collator.answer_tokens(row, answer)))
         return {name: list(answers.values()) for name, answers in sets.items()}
@@ -146,10 +151,12 @@ class Probes:
 
 
 def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Measured:
-    """Both models on the labelled tokens of a batch; the reference runs inside the policy's head call, where
-    both heads are at hand."""
+    """Score the labelled tokens of a batch with both models.
+
+    The reference's forward runs inside the policy's head call: TV and JS need both heads at the same time.
+    """
     inputs, labels = batch
-    labelled = labels >= 0
+    labelled = labels != IGNORE_INDEX
     targets = labels[labelled]
 
     def op(hidden: Tensor, head: Head) -> _Measured:
@@ -170,34 +177,34 @@ def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Me
     return policy(**inputs, head_op=op)
 
 
-def _per_answer(logp: Tensor, labels: Tensor):
+def _per_answer(logp: Tensor, labels: Tensor) -> SequenceLogprob:
+    """From the labelled tokens' log-probs [N] to those of the answers [S]."""
     padded = logp.new_zeros(labels.shape)
-    padded[labels >= 0] = logp
+    padded[labels != IGNORE_INDEX] = logp
     return sequence_logprob(padded, labels)
 
 
-def _summary(measured: _Measured) -> dict[str, float]:
+def _summarise(measured: _Measured) -> dict[str, float]:
     mean = {name: value.double().mean().item() for name, value in measured._asdict().items()}
-    # Rounding may lift a probability above 1, which torchmetrics would take for a logit.
+    # Rounding can make a probability exceed 1. torchmetrics would then take all values for logits.
     confidence = measured.top1_prob.clamp(0, 1)
     ece = binary_calibration_error(confidence, measured.is_top1.int(), n_bins=ECE_BINS, norm="l1")
-    values = (
-        mean["total"],
-        mean["mean"],
-        mean["total"] - mean["ref_total"],
-        mean["mean"] - mean["ref_mean"],
-        mean["entropy"],
-        mean["top1_prob"],
-        mean["is_top1"],
-        ece.item(),
-        mean["tv"],
-        mean["js"],
-    )
-    return dict(zip(FIGURES, values, strict=True))
+    return {
+        "logp": mean["sum_logp"],
+        "mean_logp": mean["mean_logp"],
+        "delta_logp": mean["sum_logp"] - mean["ref_sum_logp"],
+        "delta_mean_logp": mean["mean_logp"] - mean["ref_mean_logp"],
+        "entropy": mean["entropy"],
+        "top1_prob": mean["top1_prob"],
+        "accuracy": mean["is_top1"],
+        "ece": ece.item(),
+        "tv": mean["tv"],
+        "js": mean["js"],
+    }
 
 
-def _cooling_summary(weights: Tensor) -> dict[str, float]:
-    weights = weights.float().cpu()  # histc has no integer-exact CUDA form that is deterministic
+def _summarise_cooling(weights: Tensor) -> dict[str, float]:
+    weights = weights.float().cpu()  # histc is not deterministic on CUDA
     shares = torch.histc(weights, bins=COOLING_BINS, min=0.0, max=1.0) / weights.numel()
-    bins = {f"cooling_bin{place}": share for place, share in enumerate(shares.tolist())}
+    bins = {f"cooling_bin{index}": share for index, share in enumerate(shares.tolist())}
     return {"cooling": weights.double().mean().item(), **bins}

@@ -1,1 +1,1 @@
-"""Rejected answers drawn from the policy while it trains."""
+"""Rejected answers that the policy generates itself while it trains."""

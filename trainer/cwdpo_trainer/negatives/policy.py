@@ -1,4 +1,4 @@
-"""The model in training as what the on-policy pool asks: to answer, and how likely answers are."""
+"""The model in training as a `pool.Policy`: it draws answers, and says how likely answers are."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cwdpo_kernels import Head, linear_sequence_logprob
+from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row
@@ -21,9 +22,9 @@ from cwdpo_trainer.negatives.server import AnswerServer
 
 @dataclass
 class PolicyInTraining:
-    """An `onpolicy.Policy`; `rows` by id.
+    """A `pool.Policy`; `rows` by id. With a `server`, that draws the answers.
 
-    A sharded model's forward takes all processes: one that has nothing to ask takes part with some row.
+    Ranks without work run a dummy row, because forwards of a sharded model are collective.
     """
 
     model: PreTrainedModel
@@ -31,7 +32,7 @@ class PolicyInTraining:
     rows: dict[int, Row]
     settings: SamplingArguments
     accelerator: Accelerator
-    server: AnswerServer | None = None  # draws in the model's place
+    server: AnswerServer | None = None
 
     def draw(self, rows: Sequence[int], seed: int) -> list[list[Tokens]]:
         if self.server is not None:
@@ -40,15 +41,16 @@ class PolicyInTraining:
         if largest(self.accelerator, len(rows)) == 0:
             return []
         sharded = is_sharded(self.accelerator)
-        return sample_answers(self.model, self.collator, self._some(rows), self.settings, seed, sharded)[: len(rows)]
+        answers = sample_answers(self.model, self.collator, self._or_dummy(rows), self.settings, seed, sharded)
+        return answers[: len(rows)]
 
     def mean_logp(self, rows: Sequence[int], answers: Sequence[Sequence[Tokens]]) -> list[list[float]]:
-        most = largest(self.accelerator, max(map(len, answers), default=0))
-        if most == 0:
+        forwards = largest(self.accelerator, max(map(len, answers), default=0))
+        if forwards == 0:
             return [[] for _ in rows]
-        return answers_logp(self.model, self.collator, self._some(rows), answers or [[]], most)[: len(rows)]
+        return answers_logp(self.model, self.collator, self._or_dummy(rows), answers or [[]], forwards)[: len(rows)]
 
-    def _some(self, rows: Sequence[int]) -> list[Row]:
+    def _or_dummy(self, rows: Sequence[int]) -> list[Row]:
         return [self.rows[row] for row in rows] or [next(iter(self.rows.values()))]
 
 
@@ -58,26 +60,24 @@ def answers_logp(
     collator: PairCollator,
     rows: Sequence[Row],
     answers: Sequence[Sequence[Tokens]],
-    most: int,
+    forwards: int,
 ) -> list[list[float]]:
-    """The mean log-prob (nats per token) that `model`, with a head attached, gives each of the answers to each row.
+    """The mean log-prob (nats per token) of each answer to each row under `model`, which has its head attached.
 
-    `most`: the largest number of answers to a row. One forward for the first answer of every row, one for the
-    second, and so on.
+    Forward k scores answer k of every row. `forwards` is at least the largest number of answers to a row; processes
+    that share a sharded model pass the same number.
     """
     logp: list[list[float]] = [[] for _ in rows]
     prompts = to_device(collator.prompts(rows), model.device)
-    was_training = model.training
-    model.eval()
-    for place in range(most):
-        # A row with fewer answers takes part with an end of sequence, so that the prompts serve as they are.
-        column = [of_row[place] if place < len(of_row) else [collator.tokenizer.eos_token_id] for of_row in answers]
-        inputs, labels = collator.join(prompts, column)
-        mean = model(**inputs, head_op=lambda hidden, head, labels=labels: _mean_logp(hidden, head, labels))
-        for of_row, found, value in zip(answers, logp, mean.tolist(), strict=True):
-            if place < len(of_row):
-                found.append(value)
-    model.train(was_training)
+    with evaluating(model):
+        for index in range(forwards):
+            # Rows without an answer `index` score an end of sequence, so that one batch of prompts serves all forwards.
+            column = [of_row[index] if index < len(of_row) else [collator.tokenizer.eos_token_id] for of_row in answers]
+            inputs, labels = collator.join(prompts, column)
+            mean = model(**inputs, head_op=lambda hidden, head, labels=labels: _mean_logp(hidden, head, labels))
+            for of_row, scored, value in zip(answers, logp, mean.tolist(), strict=True):
+                if index < len(of_row):
+                    scored.append(value)
     return logp
 
 

@@ -1,7 +1,7 @@
-"""Negatives that the policy drew itself, mixed with those of the data set.
+"""A pool of answers that the policy drew, which replace a share of the dataset's negatives.
 
-Which pair gets one is a pure function of (seed, optimizer step, row); what it gets depends on the weights, on
-the step and on the pool, which is part of a checkpoint. So a resumed run continues exactly.
+Which pairs get an on-policy negative depends only on seed, optimizer step and row. Which answer they get depends also
+on the weights and on the pool. Both are saved in checkpoints, so a resumed run continues exactly.
 """
 
 from __future__ import annotations
@@ -19,59 +19,66 @@ from cwdpo_trainer.data.collator import Tokens
 
 
 class Policy(Protocol):
-    """What the pool asks of the model in training, about rows by their id; at each step, of no row too."""
+    """What the pool needs of the model in training. Rows are given by id.
+
+    The pool makes the same calls in every process at each step, possibly with no rows.
+    """
 
     def draw(self, rows: Sequence[int], seed: int) -> list[list[Tokens]]:
-        """Wrong answers to each row, maybe none."""
+        """Sampled wrong answers to each row; the list of a row may be empty."""
 
     def mean_logp(self, rows: Sequence[int], answers: Sequence[Sequence[Tokens]]) -> list[list[float]]:
-        """The log-prob of each of the answers to each row, in nats per token."""
+        """The mean log-prob of each answer to each row, in nats per token."""
 
 
 class Drawn(NamedTuple):
-    """A row's answers, the step that drew them, and their log-probs then (nats per token; none if not measured)."""
+    """The answers drawn for a row, the step of the draw, and their mean log-probs then (nats per token; empty if not
+    measured)."""
 
     step: int
     answers: list[Tokens]
     logp: list[float]
 
 
-class Mixed(NamedTuple):
-    """Negatives of P pairs, which of them are on-policy, and how stale the answers were that served before: by
-    row, nats per token."""
+class BatchNegatives(NamedTuple):
+    """The negatives of a batch of P pairs.
 
-    negatives: list[Tokens]
+    `answers` [P] as tokens; `is_onpolicy` [P]; `staleness`: for each row whose pooled answers were measured at this
+    step, the mean log-prob that they lost since they were drawn, in nats per token.
+    """
+
+    answers: list[Tokens]
     is_onpolicy: list[bool]
     staleness: list[float]
 
-    def figures(self) -> dict[str, float]:
-        """The share of on-policy negatives, and the mean staleness: NaN where none was measured."""
+    @classmethod
+    def of_dataset(cls, rejected: Sequence[Tokens]) -> BatchNegatives:
+        """The dataset's negatives only."""
+        return cls(list(rejected), [False] * len(rejected), [])
+
+    def metrics(self) -> dict[str, float]:
+        """The share of on-policy negatives, and the mean staleness (NaN if none was measured)."""
         staleness = fmean(self.staleness) if self.staleness else math.nan
         return {"onpolicy": fmean(self.is_onpolicy), "onpolicy_staleness": staleness}
 
 
-def unmixed(rejected: Sequence[Tokens]) -> Mixed:
-    """The data set's negatives alone."""
-    return Mixed(list(rejected), [False] * len(rejected), [])
-
-
 def uniform(*key: object) -> float:
-    """A number in [0, 1) that depends on `key` alone: the same in every process and in every restart."""
+    """A pseudo-random number in [0, 1), the same for the same `key` in every process and every restart."""
     word = hashlib.blake2b(repr(key).encode(), digest_size=8).digest()
     return int.from_bytes(word, "big") / 2**64
 
 
 @dataclass
 class OnPolicyPool:
-    """Drawn answers by row, each row's used until they are stale, and then drawn anew.
+    """Drawn answers by row. A row's answers are used until they are stale, then drawn again.
 
-    A row's answers are drawn when it first needs one, with all others of its batch that do: nothing is
-    generated for rows that training never reaches. They are stale after `refresh_steps` optimizer steps, or when
+    A row's answers are drawn when it first needs one, together with those of the other rows in its batch. Rows that
+    training never reaches cost nothing. Answers are stale after `refresh_steps` optimizer steps, or when
 
         mean over the row's answers of  l(answer) when drawn - l(answer) now  >  max_staleness
 
-    with l the policy's mean log-prob in nats per token. As the answers were drawn by the policy of then, this
-    estimates KL(policy then || policy now) per token. `max_staleness` None measures nothing.
+    with l the policy's mean log-prob in nats per token. The answers are samples of the policy at the time of the draw,
+    so this estimates KL(policy then || policy now) per token. With `max_staleness` None it is not measured.
     """
 
     refresh_steps: int
@@ -79,34 +86,36 @@ class OnPolicyPool:
     seed: int
     drawn: dict[int, Drawn] = field(default_factory=dict)
 
-    def mix(self, rows: Sequence[int], rejected: Sequence[Tokens], step: int, fraction: float, policy: Policy) -> Mixed:
-        """The negatives for `rows` at `step`, a share `fraction` of them on-policy.
+    def mix(
+        self, rows: Sequence[int], rejected: Sequence[Tokens], step: int, fraction: float, policy: Policy
+    ) -> BatchNegatives:
+        """The negatives for `rows` at `step`: `rejected`, a share `fraction` of them replaced by on-policy ones.
 
-        A row none of whose samples was wrong keeps its negative of the data set.
+        A row keeps its dataset negative if none of its samples was wrong.
         """
+        negatives = BatchNegatives.of_dataset(rejected)
         if fraction == 0:
-            return unmixed(rejected)
+            return negatives
         wanted = [row for row in rows if uniform(self.seed, step, row) < fraction]
-        young = [row for row in wanted if row in self.drawn and step - self.drawn[row].step < self.refresh_steps]
-        staleness = self._staleness(young, step, policy)
-        faded = [row for row, lost in staleness.items() if lost > self.max_staleness]
-        stale = [row for row in wanted if row not in young or row in faded]
-        self._draw(stale, step, policy)
-        mixed = unmixed(rejected)._replace(staleness=list(staleness.values()))
-        for place, row in enumerate(rows):
+        recent = [row for row in wanted if row in self.drawn and step - self.drawn[row].step < self.refresh_steps]
+        staleness = self._staleness(recent, step, policy)
+        limit = math.inf if self.max_staleness is None else self.max_staleness
+        fresh = [row for row in recent if not staleness.get(row, 0.0) > limit]
+        self._draw([row for row in wanted if row not in fresh], step, policy)
+        for index, row in enumerate(rows):
             candidates = self.drawn[row].answers if row in wanted else []
             if candidates:
                 pick = int(uniform(self.seed, step, row, "pick") * len(candidates))
-                mixed.negatives[place], mixed.is_onpolicy[place] = candidates[pick], True
-        return mixed
+                negatives.answers[index], negatives.is_onpolicy[index] = candidates[pick], True
+        return negatives._replace(staleness=list(staleness.values()))
 
     def _staleness(self, rows: Sequence[int], step: int, policy: Policy) -> dict[int, float]:
-        """How much likelihood the answers of `rows` lost since they were drawn, where they may have lost any."""
+        """By row, the mean log-prob that its answers lost since they were drawn. Answers drawn at `step` lost none."""
         if self.max_staleness is None:
             return {}
-        used = [row for row in rows if self.drawn[row].logp and self.drawn[row].step < step]
-        now = policy.mean_logp(used, [self.drawn[row].answers for row in used])
-        return {row: fmean(self.drawn[row].logp) - fmean(logp) for row, logp in zip(used, now, strict=True)}
+        measured = [row for row in rows if self.drawn[row].logp and self.drawn[row].step < step]
+        now = policy.mean_logp(measured, [self.drawn[row].answers for row in measured])
+        return {row: fmean(self.drawn[row].logp) - fmean(logp) for row, logp in zip(measured, now, strict=True)}
 
     def _draw(self, rows: Sequence[int], step: int, policy: Policy) -> None:
         answers = policy.draw(rows, int(uniform(self.seed, step, "draw", *rows) * 2**31))
@@ -118,5 +127,5 @@ class OnPolicyPool:
         path.write_text(json.dumps(self.drawn))
 
     def load(self, path: Path) -> None:
-        """Take the pool that `save` wrote."""
+        """Read what `save` wrote."""
         self.drawn = {int(row): Drawn(*entry) for row, entry in json.loads(path.read_text()).items()}

@@ -1,4 +1,4 @@
-"""The model's own answers: sampled ones, for on-policy negatives and their probe, and greedy captions."""
+"""Answers that a model generates: samples, for on-policy negatives and their probe, and greedy captions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from tqdm.auto import tqdm
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row, answer_text
@@ -24,39 +25,41 @@ def sample_answers(
     seed: int,
     is_sharded: bool = False,
 ) -> list[list[Tokens]]:
-    """For each row `settings.samples` answers that `model` draws, as tokens, less the right ones.
+    """Sample `settings.samples` answers to each row from `model`; return the wrong ones, as tokens.
 
-    The draw depends on `seed`, the weights and the rows only, and leaves torch's random state as it was: a
-    training run that is stopped and resumed draws the same. All processes draw together where the model is sharded.
+    The samples depend only on `seed`, the weights and the rows, and torch's random state is restored. So a resumed run
+    draws the same answers. If the model is sharded (`is_sharded`), all processes must call this together.
     """
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         drawn = _generate(
             model, collator, rows, settings.max_new_tokens, do_sample=True, temperature=settings.temperature,
-            top_p=settings.top_p, top_k=0, repetition_penalty=1.0,  # the policy's own distribution
+            top_p=settings.top_p, top_k=0, repetition_penalty=1.0,  # ignore the model's generation config
             num_return_sequences=settings.samples, synced_gpus=is_sharded,
         )  # fmt: skip
     count = settings.samples
-    return wrong_answers(collator, rows, [drawn[place * count :][:count] for place in range(len(rows))])
+    return wrong_answers(collator, rows, [drawn[index * count :][:count] for index in range(len(rows))])
 
 
 def wrong_answers(collator: PairCollator, rows: Sequence[Row], drawn: Sequence[Sequence[Tokens]]) -> list[list[Tokens]]:
-    """Of the answers `drawn` for each row those that can be its negatives, at most as long as its own answers."""
+    """The answers in `drawn` (a list per row) that can serve as negatives, trimmed to the row's `max_answer` tokens.
+
+    Right answers are dropped: those equal to the chosen answer or a reference. Answers with special tokens, such as
+    image placeholders, are dropped too, unless the chosen answer has the same token (an end of turn, say).
+    """
     tokenizer = collator.tokenizer
-    # A placeholder of an image, or another mark of the format, cannot be part of an answer, unless the row's own
-    # answer has it (the end of a turn, say).
-    marks = special_tokens(tokenizer) - {tokenizer.eos_token_id}
+    special = special_tokens(tokenizer) - {tokenizer.eos_token_id}
     answers = []
     for row, of_row in zip(rows, drawn, strict=True):
         right = {normalise(text) for text in (*row.references, answer_text(row.chosen))}
         texts = tokenizer.batch_decode(of_row, skip_special_tokens=True)
         chosen = collator.answer_tokens(row, row.chosen)
-        strange = marks - set(chosen)
+        forbidden = special - set(chosen)
         wrong = [
-            tokens[: row.max_answer]  # as the row's own answers
+            tokens[: row.max_answer]
             for tokens, text in zip(of_row, texts, strict=True)
-            if normalise(text) not in right and strange.isdisjoint(tokens)
+            if normalise(text) not in right and forbidden.isdisjoint(tokens)
         ]
         answers.append([tokens for tokens in wrong if tokens != chosen])
     return answers
@@ -66,7 +69,7 @@ def caption(
     model: PreTrainedModel, collator: PairCollator, rows: Sequence[Row], max_new_tokens: int, batch_size: int,
     title: str | None = None,
 ) -> list[str]:  # fmt: skip
-    """The greedy answer to each row's prompt, as text; with a `title` under a progress bar."""
+    """The greedy answer to each row's prompt, as text. With a `title`, shows a progress bar."""
     texts: list[str] = []
     for batch in batched(rows, batch_size, title):
         tokens = _generate(model, collator, batch, max_new_tokens, do_sample=False)
@@ -75,7 +78,7 @@ def caption(
 
 
 def batched(rows: Sequence[Item], size: int, title: str | None = None) -> Iterator[Sequence[Item]]:
-    """`rows` in slices of `size`; with a `title` under a progress bar that counts rows."""
+    """`rows` in slices of `size`. With a `title`, shows a progress bar that counts rows."""
     with tqdm(total=len(rows), desc=title, disable=title is None, dynamic_ncols=True, leave=False) as bar:
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
@@ -84,7 +87,7 @@ def batched(rows: Sequence[Item], size: int, title: str | None = None) -> Iterat
 
 
 def normalise(text: str) -> str:
-    """Lower case, words separated by one space: how answers are compared."""
+    """The form in which answers are compared: lower case, words separated by single spaces."""
     return " ".join(text.lower().split())
 
 
@@ -96,15 +99,13 @@ def _generate(
     max_new_tokens: int,
     **options: object,
 ) -> list[Tokens]:
-    """Generated tokens as `PairCollator.answer_tokens` writes answers: up to their end, and the end of sequence."""
+    """Generated answers in the form of `PairCollator.answer_tokens`: nothing after the end-of-sequence token."""
     inputs = to_device(collator.prompts(rows, padding_side="left"), model.device)
-    ends, pad = _ends(model, collator.tokenizer), collator.tokenizer.pad_token_id
-    was_training = model.training
-    model.eval()
-    outputs = model.generate(
-        **inputs, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True, **options
-    )
-    model.train(was_training)
+    ends, pad = _end_tokens(model, collator.tokenizer), collator.tokenizer.pad_token_id
+    with evaluating(model):
+        outputs = model.generate(
+            **inputs, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True, **options
+        )
     new = outputs[:, inputs["input_ids"].shape[1] :].tolist()
     return [ended(tokens, ends) for tokens in new]
 
@@ -113,9 +114,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """Tokens that end an answer: the end of sequence first, then those marks that the model takes for one (the end of
-    a turn in Gemma 3, say)."""
+def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """Tokens that end an answer: the end of sequence first, then the model's other special ones (such as the end of a
+    turn in Gemma 3)."""
     eos = tokenizer.eos_token_id
     own = model.generation_config.eos_token_id
     others = set(own if isinstance(own, list) else [own]) & special_tokens(tokenizer)
@@ -123,9 +124,9 @@ def _ends(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[in
 
 
 def ended(tokens: Tokens, ends: Sequence[int]) -> Tokens:
-    """`tokens` up to the first of `ends`, with the first of `ends` (end of sequence) last; all of them without one."""
-    places = [place for place, token in enumerate(tokens) if token in ends]
-    if not places:
+    """`tokens` up to the first end token, followed by the end of sequence, `ends[0]`. Without one: all of `tokens`."""
+    first = next((index for index, token in enumerate(tokens) if token in ends), None)
+    if first is None:
         return tokens
-    answer = tokens[: places[0] + 1]
+    answer = tokens[: first + 1]
     return answer if answer[-1] == ends[0] else [*answer, ends[0]]

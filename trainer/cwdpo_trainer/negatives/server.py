@@ -1,9 +1,9 @@
-"""Answers drawn by a server of chat completions with images: vLLM, SGLang, or another that speaks OpenAI's protocol.
+"""Negatives sampled by an inference server: vLLM, SGLang, or another with OpenAI's chat completions API and images.
 
-A server has weights of its own and answers with those, however far training has come; nothing here sends it new ones.
-It stands for the policy while the two are close: serve the model that stage 2 starts from, or what a checkpoint saved.
-How it draws is its own affair, so a run that is repeated may get other answers; one that is resumed keeps those that
-it had, which are part of a checkpoint.
+The server samples from its own weights. Training does not update them, so its answers become less on-policy as
+training goes on. Serve the model that stage 2 starts from, or a checkpoint of it.
+
+Servers need not honour seeds, so two runs may get different answers. A resumed run keeps the answers of its checkpoint.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import describe, require, shorten
 
 WHERE = "sampling.server"
-PAUSES = (1.0, 5.0, 20.0)  # seconds before another attempt, where a server is away or busy
-TIMEOUT = 600.0  # seconds for an answer
-REQUESTS = 16  # at a time: a server batches them
+PAUSES = (1.0, 5.0, 20.0)  # seconds before each retry, if the server is unreachable or busy
+TIMEOUT = 600.0  # seconds per request
+REQUESTS = 16  # in parallel, so that the server can batch them
 
 
 @dataclass(frozen=True)
 class AnswerServer:
-    """The server at `url` (without /v1), asked for the model `model`."""
+    """The server at `url` (without /v1), and the name of the model to request from it."""
 
     url: str
     model: str
 
     @classmethod
     def open(cls, url: str, rows: Sequence[Row]) -> AnswerServer:
-        """The server at `url` and the first of its models, if it answers and can be asked about all `rows`.
+        """Connect to the server at `url` and choose the first of its models.
 
-        Raises `InputError` if not.
+        Raises `InputError` if the server does not answer, or if a row's prompt cannot be sent to it.
         """
         for row in rows:
             _check(row)
@@ -54,25 +54,25 @@ class AnswerServer:
     def draw(
         self, collator: PairCollator, rows: Sequence[Row], settings: SamplingArguments, seed: int
     ) -> list[list[Tokens]]:
-        """For each row `settings.samples` answers, as tokens. Raises `InputError` where the server fails to answer."""
+        """`settings.samples` answers to each row, as tokens. Raises `InputError` if the server fails to answer."""
 
-        def ask(place: int) -> list[Tokens]:
+        def ask(index: int) -> list[Tokens]:
             body = {
-                "model": self.model, "messages": chat_messages(rows[place]), "n": settings.samples,
-                "seed": (seed + place) % 2**31, "temperature": settings.temperature, "top_p": settings.top_p,
+                "model": self.model, "messages": chat_messages(rows[index]), "n": settings.samples,
+                "seed": (seed + index) % 2**31, "temperature": settings.temperature, "top_p": settings.top_p,
                 "max_tokens": settings.max_new_tokens,
             }  # fmt: skip
             choices = _request(f"{self.url}/v1/chat/completions", body)["choices"]
             texts = [choice["message"]["content"] or "" for choice in choices]
-            # Of an answer that was cut off, the end-of-sequence token is what is over.
-            return [collator.answer_tokens(rows[place], text)[: settings.max_new_tokens] for text in texts]
+            # An answer that reached the limit has no end-of-sequence token: the slice removes the one added here.
+            return [collator.answer_tokens(rows[index], text)[: settings.max_new_tokens] for text in texts]
 
         with ThreadPoolExecutor(REQUESTS) as threads:
             return list(threads.map(ask, range(len(rows))))
 
 
 def chat_messages(row: Row) -> list[dict[str, Any]]:
-    """A row's prompt with its images in their places, as data URIs."""
+    """A row's prompt with each image placeholder replaced by its image, as a data URI."""
     uris = (_data_uri(image) for image in row.load_images())
 
     def part(value: dict[str, Any]) -> dict[str, Any]:
@@ -89,9 +89,9 @@ def _check(row: Row) -> None:
     is_chat = isinstance(row.prompt, list)
     require(is_chat, row.where, "prompt", f"a list of messages, as {WHERE} is set", "text")
     contents = [message["content"] for message in row.prompt if isinstance(message["content"], list)]
-    places = sum(part["type"] == "image" for content in contents for part in content)
+    parts = sum(part["type"] == "image" for content in contents for part in content)
     expected = f"one image part per image, as {WHERE} is set"
-    require(places == len(row.images), row.where, "prompt", expected, f"{places} for {len(row.images)} images")
+    require(parts == len(row.images), row.where, "prompt", expected, f"{parts} for {len(row.images)} images")
 
 
 def _data_uri(image: Image.Image) -> str:
@@ -101,7 +101,7 @@ def _data_uri(image: Image.Image) -> str:
 
 
 def _request(url: str, body: dict[str, Any] | None, pauses: Sequence[float] = PAUSES) -> dict[str, Any]:
-    """The server's answer; one that is away or busy is asked again after each of `pauses`."""
+    """The server's response. If it is unreachable or busy, tries again after each of `pauses` (seconds)."""
     data = None if body is None else json.dumps(body).encode()
     request = urllib.request.Request(url, data, {"Content-Type": "application/json"})
     try:
@@ -109,9 +109,9 @@ def _request(url: str, body: dict[str, Any] | None, pauses: Sequence[float] = PA
             return json.load(response)
     except urllib.error.HTTPError as error:
         problem = shorten(f"{error.code} {error.read(500).decode(errors='replace')}")
-        passes = error.code >= 500 or error.code == 429
+        may_retry = error.code >= 500 or error.code == 429
     except (OSError, ValueError) as error:  # no connection, no answer in time, no JSON
-        problem, passes = describe(error), True
-    require(passes and bool(pauses), WHERE, url, "an answer", problem)
+        problem, may_retry = describe(error), True
+    require(may_retry and bool(pauses), WHERE, url, "an answer", problem)
     time.sleep(pauses[0])
     return _request(url, body, pauses[1:])

@@ -24,7 +24,7 @@ from cwdpo_trainer.data.images import IMAGE_ERRORS
 from cwdpo_trainer.data.lengths import Fit, Length, LengthMeter
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.evaluation.probes import COOLING_BINS, FIGURES
+from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
 from cwdpo_trainer.negatives.sampling import normalise
 from cwdpo_trainer.run_folder import check_folder
 
@@ -167,7 +167,7 @@ def beta(plan: Plan) -> Diagnosis | None:
 def unknown_metric(plan: Plan) -> Diagnosis | None:
     """Early stopping and the choice of the best checkpoint go by a figure of the probes."""
     sources = {row.negative_source for row in plan.rows.get("heldout", [])[: plan.config.probes.rows]}
-    figures = [*FIGURES, "cooling", *(f"cooling_bin{place}" for place in range(COOLING_BINS))]
+    figures = [*METRICS, "cooling", *(f"cooling_bin{place}" for place in range(COOLING_BINS))]
     names = [f"{name}_{figure}" for name in ("chosen", "onpolicy", *sorted(sources)) for figure in figures]
     wrong = []
     for stage, args in plan.stages().items():

@@ -1,6 +1,17 @@
-"""What the two stages share, as a `transformers.Trainer`: each adds its loss and the figures that it logs.
+"""The base class of both stages: a `transformers.Trainer` for preference pairs.
 
-Checkpoints, resume, schedules, mixed precision, progress and trackers are the library's. The stages: sft.py, dpo.py.
+The library provides checkpoints, resume, schedules, mixed precision, progress bars and trackers. `StageTrainer` adds
+the call of the model's head, probes, the doctor and complete checkpoints. A stage adds its loss: sft.py, dpo.py.
+
+How to add a loss to a stage: change the stage's `_loss_output`. In its `head_op`, `linear_sequence_logprob(hidden,
+head, labels)` gives the log-probs of all answers. Any differentiable function of them can be the loss.
+
+How to add a stage:
+
+1. Here: subclass `StageTrainer`, implement `_loss_output` and `_metrics`. sft.py is the shorter example.
+2. config/arguments.py: subclass `StageArguments` with the stage's options, and set `stage` to its name.
+3. Add the name to `SECTIONS` and `STAGES` (config/loader.py), `STAGES_OF_FINDING` (config/findings.py),
+   `MODEL_FOLDERS` (run_folder.py) and `LABEL_OF_STAGE` (evaluation/summary.py), and construct the trainer in run.py.
 """
 
 from __future__ import annotations
@@ -28,16 +39,17 @@ from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.distributed import check_distribution, prepare_reference, saved_parameters_only
 from cwdpo_trainer.models.loading import AdapterReference, Model, check_quantization, load_weights
-from cwdpo_trainer.stages.checkpoints import COMPLETE, had_ended, state_of
+from cwdpo_trainer.stages.checkpoints import had_stopped, mark_complete, state_of
 from cwdpo_trainer.stages.progress import CompactProgress
 
 
 class StageTrainer(Trainer):
-    """What both stages share: pairs as batches, the head call, averaged figures, probes, whole checkpoints.
+    """Trains `model` on `rows`, probes it on held-out rows and writes complete checkpoints.
 
-    `reference` is the frozen model that the stage starts from (`models.freeze_reference`); a stage trains `model`
-    on `rows`. `head_info` says what was found out about the model's head, `origin` where the model comes from,
-    for its card.
+    `reference` is a frozen copy of `model` as the stage starts (`freeze_reference`). `origin` says where the model
+    comes from, for the model card. The attribute `head_info` describes the model's output head.
+
+    Subclasses implement `_loss_output` and `_metrics`, and may override `_pairs_in_mean` and `_save_stage_files`.
     """
 
     def __init__(
@@ -52,12 +64,12 @@ class StageTrainer(Trainer):
     ) -> None:
         check_quantization(model, args.device)
         self.head_info = attach_head(model)
-        if not isinstance(reference, AdapterReference):  # which is `model` with another adapter
+        if not isinstance(reference, AdapterReference):  # that is `model` with another adapter, and has its head
             attach_head(reference)
         super().__init__(
             model=model,
             args=args,
-            train_dataset=rows,  # type: ignore[arg-type]  # a list has all that a map-style dataset needs
+            train_dataset=rows,  # type: ignore[arg-type]  # a list is a map-style dataset
             eval_dataset=probes.rows,  # type: ignore[arg-type]
             data_collator=collator,
             processing_class=collator.processor,
@@ -67,8 +79,8 @@ class StageTrainer(Trainer):
         self.probes = probes
         self.origin = origin
         self.reference = prepare_reference(self.accelerator, reference.eval().requires_grad_(False).to(args.device))
-        self.loss_is_scaled_for_ga = True  # by compute_loss: what it returns adds up over an optimizer step
-        self._sums: dict[str, list[Tensor]] = defaultdict(list)
+        self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
+        self._recorded: dict[str, list[Tensor]] = defaultdict(list)  # metrics of the batches since the last log
         self._is_first_batch = True
         self.remove_callback(PrinterCallback)
         if not args.disable_tqdm:
@@ -79,31 +91,34 @@ class StageTrainer(Trainer):
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        """Train, from `resume_from_checkpoint` if given. The last probe is of the final weights."""
+        """Train, from `resume_from_checkpoint` if given. The last probe measures the final weights."""
         self.probes.draw_onpolicy(self.reference)
-        self._check_metric()
-        # A resumed run has measured its start already, and early stopping would count it twice.
+        self._check_metric_name()
+        # A resumed run has probed its start already. A second probe would count twice for early stopping.
         self.args.eval_on_start = self.args.eval_on_start and resume_from_checkpoint is None
-        if resume_from_checkpoint is not None and had_ended(resume_from_checkpoint):
-            output = self._end_again(resume_from_checkpoint)
+        if resume_from_checkpoint is not None and had_stopped(resume_from_checkpoint):
+            output = self._finish_stopped_stage(resume_from_checkpoint)
         else:
             output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
         probed = [entry["step"] for entry in self.state.log_history if "eval_chosen_logp" in entry]
-        # Only the probe of the last step may be of other weights: those before the best ones were loaded.
+        # Loading the best weights changes the model after the last probe.
         if self.args.load_best_model_at_end or not probed or probed[-1] != self.state.global_step:
             self.evaluate()
         return output
 
-    def _end_again(self, checkpoint: str) -> TrainOutput:
-        """The end of a stage that was cut off between its last checkpoint and its saved model. The library's resume
-        would train on: it forgets that the stage had stopped, and takes a step before it looks at the limit."""
+    def _finish_stopped_stage(self, checkpoint: str) -> TrainOutput:
+        """Resume a stage that was killed after its last checkpoint and before its model was saved: no step is left.
+
+        The library's resume would train on, because it does not restore `should_training_stop` and takes one step
+        before it checks `max_steps`.
+        """
         self.state = state_of(checkpoint)
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end:
             self._load_best_model()
         return TrainOutput(self.state.global_step, math.nan, {})
 
-    def _check_metric(self) -> None:
+    def _check_metric_name(self) -> None:
         metric = self.args.metric_for_best_model
         names = self.probes.names()
         known = metric is None or metric.removeprefix("eval_") in names
@@ -119,48 +134,52 @@ class StageTrainer(Trainer):
         if self._is_first_batch:
             self._check_first_batch(model, inputs)
             self._is_first_batch = False
-        output = self._loss(model, inputs)
-        for name, value in self._figures(output).items():
-            self._sums[name].append(value.detach().float().mean())
+        output = self._loss_output(model, inputs)
+        self._record({name: value.detach().float().mean() for name, value in self._metrics(output).items()})
         loss = output.loss
         if num_items_in_batch is not None:
-            # Of all pairs of the optimizer step; the mean over processes is taken with the gradients.
+            # The mean over all pairs of the optimizer step. DDP and FSDP average the gradients over processes.
             share = self._pairs_in_mean(output, len(inputs["rows"])) / num_items_in_batch
             loss = loss * share * self.accelerator.num_processes
         return (loss, output) if return_outputs else loss
 
     def _get_num_items_in_batch(self, batch_samples: list[dict[str, Any]], device: torch.device) -> Tensor:
-        """The pairs of an optimizer step, over its micro-batches and processes: what its loss is normalised by."""
+        """The number of pairs in an optimizer step, over micro-batches and processes. The loss is divided by it."""
         pairs = sum(len(batch["rows"]) for batch in batch_samples)
         return self.accelerator.reduce(torch.tensor(pairs, device=device), "sum")
 
     def evaluate(
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
-        """The probes, logged as `eval_*` like any evaluation of the library."""
+        """Probe the model. The metrics are logged as `eval_*`, as in any evaluation of the library."""
         model = self.model_wrapped if self.is_in_train else self.model
         measured = self.probes.measure(model, self.reference, self.args.device)
-        # Those of one process for all: figures decide when to stop, and a GPU's last bits differ.
-        (figures,) = broadcast_object_list([measured])
-        metrics = {f"{metric_key_prefix}_{name}": value for name, value in figures.items()}
+        # All processes use rank 0's metrics. They may differ in the last bits, and all must stop at the same step.
+        (probed,) = broadcast_object_list([measured])
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in probed.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Training logs also get the figures of the loss, averaged since the last of them."""
+        """Add to a training log the mean of each recorded metric over all batches since the previous one."""
         if "loss" in logs:
-            for name, values in sorted(self._sums.items()):
+            for name, values in sorted(self._recorded.items()):
                 stacked = torch.stack(values)
-                sums = torch.stack([stacked.nansum(), (~stacked.isnan()).sum()])
-                total, count = self.accelerator.reduce(sums, "sum").tolist()
+                sum_and_count = torch.stack([stacked.nansum(), (~stacked.isnan()).sum()])
+                value_sum, count = self.accelerator.reduce(sum_and_count, "sum").tolist()
                 if count:
-                    logs[name] = total / count
-            self._sums.clear()
+                    logs[name] = value_sum / count
+            self._recorded.clear()
         super().log(logs, start_time)
 
+    def _record(self, metrics: dict[str, Tensor]) -> None:
+        """Keep scalar metrics of a batch for the next training log. NaN means "no value" and is left out."""
+        for name, value in metrics.items():
+            self._recorded[name].append(value)
+
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
-        """What `push_to_hub` sends along: the card, as far as the stage has come, in place of the library's draft."""
+        """Write the model card that `push_to_hub` uploads, from the stage's log so far, instead of the library's."""
         if self.is_world_process_zero():
             folder, args = Path(self.args.output_dir), self.args
             origin = self.origin or Origin(self.model.config.name_or_path, {args.stage: changed_settings(args)}, {})
@@ -168,17 +187,18 @@ class StageTrainer(Trainer):
             write_stage_card(folder, args.stage, name, history, vars(args), origin, str(args.device))
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save a checkpoint, declare it complete, and only then delete older ones beyond `save_total_limit`."""
         args, limit = self.args, self.args.save_total_limit
-        args.save_total_limit = None  # no older checkpoint is deleted before this one is whole
+        args.save_total_limit = None  # the library would delete older checkpoints here
         try:
             super()._save_checkpoint(model, trial)
         finally:
             args.save_total_limit = limit
         folder = Path(args.output_dir) / f"checkpoint-{self.state.global_step}"
-        self._save_more(folder)
+        self._save_stage_files(folder)
         self.accelerator.wait_for_everyone()
         if args.should_save:
-            (folder / COMPLETE).touch()
+            mark_complete(folder)
             rotate_checkpoints(args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
@@ -191,33 +211,35 @@ class StageTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _pairs(self, inputs: dict[str, Any]) -> Batch:
-        """The data set's pairs of a batch of the collator."""
-        return self._batch(inputs["prompts"], inputs["chosen"], inputs["rejected"])
-
-    def _batch(self, prompts: dict[str, Tensor], *answers: list[list[int]]) -> Batch:
-        return self.collator.join(prompts, *answers)
-
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
-        """The head is what the model computes with, and no answer sees its own future. One pair is enough, and its
-        full logits fit."""
-        batch = self._pairs(self._collate([self.train_dataset[0]]))
+        """Check that the fused log-probs are the model's own, and that no answer token sees later ones.
+
+        One pair is enough, and its full logits fit into memory.
+        """
+        batch = self._dataset_batch(self._collate([self.train_dataset[0]]))
         check_head(model, *batch)
         check_causal(model, *batch)
 
     def _collate(self, rows: list[Row]) -> dict[str, Any]:
+        """A batch of `PairCollator`, on the device."""
         inputs = self.collator(rows)
         return {**inputs, "prompts": to_device(inputs["prompts"], self.args.device)}
 
-    def _save_more(self, folder: Path) -> None:
-        """What a stage adds to its checkpoints."""
+    def _dataset_batch(self, inputs: dict[str, Any]) -> Batch:
+        """Model inputs and labels for the dataset's pairs: P chosen answers, then P rejected ones."""
+        return self.collator.join(inputs["prompts"], inputs["chosen"], inputs["rejected"])
 
-    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+    def _loss_output(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
+        """The stage's loss on a batch of `PairCollator`: an output with `.loss`, the mean over the batch's pairs."""
+        raise NotImplementedError
+
+    def _metrics(self, output: Any) -> dict[str, Tensor]:
+        """What to log of `_loss_output`'s result: tensors by name. Their means are logged."""
         raise NotImplementedError
 
     def _pairs_in_mean(self, output: Any, pairs: int) -> int | Tensor:
-        """How many of a batch's `pairs` the loss in `output` is a mean over."""
+        """How many of the batch's `pairs` the loss in `output` averages over."""
         return pairs
 
-    def _figures(self, output: Any) -> dict[str, Tensor]:
-        raise NotImplementedError
+    def _save_stage_files(self, folder: Path) -> None:
+        """Add the stage's own files to a checkpoint. Every process calls this."""

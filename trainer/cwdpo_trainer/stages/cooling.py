@@ -1,4 +1,7 @@
-"""`logp_floor: auto`, `tau: auto`: where the cooling weight turns, measured on the model that stage 2 starts from."""
+"""`logp_floor: auto` and `tau: auto`: choose the parameters of the cooling weight from log-probs of the reference.
+
+This module only chooses logp_floor and tau. The weight itself is computed by the loss op, see `CWDPOTrainer`.
+"""
 
 from __future__ import annotations
 
@@ -15,13 +18,12 @@ def measure_cooling(mean_logp: Tensor) -> tuple[float, float]:
 
         logp_floor = median        tau = (upper quartile - lower quartile) / (2 ln 3)
 
-    With these the weight w_c = sigmoid((l - logp_floor) / tau) starts at 1/4, 1/2 and 3/4 at quartiles that lie
-    evenly about the median; were the log-probs logistically distributed, w_c would be a negative's rank among all,
-    uniform in [0, 1]. So training starts at neither of the ends where cooling does nothing (all weights 1, as in
-    DPO, or 0), whatever the model, the task and the lengths of its answers. Median and quartiles do not mind the
-    few answers that a model finds impossible.
+    If the quartiles are symmetric about the median, w_c = sigmoid((l - logp_floor) / tau) starts at 1/4, 1/2 and 3/4
+    at the three quartiles. If the log-probs follow a logistic distribution, w_c is uniform in [0, 1]. So training
+    starts with weights that differ between negatives, for any model, task and answer length: neither all 1 (plain
+    DPO) nor all 0. A few extremely unlikely answers change neither the median nor the quartiles.
 
-    Raises `InputError` where the quartiles are equal: such negatives have no scale.
+    Raises `InputError` if the quartiles are equal, because tau would be 0.
     """
     quarter, half, three = torch.quantile(mean_logp.double(), mean_logp.new_tensor([0.25, 0.5, 0.75]).double()).tolist()
     spread = three - quarter

@@ -1,9 +1,11 @@
-"""`curriculum: hardest_first`: stage 2 sees the pairs in the order of how hard their negatives are for its reference.
+"""`curriculum: hardest_first`: stage 2 sees the pairs whose negatives are hardest for the reference first.
 
-A negative's cooling weight w_c = sigmoid((l - logp_floor) / tau) rises with its mean log-prob l, so the order by w_c is
-the order by l, without the ties of weights that are 0 or 1 within rounding, and it is the same with `cooling: off`.
-It is measured once, on the data set's negatives, before the first step; every epoch runs in it. A stage that ends
-within its first epoch never sees the easiest pairs, whose push would have been cooled away.
+The hardest negative is the one with the highest mean log-prob l under the reference. The cooling weight
+w_c = sigmoid((l - logp_floor) / tau) rises with l, so this is also the order by w_c. Sorting by l avoids the ties of
+weights that round to 0 or 1, and works with `cooling: off` too.
+
+The order is measured once, before the first step, on the dataset's negatives. Every epoch uses it. A stage of less than
+one epoch never sees the easiest pairs, which cooling would have weighted least.
 """
 
 from __future__ import annotations
@@ -24,32 +26,32 @@ ORDER_FILE = "curriculum.json"  # in a checkpoint of stage 2
 
 
 def measure_rows(
-    rows: Sequence[Row], of_batch: Callable[[list[Row]], Tensor], accelerator: Accelerator, batch_size: int, title: str
+    rows: Sequence[Row], measure: Callable[[list[Row]], Tensor], accelerator: Accelerator, batch_size: int, title: str
 ) -> Tensor:
-    """`of_batch`, which gives a number for each of some rows, on all `rows` [R], which the processes share.
+    """One number per row [R], computed by all processes together; `measure` maps a batch of B rows to a tensor [B].
 
-    Each process takes every W-th row of W processes, and as many batches as the others: those take part in every
-    forward of a sharded model. All have all numbers afterwards.
+    With W processes, process k takes rows k, k + W, k + 2W, ... All processes run the same number of batches, because
+    the forward of a sharded model is collective. Afterwards every process has all the numbers.
     """
     ranks, rank = accelerator.num_processes, accelerator.process_index
     shown = title if accelerator.is_main_process else None
-    values = [of_batch(list(batch)) for batch in batched(share_of(rows, rank, ranks), batch_size, shown)]
-    return in_order(accelerator.gather(torch.cat(values)), len(rows), ranks)
+    values = [measure(list(batch)) for batch in batched(share_of(rows, rank, ranks), batch_size, shown)]
+    return in_row_order(accelerator.gather(torch.cat(values)), len(rows), ranks)
 
 
 def share_of(rows: Sequence[Row], rank: int, ranks: int) -> list[Row]:
-    """Every `ranks`-th row from `rank` on; the last row makes up for what a share lacks."""
+    """Every `ranks`-th row from `rank` on. Shares have equal lengths: a short one is padded with the last row."""
     count = -(-len(rows) // ranks)
-    return [rows[min(rank + place * ranks, len(rows) - 1)] for place in range(count)]
+    return [rows[min(rank + index * ranks, len(rows) - 1)] for index in range(count)]
 
 
-def in_order(gathered: Tensor, count: int, ranks: int) -> Tensor:
-    """The numbers of all shares, one share after the other, in the order of the `count` rows."""
+def in_row_order(gathered: Tensor, count: int, ranks: int) -> Tensor:
+    """The inverse of `share_of`: from the values of all shares, concatenated, to one value for each of `count` rows."""
     return gathered.view(ranks, -1).T.flatten()[:count]
 
 
 def hardest_first(mean_logp: Tensor) -> list[int]:
-    """Places in the order of falling mean log-prob; equals stay in the order of the data."""
+    """Row indices by descending mean log-prob. Rows with equal values keep their order."""
     return torch.argsort(mean_logp, descending=True, stable=True).tolist()
 
 
@@ -58,7 +60,7 @@ def save_order(checkpoint: Path, order: list[int]) -> None:
 
 
 def load_order(checkpoint: Path, count: int) -> list[int]:
-    """The order that `save_order` wrote, of `count` rows."""
+    """Read what `save_order` wrote. Raises `InputError` unless it orders `count` rows."""
     path = checkpoint / ORDER_FILE
     require(path.is_file(), str(checkpoint), "", f"a checkpoint with {ORDER_FILE}", "one without a curriculum")
     order = read_json(path)

@@ -1,4 +1,18 @@
-"""Stage 2: Cooling-Weighted DPO."""
+"""Stage 2: Cooling-Weighted DPO.
+
+For each pair, with D_w and D_l the log-ratios (policy - reference, nats) of the chosen answer and of the negative:
+
+    w_c  = sigmoid((mean log-prob of the negative - logp_floor) / tau)      a constant for the gradient
+    loss = mean over kept pairs of -log sigmoid(beta * (D_w - w_c * D_l))
+
+Where each part is computed:
+
+- w_c and the loss: in the op `linear_cwdpo_loss`, called in `CWDPOTrainer._loss_output`. `w_c` alone is
+  `cwdpo_kernels.cooling_weight`.
+- logp_floor and tau: given as numbers, or measured when the stage starts (cooling.py).
+- the reference's log-probs: one forward per batch, or from the cache (reference.py).
+- negatives: the dataset's, a share of them replaced by the policy's own answers (negatives/pool.py).
+"""
 
 from __future__ import annotations
 
@@ -10,12 +24,7 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
-from cwdpo_kernels import (
-    Cooling,
-    CWDPOOutput,
-    linear_cwdpo_loss,
-    linear_sequence_logprob,
-)
+from cwdpo_kernels import Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob
 from cwdpo_trainer.config.arguments import DPOArguments, SamplingArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator
 from cwdpo_trainer.data.rows import Row
@@ -24,8 +33,9 @@ from cwdpo_trainer.files import read_json, write_json
 from cwdpo_trainer.models.loading import Model
 from cwdpo_trainer.negatives.log import NegativesLog
 from cwdpo_trainer.negatives.policy import PolicyInTraining
-from cwdpo_trainer.negatives.pool import Mixed, OnPolicyPool, unmixed
+from cwdpo_trainer.negatives.pool import BatchNegatives, OnPolicyPool
 from cwdpo_trainer.negatives.server import AnswerServer
+from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import COOLING_FILE
 from cwdpo_trainer.stages.base import StageTrainer
 from cwdpo_trainer.stages.checkpoints import state_of
@@ -35,7 +45,11 @@ from cwdpo_trainer.stages.reference import CachedReference, check_handover, open
 
 
 class CWDPOTrainer(StageTrainer):
-    """Stage 2: DPO whose push on a rejected answer cools with the answer's likelihood."""
+    """Stage 2: DPO that weights the push on a negative by how likely the policy still finds it.
+
+    `cooling` holds logp_floor and tau; None until they are measured. `order` lists the row indices of every epoch;
+    None is random order.
+    """
 
     args: DPOArguments
 
@@ -43,7 +57,7 @@ class CWDPOTrainer(StageTrainer):
         self, model: Model, reference: nn.Module, args: DPOArguments, rows: list[Row],
         collator: PairCollator, probes: Probes, *, sampling: SamplingArguments, **options: Any,
     ) -> None:  # fmt: skip
-        cache = open_cache(args, reference, collator)  # while no weight is sharded yet
+        cache = open_cache(args, reference, collator)  # before any weight is sharded
         super().__init__(model, reference, args, rows, collator, probes, **options)
         self.sampling = sampling
         self.server = None if sampling.server is None else AnswerServer.open(sampling.server, rows)
@@ -51,7 +65,7 @@ class CWDPOTrainer(StageTrainer):
         self.pool = OnPolicyPool(args.refresh_steps, args.onpolicy_staleness, args.seed)
         self.negatives_log = NegativesLog(Path(args.output_dir) / f"negatives_{args.process_index}.jsonl")
         self.cooling = args.fixed_cooling
-        self.order: list[int] | None = None  # of the rows in every epoch, if not random
+        self.order: list[int] | None = None
         self.cached_reference = None
         if cache is not None:
             self.cached_reference = CachedReference(
@@ -59,46 +73,66 @@ class CWDPOTrainer(StageTrainer):
             )
 
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
-        step = 0
-        if resume_from_checkpoint is not None:
-            folder = Path(resume_from_checkpoint)
-            self.pool.load(self._pool_path(folder))
-            self.cooling = Cooling(**read_json(folder / COOLING_FILE))
-            step = state_of(resume_from_checkpoint).global_step
-        elif self.args.is_cooling_measured:
-            self.cooling = self._measured_cooling()
-        if self.args.curriculum is not None:
-            stored, rows = resume_from_checkpoint is not None, self.train_dataset
-            self.order = load_order(folder, len(rows)) if stored else hardest_first(self._measure(rows, "curriculum"))
+        if resume_from_checkpoint is None:
+            self._start()
+        else:
+            self._restore(resume_from_checkpoint)
         self.probes.cooling = self.cooling
-        self.negatives_log.start(step)
         output = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
-        if self.cached_reference is not None and self.is_world_process_zero():
-            print(self.cached_reference.cache.describe())
+        if self.cached_reference is not None:
+            say(self.cached_reference.cache.describe())
         return output
 
-    def _measured_cooling(self) -> Cooling:
-        """The cooling with `auto` measured on the stage's first pairs."""
-        measured = list(measure_cooling(self._measure(self.train_dataset[: self.args.auto_rows], "cooling")))
-        return self.args.cooling_with(*broadcast_object_list(measured))
+    def _start(self) -> None:
+        """Measure what depends on the reference."""
+        if self.args.is_cooling_measured:
+            self.cooling = self._measure_cooling()
+        if self.args.curriculum is not None:
+            self.order = hardest_first(self._rejected_mean_logp(self.train_dataset, "curriculum"))
+        self.negatives_log.start(0)
 
-    def _measure(self, rows: list[Row], title: str) -> Tensor:
-        """The mean log-prob of the rows' rejected answers under the reference, in nats per token."""
+    def _restore(self, checkpoint: str) -> None:
+        """Take what `_save_stage_files` wrote, so that the stage continues exactly."""
+        folder = Path(checkpoint)
+        self.pool.load(self._pool_path(folder))
+        self.cooling = Cooling(**read_json(folder / COOLING_FILE))
+        if self.args.curriculum is not None:
+            self.order = load_order(folder, len(self.train_dataset))
+        self.negatives_log.start(state_of(checkpoint).global_step)
 
-        def of_batch(some: list[Row]) -> Tensor:
-            inputs = self._collate(some)
-            _, total = self._reference_totals(inputs, unmixed(inputs["rejected"]))
-            return total / total.new_tensor([len(tokens) for tokens in inputs["rejected"]])
+    def _save_stage_files(self, folder: Path) -> None:
+        self.pool.save(self._pool_path(folder))
+        if self.args.should_save:
+            write_json(folder / COOLING_FILE, dataclasses.asdict(self.cooling))
+            if self.order is not None:
+                save_order(folder, self.order)
+
+    def _pool_path(self, checkpoint: Path) -> Path:
+        return checkpoint / f"onpolicy_pool_{self.args.process_index}.json"
+
+    def _measure_cooling(self) -> Cooling:
+        """The cooling with `auto` values measured on the first `auto_rows` pairs."""
+        mean_logp = self._rejected_mean_logp(self.train_dataset[: self.args.auto_rows], "cooling")
+        return self.args.cooling_with(*broadcast_object_list(list(measure_cooling(mean_logp))))
+
+    def _rejected_mean_logp(self, rows: list[Row], title: str) -> Tensor:
+        """The mean log-prob [R] of each row's rejected answer under the reference, in nats per token."""
+
+        def of_batch(batch: list[Row]) -> Tensor:
+            inputs = self._collate(batch)
+            _, sum_logp = self._reference_sums(inputs, BatchNegatives.of_dataset(inputs["rejected"]))
+            return sum_logp / sum_logp.new_tensor([len(tokens) for tokens in inputs["rejected"]])
 
         return measure_rows(rows, of_batch, self.accelerator, self.args.per_device_train_batch_size, title)
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
-    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> CWDPOOutput:
-        mixed = self._mix(model, inputs)
-        batch = self._batch(inputs["prompts"], inputs["chosen"], mixed.negatives)
-        ref_chosen, ref_rejected = self._reference_totals(inputs, mixed)
+    def _loss_output(self, model: nn.Module, inputs: dict[str, Any]) -> CWDPOOutput:
+        negatives = self._choose_negatives(model, inputs)
+        batch = self.collator.join(inputs["prompts"], inputs["chosen"], negatives.answers)
+        ref_chosen, ref_rejected = self._reference_sums(inputs, negatives)
+        # The op computes w_c from the policy's log-probs in the same pass as the loss.
         return model(
             **batch.inputs,
             head_op=lambda hidden, head: linear_cwdpo_loss(
@@ -107,31 +141,31 @@ class CWDPOTrainer(StageTrainer):
             ),
         )  # fmt: skip
 
-    def _mix(self, model: nn.Module, inputs: dict[str, Any]) -> Mixed:
-        """The negatives of this step: those of the data set, some replaced by answers of the policy."""
+    def _choose_negatives(self, model: nn.Module, inputs: dict[str, Any]) -> BatchNegatives:
+        """The negatives of this step: the dataset's, some replaced by answers of the policy. Logs their origin."""
         step, rows = self.state.global_step, inputs["rows"]
         fraction = self.args.onpolicy_schedule.at(step, self.state.max_steps)
         policy = PolicyInTraining(
             self.accelerator.unwrap_model(model), self.collator, self.rows_by_id, self.sampling, self.accelerator,
             self.server,
         )  # fmt: skip
-        mixed = self.pool.mix(rows, inputs["rejected"], step, fraction, policy)
-        places = [self.rows_by_id[row].where for row in rows]
-        texts = self.collator.tokenizer.batch_decode(mixed.negatives, skip_special_tokens=True)
-        self.negatives_log.write(step, places, mixed.is_onpolicy, texts)
-        for name, value in {"onpolicy_fraction": fraction, **mixed.figures()}.items():
-            self._sums[name].append(torch.tensor(value, device=self.args.device))
-        return mixed
+        negatives = self.pool.mix(rows, inputs["rejected"], step, fraction, policy)
+        where = [self.rows_by_id[row].where for row in rows]
+        texts = self.collator.tokenizer.batch_decode(negatives.answers, skip_special_tokens=True)
+        self.negatives_log.write(step, where, negatives.is_onpolicy, texts)
+        metrics = {"onpolicy_fraction": fraction, **negatives.metrics()}
+        self._record({name: torch.tensor(value, device=self.args.device) for name, value in metrics.items()})
+        return negatives
 
-    def _reference_totals(self, inputs: dict[str, Any], mixed: Mixed) -> tuple[Tensor, Tensor]:
-        """Total log-probs [P] of chosen answers and negatives under the reference, in nats."""
+    def _reference_sums(self, inputs: dict[str, Any], negatives: BatchNegatives) -> tuple[Tensor, Tensor]:
+        """Summed log-probs [P] of the chosen answers and of the negatives under the reference, in nats."""
         if self.cached_reference is not None:
-            return self.cached_reference(inputs, mixed)
-        batch = self._batch(inputs["prompts"], inputs["chosen"], mixed.negatives)
+            return self.cached_reference(inputs, negatives)
+        batch = self.collator.join(inputs["prompts"], inputs["chosen"], negatives.answers)
         return self._reference_logp(batch).chunk(2)
 
     def _reference_logp(self, batch: Batch) -> Tensor:
-        """Total log-probs of a batch's answers [S] under the reference, in nats."""
+        """The summed log-prob [S] of each answer of a batch under the reference, in nats."""
         with torch.no_grad():
             return self.reference(
                 **batch.inputs,
@@ -141,28 +175,18 @@ class CWDPOTrainer(StageTrainer):
     def _pairs_in_mean(self, output: CWDPOOutput, pairs: int) -> Tensor:
         return output.kept.sum()
 
-    def _figures(self, output: CWDPOOutput) -> dict[str, Tensor]:
-        # A pair that left the loss has no say in its figures; a mean over no pair is NaN, which `log` leaves out.
+    def _metrics(self, output: CWDPOOutput) -> dict[str, Tensor]:
+        # Dropped pairs do not count. If all are dropped, the means are NaN, which `log` leaves out.
         kept = output.kept
         names = ("margin", "accuracy", "chosen_reward", "rejected_reward", "cooling_weight")
-        figures = {name: getattr(output, name)[kept] for name in names}
-        figures |= {f"{name}_mean_logp": getattr(output, f"{name}_logp").mean for name in ("chosen", "rejected")}
-        return figures | {"kept": kept.float()}
+        metrics = {name: getattr(output, name)[kept] for name in names}
+        metrics |= {f"{name}_mean_logp": getattr(output, f"{name}_logp").mean for name in ("chosen", "rejected")}
+        return metrics | {"kept": kept.float()}
 
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         super()._check_first_batch(model, inputs)
         if self.state.global_step == 0:
-            batch, totals = self._pairs(inputs), self._reference_totals(inputs, unmixed(inputs["rejected"]))
-            check_handover(model, batch, torch.cat(totals))
+            ref_sums = self._reference_sums(inputs, BatchNegatives.of_dataset(inputs["rejected"]))
+            check_handover(model, self._dataset_batch(inputs), torch.cat(ref_sums))
             if self.args.is_cooling_measured:
                 self.log({"logp_floor": self.cooling.logp_floor, "tau": self.cooling.temperature})
-
-    def _save_more(self, folder: Path) -> None:
-        self.pool.save(self._pool_path(folder))
-        if self.args.should_save:
-            write_json(folder / COOLING_FILE, dataclasses.asdict(self.cooling))
-            if self.order is not None:
-                save_order(folder, self.order)
-
-    def _pool_path(self, checkpoint: Path) -> Path:
-        return checkpoint / f"onpolicy_pool_{self.args.process_index}.json"

@@ -1,4 +1,4 @@
-"""A progress bar that says what matters: a probe has some sixty figures, which belong in the log."""
+"""A progress bar that prints the main metrics only. A probe has about sixty; all of them are in the log."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SHOWN = (
 
 
 class CompactProgress(ProgressCallback):
-    """The library's progress bar; of each log entry it prints the figures in `SHOWN`."""
+    """The library's progress bar. Of each log entry it prints the metrics in `SHOWN`."""
 
     def on_log(self, args: Any, state: Any, control: Any, logs: dict[str, Any] | None = None, **kwargs: Any) -> None:
         if not (state.is_world_process_zero and self.training_bar is not None):
             return
-        figures = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in SHOWN if logs and name in logs]
-        if figures:
+        metrics = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in SHOWN if logs and name in logs]
+        if metrics:
             kind = "probe" if any(name.startswith("eval_") for name in logs) else "train"
-            self.training_bar.write(f"{kind} {state.global_step:>5}  " + "  ".join(figures))
+            self.training_bar.write(f"{kind} {state.global_step:>5}  " + "  ".join(metrics))

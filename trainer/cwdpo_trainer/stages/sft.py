@@ -1,4 +1,9 @@
-"""Stage 1: constrained supervised fine-tuning."""
+"""Stage 1: constrained supervised fine-tuning.
+
+    loss = NLL(chosen) + weight * ReLU(nll_floor - mean over the batch of NLL(rejected))
+
+or the other forms of `cwdpo_kernels.GentleNegatives`.
+"""
 
 from __future__ import annotations
 
@@ -21,12 +26,12 @@ from cwdpo_trainer.stages.base import StageTrainer
 
 
 class ConstrainedSFTTrainer(StageTrainer):
-    """Stage 1: NLL of the chosen answers, and gentle negatives."""
+    """Stage 1: minimise the NLL of the chosen answers, and keep that of the rejected ones above a floor."""
 
     args: SFTArguments
 
-    def _loss(self, model: nn.Module, inputs: dict[str, Any]) -> Any:
-        batch = self._pairs(inputs)
+    def _loss_output(self, model: nn.Module, inputs: dict[str, Any]) -> ConstrainedSFTOutput:
+        batch = self._dataset_batch(inputs)
 
         def op(hidden: Tensor, head: Head) -> ConstrainedSFTOutput:
             negatives = self.args.gentle_negatives
@@ -37,13 +42,16 @@ class ConstrainedSFTTrainer(StageTrainer):
         return model(**batch.inputs, head_op=op)
 
     def _hinge_over_processes(self, logp: SequenceLogprob, negatives: GentleNegatives) -> ConstrainedSFTOutput:
-        """The hinge is on the mean over the batch of all processes, so each moves its floor by how far its own mean
-        lies from that."""
-        chosen, rejected = (SequenceLogprob(*parts) for parts in zip(*(x.chunk(2) for x in logp), strict=True))
-        nll = -(rejected.mean if negatives.normalize == "token" else rejected.total).detach().mean()
-        away = self.accelerator.reduce(nll, "mean") - nll
-        moved = dataclasses.replace(negatives, nll_floor=negatives.nll_floor - away.item())
-        return constrained_sft_loss(chosen, rejected, negatives=moved)
+        """The loss whose hinge is on the mean NLL of all processes' batches.
 
-    def _figures(self, output: Any) -> dict[str, Tensor]:
+        ReLU(floor - mean) = ReLU((floor - (mean - own)) - own), so each process shifts its floor by the difference
+        between the mean and its own NLL.
+        """
+        chosen, rejected = (SequenceLogprob(*parts) for parts in zip(*(x.chunk(2) for x in logp), strict=True))
+        own = -(rejected.mean if negatives.normalize == "token" else rejected.total).detach().mean()
+        shift = self.accelerator.reduce(own, "mean") - own
+        shifted = dataclasses.replace(negatives, nll_floor=negatives.nll_floor - shift.item())
+        return constrained_sft_loss(chosen, rejected, negatives=shifted)
+
+    def _metrics(self, output: ConstrainedSFTOutput) -> dict[str, Tensor]:
         return {name: getattr(output, name) for name in ("chosen_nll", "rejected_nll", "penalty")}
