@@ -256,7 +256,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (truncated_image, ERROR, "unreadable_image", ["1 of 32 rows of data.train", "train.jsonl:8: ", "truncated"]),
     (no_image_at_all, ERROR, "unreadable_image", ["train.jsonl:8: ", "cannot identify image file"]),
     (long_answer, ERROR, "longer_than_the_model", ["1 rows have more than the 64 tokens", "train.jsonl:9 (76)"]),
-    (small_limit, WARNING, "longer_than_max_length", ["data.train: of 32 rows 16 have an answer trimmed"]),
+    (small_limit, WARNING, "longer_than_max_length", ["data.train, max_length 10: 16 of 32 rows have trimmed answers"]),
     (limit_that_nothing_fits, ERROR, "fits", ["expected room for at least 1 row (data.over_length: skip), got 4"]),
     (heldout_row_in_train, ERROR, "train_and_heldout_share_pairs", ["1 pairs", "heldout.jsonl:4 = ", "train.jsonl:33"]),
     (pair_twice, WARNING, "repeated_pairs", ["1 pairs of data.train", "train.jsonl:33"]),

@@ -80,7 +80,7 @@ MISTAKES = [
     ("dpo.onpolicy_fraction=1.5", "dpo.onpolicy_fraction: expected numbers in [0, 1], got 1.5"),
     (
         "dpo.onpolicy_fraction=[[0.5, 0], [0.2, 1]]",
-        "dpo.onpolicy_fraction: expected a number, or [position, value] points with increasing positions, got [[0.5",
+        "dpo.onpolicy_fraction: expected a number, or [position, fraction] points with increasing positions, got [[0.5",
     ),
     ("dpo.onpolicy_staleness=-1", "dpo.onpolicy_staleness: expected null or a number >= 0, got -1.0"),
     ("dpo.cooling=warm", "dpo.cooling: expected one of adaptive, constant, off, got 'warm'"),
@@ -150,7 +150,7 @@ def test_what_is_right_is_read_beside_what_is_wrong(settings, write_config):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: [1", "config.yaml:1: expected valid YAML"),
+        ("a: [1", "config.yaml:1: expected valid YAML, got an error: expected ',' or ']'"),
         ("- 1", "expected a mapping of sections, got [1] (list)"),
         ("model: {}\nsft: {}\noutput_dir: x", "model.path: expected a value, got none"),
         (

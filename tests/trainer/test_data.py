@@ -37,7 +37,7 @@ def without(name: str) -> dict:
             {**GOOD, "chosen": [{"role": "assistant", "content": "a"}]},
             "chosen: expected text, or one assistant message",
         ),
-        ({**GOOD, "images": ["nowhere.png"]}, "images: expected an existing file, got"),
+        ({**GOOD, "images": ["nowhere.png"]}, "images: expected an existing file or a data: URI, got"),
         ({**GOOD, "images": "one.png"}, "images: expected a list of paths or data: URIs, got 'one.png'"),
         ({**GOOD, "image": 1}, "image: expected a path or a data: URI, got int"),
         ({**GOOD, "image": "a.png", "images": []}, "columns: expected either image or images, got both"),

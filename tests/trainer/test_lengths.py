@@ -112,7 +112,7 @@ def test_nothing_happens_to_rows_that_fit(collator, make_row):
     row = make_row((8, 8))
     fit = fit_rows([row], LengthMeter(collator), 13, "trim")
     assert fit.rows == [row]
-    assert fit.report("f", 13) == "f: of 1 rows all fit (max_length 13)"
+    assert fit.report("f", 13) == "f, max_length 13: all 1 rows fit"
 
 
 def test_trimmed_answers_have_no_end(collator, make_row):
@@ -125,7 +125,7 @@ def test_trimmed_answers_have_no_end(collator, make_row):
     assert words(pairs["rejected"][0]) == ["a", "red", "square", "</s>"]
     assert real_length(collator, fit.rows[0]) == fit.lengths[0].total == 11
     assert (fit.lengths[0].prompt, fit.lengths[0].chosen, fit.lengths[0].rejected) == (5, 6, 4)
-    assert fit.report("f", 11) == "f: of 1 rows 1 have an answer trimmed (f:1) (max_length 11)"
+    assert fit.report("f", 11) == "f, max_length 11: 1 of 1 rows have trimmed answers (f:1)"
 
 
 def test_rows_that_cannot_be_trimmed_are_left_out(collator, make_row):
@@ -133,7 +133,7 @@ def test_rows_that_cannot_be_trimmed_are_left_out(collator, make_row):
     fit = fit_rows([full, alike, good], LengthMeter(collator), 8, "trim")
     assert [row.id for row in fit.rows] == [good.id]
     assert fit.skipped == [full.where, alike.where]
-    assert "2 are left out (f:1, f:2)" in fit.report("f", 8)
+    assert "2 of 3 rows are skipped (f:1, f:2)" in fit.report("f", 8)
 
 
 def test_skip_leaves_out_what_is_too_long(collator, make_row):
@@ -208,10 +208,8 @@ def test_a_run_reports_what_gave_way(settings, write_config, capsys):
     settings["data"] |= {"max_length": 9}  # prompts have 5 tokens, answers 4 or 6
     assert main(["run", str(write_config(settings))]) == 0
     lines = [line for line in capsys.readouterr().out.splitlines() if "max_length" in line]
-    assert [line.split(" (")[0].split(": ")[1] for line in lines] == [
-        "of 32 rows 16 have an answer trimmed",
-        "of 12 rows 6 have an answer trimmed",
-    ]
+    changes = [line.split(" (")[0].split(": ")[1] for line in lines]
+    assert changes == ["16 of 32 rows have trimmed answers", "6 of 12 rows have trimmed answers"]
 
 
 @pytest.mark.parametrize(("key", "value"), [("max_length", 1), ("over_length", "cut")])

@@ -66,7 +66,7 @@ def test_images_of_every_kind_stay_in_the_data_set_until_they_are_needed(tmp_pat
 def test_paths_of_images_are_checked_when_rows_are_read(tmp_path):
     Dataset.from_list([{**GOOD, "images": ["red.png"]}]).save_to_disk(tmp_path / "set")
     source = open_source("set", tmp_path)
-    with pytest.raises(InputError, match=r"set\[0\]: images: expected an existing file, got .*red.png"):
+    with pytest.raises(InputError, match=r"set\[0\]: images: expected an existing file or a data: URI, got .*red.png"):
         load_rows(source)
     RED.save(tmp_path / "set" / "red.png")
     assert isinstance(load_rows(source)[0].images[0], FileImage)

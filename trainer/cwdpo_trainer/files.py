@@ -1,4 +1,4 @@
-"""Files that are there as a whole or not at all: written beside their place and then renamed."""
+"""Reading files with clear errors, and writing them atomically: to a temporary path that is then renamed."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from cwdpo_trainer.errors import InputError, describe, require
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write a file to; it becomes `path` if the block succeeds."""
+    """Yield a temporary path next to `path` to write to. It replaces `path` if the block succeeds."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last: savers choose the format by it.
+    # The suffix stays last, because matplotlib and others derive the format from it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
@@ -28,16 +28,17 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
-    """As `replacing`, for a folder that is not there yet."""
+    """Yield a new temporary folder next to `path`. It becomes `path`, which must not exist by then, if the block
+    succeeds."""
     temporary = path.with_name(f".{path.name}.unfinished")
-    shutil.rmtree(temporary, ignore_errors=True)  # of a run that was killed here
+    shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
     temporary.mkdir(parents=True)
     yield temporary
     temporary.rename(path)
 
 
 def read_text(path: Path) -> str:
-    """The text of a file of the user's. Raises `InputError` if there is none, or if it cannot be read as UTF-8."""
+    """The text of a file. Raises `InputError` if it does not exist or cannot be read as UTF-8."""
     try:
         require(path.is_file(), str(path), "", "an existing file", "a folder" if path.is_dir() else "no such file")
         return path.read_text(encoding="utf-8-sig")
@@ -47,6 +48,14 @@ def read_text(path: Path) -> str:
         raise InputError(str(path), "", "a readable file", describe(error)) from error
 
 
+def read_json(path: Path) -> Any:
+    """The content of a JSON file. Raises `InputError` if it cannot be read or parsed."""
+    try:
+        return json.loads(read_text(path))
+    except json.JSONDecodeError as error:
+        raise InputError(str(path), "", "valid JSON", error) from error
+
+
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
@@ -54,7 +63,3 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
-
-
-def read_json(path: Path) -> Any:
-    return json.loads(path.read_text(encoding="utf-8"))

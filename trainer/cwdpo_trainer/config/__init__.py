@@ -1,1 +1,1 @@
-"""The settings of a run: the YAML file, read and checked."""
+"""The config of a run: its options, and how they are read from a YAML file and checked."""

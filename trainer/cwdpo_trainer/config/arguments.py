@@ -1,6 +1,6 @@
-"""The settings of a run: one dataclass per section of the YAML file, checked when it is made.
+"""The options of a run: one dataclass per section of the config file, validated on creation.
 
-The two stages extend `transformers.TrainingArguments`, so each of its options is an option here too.
+Both stages extend `transformers.TrainingArguments`, so a stage section accepts all of its options too.
 """
 
 from __future__ import annotations
@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
@@ -19,16 +19,16 @@ from cwdpo_trainer.config.findings import finding_names
 from cwdpo_trainer.config.schedule import Schedule
 from cwdpo_trainer.errors import InputError, require
 
-CONFIG = "config"  # where an error is, until the loader names the file
+CONFIG = "config"  # `InputError.where` until the loader replaces it by the file name
 AUTO = "auto"
-MODES = ("adaptive", "constant", "off")
-LESS_IS_BETTER = ("_ece", "_tv", "_js")  # ends of metrics' names
-# Options of `TrainingArguments` that would be without effect, or (the first) keep a killed run from going on.
-_UNUSED = {"save_only_model": False, "resume_from_checkpoint": None, "label_smoothing_factor": 0.0}
+COOLING_MODES = ("adaptive", "constant", "off")
+LOWER_IS_BETTER = ("_ece", "_tv", "_js")  # suffixes of metric names
+# `save_only_model` would make a killed run unable to resume. The stages ignore the other two.
+_UNSUPPORTED = {"save_only_model": False, "resume_from_checkpoint": None, "label_smoothing_factor": 0.0}
 
 
 def _check(condition: bool, key: str, expected: str, got: object) -> None:
-    """Raise `InputError` about `key` of a section unless `condition` holds; the loader adds file and section."""
+    """Raise `InputError` about `key` unless `condition` holds. The loader adds the file and the section."""
     require(condition, CONFIG, key, expected, "null" if got is None else repr(got))
 
 
@@ -38,11 +38,16 @@ def _one_of(names: Iterable[str]) -> str:
 
 @dataclass
 class ModelArguments:
-    """`path`: folder or Hub name of a vision-language model and its processor; `dtype` of its weights.
+    """The model to train.
 
-    `attn_implementation` as transformers names them ("flash_attention_2", "sdpa", ...; None: its choice).
-    `quantization` "4bit" or "8bit" loads quantised weights through bitsandbytes, to train LoRA on (QLoRA).
-    `freeze`: names of modules that are not trained, e.g. [vision_tower].
+    - `path`: a local folder or a Hub name of a vision-language model with its processor. A relative path starts at
+      the folder of the config file, or at `prepare.folder`.
+    - `dtype`: dtype of the weights: `auto` (as saved), `float32`, `bfloat16` or `float16`.
+    - `attn_implementation`: attention backend as transformers names it, such as `sdpa` or `flash_attention_2`.
+      null: transformers chooses.
+    - `quantization`: `4bit` or `8bit` loads quantized weights through bitsandbytes (QLoRA). Needs a section `lora`
+      and a GPU. null: no quantization.
+    - `freeze`: names of modules to freeze, such as `[vision_tower]`.
     """
 
     path: str
@@ -64,11 +69,18 @@ class ModelArguments:
 
 @dataclass
 class LoraArguments:
-    """Train LoRA adapters in place of the model's own weights; the names are those of `peft.LoraConfig`.
+    """Train LoRA adapters instead of the model's weights. Options have the names of `peft.LoraConfig`.
 
-    `target_modules` "all-linear" is every linear layer but the head; a list names modules, lm_head among them if it
-    should have an adapter too; `modules_to_save` are trained as a whole. `adapter`: folder or Hub name of an
-    adapter to start from, in place of a new one; then the other settings are its own.
+    - `r`: rank of the adapters, >= 1.
+    - `lora_alpha`: the adapter's output is scaled by `lora_alpha / r`.
+    - `lora_dropout`: dropout on the adapter's input, in [0, 1).
+    - `target_modules`: names of the modules that get an adapter. `all-linear` is every linear layer except the
+      output head; list `lm_head` to adapt the head as well.
+    - `exclude_modules`: names of modules that get no adapter. null: none are excluded.
+    - `modules_to_save`: names of modules to train in full and to save with the adapter. null: none.
+    - `use_rslora`: scale by `lora_alpha / sqrt(r)` instead.
+    - `adapter`: a local folder or a Hub name of a trained adapter to start from. Its own settings replace all of the
+      above. null: start from a new adapter.
     """
 
     r: int = 16
@@ -87,12 +99,19 @@ class LoraArguments:
 
 @dataclass
 class DataArguments:
-    """`train`, `heldout`: preference pairs, in files or data sets (names: sources.py; columns: data.py, layouts.py).
-    Where both stages run, stage 1 takes a share `sft_fraction` of the training rows (seeded shuffle) and stage 2
-    the others; one stage alone takes all. A bad row stops the run before it starts; with `skip_bad_rows` such
-    rows are left out, and their number and the first ten are printed. A row of more than `max_length` tokens
-    (prompt, images and the longer answer) is treated as `over_length` says, see lengths.py; None: rows have no
-    limit."""
+    """The preference pairs.
+
+    - `train`, `heldout`: a JSONL or JSON file, a folder, or a Hub dataset `hub:owner/name[:split]`
+      (data/sources.py). data/rows.py and data/layouts.py describe the columns. Relative paths start at the folder of
+      the config file, or at `prepare.folder`.
+    - `sft_fraction`: if both stages run, the fraction of training rows that stage 1 takes, in (0, 1). Stage 2 takes
+      the others. A single stage takes all rows.
+    - `skip_bad_rows`: false: an invalid row stops the run before training. true: invalid rows are skipped and
+      counted, and the first ten are printed.
+    - `max_length`: limit on the tokens of a row (prompt with images, and the longer answer), >= 2. null: no limit.
+    - `over_length`: what happens to a row above `max_length`: `trim` its answers, `shrink` its images or `skip` the
+      row (data/lengths.py).
+    """
 
     train: str
     heldout: str
@@ -111,7 +130,12 @@ class DataArguments:
 
 @dataclass
 class ProbeArguments:
-    """What is measured on held-out rows: `rows` at each probe; `caption_rows` are captioned at the end."""
+    """What is measured on held-out rows.
+
+    - `rows`: number of rows that each probe measures: the first ones of `data.heldout`.
+    - `batch_size`: prompts or answers per batch of a probe.
+    - `caption_rows`: number of held-out prompts to caption at the end of the run.
+    """
 
     rows: int = 128
     batch_size: int = 64
@@ -124,9 +148,15 @@ class ProbeArguments:
 
 @dataclass
 class SamplingArguments:
-    """How the model's own answers are drawn, for on-policy negatives and for their probe.
+    """How answers are sampled from the model, as on-policy negatives and for the probes.
 
-    `server`: address of a server of chat completions that draws the negatives instead (server.py)."""
+    - `samples`: answers per prompt, >= 1.
+    - `temperature`: > 0. Values above 1 give more diverse answers.
+    - `top_p`: nucleus sampling: the probability mass of the tokens to sample from, in (0, 1].
+    - `max_new_tokens`: longest answer in tokens, >= 1. It also limits captions.
+    - `server`: URL of an OpenAI-compatible server that samples the negatives instead, such as
+      `http://localhost:8000`. null: the policy samples them itself.
+    """
 
     samples: int = 2
     temperature: float = 1.0
@@ -147,27 +177,35 @@ class SamplingArguments:
 
 @dataclass
 class StageArguments(TrainingArguments):
-    """Options of both stages. `eval_*` of `TrainingArguments` are about the probes here.
+    """Options of both stages, in addition to those of `transformers.TrainingArguments`.
 
-    `early_stopping_patience`: stop after so many probes without a better `metric_for_best_model`
-    (any probe, e.g. `chosen_mean_logp`); None never stops. `greater_is_better` null: true but for calibration errors
-    and differences from the reference (ece, tv, js). `stop_on`: stop when a probe shows one of these findings of the
-    doctor (doctor.py); one that the start shows stops after the first step.
+    The `eval_*` options control the probes. These defaults differ from the library's: `eval_strategy` steps,
+    `eval_on_start` true, `logging_steps` 10, `save_total_limit` 2 (null or >= 2),
+    `restore_callback_states_from_checkpoint` true, `dataloader_pin_memory` true only if there is an accelerator.
+
+    - `early_stopping_patience`: stop after this many probes in a row without a better `metric_for_best_model`. Any
+      probe metric can decide, such as `chosen_mean_logp`. null: never stop early.
+    - `greater_is_better`: null: true, except for calibration errors and distances to the reference (metrics that end
+      in `_ece`, `_tv` or `_js`).
+    - `stop_on`: names of the doctor's findings (config/findings.py) that stop the stage when a probe shows one. A
+      finding that holds from the start stops the stage after its first step.
     """
+
+    stage: ClassVar[str]  # name of the section
 
     eval_strategy: str = "steps"
     eval_on_start: bool = True
     logging_steps: float = 10
     save_total_limit: int | None = 2
-    restore_callback_states_from_checkpoint: bool = True  # early stopping goes on counting
+    restore_callback_states_from_checkpoint: bool = True  # a resumed run keeps its early-stopping count
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     early_stopping_patience: int | None = None
     stop_on: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # With a limit of 1 the library deletes the last checkpoint as training ends, if it is not the best one: a kill
-        # before the model is saved would cost all steps since the best.
+        # With a limit of 1 the library deletes the last checkpoint at the end of training unless it is the best one.
+        # A kill before the model is saved would then lose all steps since the best checkpoint.
         limit = self.save_total_limit
         _check(limit is None or limit >= 2, "save_total_limit", "null or an integer >= 2", limit)
         patience = self.early_stopping_patience
@@ -176,17 +214,17 @@ class StageArguments(TrainingArguments):
         has_metric = patience is None or self.metric_for_best_model is not None
         expected = "the name of a probe metric, as early_stopping_patience is set"
         _check(has_metric, "metric_for_best_model", expected, None)
-        for name, unused in _UNUSED.items():
+        for name, default in _UNSUPPORTED.items():
             value = getattr(self, name)
-            expected = f"{'null' if unused is None else unused} (the trainer does not support this option)"
-            _check(value == unused, name, expected, value)
+            expected = f"{'null' if default is None else default} (the trainer does not support this option)"
+            _check(value == default, name, expected, value)
         if self.greater_is_better is None and self.metric_for_best_model is not None:
-            self.greater_is_better = not self.metric_for_best_model.endswith(LESS_IS_BETTER)
+            self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
         known = finding_names(self.stage)
         for name in self.stop_on:
             _check(name in known, "stop_on", f"names of findings out of {', '.join(known)}", name)
         if self.use_liger_kernel:
-            # Its kernels serve the rest of the model; its patch of the forward is about the head, which is ours.
+            # Liger's kernels serve the rest of the model. Its fused heads would replace ours.
             fused_heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **fused_heads}
         super().__post_init__()
@@ -197,9 +235,19 @@ class StageArguments(TrainingArguments):
 
 @dataclass
 class SFTArguments(StageArguments):
-    """Stage 1, constrained SFT: the options of `cwdpo_kernels.GentleNegatives`; `negatives` is its mode."""
+    """Stage 1, constrained SFT: NLL of the chosen answers plus a gentle penalty on likely rejected answers.
 
-    stage = "sft"  # no annotation: a fact, not an option
+    See `cwdpo_kernels.GentleNegatives`, whose defaults apply.
+
+    - `negatives`: penalty on rejected answers: `hinge` keeps their mean NLL above `nll_floor`; `smoothed` is
+      label-smoothed cross-entropy on them.
+    - `negatives_weight`: weight of the penalty, >= 0.
+    - `nll_floor`: NLL at which `hinge` stops pushing, in nats per token.
+    - `smoothing`: label smoothing of `smoothed`, in [0, 1).
+    - `normalize`: `token` averages an answer's NLL over its tokens, `sequence` sums it.
+    """
+
+    stage: ClassVar[str] = "sft"
 
     negatives: str = "hinge"
     negatives_weight: float = GentleNegatives.weight
@@ -208,7 +256,7 @@ class SFTArguments(StageArguments):
     normalize: str = "token"
 
     def __post_init__(self) -> None:
-        _ = self.gentle_negatives  # its own checks
+        _ = self.gentle_negatives  # validates its own fields
         super().__post_init__()
 
     @property
@@ -218,25 +266,31 @@ class SFTArguments(StageArguments):
 
 @dataclass
 class DPOArguments(StageArguments):
-    """Stage 2, CW-DPO.
+    """Stage 2, CW-DPO. Log-probs are in nats.
 
-    `cooling`: "adaptive" weights a rejected answer by w_c = sigmoid((mean log-prob - logp_floor) / tau),
-    "constant" by `constant_weight`, "off" by 1 (vanilla DPO). `logp_floor`, `tau`: numbers, in nats per token, or
-    "auto": measured on the first `auto_rows` pairs as the stage starts (cooling.py). In each mode pairs whose
-    rejected answer has a mean log-prob below `drop_below` (negative filtering; null: none) leave the loss.
-
-    A share `onpolicy_fraction` of the pairs (a number, or points of a schedule.py) gets a negative that the policy
-    drew itself. A drawn answer serves its row for `refresh_steps` optimizer steps, or until the row's answers have
-    lost more than `onpolicy_staleness` nats per token under the policy (null: not measured); then it is drawn anew.
-
-    `curriculum` "hardest_first": pairs come in the order of their negative's w_c, measured once (curriculum.py); null:
-    in random order.
-
-    `reference_cache`: folder of the reference's log-probs of the data set's pairs (reference_cache.py); one that is
-    not absolute lies in the run folder; null computes them at every step.
+    - `beta`: the beta of DPO: scale of the log-ratios to the reference, > 0.
+    - `cooling`: weight w_c of a rejected answer: `adaptive` is sigmoid((mean log-prob - `logp_floor`) / `tau`),
+      `constant` is `constant_weight`, `off` is 1 (vanilla DPO).
+    - `logp_floor`, `tau`: a number in nats per token (`tau` > 0), or `auto`: measured on `auto_rows` pairs when the
+      stage starts (stages/cooling.py).
+    - `auto_rows`: number of pairs that `auto` measures, the first ones, >= 2.
+    - `constant_weight`: the weight of `cooling: constant`, in [0, 1]. null for the other modes.
+    - `drop_below`: drop pairs whose rejected answer has a mean log-prob below this, in nats per token (negative
+      filtering, in every cooling mode). null: drop none.
+    - `normalize`: `sequence` compares sums of log-probs (DPO), `token` means.
+    - `onpolicy_fraction`: fraction of the pairs whose negative is sampled from the policy: a number in [0, 1], or
+      [position, fraction] points with linear interpolation. Positions are fractions of the stage, or optimizer steps
+      if any is above 1.
+    - `refresh_steps`: optimizer steps after which a row's sampled answers are replaced, >= 1.
+    - `onpolicy_staleness`: replace a row's sampled answers earlier, once the policy finds them less likely by more
+      than this many nats per token, >= 0. null: do not measure it.
+    - `curriculum`: `hardest_first` orders the pairs by falling w_c under the reference (stages/curriculum.py).
+      null: random order.
+    - `reference_cache`: folder for the reference's log-probs of the dataset's pairs (models/reference_cache.py).
+      Runs can share it. A relative path is inside the run folder. null: compute them at every step.
     """
 
-    stage = "dpo"
+    stage: ClassVar[str] = "dpo"
 
     beta: float = 0.1
     cooling: str | bool = "adaptive"  # YAML reads `off` as false
@@ -254,14 +308,14 @@ class DPOArguments(StageArguments):
 
     def __post_init__(self) -> None:
         self.cooling = "off" if self.cooling is False else self.cooling
-        _check(self.cooling in MODES, "cooling", _one_of(MODES), self.cooling)
+        _check(self.cooling in COOLING_MODES, "cooling", _one_of(COOLING_MODES), self.cooling)
         for name in ("logp_floor", "tau"):
             value = getattr(self, name)
             _check(value == AUTO or not isinstance(value, str), name, "a number or auto", value)
         constant, weight = self.cooling == "constant", self.constant_weight
         expected = "a number, as cooling is constant" if constant else "null, as cooling is not constant"
         _check(constant == (weight is not None), "constant_weight", expected, weight)
-        _ = self.cooling_with(Cooling.logp_floor, Cooling.temperature)  # its own checks
+        _ = self.cooling_with(Cooling.logp_floor, Cooling.temperature)  # validates its own fields
         _check(self.auto_rows >= 2, "auto_rows", "an integer >= 2", self.auto_rows)
         _check(math.isfinite(self.beta) and self.beta > 0, "beta", "a finite number > 0", self.beta)
         _check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
@@ -272,12 +326,12 @@ class DPOArguments(StageArguments):
 
     def _check_onpolicy(self) -> None:
         try:
-            shares = [share for _, share in self.onpolicy_schedule.points]
+            fractions = [fraction for _, fraction in self.onpolicy_schedule.points]
         except ValueError as error:
-            expected = "a number, or [position, value] points with increasing positions"
+            expected = "a number, or [position, fraction] points with increasing positions"
             raise InputError(CONFIG, "onpolicy_fraction", expected, repr(self.onpolicy_fraction)) from error
-        for share in shares:
-            _check(0 <= share <= 1, "onpolicy_fraction", "numbers in [0, 1]", share)
+        for fraction in fractions:
+            _check(0 <= fraction <= 1, "onpolicy_fraction", "numbers in [0, 1]", fraction)
         limit = self.onpolicy_staleness
         _check(limit is None or limit >= 0, "onpolicy_staleness", "null or a number >= 0", limit)
         _check(self.refresh_steps >= 1, "refresh_steps", "an integer >= 1", self.refresh_steps)
@@ -288,16 +342,16 @@ class DPOArguments(StageArguments):
 
     @property
     def is_cooling_measured(self) -> bool:
-        """Whether the cooling depends on the model that the stage starts from."""
+        """Whether `logp_floor` or `tau` is measured when the stage starts."""
         return self.cooling == "adaptive" and AUTO in (self.logp_floor, self.tau)
 
     @property
     def fixed_cooling(self) -> Cooling | None:
-        """The cooling, or None where it has to be measured."""
+        """The cooling that the config determines, or None if it has to be measured."""
         return None if self.is_cooling_measured else self.cooling_with(Cooling.logp_floor, Cooling.temperature)
 
     def cooling_with(self, measured_floor: float, measured_tau: float) -> Cooling:
-        """The cooling, with these in place of auto."""
+        """The cooling with measured values in place of `auto`."""
         floor = measured_floor if self.logp_floor == AUTO else self.logp_floor
         tau = measured_tau if self.tau == AUTO else self.tau
         weight = 1.0 if self.cooling == "off" else self.constant_weight

@@ -1,8 +1,8 @@
-"""The names of the doctor's findings, for `stop_on`. The rules behind them are in evaluation/doctor.py."""
+"""Names of the doctor's findings, which `stop_on` accepts. evaluation/doctor.py has the rules behind them."""
 
 from __future__ import annotations
 
-# Each finding, and the stages that can have it.
+# The stages that each finding applies to.
 STAGES_OF_FINDING = {
     "not_finite": ("sft", "dpo"),
     "squeezing": ("dpo",),
@@ -20,5 +20,5 @@ STAGES_OF_FINDING = {
 
 
 def finding_names(stage: str) -> list[str]:
-    """The findings that `stage` ("sft" or "dpo") can have."""
+    """Names of the findings that apply to `stage`, "sft" or "dpo"."""
     return [name for name, stages in STAGES_OF_FINDING.items() if stage in stages]

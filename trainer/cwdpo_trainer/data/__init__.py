@@ -1,1 +1,1 @@
-"""Preference pairs: read from files and data sets, checked, and made into batches."""
+"""Preference pairs: read, checked and turned into batches."""

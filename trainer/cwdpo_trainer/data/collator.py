@@ -1,8 +1,8 @@
-"""From rows to model inputs, in two steps, because a pair's negative may change between them.
+"""Turns rows into model inputs, in two steps, because a pair's negative may change in between.
 
-`PairCollator` runs the processor on the prompts and turns the answers into token lists. `with_answers` joins
-prompts and answers into one padded batch with aligned labels; training does that in its step, after on-policy
-negatives are mixed in, as a data loader fetches batches ahead of the policy that should answer them.
+`PairCollator` runs the processor on the prompts and tokenizes the answers. `with_answers` joins prompts and answers
+into one padded batch with aligned labels. Training calls it inside the step, after on-policy negatives are mixed in: a
+data loader prefetches batches, and would have to sample them from a policy that is out of date.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ import torch
 from torch import Tensor
 from transformers import ProcessorMixin
 
-from cwdpo_kernels import shift_labels
+from cwdpo_kernels import IGNORE_INDEX, shift_labels
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import require
 
-IGNORE_INDEX = -100
 Tokens = list[int]
 
 
 class Batch(NamedTuple):
-    """`inputs` of S rows for the model; `labels` [S, T] aligned with the hidden states that predict them."""
+    """`inputs` of the model for S sequences, and `labels` [S, T] aligned with the hidden states that predict them."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
 
 
 class PairCollator:
-    """Rows -> {"prompts": processor outputs for P prompts, "rows", "chosen", "rejected": P of each}."""
+    """Collates P rows to {"prompts": the processor's outputs, "rows": ids, "chosen", "rejected": P token lists}."""
 
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        # PaliGemma's takes the answer as a suffix, and marks it with type 1: what has type 0 sees both sides.
+        # PaliGemma's processor takes the answer as a suffix and gives it token type 1. Tokens of type 0 attend to both
+        # sides, so answers must have type 1.
         takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
         self.answer_types = {"token_type_ids": 1} if takes_suffix else {}
         for name in ("eos_token_id", "pad_token_id"):
@@ -52,10 +52,10 @@ class PairCollator:
         }
 
     def prompts(self, rows: Sequence[Row], padding_side: str = "right") -> dict[str, Tensor]:
-        """The processor's outputs for the prompts; `padding_side` "left" is what generation needs."""
+        """The processor's outputs for the rows' prompts. Generation needs `padding_side` "left"."""
         texts = [self.prompt_text(row) for row in rows]
         images = [row.load_images() for row in rows]
-        # A chat template writes the special tokens itself.
+        # A chat template has already written the special tokens.
         chat = isinstance(rows[0].prompt, list)
         outputs = self.processor(
             text=texts,
@@ -63,15 +63,18 @@ class PairCollator:
             text_kwargs={"padding": True, "padding_side": padding_side, "add_special_tokens": not chat},
             return_tensors="pt",
         )
-        return {name: value for name, value in outputs.items() if name != "labels"}  # PaliGemma's, of its suffix
+        return {name: value for name, value in outputs.items() if name != "labels"}  # PaliGemma's, for its suffix
 
     def join(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens]) -> Batch:
-        """What `prompts` returned, followed by answers: see `with_answers`."""
+        """Append answers to the outputs of `prompts`: see `with_answers`."""
         return with_answers(prompts, *answers, pad_id=self.tokenizer.pad_token_id, answer_types=self.answer_types)
 
     def answer_tokens(self, row: Row, answer: str | list[dict[str, Any]]) -> Tokens:
-        """The tokens that a model should write after the row's prompt, the end-of-sequence token last; of a row
-        with `max_answer` only so many, and then without one."""
+        """The tokens that the model should generate after the row's prompt, with the end-of-sequence token last.
+
+        They are cut to the row's `max_answer`, if it is set; a cut answer has no end-of-sequence token. Raises
+        `InputError` if the chat template does not render prompt and answer as the rendered prompt plus an answer.
+        """
         if isinstance(row.prompt, list):
             answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
             prompt, full = self.prompt_text(row), self.processor.apply_chat_template(row.prompt + answer)
@@ -84,7 +87,7 @@ class PairCollator:
         return ended[: row.max_answer]
 
     def prompt_text(self, row: Row) -> str:
-        """The prompt as text: as it stands, or messages as the chat template renders them."""
+        """The prompt as text: a text prompt as it is, messages as the chat template renders them."""
         if isinstance(row.prompt, str):
             return row.prompt
         return self.processor.apply_chat_template(row.prompt, add_generation_prompt=True)
@@ -96,12 +99,12 @@ def with_answers(
     pad_id: int,
     answer_types: Mapping[str, int] = MappingProxyType({}),
 ) -> Batch:
-    """P prompts followed by their answers: with k lists of P answers a batch of k P rows, list after list.
+    """Append answers to P prompts. k lists of P answers give a batch of k P sequences, list after list.
 
-    Outputs of the shape of `input_ids` (masks, token types) grow with the answers: 1 in the attention mask, in the
-    others what `answer_types` says, or 0, which is "text". All other outputs (pixel_values, image_grid_thw, ...)
-    are repeated k times.
-    Rows are padded on the right with `pad_id`. Labels are the answers' tokens, `IGNORE_INDEX` elsewhere.
+    Padding is removed from the prompts, and sequences are padded on the right with `pad_id`. Other outputs with the
+    shape of `input_ids` (masks, token types) are extended over the answers: by 1 in the attention mask, by
+    `answer_types[name]` or else 0 in the others. All remaining outputs (pixel_values, image_grid_thw, ...) are
+    repeated k times. Labels are the answers' tokens, and `IGNORE_INDEX` everywhere else.
     """
     ids, mask = prompts["input_ids"], prompts["attention_mask"].bool()
     rows = [(row, tokens) for group in answers for row, tokens in enumerate(group)]
@@ -114,16 +117,16 @@ def with_answers(
             inputs[key] = value.repeat(len(answers), *(1,) * (value.dim() - 1))
             continue
         inputs[key] = value.new_full((len(rows), width), pad_id if key == "input_ids" else 0)
-        for place, (row, _) in enumerate(rows):
-            inputs[key][place, : lengths[row]] = value[row, mask[row]]
-    for place, (row, tokens) in enumerate(rows):
+        for index, (row, _) in enumerate(rows):
+            inputs[key][index, : lengths[row]] = value[row, mask[row]]
+    for index, (row, tokens) in enumerate(rows):
         span = slice(lengths[row], lengths[row] + len(tokens))
-        inputs["input_ids"][place, span] = labels[place, span] = ids.new_tensor(tokens)
+        inputs["input_ids"][index, span] = labels[index, span] = ids.new_tensor(tokens)
         for key, value in {"attention_mask": 1, **answer_types}.items():
-            inputs[key][place, span] = value
+            inputs[key][index, span] = value
     return Batch(inputs, shift_labels(labels))
 
 
 def to_device(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
-    """The tensors of `inputs` on `device`."""
+    """`inputs` with their tensors moved to `device`."""
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in inputs.items()}

@@ -1,11 +1,12 @@
-"""Rows from data sets of the `datasets` library: of the Hub, or of a local folder.
+"""Rows from datasets of the `datasets` library: on the Hub, or in a local folder.
 
-Columns are those of data.py and layouts.py; other columns are not read. Images (of the feature `Image`, or bytes)
-stay in the data set's memory-mapped file until a batch needs them.
+Only the columns of rows.py and layouts.py are read. Images (of the feature `Image`, or bytes) stay in the dataset's
+memory-mapped file until a batch needs them.
 """
 
 from __future__ import annotations
 
+import contextlib
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -24,17 +25,17 @@ from cwdpo_trainer.errors import InputError, describe, require
 
 NAME = re.compile(r"(?P<name>[^:]+)(?::(?P<configuration>[^:\[\]]+)(?=:))?(?::(?P<split>.+))?")
 IMAGE_COLUMNS = ("image", "images")
-BATCH = 1000  # rows that are turned into Python objects at a time
+BATCH = 1000  # rows to convert to Python objects at a time
 
 
 class DatasetSource(Source):
-    """`dataset` under the name that messages use."""
+    """A dataset in memory or on disk, called `name` in messages."""
 
     def __init__(self, name: str, dataset: Dataset, folder: Path) -> None:
         self.name = name
         self.folder = folder
         self.dataset = dataset
-        # Arrow's own tables: the library would decode images, and copy their bytes to look at a row.
+        # Arrow tables, because the library's own format would decode every image of a row that is read.
         self.tables = dataset.with_format("arrow")
 
     def rows(self) -> Iterator[tuple[str, Any]]:
@@ -43,17 +44,16 @@ class DatasetSource(Source):
         others = [column for column in self.dataset.column_names if column in ALL_COLUMNS and column not in stored]
         known, found = ", ".join(sorted(ALL_COLUMNS)), ", ".join(self.dataset.column_names)
         require(bool(others), self.name, "columns", f"some of {known}", found)
-        texts = self.tables.select_columns(others)
-        place = 0
-        for table in texts.iter(batch_size=BATCH):
+        index = 0
+        for table in self.tables.select_columns(others).iter(batch_size=BATCH):
             for values in table.to_pylist():
                 for column in stored:
-                    values[column] = self._pictures(place, column, counts[column][place])
-                yield f"{self.name}[{place}]", _without_nulls(values)
-                place += 1
+                    values[column] = self._images(index, column, counts[column][index])
+                yield f"{self.name}[{index}]", _without_nulls(values)
+                index += 1
 
     def digest(self) -> str:
-        """The library's fingerprint: of the files and the split for a loaded data set, else as it was saved."""
+        """The library's fingerprint: of the source files and the split, or of the saved dataset."""
         return self.dataset._fingerprint
 
     def unused_columns(self) -> list[str]:
@@ -64,7 +64,7 @@ class DatasetSource(Source):
         return column in schema.names and _contains_bytes(schema.field(column).type)
 
     def _image_counts(self, column: str) -> list[int | None]:
-        """Images in each row: an int for a list of them, None for null."""
+        """Number of images in each row; None for null."""
         counts: list[int | None] = []
         for table in self.tables.select_columns([column]).iter(batch_size=BATCH):
             values = table[column]
@@ -72,19 +72,19 @@ class DatasetSource(Source):
             counts += found.to_pylist()
         return counts
 
-    def _pictures(self, place: int, column: str, count: int | None) -> Any:
-        pictures = [
-            StoredImage(f"{self.name}[{place}] {column}[{number}]", partial(self._read, place, column, number))
+    def _images(self, index: int, column: str, count: int | None) -> Any:
+        images = [
+            StoredImage(f"{self.name}[{index}] {column}[{number}]", partial(self._read, index, column, number))
             for number in range(count or 0)
         ]
-        return pictures[0] if column == "image" and len(pictures) == 1 else pictures or None
+        return images[0] if column == "image" and len(images) == 1 else images or None
 
-    def _read(self, place: int, column: str, number: int) -> bytes:
-        value = self.tables[place : place + 1][column][0].as_py()
+    def _read(self, index: int, column: str, number: int) -> bytes:
+        value = self.tables[index : index + 1][column][0].as_py()
         value = value[number] if isinstance(value, list) else value
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
         if data is None and path is None:
-            raise OSError("no bytes and no path")
+            raise OSError("the cell has neither bytes nor a path")
         return (self.folder / path).read_bytes() if data is None else data
 
 
@@ -96,32 +96,35 @@ def _contains_bytes(kind: pa.DataType) -> bool:
     if _is_list(kind):
         return _contains_bytes(kind.value_type)
     if pa.types.is_struct(kind):
-        return any(_contains_bytes(kind.field(place).type) for place in range(kind.num_fields))
+        return any(_contains_bytes(kind.field(index).type) for index in range(kind.num_fields))
     return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
 
 
 def _without_nulls(value: Any) -> Any:
-    """A column of dicts has every key in every row, null where it was absent: a text part with an image, say."""
+    """Remove keys whose value is null: Arrow gives every struct of a column all keys, so that an image part of a
+    message has a null `text`."""
     if isinstance(value, dict):
         return {key: _without_nulls(one) for key, one in value.items() if one is not None}
     return [_without_nulls(one) for one in value] if isinstance(value, list) else value
 
 
 def open_hub(text: str, folder: Path) -> DatasetSource:
-    """The data set `hub:owner/name[:split]` or `hub:owner/name:configuration:split`."""
+    """The dataset `hub:owner/name[:split]` or `hub:owner/name:configuration:split`."""
     match = NAME.fullmatch(text.removeprefix(HUB))
-    expected = "a name of the form hub:owner/name[:split] or hub:owner/name:configuration:split"
-    require(match is not None, text, "", expected, repr(text))
+    if match is None:
+        expected = "a name of the form hub:owner/name[:split] or hub:owner/name:configuration:split"
+        raise InputError(text, "", expected, repr(text))
     name, configuration, split = match["name"], match["configuration"], match["split"] or DEFAULT_SPLIT
     return DatasetSource(text, _load(text, name, configuration, split), folder)
 
 
 def open_folder(folder: Path, split: str) -> DatasetSource:
-    """What `save_to_disk` wrote to `folder`, or the data files in it."""
+    """The dataset that `save_to_disk` wrote to `folder`, or the data files in it."""
     name = f"{folder}:{split}"
     if not any((folder / file).is_file() for file in ("state.json", "dataset_dict.json")):
         return DatasetSource(name, _load(name, str(folder), None, split), folder)
-    dataset = load_from_disk(folder)
+    with _loading(name):
+        dataset = load_from_disk(folder)
     if isinstance(dataset, DatasetDict):
         require(split in dataset, name, "split", "one of " + ", ".join(dataset), repr(split))
         return DatasetSource(name, dataset[split], folder)
@@ -131,7 +134,14 @@ def open_folder(folder: Path, split: str) -> DatasetSource:
 
 
 def _load(where: str, name: str, configuration: str | None, split: str) -> Dataset:
-    try:
+    with _loading(where):
         return load_dataset(name, configuration, split=split)
-    except (OSError, ValueError, DatasetsError) as error:
+
+
+@contextlib.contextmanager
+def _loading(where: str) -> Iterator[None]:
+    """Turn what the library raises about a dataset into an `InputError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, DatasetsError) as error:
         raise InputError(where, "", "a dataset that the `datasets` library can load", describe(error)) from error

@@ -1,7 +1,7 @@
-"""The images of rows: named when the rows are read, decoded when a batch needs them.
+"""The images of rows: referenced when the rows are read, decoded when a batch needs them.
 
-A row's image is the path of a file, a `data:` URI, or a cell of a data set. Addresses on the network are refused:
-a run that reads its images from there cannot be repeated, and stops where the network does.
+A row's image is a file, a `data:` URI or a cell of a dataset. URLs are refused, because a run that downloads its images
+is not repeatable and fails with the network.
 """
 
 from __future__ import annotations
@@ -21,39 +21,39 @@ from PIL import Image
 
 from cwdpo_trainer.errors import InputError, describe, require, shorten
 
-# What Pillow raises on files that are no image, broken ones, and ones that claim to be enormous.
+# What Pillow raises for files that are not images, are damaged, or claim to be enormous.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 class ImageRef(ABC):
-    """An image that is not decoded yet. `name` is how messages call it; equal pictures are one image."""
+    """A reference to an encoded image. References with the same `key` are equal; messages call the image `name`."""
 
     name: str
 
     @abstractmethod
     def read_bytes(self) -> bytes:
-        """The encoded file (PNG, JPEG, ...)."""
+        """The encoded image (PNG, JPEG, ...)."""
 
     @property
     @abstractmethod
     def key(self) -> str:
-        """What says whether two pictures are the same."""
+        """Identifies the image: references with the same key are the same image."""
 
     def name_from(self, folder: Path) -> str:
-        """The name as a file in `folder` should give it."""
+        """The name to use in a file in `folder`: a relative path for an image file."""
         return self.name
 
     def file(self) -> Path | BinaryIO:
-        """What to open; a path lets Pillow read no more than the header where that is enough."""
+        """What `PIL.Image.open` takes. Given a path, it reads the header alone until the pixels are needed."""
         return BytesIO(self.read_bytes())
 
     def load(self) -> Image.Image:
-        """The image as RGB, or gray as it is. Raises one of `IMAGE_ERRORS` where it cannot be read."""
+        """Decode the image as RGB, or as grayscale if it is that. Raises one of `IMAGE_ERRORS` if this fails."""
         with Image.open(self.file()) as image:
             return image.convert("RGB") if image.mode not in ("RGB", "L") else image.copy()
 
     def shape(self) -> tuple[str, tuple[int, int]]:
-        """The mode ("RGB" or "L") and size (width, height) that `load` gives, from the header alone."""
+        """Mode ("RGB" or "L") and size (width, height) of what `load` returns, read from the header alone."""
         with Image.open(self.file()) as image:
             return "L" if image.mode == "L" else "RGB", image.size
 
@@ -68,7 +68,7 @@ class ImageRef(ABC):
 
 
 class FileImage(ImageRef):
-    """A file; its path says which image it is."""
+    """An image file, identified by its path."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -89,7 +89,7 @@ class FileImage(ImageRef):
 
 
 class StoredImage(ImageRef):
-    """Bytes that `read` finds, in a data set or a row itself; a digest of them says which image it is."""
+    """An image inside a dataset or a row, identified by the SHA-256 of the bytes that `read` returns."""
 
     def __init__(self, name: str, read: Callable[[], bytes]) -> None:
         self.name = name
@@ -103,13 +103,13 @@ class StoredImage(ImageRef):
         return "sha256:" + hashlib.sha256(self.read()).hexdigest()
 
 
-def unreadable(where: str, picture: ImageRef, error: Exception) -> InputError:
+def unreadable(where: str, image: ImageRef, error: Exception) -> InputError:
     """The error for an image of the row at `where` that raised one of `IMAGE_ERRORS`."""
-    return InputError(where, "images", "readable image files", f"{picture.name} ({describe(error)})")
+    return InputError(where, "images", "readable image files", f"{image.name} ({describe(error)})")
 
 
 def image_refs(where: str, values: dict[str, Any], folder: Path) -> tuple[ImageRef, ...]:
-    """The pictures in the columns `image` or `images` of a row; relative paths start at `folder`."""
+    """The images of a row's column `image` or `images`. Relative paths start at `folder`."""
     require(not ("image" in values and "images" in values), where, "columns", "either image or images", "both")
     if "image" in values:
         image = values["image"]
@@ -118,26 +118,24 @@ def image_refs(where: str, values: dict[str, Any], folder: Path) -> tuple[ImageR
     ok = isinstance(images, list) and all(isinstance(image, (str, ImageRef)) for image in images)
     require(ok, where, "images", "a list of paths or data: URIs", shorten(repr(images)))
     return tuple(
-        image if isinstance(image, ImageRef) else _picture(where, f"{where} images[{place}]", image, folder)
-        for place, image in enumerate(images)
+        image if isinstance(image, ImageRef) else _image_ref(where, f"{where} images[{index}]", image, folder)
+        for index, image in enumerate(images)
     )
 
 
-def _picture(where: str, name: str, text: str, folder: Path) -> ImageRef:
+def _image_ref(where: str, name: str, text: str, folder: Path) -> ImageRef:
     if text.startswith("data:"):
         head, comma, payload = text.partition(",")
         ok = bool(comma) and head.endswith(";base64")
         require(ok, where, "images", "URIs of the form data:image/...;base64,...", repr(text[:40]))
         try:
             data = base64.b64decode(payload, validate=True)
-        except binascii.Error as error:
+        except (binascii.Error, ValueError) as error:
             raise InputError(where, "images", "valid base64", describe(error)) from error
         return StoredImage(name, partial(bytes, data))
-    address = text.startswith(("http://", "https://"))
-    require(not address, where, "images", "local files (download them first)", text)
+    is_url = text.startswith(("http://", "https://"))
+    require(not is_url, where, "images", "local files (download them first)", shorten(text))
     path = folder / text
-    # A system cannot even look for a longer name; a picture's own bytes would be one.
-    fits = all(len(part) <= 255 for part in path.parts)
-    require(fits, where, "images", "file paths or data: URIs", f"{text[:60]!r}...")
-    require(path.is_file(), where, "images", "an existing file", path)
+    # os.path.isfile is false, instead of raising, for names that are too long and folders that cannot be searched.
+    require(os.path.isfile(path), where, "images", "an existing file or a data: URI", shorten(path))
     return FileImage(path)

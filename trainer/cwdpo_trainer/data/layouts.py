@@ -1,6 +1,6 @@
-"""Rows as other projects lay them out, turned into the columns prompt, chosen, rejected, images.
+"""Rows in the layouts of other projects, converted to the columns prompt, chosen, rejected and images.
 
-A row's columns say which layout it has:
+The columns of a row determine its layout:
 
     messages + rejected_response   ms-swift: the last message is the chosen answer
     messages + rejected_messages   ms-swift: two conversations that differ in their last message
@@ -8,11 +8,11 @@ A row's columns say which layout it has:
                                    {"role": ..., "content": ...}; `system` is optional
     instruction + chosen + rejected   LLaMA-Factory's alpaca: `input`, `system` and `history` are optional
     prompt + chosen + rejected     TRL: text or messages
-    chosen + rejected              TRL without a prompt: it is what both begin with
+    chosen + rejected              TRL without a prompt: the common start of both answers is the prompt
 
-A column that is null counts as absent. Where messages of plain text come with images, each tag `<image>` becomes
-an image part of its message; without any tag the images go before the text of the first user message. A text
-that has a model's own placeholder (`<|image_pad|>`, `[IMG]`, ...) is used as it stands.
+A null column counts as absent. If messages of plain text come with images, each tag `<image>` becomes an image part of
+its message. Without any tag, the images go before the text of the first user message. Text with a model's own
+placeholder (`<|image_pad|>`, `[IMG]`, ...) is used as it is.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ Values = dict[str, Any]
 Message = dict[str, Any]
 
 COLUMNS = ("prompt", "chosen", "rejected", "images", "image", "references", "negative_source")
-# Beside the columns of its layout a row may have these; `METADATA` is not used.
+# A row of any layout may also have these columns. `METADATA` is accepted and ignored.
 SHARED = frozenset({"images", "image", "references", "negative_source"})
 METADATA = frozenset({"id", "prompt_id", "score_chosen", "score_rejected", "margin", "source"})
-# All that a row of some layout may have and that is used.
+# Every column that some layout uses.
 ALL_COLUMNS = SHARED | {
     "prompt", "chosen", "rejected", "messages", "rejected_response", "rejected_messages", "rejected_images",
     "conversations", "system", "instruction", "input", "history",
@@ -41,11 +41,11 @@ PLACEHOLDER = re.compile(r"<[^<>\s]*(?:image|IMG)[^<>\s]*>|\[IMG\]")
 
 
 def canonical(where: str, values: Values) -> Values:
-    """`values` with the columns `COLUMNS` alone. Raises `InputError` for a row of no layout, or a wrong one."""
+    """Convert a row of any layout to `COLUMNS`. Raises `InputError` if the row has no known layout or breaks its
+    rules."""
     values = {name: value for name, value in values.items() if value is not None}
     convert, own = _layout(where, values)
-    known = set(own) | SHARED | METADATA
-    unknown = sorted(set(values) - known)
+    unknown = sorted(set(values) - set(own) - SHARED - METADATA)
     names = ", ".join([*own, *(name for name in COLUMNS if name in SHARED)])
     require(not unknown, where, "columns", f"only {names}", f"also {', '.join(unknown)}")
     row = {name: value for name, value in values.items() if name in SHARED}
@@ -56,9 +56,9 @@ def canonical(where: str, values: Values) -> Values:
 
 
 def _layout(where: str, values: Values) -> tuple[Callable[[str, Values], Values], tuple[str, ...]]:
-    """How to convert the row, and the columns that its layout has."""
+    """The function that converts the row, and the columns of its layout."""
     if "prompt" in values:
-        same = values.get("messages") == values.get("chosen")  # some sets repeat the chosen conversation
+        same = values.get("messages") == values.get("chosen")  # some datasets repeat the chosen conversation
         return _preference, ("prompt", "chosen", "rejected", *(("messages",) if same else ()))
     if "messages" in values and ("rejected_response" in values or "rejected_messages" in values):
         return _swift, ("messages", "rejected_response", "rejected_messages", "rejected_images", "system")
@@ -80,7 +80,7 @@ def _layout(where: str, values: Values) -> tuple[Callable[[str, Values], Values]
 
 
 def _preference(where: str, values: Values) -> Values:
-    """TRL. A prompt that is text beside two conversations is only a copy of what they begin with."""
+    """TRL. A text prompt next to two conversations repeats their common start, so it is ignored."""
     row = {name: values[name] for name in ("prompt", "chosen", "rejected") if name in values}
     conversations = all(_is_conversation(row.get(name)) for name in ("chosen", "rejected"))
     return _implicit(where, row) if conversations and isinstance(row["prompt"], str) else row
@@ -91,15 +91,16 @@ def _is_conversation(value: Any) -> bool:
 
 
 def _implicit(where: str, values: Values) -> Values:
-    """The prompt is the longest beginning of both answers; of texts, one that ends between two words."""
+    """The prompt is the longest common start of both answers. In texts it ends before a space, which belongs to the
+    answers as tokenizers expect."""
     chosen, rejected = values["chosen"], values["rejected"]
     alike = type(chosen) is type(rejected) and isinstance(chosen, (str, list))
-    types = f"{type(chosen).__name__} and {type(rejected).__name__}"
-    require(alike, where, "chosen and rejected", "two texts or two lists of messages", types)
+    kinds = f"{type(chosen).__name__} and {type(rejected).__name__}"
+    require(alike, where, "chosen and rejected", "two texts or two lists of messages", kinds)
     pairs = zip(chosen, rejected, strict=False)
     shorter = min(len(chosen), len(rejected))
-    length = next((place for place, (one, other) in enumerate(pairs) if one != other), shorter)
-    if isinstance(chosen, str):  # the space before an answer belongs to it, as tokenizers have it
+    length = next((index for index, (one, other) in enumerate(pairs) if one != other), shorter)
+    if isinstance(chosen, str):
         length = max((match.start() for match in re.finditer(r"\s+", chosen[:length])), default=0)
     else:
         length = min(length, shorter - 1)
@@ -113,9 +114,8 @@ def _swift(where: str, values: Values) -> Values:
         one = "rejected_response" not in values
         require(one, where, "columns", "either rejected_response or rejected_messages", "both")
         same = values.get("rejected_images", values.get("images")) == values.get("images")
-        require(
-            same, where, "rejected_images", "the same value as images", shorten(repr(values.get("rejected_images")))
-        )
+        got = shorten(repr(values.get("rejected_images")))
+        require(same, where, "rejected_images", "the same value as images", got)
         rejected = _conversation(where, "rejected_messages", values["rejected_messages"], values.get("system"))
         return _implicit(where, {"chosen": messages, "rejected": rejected})
     role = messages[-1]["role"]
@@ -130,7 +130,8 @@ def _sharegpt(where: str, values: Values) -> Values:
     name = "messages" if "messages" in values else "conversations"
     prompt = _conversation(where, name, values[name], values.get("system"))
     role = prompt[-1]["role"]
-    require(role != "assistant", where, name, "a last message from the user (the answers follow it)", f"role {role!r}")
+    expected = "a last message from the user (the answers follow it)"
+    require(role != "assistant", where, name, expected, f"role {role!r}")
     answers = {}
     for column in ("chosen", "rejected"):
         answer = values[column]
@@ -146,7 +147,8 @@ def _sharegpt(where: str, values: Values) -> Values:
 def _alpaca(where: str, values: Values) -> Values:
     asked = [values["instruction"], values.get("input", "")]
     texts = all(isinstance(text, str) for text in asked) and bool(asked[0].strip())
-    require(texts, where, "instruction and input", "texts, and an instruction that is not empty", shorten(repr(asked)))
+    expected = "texts, and an instruction that is not empty"
+    require(texts, where, "instruction and input", expected, shorten(repr(asked)))
     turns = values.get("history", [])
     pairs = isinstance(turns, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in turns)
     require(pairs, where, "history", "a list of [question, answer] pairs", shorten(repr(turns)))
@@ -159,7 +161,7 @@ def _alpaca(where: str, values: Values) -> Values:
 
 
 def _conversation(where: str, name: str, value: Any, system: Any) -> list[Message]:
-    """Messages of either form as {"role", "content"}, after one of the text `system` where there is one."""
+    """Messages of either form as {"role", "content"}, after a message with the text `system` if there is one."""
     ok = isinstance(value, list) and bool(value)
     require(ok, where, name, "a non-empty list of messages", shorten(repr(value)))
     messages = []
@@ -167,10 +169,11 @@ def _conversation(where: str, name: str, value: Any, system: Any) -> list[Messag
         fields = message if isinstance(message, dict) else {}
         role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
         ok = isinstance(role, str) and isinstance(content, (str, list))
-        require(ok, where, name, "messages with role and content, or with from and value", shorten(repr(message)))
+        expected = "messages with role and content, or with from and value"
+        require(ok, where, name, expected, shorten(repr(message)))
         role = ROLES.get(role, role)
         known = ("system", "user", "assistant", "tool")
-        require(role in known, where, name, "roles out of " + ", ".join([*known, *ROLES]), repr(role))
+        require(role in known, where, name, "roles out of " + ", ".join([*known, *ROLES]), shorten(repr(role)))
         messages.append({"role": role, "content": content})
     if system:
         require(isinstance(system, str), where, "system", "text", type(system).__name__)
@@ -179,20 +182,20 @@ def _conversation(where: str, name: str, value: Any, system: Any) -> list[Messag
 
 
 def _answer(message: Message) -> str | list[Message]:
-    """The text of an answer, or the answer as it is if it has parts."""
+    """The text of an answer; the whole message if its content has parts."""
     return message["content"] if isinstance(message["content"], str) else [message]
 
 
 def _image_path(image: Any) -> Any:
-    """An image may be {"path": ...}, which is how data set libraries write it."""
+    """The path of an image written as {"path": ...}, as the `datasets` library does."""
     return image["path"] if isinstance(image, dict) and isinstance(image.get("path"), str) else image
 
 
 def _with_image_parts(where: str, row: Values) -> Values:
-    """The row with its images as parts of the messages of the prompt, if these are all plain text."""
+    """Turn the row's images into parts of the prompt's messages, if all of these are plain text."""
     prompt = row.get("prompt")
     images = [row["image"]] if "image" in row else row.get("images")
-    if not images or not isinstance(images, list) or not isinstance(prompt, list):
+    if not images or not prompt or not isinstance(images, list) or not isinstance(prompt, list):
         return row
     contents = [message.get("content") if isinstance(message, dict) else None for message in prompt]
     if not all(isinstance(content, str) for content in contents):
@@ -206,20 +209,22 @@ def _with_image_parts(where: str, row: Values) -> Values:
     if not found:
         first = next((message for message in messages if message.get("role") == "user"), messages[0])
         first["content"] = [{"type": "image"} for _ in images] + first["content"]
-    # Templates that walk over parts drop plain text, so that the answers have parts too.
+    # Chat templates that iterate over parts drop plain text, so the answers get parts too.
     answers = {name: _answer_parts(row[name]) for name in ("chosen", "rejected") if name in row}
     return {**row, "prompt": messages, **answers}
 
 
 def _parts(text: str) -> list[Message]:
+    """`text` as message parts, with an image part for each tag."""
     parts: list[Message] = []
-    for place, piece in enumerate(text.split(TAG)):
-        parts += [{"type": "image"}] if place else []
+    for index, piece in enumerate(text.split(TAG)):
+        parts += [{"type": "image"}] if index else []
         parts += [{"type": "text", "text": piece}] if piece else []
     return parts
 
 
 def _answer_parts(answer: Any) -> Any:
+    """An answer with its text as a message part. Other values are returned unchanged, for the checks in rows.py."""
     if isinstance(answer, str) and answer.strip():
         return [{"role": "assistant", "content": [{"type": "text", "text": answer}]}]
     if isinstance(answer, list):

@@ -1,13 +1,14 @@
-"""How long rows are in tokens, and what happens to those that are longer than `data.max_length`.
+"""Lengths of rows in tokens, and what happens to rows longer than `data.max_length`.
 
-Tokens of an image depend on its size alone, so the processor sees a blank image of the same size, and each size
-once: lengths are exact, and no image is decoded. Image tokens are never cut, prompts neither. What gives way is
+The number of an image's tokens depends on its size alone. So the meter passes blank images of the same sizes to the
+processor, once per size: lengths are exact, and no image is decoded. Prompts and image tokens are never cut. The
+policies are
 
-    trim     the end of an answer; one that is cut has no end-of-sequence token, as it did not end there
-    shrink   the resolution of the row's images, for processors that make fewer tokens of smaller ones
-    skip     the row
+    trim     cut the ends of the answers; a cut answer has no end-of-sequence token, as it did not end there
+    shrink   lower the resolution of the row's images, for processors that make fewer tokens from smaller images
+    skip     skip the row
 
-A row that is still too long is left out, and so is one whose answers are alike after the cut.
+A row that still does not fit is skipped, and so is one whose answers are equal after the cut.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from cwdpo_trainer.data.images import IMAGE_ERRORS, ImageRef, unreadable
 from cwdpo_trainer.data.rows import SHOWN, Row
 from cwdpo_trainer.errors import InputError, require
 
-SMALLEST = 1 / 64  # of an image's pixels, 1 / 8 of its sides: what `shrink` goes down to
-STEPS = 8  # of the bisection between that and the whole
+SMALLEST_SHARE = 1 / 64  # of an image's pixels (1 / 8 of its sides): the lowest resolution that `shrink` tries
+BISECTIONS = 8  # steps of `shrink` between that and the full resolution
 
 
 class Length(NamedTuple):
-    """Tokens of a row: the `prompt` with its `image` tokens, and the answers with the end-of-sequence token."""
+    """Tokens of a row: of its `prompt`, of the `image` tokens in it, and of its answers (end of sequence included)."""
 
     prompt: int
     image: int
@@ -44,12 +45,15 @@ class Length(NamedTuple):
 
     @property
     def total(self) -> int:
-        """Of the longer of the row's two sequences."""
+        """Tokens of the prompt and the longer answer."""
         return self.prompt + max(self.chosen, self.rejected)
 
 
 class LengthMeter:
-    """Row -> `Length`, as `collator` would have it. Raises `InputError` for a row that it cannot read."""
+    """Row -> `Length`, as in a batch of `collator`. Raises `InputError` about an image that cannot be read.
+
+    The first row with images is also processed as it is, to verify that blank images give the same length.
+    """
 
     def __init__(self, collator: PairCollator) -> None:
         processor = copy.copy(collator.processor)
@@ -59,7 +63,7 @@ class LengthMeter:
         self._unverified: PairCollator | None = collator
 
     def __call__(self, row: Row) -> Length:
-        ids = self._prompt(row)
+        ids = self._prompt_ids(row, [_blank(row, image) for image in row.images])
         if row.images and self._unverified is not None:
             self._verify(self._unverified, row, len(ids))
             self._unverified = None
@@ -67,25 +71,23 @@ class LengthMeter:
         return Length(len(ids), int(np.isin(ids, self.image_ids).sum()), *answers)
 
     def counts_pixels(self, row: Row) -> bool:
-        """Whether the processor makes fewer tokens of smaller images."""
+        """Whether the processor makes fewer tokens from smaller images."""
         sizes = [(1024, 1024), (16, 16)]
-        large, small = (len(self._prompt(row, [_Blank("RGB", size)] * len(row.images))) for size in sizes)
+        large, small = (len(self._prompt_ids(row, [_BlankImage("RGB", size)] * len(row.images))) for size in sizes)
         return small < large
 
     def _verify(self, collator: PairCollator, row: Row, measured: int) -> None:
-        """The first row with images is also processed as it is: what this class rests on is looked at once."""
         real = collator.prompts([row])["input_ids"].shape[1]
         what = f"prompt tokens of {type(collator.processor).__name__}"
         require(real == measured, row.where, what, f"{measured}, as with blank images of the same sizes", real)
 
-    def _prompt(self, row: Row, blanks: Sequence[ImageRef] | None = None) -> list[int]:
-        blanks = [_blank(row, picture) for picture in row.images] if blanks is None else blanks
-        (ids,) = self.collator.prompts([dataclasses.replace(row, images=tuple(blanks))])["input_ids"].tolist()
+    def _prompt_ids(self, row: Row, images: Sequence[ImageRef]) -> list[int]:
+        (ids,) = self.collator.prompts([dataclasses.replace(row, images=tuple(images))])["input_ids"].tolist()
         return ids
 
 
-class _Blank(ImageRef):
-    """An image without content."""
+class _BlankImage(ImageRef):
+    """A black image of a given mode and size."""
 
     def __init__(self, mode: str, size: tuple[int, int]) -> None:
         self.mode, self.size = mode, size
@@ -102,15 +104,15 @@ class _Blank(ImageRef):
         return Image.new(self.mode, self.size)
 
 
-def _blank(row: Row, picture: ImageRef) -> _Blank:
+def _blank(row: Row, image: ImageRef) -> _BlankImage:
     try:
-        return _Blank(*picture.shape())
+        return _BlankImage(*image.shape())
     except IMAGE_ERRORS as error:
-        raise unreadable(row.where, picture, error) from error
+        raise unreadable(row.where, image, error) from error
 
 
 class _OncePerShape:
-    """An image processor that works once for all images of the same shapes, and keeps shapes without content."""
+    """An image processor that runs once per combination of image shapes, and keeps the shapes of its outputs."""
 
     def __init__(self, processor: Any) -> None:
         self._processor = processor
@@ -126,11 +128,11 @@ class _OncePerShape:
             for name, value in outputs.items():
                 outputs[name] = _without_content(value)
             self._outputs[key] = outputs
-        return copy.copy(self._outputs[key])  # processors take entries out
+        return copy.copy(self._outputs[key])  # a processor removes entries from it
 
 
 def _without_content(value: Any) -> Any:
-    """Pixels of the same shape that take no memory; grids and masks as they are."""
+    """Zeros of the same shape that share one element of memory, in place of pixels. Grids and masks are kept."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.new_zeros(()).expand(value.shape)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":
@@ -140,7 +142,7 @@ def _without_content(value: Any) -> Any:
 
 @dataclass
 class Fit:
-    """What became of a data set's rows: those that stay and their lengths, where those were that changed or left."""
+    """A dataset after `fit_rows`: the remaining rows with their lengths, and where rows were changed or skipped."""
 
     rows: list[Row] = field(default_factory=list)
     lengths: list[Length] = field(default_factory=list)
@@ -153,28 +155,29 @@ class Fit:
         return self.trimmed + self.shrunk
 
     def report(self, name: str, max_length: int) -> str:
+        """One line: how many rows were changed or skipped, and the first of them."""
         total = len(self.rows) + len(self.skipped)
         changes = [
-            f"{len(places)} {what} ({', '.join(places[:SHOWN])}{', ...' if len(places) > SHOWN else ''})"
-            for what, places in (
-                ("have an answer trimmed", self.trimmed),
+            f"{len(rows)} of {total} rows {what} ({', '.join(rows[:SHOWN])}{', ...' if len(rows) > SHOWN else ''})"
+            for what, rows in (
+                ("have trimmed answers", self.trimmed),
                 ("have smaller images", self.shrunk),
-                ("are left out", self.skipped),
+                ("are skipped", self.skipped),
             )
-            if places
+            if rows
         ]
-        return f"{name}: of {total} rows " + ("; ".join(changes) or "all fit") + f" (max_length {max_length})"
+        return f"{name}, max_length {max_length}: " + ("; ".join(changes) or f"all {total} rows fit")
 
 
 def fit_rows(rows: Sequence[Row], meter: LengthMeter, max_length: int, policy: str) -> Fit:
-    """Make `rows` fit into `max_length` tokens by the policy `trim`, `shrink` or `skip`.
+    """Make `rows` fit into `max_length` tokens by `policy`: `trim`, `shrink` or `skip`.
 
-    Raises `InputError` where no row is left, or where `shrink` cannot work with the processor.
+    Raises `InputError` if no row remains, or if `shrink` cannot work with the processor.
     """
     fit = Fit()
     change: Callable[[Row, Length, LengthMeter, int], Row | None] = POLICIES[policy]
     changed = {"trim": fit.trimmed, "shrink": fit.shrunk}
-    for row in tqdm(rows, "lengths of rows", delay=2, leave=False, disable=None):  # some 3 ms a row
+    for row in tqdm(rows, "lengths of rows", delay=2, leave=False, disable=None):  # about 3 ms per row
         length = meter(row)
         fitting = row if length.total <= max_length else change(row, length, meter, max_length)
         if fitting is None:
@@ -199,16 +202,16 @@ def _trim(row: Row, length: Length, meter: LengthMeter, max_length: int) -> Row 
 
 
 def _shrink(row: Row, length: Length, meter: LengthMeter, max_length: int) -> Row | None:
-    """The largest pixel budget that fits, by bisection in the logarithm."""
+    """Find the largest pixel budget that fits, by bisection on a logarithmic scale."""
     if not row.images:
         return None
     if not meter.counts_pixels(row):
         processor = type(meter.collator.processor).__name__
         expected = f"trim or skip, as {processor} makes as many tokens from a small image as from a large one"
         raise InputError("config", "data.over_length", expected, f"shrink ({row.where} has {length.total} tokens)")
-    largest = max(math.prod(picture.shape()[1]) for picture in row.images)
-    best, low, high = None, SMALLEST, 1.0
-    for step in range(STEPS):
+    largest = max(math.prod(image.shape()[1]) for image in row.images)
+    best, low, high = None, SMALLEST_SHARE, 1.0
+    for step in range(BISECTIONS):
         share = low if step == 0 else math.sqrt(low * high)
         smaller = dataclasses.replace(row, max_pixels=max(1, int(largest * share)))
         if meter(smaller).total <= max_length:

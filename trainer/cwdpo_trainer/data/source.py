@@ -1,4 +1,4 @@
-"""What every kind of data set gives: rows with their places, and a digest."""
+"""The interface of a source of rows: a file or a dataset."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ DEFAULT_SPLIT = "train"
 
 
 class Source(ABC):
-    """`name` is how messages call it; relative paths of images start at `folder`."""
+    """Messages call the source `name`. Relative image paths start at `folder`."""
 
     name: str
     folder: Path
 
     @abstractmethod
     def rows(self) -> Iterator[tuple[str, Any]]:
-        """(place, what stands there) of each row; an `InputError` in place of a row that cannot be parsed."""
+        """(where, values) of each row. The values of a row that cannot be parsed are an `InputError`."""
 
     @abstractmethod
     def digest(self) -> str:
-        """So that a run can tell whether it goes on with the data that it started with."""
+        """Identifies the content, so that a run can refuse to resume with other data."""
 
     def unused_columns(self) -> list[str]:
-        """Columns that are there and not read. Files have none: there an unknown name is a mistake."""
+        """Columns that are not read. A file has none: there, an unknown column is an error."""
         return []

@@ -1,16 +1,17 @@
-"""Where rows come from: JSONL and JSON files here, data sets of the `datasets` library in hub.py.
+"""Sources of rows: JSONL and JSON files here, datasets of the `datasets` library in hub.py.
 
-    train.jsonl, train.json      one object a line, or an array of objects
-    folder[:split]               a data set saved by `datasets`, or a folder of its data files (Parquet, ...)
-    hub:owner/name[:split]       a data set of the Hub; hub:owner/name:configuration:split where it has several
+    train.jsonl, train.json      one object per line, or an array of objects
+    folder[:split]               a dataset saved by `datasets`, or a folder with data files (Parquet, ...)
+    hub:owner/name[:split]       a dataset on the Hub; hub:owner/name:configuration:split if it has several
 
-The split is `train` where none is given; it may be a slice, as in `hub:owner/name:train[:1000]`.
+The split defaults to `train`. It may be a slice, as in `hub:owner/name:train[:1000]`.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,23 +21,25 @@ from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.files import read_text
 
+GAP = re.compile(r"\s*")
+
 
 def open_source(text: str | Path, base: Path = Path()) -> Source:
-    """The source that `text` names, as in the table above; paths start at `base`."""
+    """The source named by `text`, in one of the forms above. Relative paths start at `base`."""
     text = str(text)
     if not text.startswith(HUB):
         folder, _, split = text.rpartition(":")
-        if (base / text).is_dir():
+        if os.path.isdir(base / text):
             folder, split = text, DEFAULT_SPLIT
-        if not folder or not (base / folder).is_dir():
+        if not folder or not os.path.isdir(base / folder):
             return FileSource(base / text)
-    from cwdpo_trainer.data.hub import open_folder, open_hub  # `datasets` takes a second to import
+    from cwdpo_trainer.data.hub import open_folder, open_hub  # importing `datasets` takes a second
 
     return open_hub(text, base) if text.startswith(HUB) else open_folder(base / folder, split)
 
 
 class FileSource(Source):
-    """One JSON object a line or, in a .json file, an array of objects."""
+    """A file with one JSON object per line, or a .json file with an array of objects."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -50,10 +53,11 @@ class FileSource(Source):
             return
         for number, line in enumerate(text.split("\n"), start=1):
             if line.strip():
+                where = f"{self.name}:{number}"
                 try:
-                    yield f"{self.name}:{number}", json.loads(line)
-                except json.JSONDecodeError as error:
-                    yield f"{self.name}:{number}", _not_json(f"{self.name}:{number}", error)
+                    yield where, json.loads(line)
+                except ValueError as error:
+                    yield where, _not_json(where, error)
 
     def digest(self) -> str:
         """SHA-256 of the file."""
@@ -61,27 +65,28 @@ class FileSource(Source):
             return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _not_json(where: str, error: json.JSONDecodeError) -> InputError:
+def _not_json(where: str, error: ValueError) -> InputError:
     return InputError(where, "", "valid JSON", error)
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
-    """The elements of an array, each with the line that it begins in. Nothing after a mistake can be read."""
-    decoder, gap = json.JSONDecoder(), re.compile(r"\s*")
-    place, number, separator = text.index("["), 1, "["
-    line_start = 0  # up to here `number` has counted
+    """The elements of an array, each with the line it starts on. Raises `InputError` at the first syntax error, as what
+    follows cannot be parsed."""
+    decoder = json.JSONDecoder()
+    position, number, separator = text.index("["), 1, "["
+    counted = 0  # `number` is the line of this position
     while separator != "]":
-        start = gap.match(text, place + 1).end()
+        start = GAP.match(text, position + 1).end()
         if separator == "[" and text[start : start + 1] == "]":
             return
-        number, line_start = number + text.count("\n", line_start, start), start
+        number, counted = number + text.count("\n", counted, start), start
         where = f"{path}:{number}"
         try:
             value, end = decoder.raw_decode(text, start)
-        except json.JSONDecodeError as error:
+        except ValueError as error:
             raise _not_json(where, error) from error
         yield where, value
-        place = gap.match(text, end).end()
-        separator = text[place : place + 1]
+        position = GAP.match(text, end).end()
+        separator = text[position : position + 1]
         found = repr(separator) if separator else "the end of the file"
         require(separator in (",", "]"), where, "", "',' or ']' after the row", found)
