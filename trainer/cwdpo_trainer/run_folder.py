@@ -1,55 +1,124 @@
-"""The folder of a run: the names in it, the record that ties it to one run, and which stages are done.
+"""The run folder: what is in it, who writes it, and what counts as done.
 
-It holds
+    run.json            run.py: the config and the digests of the datasets, before the first step. The folder
+                        continues this run only (`RunFolder.check`).
+    run.lock            locked by the main process while it trains (`RunFolder.acquire`)
+    checkpoints/STAGE/checkpoint-STEP/
+                        stages/base.py: a checkpoint of transformers.Trainer and the stage's own state. The file
+                        COMPLETE, written last, declares it whole (stages/checkpoints.py); a run resumes from the
+                        newest whole checkpoint.
+    checkpoints/dpo/negatives_RANK.jsonl
+                        negatives/log.py: the negative of each pair at each step
+    reference_cache/    models/reference_cache.py: log-probs under the reference of stage 2, unless
+                        dpo.reference_cache names another folder
+    sft/, cwdpo/        run.py: the model after each stage, its processor, trainer_state.json and cooling.json;
+                        evaluation/card.py: README.md. A folder gets its name once it is whole, so a stage is done if
+                        its folder exists (`RunFolder.is_done`).
+    probes.csv, predictions.jsonl, dynamics.png
+                        evaluation/report.py: the report
+    metrics.json        evaluation/report.py, written last: the stages in it are finished (`RunFolder.is_reported`)
 
-    run.json            the configuration and digests of the data: a folder continues one run only
-    checkpoints/STAGE/  the library's checkpoints; one with a file COMPLETE was written to its end; in dpo/ also
-                        negatives_PROCESS.jsonl: where each pair's negative came from, step by step
-    reference_cache/    log-probs under stage 2's reference, unless dpo.reference_cache names another place
-    sft/, cwdpo/        the model after each stage, with processor, trainer state and card: there when it is done
-    metrics.json, probes.csv, predictions.jsonl, dynamics.png   see report.py
+STAGE is sft or dpo, RANK the index of the process in a distributed run.
 """
 
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from cwdpo_trainer.config.loader import RunConfig
-from cwdpo_trainer.errors import require
-from cwdpo_trainer.files import read_json
+from filelock import FileLock, Timeout
 
-RECORD_FILE = "run.json"
-STATE_FILE = "trainer_state.json"
-COOLING_FILE = "cooling.json"  # the `Cooling` of stage 2: in its checkpoints and beside its model
-MODEL_FOLDERS = {"sft": "sft", "dpo": "cwdpo"}  # of the model after each stage
+from cwdpo_trainer.config.loader import STAGES, RunConfig
+from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.files import read_json, write_json
+
+STATE_FILE = "trainer_state.json"  # in a checkpoint and in a stage's model folder
+COOLING_FILE = "cooling.json"  # the `Cooling` of stage 2, in its checkpoints and in its model folder
+MODEL_FOLDERS = {"sft": "sft", "dpo": "cwdpo"}  # by stage
+LABEL_OF_STAGE = {"sft": "after_sft", "dpo": "after_cwdpo"}  # the model after a stage, in metrics.json
+LOCK_TIMEOUT = 5.0  # seconds; data-loading workers of a killed process may hold its lock for that long
 
 
-def record(config: RunConfig, digests: dict[str, str]) -> dict[str, Any]:
-    """What makes a run this run; where its folder lies does not matter."""
+class RunFolder:
+    """The folder of one run at `path`, which may not exist yet."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.record_file = path / "run.json"
+        self.metrics_file = path / "metrics.json"
+        self.probes_file = path / "probes.csv"
+        self.predictions_file = path / "predictions.jsonl"
+        self.picture_file = path / "dynamics.png"
+        self._lock = FileLock(path / "run.lock")
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def is_run(self) -> bool:
+        """Whether a run was started in this folder."""
+        return self.record_file.is_file()
+
+    def recorded_config(self) -> dict[str, Any]:
+        """The config that the run was started with."""
+        return read_json(self.record_file)["config"]
+
+    def write_record(self, config: RunConfig, digests: dict[str, str]) -> None:
+        """Write run.json, which ties the folder to this config and these datasets."""
+        write_json(self.record_file, _record(config, digests))
+
+    def check(self, config: RunConfig, digests: dict[str, str]) -> None:
+        """Raise `InputError` unless the folder is missing, empty, or of a run with this config and these datasets."""
+        if not self.path.exists():
+            return
+        require(self.path.is_dir(), str(self), "output_dir", "a folder", "a file")
+        if not self.is_run():
+            found = sorted(path.name for path in self.path.iterdir() if path.name != "run.lock")
+            require(not found, str(self), "output_dir", "an empty folder or that of a run",
+                    f"one with {', '.join(found[:5])}")  # fmt: skip
+            return
+        before, now = _flatten(read_json(self.record_file)), _flatten(_record(config, digests))
+        for key in sorted(before.keys() | now.keys()):
+            same = before.get(key) == now.get(key)
+            expected = f"{before.get(key)!r}, as when this run was started (or use another output_dir)"
+            require(same, str(self), key, expected, repr(now.get(key)))
+
+    def acquire(self) -> None:
+        """Lock the folder for this process, creating it if necessary. Raises `InputError` if another process holds it.
+
+        The operating system releases the lock when the process ends, however it ends.
+        """
+        self.path.mkdir(parents=True, exist_ok=True)
+        try:
+            self._lock.acquire(timeout=LOCK_TIMEOUT)
+        except Timeout:
+            expected = "a folder that no other process trains in (wait for it, or use another output_dir)"
+            raise InputError(str(self), "output_dir", expected, "one that is in use") from None
+
+    def release(self) -> None:
+        self._lock.release()
+
+    def model(self, stage: str) -> Path:
+        """The folder of the model after `stage`."""
+        return self.path / MODEL_FOLDERS[stage]
+
+    def is_done(self, stage: str) -> bool:
+        return self.model(stage).is_dir()
+
+    def done_stages(self) -> list[str]:
+        return [stage for stage in STAGES if self.is_done(stage)]
+
+    def is_reported(self, stages: Sequence[str]) -> bool:
+        """Whether metrics.json has the results of `stages`."""
+        labels = {LABEL_OF_STAGE[stage] for stage in stages}
+        return self.metrics_file.exists() and labels <= read_json(self.metrics_file).keys()
+
+
+def _record(config: RunConfig, digests: dict[str, str]) -> dict[str, Any]:
+    """What identifies a run. Where its folder is does not matter."""
     settings = {key: value for key, value in config.raw.items() if key != "output_dir"}
     return json.loads(json.dumps({"config": settings, "data": digests}, default=str))
-
-
-def check_folder(config: RunConfig, digests: dict[str, str]) -> None:
-    """The run folder is new, or that of this run. Raises `InputError` if not."""
-    folder = config.output_dir
-    if not folder.exists():
-        return
-    require(folder.is_dir(), str(folder), "output_dir", "a folder", "a file")
-    stored = folder / RECORD_FILE
-    if not stored.exists():
-        found = sorted(path.name for path in folder.iterdir())
-        require(
-            not found, str(folder), "output_dir", "an empty folder or that of a run", f"one with {', '.join(found[:5])}"
-        )
-        return
-    before, now = _flatten(read_json(stored)), _flatten(record(config, digests))
-    for key in sorted(before.keys() | now.keys()):
-        same = before.get(key) == now.get(key)
-        expected = f"{before.get(key)!r}, as when this run was started (or use another output_dir)"
-        require(same, str(folder), key, expected, repr(now.get(key)))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -57,7 +126,3 @@ def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in values.items():
         flat |= _flatten(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
     return flat
-
-
-def is_done(folder: Path, stage: str) -> bool:
-    return (folder / MODEL_FOLDERS[stage]).is_dir()

@@ -16,8 +16,9 @@ from cwdpo_trainer.errors import require
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
-from cwdpo_trainer.evaluation.summary import LABEL_OF_STAGE, REFERENCES, TITLES, environment, labels_of, printed, table
+from cwdpo_trainer.evaluation.summary import REFERENCES, TITLES, environment, labels_of, printed, table
 from cwdpo_trainer.files import replacing, write_text
+from cwdpo_trainer.run_folder import LABEL_OF_STAGE
 
 CARD, PICTURE = "README.md", "dynamics.png"
 ADAPTER_FILE = "adapter_config.json"

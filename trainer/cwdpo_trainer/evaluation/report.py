@@ -17,7 +17,6 @@ from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
 from cwdpo_trainer.evaluation.summary import (
-    LABEL_OF_STAGE,
     REFERENCES,
     TITLES,
     environment,
@@ -26,7 +25,7 @@ from cwdpo_trainer.evaluation.summary import (
     table,
 )
 from cwdpo_trainer.files import read_json, replacing, write_json, write_text
-from cwdpo_trainer.run_folder import MODEL_FOLDERS
+from cwdpo_trainer.run_folder import LABEL_OF_STAGE, MODEL_FOLDERS
 
 
 @dataclass

@@ -12,7 +12,6 @@ import torch
 import cwdpo_kernels
 from cwdpo_trainer.evaluation.history import sets_of
 
-LABEL_OF_STAGE = {"sft": "after_sft", "dpo": "after_cwdpo"}  # in metrics.json
 TITLES = {"start": "start", "after_sft": "after SFT", "after_cwdpo": "after CW-DPO"}
 REFERENCES = "reference: the initial model in stage 1, the model that stage 2 starts from in stage 2"
 PACKAGES = ("torch", "transformers", "accelerate")

@@ -26,7 +26,7 @@ from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
 from cwdpo_trainer.negatives.sampling import normalise
-from cwdpo_trainer.run_folder import check_folder
+from cwdpo_trainer.run_folder import RunFolder
 
 ERROR, WARNING = "error", "warning"
 PLACES = 5  # that a problem quotes
@@ -184,7 +184,7 @@ def folder_of_another_run(plan: Plan) -> Diagnosis | None:
     if len(plan.digests) < 2:
         return None
     try:
-        check_folder(plan.config, plan.digests)
+        RunFolder(plan.config.output_dir).check(plan.config, plan.digests)
     except InputError as error:
         return str(error), "give this run an output_dir of its own"
     return None
