@@ -1,9 +1,12 @@
-"""Cooling-Weighted DPO in TRL (1.16): its `DPOTrainer` with another loss and without logits; images, peft and all.
+"""Cooling-Weighted DPO in TRL (1.16): its `DPOTrainer` with another loss, without logits, with images and peft.
 
-before:
+Before:
+
     from trl import DPOTrainer
     DPOTrainer(model, args=args, train_dataset=pairs, processing_class=processor).train()
-after:
+
+After:
+
     from cwdpo_kernels.integrations.trl import CoolingDPOTrainer
     CoolingDPOTrainer(model, args=args, train_dataset=pairs, processing_class=processor, cooling=Cooling()).train()
 """
@@ -40,7 +43,7 @@ class CoolingDPOTrainer(DPOTrainer):
     again: a policy that has been trained since it was loaded needs `ref_model`).
 
     The head is called inside the model's forward (`attach_head`), so that hooks of wrappers see it. Logged: TRL's
-    rewards/*, logps/* (totals, nats) and num_tokens; `cooling_weight` (mean over the kept pairs), `kept` (their
+    `rewards/*`, `logps/*` (sums, nats) and `num_tokens`; `cooling_weight` (mean over the kept pairs), `kept` (their
     share), mean_logps/chosen and /rejected (nats per token). TRL's entropy, logits/* and mean_token_accuracy would
     cost another pass over the vocabulary: they are not logged.
 
