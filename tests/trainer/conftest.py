@@ -1,4 +1,4 @@
-"""A random LLaVA of one layer with its processor, and a preference data set that it can read."""
+"""Fixtures: a random LLaVA with one layer, its processor, and a small preference dataset."""
 
 from __future__ import annotations
 
@@ -27,7 +27,9 @@ from cwdpo_trainer.data.rows import Row, load_rows
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--write-trajectory", action="store_true", help="pin what test_trajectory.py finds")
+    parser.addoption(
+        "--write-trajectory", action="store_true", help="overwrite the trajectory that test_trajectory.py compares with"
+    )
 
 
 WORDS = ["describe", "red", "green", "blue", "left", "right", "above", "below", "and", "a", "the", "square"]
@@ -36,7 +38,7 @@ PROMPT = "<image> describe"
 
 def save_tiny_llava(folder: Path) -> None:
     special = ["<pad>", "<s>", "</s>", "<unk>", "<image>"]
-    vocab = {word: place for place, word in enumerate([*special, *WORDS])}
+    vocab = {word: index for index, word in enumerate([*special, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -44,9 +46,9 @@ def save_tiny_llava(folder: Path) -> None:
         additional_special_tokens=["<image>"],
     )  # fmt: skip
     size = {"height": 8, "width": 8}
-    pictures = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, resample=0)
+    image_processor = CLIPImageProcessorPil(size=size, crop_size=size, do_center_crop=False, resample=0)
     processor = LlavaProcessor(
-        pictures, tokenizer, patch_size=4, vision_feature_select_strategy="default",
+        image_processor, tokenizer, patch_size=4, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, image_token="<image>",
     )  # fmt: skip
     config = LlavaConfig(
@@ -63,7 +65,7 @@ def save_tiny_llava(folder: Path) -> None:
     )  # fmt: skip
     torch.manual_seed(0)
     model = LlavaForConditionalGeneration(config)
-    with torch.no_grad():  # predictions that differ from token to token, as those of a trained model do
+    with torch.no_grad():  # make predictions differ between tokens, as in a trained model
         model.lm_head.weight.mul_(20)
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
@@ -72,18 +74,18 @@ def save_tiny_llava(folder: Path) -> None:
 def write_rows(path: Path, count: int) -> None:
     (path.parent / "images").mkdir(parents=True, exist_ok=True)
     lines = []
-    for place in range(count):
-        color = WORDS[1 + place % 3]
-        image = Image.new("RGB", (8, 8), color=[(200, 30, 30), (30, 200, 30), (30, 30, 200)][place % 3])
-        image.putpixel((place % 8, place // 8 % 8), (255, 255, 255))
-        image.save(path.parent / "images" / f"{path.stem}{place}.png")
+    for index in range(count):
+        color = WORDS[1 + index % 3]
+        image = Image.new("RGB", (8, 8), color=[(200, 30, 30), (30, 200, 30), (30, 30, 200)][index % 3])
+        image.putpixel((index % 8, index // 8 % 8), (255, 255, 255))
+        image.save(path.parent / "images" / f"{path.stem}{index}.png")
         line = {
             "prompt": PROMPT,
             "chosen": f"a {color} square",
-            "rejected": f"a {WORDS[1 + (place + 1) % 3]} square" if place % 2 else "and and left below above",
-            "images": [f"images/{path.stem}{place}.png"],
+            "rejected": f"a {WORDS[1 + (index + 1) % 3]} square" if index % 2 else "and and left below above",
+            "images": [f"images/{path.stem}{index}.png"],
             "references": [f"a {color} square", f"the {color} square"],
-            "negative_source": "near" if place % 2 else "easy",
+            "negative_source": "near" if index % 2 else "easy",
         }
         lines.append(json.dumps(line) + "\n")
     path.write_text("".join(lines))
@@ -91,13 +93,13 @@ def write_rows(path: Path, count: int) -> None:
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:
-    """The models are too small for threads; and runs that are compared bit by bit need the same number of them."""
+    """The models are too small for threads, and runs that are compared bit by bit need the same number of them."""
     torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model/, train.jsonl, heldout.jsonl and images/; tests must not change it."""
+    """A folder with model/, train.jsonl, heldout.jsonl and images/. Tests must not modify it."""
     folder = tmp_path_factory.mktemp("task")
     save_tiny_llava(folder / "model")
     write_rows(folder / "train.jsonl", 32)
@@ -123,7 +125,7 @@ def model(task: Path) -> LlavaForConditionalGeneration:
 
 @pytest.fixture
 def settings(task: Path, tmp_path: Path) -> dict:
-    """A short run of both stages, to be written as YAML."""
+    """The config of a short run of both stages, for `write_config`."""
     stage = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "eval_steps": 3,
              "logging_steps": 2, "save_steps": 2, "disable_tqdm": True}  # fmt: skip
     return {
@@ -140,7 +142,7 @@ def settings(task: Path, tmp_path: Path) -> dict:
 
 @pytest.fixture
 def write_config(tmp_path: Path):
-    """Write settings as a YAML file and return its path."""
+    """A function that writes settings to a YAML file and returns its path."""
 
     def write(settings: dict) -> Path:
         path = tmp_path / "config.yaml"
@@ -152,7 +154,7 @@ def write_config(tmp_path: Path):
 
 @pytest.fixture(scope="session")
 def finished(tmp_path_factory: pytest.TempPathFactory, task: Path) -> Path:
-    """The folder of a short run of both stages, which measured all held-out rows; tests must not change it."""
+    """The run folder of a short run of both stages that probed all held-out rows. Tests must not modify it."""
     folder = tmp_path_factory.mktemp("finished")
     stage = {"max_steps": 2, "per_device_train_batch_size": 4, "logging_steps": 1, "save_steps": 2,
              "learning_rate": 1e-2, "disable_tqdm": True}  # fmt: skip

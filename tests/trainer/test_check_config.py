@@ -341,6 +341,11 @@ def test_a_configuration_without_its_parts_is_one_problem(case, capsys, override
     assert "error configuration: " in capsys.readouterr().out
 
 
+def test_an_invalid_section_prepare_is_one_problem(case):
+    (problem,) = case.problems("prepare=3")
+    assert (problem.name, "prepare: expected a mapping, got 3 (int)" in problem.evidence) == ("configuration", True)
+
+
 def test_rows_that_are_left_out_on_request_are_a_warning(case):
     broken_line(case)
     (problem,) = case.problems("data.skip_bad_rows=true")

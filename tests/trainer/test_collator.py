@@ -1,4 +1,4 @@
-"""Batches: labels on the answers' tokens only, every processor output carried along."""
+"""Batches have labels on the answers' tokens alone, and all outputs of the processor."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def test_answers_end_with_eos(collator, rows):
     assert words == [["a", "red", "square", "</s>"], ["a", "green", "square", "</s>"]]
 
 
-def test_labels_are_the_answers_shifted_to_the_states_that_predict_them(collator, rows):
+def test_labels_are_aligned_with_the_states_that_predict_them(collator, rows):
     pairs = collator(rows[:2])
     inputs, labels = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
     ids, length = inputs["input_ids"], pairs["prompts"]["input_ids"].shape[1]
@@ -36,7 +36,7 @@ def test_labels_are_the_answers_shifted_to_the_states_that_predict_them(collator
         assert labels[row].tolist() == expected
 
 
-def test_padding_of_prompts_is_removed_on_either_side():
+def test_prompt_padding_is_removed_from_either_side():
     ids = torch.tensor([[7, 8, 9], [0, 0, 5]])
     prompts = {"input_ids": ids, "attention_mask": (ids > 0).long(), "token_type_ids": (ids > 0).long()}
     inputs, labels = with_answers(prompts, [[1], [2, 3]], pad_id=4)
@@ -46,7 +46,7 @@ def test_padding_of_prompts_is_removed_on_either_side():
     assert labels.tolist() == [[-100, -100, 1, -100], [2, 3, -100, -100]]
 
 
-def test_other_outputs_are_repeated_in_the_order_of_the_rows(collator, rows):
+def test_other_outputs_are_repeated_in_row_order(collator, rows):
     pairs = collator(rows[:2])
     pairs["prompts"]["image_grid_thw"] = torch.tensor([[1, 2, 3], [4, 5, 6]])
     inputs, _ = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
@@ -61,7 +61,7 @@ def test_an_answer_without_tokens_has_no_label():
     assert (labels == -100).all()
 
 
-def test_messages_go_through_the_chat_template(collator, rows):
+def test_messages_are_rendered_by_the_chat_template(collator, rows):
     processor = copy.deepcopy(collator.processor)
     processor.chat_template = TEMPLATE
     chat = PairCollator(processor)
@@ -69,7 +69,7 @@ def test_messages_go_through_the_chat_template(collator, rows):
     object.__setattr__(row, "prompt", [{"role": "user", "content": "<image> describe"}])
     pairs = chat([row])
     tokenizer = collator.tokenizer
-    # "user" and "assistant" are unknown words; <image> becomes four places.
+    # "user" and "assistant" are not in the vocabulary. <image> becomes four tokens.
     expected = ["<s>", "<unk>", *["<image>"] * 4, "describe", "</s>", "<s>", "<unk>"]
     assert tokenizer.convert_ids_to_tokens(pairs["prompts"]["input_ids"][0]) == expected
     assert tokenizer.convert_ids_to_tokens(pairs["chosen"][0]) == ["a", "red", "square", "</s>"]

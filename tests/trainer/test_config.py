@@ -1,4 +1,4 @@
-"""Configurations: what is read, and one line that names file and key for every mistake."""
+"""Configs are read and checked. Every mistake is one line that names the file and the key."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from cwdpo_trainer.config.loader import load_config, read_config
 from cwdpo_trainer.errors import InputError
 
 
-def test_sections_become_checked_settings(settings, write_config):
-    settings["sft"]["learning_rate"] = "1e-4"  # what YAML makes of 1e-4
+def test_sections_become_checked_options(settings, write_config):
+    settings["sft"]["learning_rate"] = "1e-4"  # YAML reads 1e-4 as text
     config = load_config(write_config(settings), ["dpo.beta=0.2", "dpo.tau=2", "seed=7"])
     assert config.sft.learning_rate == 1e-4
     assert (config.dpo.beta, config.dpo.fixed_cooling.temperature, config.seed, config.dpo.seed) == (0.2, 2.0, 7, 7)
@@ -37,12 +37,12 @@ def test_sections_become_checked_settings(settings, write_config):
         ("{tau: auto}", None),
     ],
 )
-def test_cooling_of_a_file(settings, write_config, options, cooling):
+def test_cooling_options(settings, write_config, options, cooling):
     settings["dpo"] |= yaml.safe_load(options)
     assert load_config(write_config(settings)).dpo.fixed_cooling == cooling
 
 
-def test_a_cache_of_references_may_lie_elsewhere_or_nowhere(settings, write_config, tmp_path):
+def test_the_reference_cache_can_be_elsewhere_or_disabled(settings, write_config, tmp_path):
     path = write_config(settings)
     assert load_config(path, [f"dpo.reference_cache={tmp_path}/shared"]).dpo.reference_cache == f"{tmp_path}/shared"
     assert load_config(path, ["dpo.reference_cache=null"]).dpo.reference_cache is None
@@ -112,6 +112,14 @@ MISTAKES = [
     ("output_dir=null", "output_dir: expected type str, got null"),
     ("seed=x", "seed: expected type int, got 'x' (str)"),
     ("prepare.function=nowhere", "prepare.folder: expected type str, got null"),
+    ("prepare=3", "prepare: expected a mapping, got 3 (int)"),
+    ("prepare={function: 'os:nothing', folder: x}", "prepare.function: expected the name of a function, as package"),
+    ("dpo.stage=sft", "dpo.stage: expected a known key"),
+    ("dpo.accelerator_config=[1]", "dpo.accelerator_config: expected type dict or str or null, got [1] (list)"),
+    ("seed=2020-13-45", "command line: seed: expected a YAML value, got '2020-13-45'"),
+    ("{seed: 1}.x=2", "config.yaml: {seed: 1}: expected"),
+    ("seed.x=2", "command line: seed.x: expected seed to be a mapping, got 1 (int)"),
+    (f"dpo.beta={10**400}", "dpo.beta: expected type float"),
     ("nonsense", "command line: expected an override of the form section.key=value, got 'nonsense'"),
     ("data.train=gone.jsonl", "gone.jsonl: expected an existing file, got no such file"),
     ("model.path=./gone", "config: model.path: expected an existing folder"),
@@ -129,7 +137,7 @@ def test_a_mistake_is_one_line_and_nothing_is_written(settings, write_config, ca
     assert not Path(settings["output_dir"]).exists()
 
 
-def test_all_mistakes_are_named_at_once(settings, write_config):
+def test_all_mistakes_are_reported_at_once(settings, write_config):
     overrides = ["dpo.bta=1", "dpo.max_steps=2.5", "sft.negatives=harsh", "sampling.top_p=0", "seed=x", "dop=1"]
     with pytest.raises(InputError) as error:
         load_config(write_config(settings), overrides)
@@ -139,7 +147,7 @@ def test_all_mistakes_are_named_at_once(settings, write_config):
     assert all(any(name in line for line in lines) for name in ("bta", "max_steps", "mode", "top_p", "seed", "dop"))
 
 
-def test_what_is_right_is_read_beside_what_is_wrong(settings, write_config):
+def test_valid_options_are_read_despite_invalid_ones(settings, write_config):
     overrides = ["dpo.bta=1", "dpo.max_steps=2.5", "sft.negatives=harsh", "sampling.top_p=0"]
     config, problems = read_config(write_config(settings), overrides)
     assert len(problems) == 4
@@ -151,6 +159,9 @@ def test_what_is_right_is_read_beside_what_is_wrong(settings, write_config):
     ("text", "message"),
     [
         ("a: [1", "config.yaml:1: expected valid YAML, got an error: expected ',' or ']'"),
+        ("", "config.yaml: expected a mapping of sections, got null"),
+        ("1: 2", "config.yaml: 1: expected one of the keys model, lora"),
+        ("a: 2020-13-45", "config.yaml: expected valid YAML, got an error: month must be in 1..12"),
         ("- 1", "expected a mapping of sections, got [1] (list)"),
         ("model: {}\nsft: {}\noutput_dir: x", "model.path: expected a value, got none"),
         (
@@ -168,15 +179,20 @@ def test_a_malformed_file_is_named(tmp_path, text, message):
     assert message in str(error.value)
 
 
+def test_a_folder_in_place_of_a_file_is_named(tmp_path):
+    with pytest.raises(InputError, match=f"^{tmp_path}: expected an existing file, got a folder$"):
+        load_config(tmp_path)
+
+
 def test_prepare_is_called_with_its_folder_and_keys(settings, write_config, tmp_path, capsys):
     settings["prepare"] = {"function": "os:makedirs", "folder": str(tmp_path / "made"), "mode": 0o700}
-    settings["data"]["train"] = "train.jsonl"  # beside what prepare made, where there is none
+    settings["data"]["train"] = "train.jsonl"  # relative to the folder of prepare, which does not contain it
     assert main(["run", str(write_config(settings))]) == 2
     assert (tmp_path / "made").is_dir()
     assert f"{tmp_path / 'made' / 'train.jsonl'}: expected an existing file" in capsys.readouterr().err
 
 
-def test_bad_rows_stop_a_run_or_are_skipped_and_counted(settings, write_config, tmp_path, capsys):
+def test_invalid_rows_stop_a_run_or_are_skipped_and_counted(settings, write_config, tmp_path, capsys):
     bad = tmp_path / "bad.jsonl"
     bad.write_text("{oops\n" * 2 + '{"prompt": "x", "chosen": "a", "rejected": "b"}\n' * 2)
     command = ["run", str(write_config(settings)), f"data.train={bad}", "model.path=./gone"]
@@ -185,7 +201,7 @@ def test_bad_rows_stop_a_run_or_are_skipped_and_counted(settings, write_config, 
     assert main([*command, "data.skip_bad_rows=true"]) == 2
     said = capsys.readouterr()
     assert said.out.startswith(f"{bad}: 2 of 4 rows are invalid and are skipped:\n  {bad}:1: expected valid JSON")
-    assert "model.path: expected an existing folder" in said.err  # the data did not stop it
+    assert "model.path: expected an existing folder" in said.err  # the data did not stop the run
     assert not Path(settings["output_dir"]).exists()
 
 

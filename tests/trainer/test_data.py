@@ -1,4 +1,4 @@
-"""Rows are checked one by one: a wrong one is named by file, line and column."""
+"""Rows are checked one by one. Errors name file, line and column."""
 
 from __future__ import annotations
 
@@ -47,12 +47,19 @@ def without(name: str) -> dict:
             "negative_source: expected letters, digits and underscores, other than",
         ),
         ({**GOOD, "chosne": "a"}, "columns: expected only prompt, chosen, rejected"),
+        ({**GOOD, "prompt": [], "image": "one.png"}, "prompt: expected at least 1 message, got 0"),
+        (
+            {**GOOD, "prompt": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
+            "prompt: expected text or a list of messages with role and content, got [{'role'",
+        ),
+        ({**GOOD, "image": "x" * 5000}, "images: expected an existing file or a data: URI, got /"),
         ([1], "expected a JSON object, got list"),
+        ('{"score": ' + "9" * 5000 + "}", "expected valid JSON, got Exceeds the limit"),
         ("{oops", "expected valid JSON, got Expecting"),
         ({**GOOD, "prompt": [{"role": "user", "content": "x"}]}, "prompt: expected text, as in"),
     ],
 )
-def test_a_wrong_row_is_named(tmp_path, row, message):
+def test_an_invalid_row_is_named(tmp_path, row, message):
     path = write(tmp_path, GOOD, row)
     with pytest.raises(InputError) as error:
         load_rows(path)
@@ -68,7 +75,7 @@ def test_a_missing_or_empty_file_is_named(tmp_path):
         load_rows(write(tmp_path))
 
 
-def test_all_bad_rows_are_counted_and_the_first_ten_shown(tmp_path):
+def test_all_invalid_rows_are_counted_and_the_first_ten_listed(tmp_path):
     path = write(tmp_path, GOOD, *[without("chosen")] * 11, GOOD, "{oops")
     with pytest.raises(InputError) as error:
         load_rows(path)
@@ -77,7 +84,7 @@ def test_all_bad_rows_are_counted_and_the_first_ten_shown(tmp_path):
     assert [line.split(": chosen")[0].strip() for line in shown] == [f"{path}:{line}" for line in range(2, 12)]
 
 
-def test_bad_rows_are_skipped_on_request_and_reported(tmp_path):
+def test_invalid_rows_are_skipped_on_request_and_reported(tmp_path):
     path = write(tmp_path, without("chosen"), GOOD, "{oops", {**GOOD, "prompt": [{"role": "user", "content": "x"}]})
     reports: list[str] = []
     (row,) = load_rows(path, reports.append)
@@ -89,7 +96,7 @@ def test_bad_rows_are_skipped_on_request_and_reported(tmp_path):
     assert len(reports) == 1
 
 
-def test_a_file_of_bad_rows_alone_is_never_skipped(tmp_path):
+def test_a_file_without_a_valid_row_is_an_error(tmp_path):
     with pytest.raises(InputError, match=r"2 of 2 rows are invalid"):
         load_rows(write(tmp_path, "{oops", "{oops"), print)
 
@@ -113,7 +120,7 @@ def test_a_json_file_has_an_array_of_rows(tmp_path):
         ("[%s", "pairs.json:1: expected ',' or ']' after the row, got the end of the file"),
     ],
 )
-def test_a_mistake_in_an_array_is_named(tmp_path, text, message):
+def test_an_error_in_an_array_is_named(tmp_path, text, message):
     path = tmp_path / "pairs.json"
     path.write_text(text.replace("%s", json.dumps(GOOD)))
     with pytest.raises(InputError) as error:
@@ -130,13 +137,13 @@ def test_another_encoding_is_named(tmp_path):
 def test_defaults_and_image_paths(tmp_path):
     (tmp_path / "one.png").touch()
     row, plain = load_rows(write(tmp_path, {**GOOD, "image": "one.png"}, GOOD))
-    assert [picture.name for picture in row.images] == [str(tmp_path / "one.png")]
+    assert [image.name for image in row.images] == [str(tmp_path / "one.png")]
     assert (row.references, row.negative_source, row.id) == (("a",), "dataset", 0)
     assert (plain.images, plain.id) == ((), 1)
 
 
 def test_an_unreadable_image_is_named_when_it_is_loaded(tmp_path):
-    (tmp_path / "one.png").write_text("not a picture")
+    (tmp_path / "one.png").write_text("not an image")
     (row,) = load_rows(write(tmp_path, {**GOOD, "image": "one.png"}))
     with pytest.raises(InputError, match=r"pairs.jsonl:1: images: expected readable image files, got .*one.png"):
         row.load_images()

@@ -1,4 +1,4 @@
-"""Rows of other projects' layouts become the trainer's own, images and all."""
+"""Rows in other projects' layouts are converted to the trainer's columns, with their images."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ QUESTION, GOOD, BAD = (
     {"from": "gpt", "value": "left"},
     {"from": "gpt", "value": "up"},
 )
-# What chat templates of vision-language models do: walk over the parts, drop what is no part.
+# Like chat templates of vision-language models: iterates over message parts and drops plain text.
 TEMPLATE = (
     "{% for m in messages %}{{ '<s> ' + m.role + ' ' }}{% for p in m.content %}"
     "{% if p.type == 'image' %}{{ '<image> ' }}{% elif p.type == 'text' %}{{ p.text }}{% endif %}{% endfor %}"
@@ -50,7 +50,7 @@ def text_of(answer: object) -> object:
 
 
 @pytest.mark.parametrize("values", TEXT_LAYOUTS.values(), ids=TEXT_LAYOUTS)
-def test_every_layout_is_the_same_pair(values):
+def test_every_layout_gives_the_same_pair(values):
     row = canonical("f:1", {**values, "references": ["left"], "score_chosen": 9.0, "videos": None})
     assert (row["prompt"], row["references"]) == ([ASK], ["left"])
     assert (text_of(row["chosen"]), text_of(row["rejected"])) == ("left", "up")
@@ -58,13 +58,13 @@ def test_every_layout_is_the_same_pair(values):
 
 
 @pytest.mark.parametrize("values", TEXT_LAYOUTS.values(), ids=TEXT_LAYOUTS)
-def test_every_layout_loads_with_an_image_and_reaches_the_model(tmp_path, collator, values):
-    """The image, which no text of these rows mentions, is at the beginning of the question."""
-    (tmp_path / "pictures").mkdir()
-    Image.new("RGB", (8, 8)).save(tmp_path / "pictures" / "one.png")
-    (tmp_path / "a.jsonl").write_text(json.dumps({**values, "images": ["pictures/one.png"]}))
+def test_every_layout_loads_with_an_image_and_is_tokenized(tmp_path, collator, values):
+    """The rows have no image tag, so the image goes before the question."""
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (8, 8)).save(tmp_path / "photos" / "one.png")
+    (tmp_path / "a.jsonl").write_text(json.dumps({**values, "images": ["photos/one.png"]}))
     rows = load_rows(tmp_path / "a.jsonl")
-    assert [picture.name for picture in rows[0].images] == [str(tmp_path / "pictures" / "one.png")]
+    assert [image.name for image in rows[0].images] == [str(tmp_path / "photos" / "one.png")]
     processor = copy.deepcopy(collator.processor)
     processor.chat_template = TEMPLATE
     pairs = PairCollator(processor)(rows)
@@ -75,7 +75,7 @@ def test_every_layout_loads_with_an_image_and_reaches_the_model(tmp_path, collat
 
 
 @pytest.mark.parametrize("images", [{"images": ["a", "b"]}, {"images": [{"path": "a", "bytes": None}, {"path": "b"}]}])
-def test_tags_are_images_at_their_place(images):
+def test_image_tags_become_image_parts(images):
     asked = {"from": "human", "value": "<image>\nand <image> differ?"}
     row = canonical("f:1", {"conversations": [asked], "chosen": GOOD, "rejected": BAD, "system": "be brief", **images})
     parts = [
@@ -92,13 +92,13 @@ def test_tags_are_images_at_their_place(images):
 
 
 @pytest.mark.parametrize("content", ["<|image_pad|> x", "[IMG] x", "<start_of_image> x", [{"type": "image"}]])
-def test_a_prompt_with_its_own_placeholder_stands_as_it_is(content):
+def test_a_prompt_with_its_own_placeholder_is_unchanged(content):
     prompt = [{"role": "user", "content": content}]
     values = {"prompt": prompt, "chosen": "a", "rejected": "b", "image": "one.png"}
     assert canonical("f:1", values) == values
 
 
-def test_text_prompts_are_not_touched():
+def test_text_prompts_are_unchanged():
     values = {"prompt": "<image> x", "chosen": "a", "rejected": "b", "images": ["one.png"]}
     assert canonical("f:1", values) == values
 
@@ -169,14 +169,14 @@ ALPACA = TEXT_LAYOUTS["alpaca"]
         ),
     ],
 )
-def test_a_row_that_fits_no_layout_is_named(values, message):
+def test_a_row_that_fits_no_layout_is_an_error(values, message):
     with pytest.raises(InputError) as error:
         canonical("f:1", values)
     assert error.value.where == "f:1"
     assert message in str(error.value)
 
 
-def test_equal_conversations_are_refused_as_equal(tmp_path: Path):
+def test_equal_conversations_are_refused(tmp_path: Path):
     (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": [ASK, said("a")], "rejected": [ASK, said("a")]}))
     with pytest.raises(InputError, match=r"a.jsonl:1: rejected: expected an answer that differs from chosen"):
         load_rows(tmp_path / "a.jsonl")

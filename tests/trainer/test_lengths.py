@@ -1,4 +1,4 @@
-"""Lengths are those of the real batch; what is too long gives way by the policy, and never an image token."""
+"""Measured lengths equal those of real batches; rows that are too long are trimmed, shrunk or skipped."""
 
 from __future__ import annotations
 
@@ -25,25 +25,25 @@ from cwdpo_trainer.negatives.sampling import sample_answers
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_processors import PROCESSORS
 
-# PaliGemma's processor makes labels (which are dropped) in a way that numpy will refuse one day.
+# PaliGemma's processor makes labels (which the collator drops) in a way that numpy deprecates.
 pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")
 
 
 @pytest.fixture
 def make_row(tmp_path):
-    """A row with images of the given sizes; answers and prompt may be replaced."""
+    """A function that makes a row with images of the given sizes. Keyword arguments replace its answers or prompt."""
     count = iter(range(100))
 
     def make(*sizes: tuple[int, int], **changes) -> Row:
-        place = next(count)
-        pictures = []
+        index = next(count)
+        images = []
         for number, size in enumerate(sizes):
-            path = tmp_path / f"{place}_{number}.png"
-            Image.new("RGB", size, (40 * place % 255, 9, 200)).save(path)
-            pictures.append(FileImage(path))
+            path = tmp_path / f"{index}_{number}.png"
+            Image.new("RGB", size, (40 * index % 255, 9, 200)).save(path)
+            images.append(FileImage(path))
         prompt = " ".join(["<image>"] * len(sizes) + ["describe"])
         values = {"prompt": prompt, "chosen": "a red square and a blue square", "rejected": "a red square"} | changes
-        return Row(place, f"f:{place + 1}", images=tuple(pictures), references=("x",), negative_source="d", **values)
+        return Row(index, f"f:{index + 1}", images=tuple(images), references=("x",), negative_source="d", **values)
 
     return make
 
@@ -58,7 +58,7 @@ def real_length(collator: PairCollator, row: Row) -> int:
     return with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0).labels.shape[1]
 
 
-def test_lengths_are_those_of_the_batch_and_each_shape_is_processed_once(qwen, make_row, monkeypatch):
+def test_lengths_equal_those_of_the_batch_and_each_shape_is_processed_once(qwen, make_row, monkeypatch):
     rows = [make_row((32, 32)), make_row((32, 32)), make_row((40, 16), (8, 24)), make_row((40, 16)), make_row()]
     expected = [real_length(qwen, row) for row in rows]
     calls = []
@@ -71,11 +71,11 @@ def test_lengths_are_those_of_the_batch_and_each_shape_is_processed_once(qwen, m
     assert [length.total for length in lengths] == expected
     assert lengths[0] == (16 + 1, 16, 8, 4)
     assert [length.image for length in lengths] == [16, 16, 10 + 8, 10, 0]  # 8 x 24 pixels grow to 16 x 32
-    assert len(calls) == 1 + 3  # the first row also as it is
+    assert len(calls) == 1 + 3  # the first row also with its real image
 
 
 @pytest.mark.parametrize("name", PROCESSORS)
-def test_lengths_are_those_of_every_class_of_processor(name, make_row):
+def test_lengths_are_correct_for_every_processor_class(name, make_row):
     collator = PairCollator(PROCESSORS[name]())
     meter = LengthMeter(collator)
     for sizes in ([(8, 8)], [(40, 16)], [(40, 16), (8, 24)], [(64, 64)], [(40, 16)]):
@@ -85,7 +85,7 @@ def test_lengths_are_those_of_every_class_of_processor(name, make_row):
         assert length.image >= 4 * len(sizes)
 
 
-def test_a_processor_that_looks_at_what_is_in_an_image_is_refused(qwen, make_row, tmp_path):
+def test_a_processor_that_depends_on_image_content_is_refused(qwen, make_row, tmp_path):
     class Cropping:
         def __init__(self, inner):
             self.inner = inner
@@ -108,15 +108,15 @@ def test_a_processor_that_looks_at_what_is_in_an_image_is_refused(qwen, make_row
         LengthMeter(PairCollator(processor))(row)
 
 
-def test_nothing_happens_to_rows_that_fit(collator, make_row):
+def test_rows_that_fit_are_unchanged(collator, make_row):
     row = make_row((8, 8))
     fit = fit_rows([row], LengthMeter(collator), 13, "trim")
     assert fit.rows == [row]
     assert fit.report("f", 13) == "f, max_length 13: all 1 rows fit"
 
 
-def test_trimmed_answers_have_no_end(collator, make_row):
-    """A prompt of 5 tokens: of the answers (8 and 4 tokens) the longer one is cut, and the shorter one ends."""
+def test_trimmed_answers_have_no_end_of_sequence(collator, make_row):
+    """The prompt has 5 tokens, the answers have 8 and 4: only the longer one is cut."""
     meter = LengthMeter(collator)
     fit = fit_rows([make_row((8, 8))], meter, 11, "trim")
     pairs = collator(fit.rows)
@@ -128,7 +128,7 @@ def test_trimmed_answers_have_no_end(collator, make_row):
     assert fit.report("f", 11) == "f, max_length 11: 1 of 1 rows have trimmed answers (f:1)"
 
 
-def test_rows_that_cannot_be_trimmed_are_left_out(collator, make_row):
+def test_rows_that_cannot_be_trimmed_are_skipped(collator, make_row):
     full, alike, good = make_row((8, 8), (8, 8)), make_row((8, 8)), make_row((8, 8), rejected="blue")
     fit = fit_rows([full, alike, good], LengthMeter(collator), 8, "trim")
     assert [row.id for row in fit.rows] == [good.id]
@@ -136,7 +136,7 @@ def test_rows_that_cannot_be_trimmed_are_left_out(collator, make_row):
     assert "2 of 3 rows are skipped (f:1, f:2)" in fit.report("f", 8)
 
 
-def test_skip_leaves_out_what_is_too_long(collator, make_row):
+def test_skip_removes_rows_that_are_too_long(collator, make_row):
     rows = [make_row((8, 8)), make_row((8, 8), chosen="a square")]
     fit = fit_rows(rows, LengthMeter(collator), 12, "skip")
     assert (fit.rows, fit.skipped) == ([rows[1]], ["f:1"])
@@ -153,28 +153,28 @@ def test_shrink_lowers_the_resolution_just_enough(qwen, make_row, sizes):
     assert limit - 8 <= real_length(qwen, smaller) <= limit
     assert real_length(qwen, smaller) == meter(smaller).total
     pairs = qwen([smaller])
-    assert [len(pairs[name][0]) for name in ("chosen", "rejected")] == [8, 4]  # whole, with their end
+    assert [len(pairs[name][0]) for name in ("chosen", "rejected")] == [8, 4]  # complete, with end of sequence
     assert int((pairs["prompts"]["input_ids"] == qwen.processor.image_token_id).sum()) == meter(smaller).image
     small = [image.size for image in smaller.load_images()]
     assert small[0][0] / small[0][1] == pytest.approx(2, abs=0.1)
-    assert small[1:] == sizes[1:]  # within the budget already
+    assert small[1:] == sizes[1:]  # already within the budget
 
 
-def test_shrink_leaves_out_what_cannot_be_small_enough(qwen, make_row):
+def test_shrink_skips_rows_that_cannot_be_small_enough(qwen, make_row):
     rows = [make_row((80, 40)), make_row(), make_row((16, 16))]
     meter = LengthMeter(qwen)
     fit = fit_rows([*rows, make_row((16, 16), chosen="a")], meter, 11, "shrink")
-    assert (len(fit.rows), fit.skipped) == (2, ["f:1", "f:3"])  # the processor makes no less than 4 tokens
+    assert (len(fit.rows), fit.skipped) == (2, ["f:1", "f:3"])  # the processor makes at least 4 tokens
 
 
-def test_shrink_is_refused_where_the_size_of_an_image_does_not_matter(collator, make_row):
+def test_shrink_is_refused_if_image_size_does_not_matter(collator, make_row):
     expected = "data.over_length: expected trim or skip, as LlavaProcessor makes as many tokens .*f:1 has 13"
     with pytest.raises(InputError, match=expected):
         fit_rows([make_row((8, 8))], LengthMeter(collator), 12, "shrink")
 
 
 def test_rows_with_different_numbers_of_images_share_a_batch(collator, model, make_row):
-    """The log-probs of each row are those that it has alone."""
+    """Each row has the same log-probs as in a batch of its own."""
     rows = [make_row((8, 8), (8, 8)), make_row((8, 8)), make_row()]
     attach_head(model)
 
@@ -186,14 +186,14 @@ def test_rows_with_different_numbers_of_images_share_a_batch(collator, model, ma
 
     with torch.no_grad():
         together, labels = logits(rows)
-        for place, row in enumerate(rows):
+        for index, row in enumerate(rows):
             alone, own_labels = logits([row])
-            for one, other in ((place, 0), (place + len(rows), 1)):
+            for one, other in ((index, 0), (index + len(rows), 1)):
                 expected = alone[other][own_labels[other] >= 0]
                 torch.testing.assert_close(together[one][labels[one] >= 0], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_drawn_answers_are_cut_like_the_rows_own(collator, model, make_row):
+def test_sampled_answers_are_cut_to_max_answer(collator, model, make_row):
     row = dataclasses.replace(make_row((8, 8)), max_answer=2)
     settings = SamplingArguments(samples=16, temperature=5.0, max_new_tokens=6)
     (drawn,) = sample_answers(model, collator, [row], settings, seed=0)
@@ -202,7 +202,7 @@ def test_drawn_answers_are_cut_like_the_rows_own(collator, model, make_row):
     assert collator.answer_tokens(row, row.chosen) not in drawn
 
 
-def test_a_run_reports_what_gave_way(settings, write_config, capsys):
+def test_a_run_reports_trimmed_rows(settings, write_config, capsys):
     del settings["sft"]
     settings["dpo"] |= {"max_steps": 2, "eval_steps": 2}
     settings["data"] |= {"max_length": 9}  # prompts have 5 tokens, answers 4 or 6
@@ -213,6 +213,6 @@ def test_a_run_reports_what_gave_way(settings, write_config, capsys):
 
 
 @pytest.mark.parametrize(("key", "value"), [("max_length", 1), ("over_length", "cut")])
-def test_wrong_settings_are_named(key, value):
+def test_invalid_options_are_named(key, value):
     with pytest.raises(ValueError, match=f"{key}: expected"):
         DataArguments("a", "b", **{key: value})

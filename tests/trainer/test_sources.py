@@ -1,4 +1,4 @@
-"""Data sets of the `datasets` library, from the Hub's names and local folders, give the rows that a file gives."""
+"""Datasets of the `datasets` library, by Hub name or local folder, give the same rows as a file."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def pixels(row) -> list[tuple[int, ...]]:
 
 
 @pytest.fixture(autouse=True)
-def caches_of_its_own(tmp_path, monkeypatch):
+def own_cache(tmp_path, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
 
@@ -51,19 +51,19 @@ def caches_of_its_own(tmp_path, monkeypatch):
     ],
     ids=["PIL", "bytes", "dicts", "one PIL", "one bytes"],
 )
-def test_images_of_every_kind_stay_in_the_data_set_until_they_are_needed(tmp_path, column):
+def test_images_of_every_kind_stay_in_the_dataset_until_needed(tmp_path, column):
     BLUE.save(tmp_path / "blue.png")
     Dataset.from_list([{**GOOD, **column}]).save_to_disk(tmp_path / "set")
     BLUE.save(tmp_path / "set" / "blue.png")
     (row,) = load_rows(open_source("set", tmp_path))
-    assert all(isinstance(picture, StoredImage) for picture in row.images)
+    assert all(isinstance(image, StoredImage) for image in row.images)
     assert row.images[0].name == f"{tmp_path}/set[0] {next(iter(column))}[0]"
     assert row.where == f"{tmp_path}/set[0]"
     assert pixels(row) == [(255, 0, 0), (0, 0, 255)][: len(row.images)]
     assert row.images[0].shape() == ("RGB", (8, 8))
 
 
-def test_paths_of_images_are_checked_when_rows_are_read(tmp_path):
+def test_image_paths_are_checked_when_rows_are_read(tmp_path):
     Dataset.from_list([{**GOOD, "images": ["red.png"]}]).save_to_disk(tmp_path / "set")
     source = open_source("set", tmp_path)
     with pytest.raises(InputError, match=r"set\[0\]: images: expected an existing file or a data: URI, got .*red.png"):
@@ -72,7 +72,7 @@ def test_paths_of_images_are_checked_when_rows_are_read(tmp_path):
     assert isinstance(load_rows(source)[0].images[0], FileImage)
 
 
-def test_messages_lose_the_nulls_that_a_table_adds(tmp_path):
+def test_nulls_that_arrow_adds_to_messages_are_removed(tmp_path):
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "describe"}]}
     said = [{"role": "assistant", "content": [{"type": "text", "text": "a red square"}]}]
     row = {"prompt": [asked], "chosen": said, "rejected": [{**said[0], "content": [{"type": "text", "text": "no"}]}]}
@@ -82,20 +82,20 @@ def test_messages_lose_the_nulls_that_a_table_adds(tmp_path):
     assert loaded.references == ("a red square",)
 
 
-def test_columns_of_other_uses_are_named_and_not_read(tmp_path):
+def test_unknown_columns_are_ignored_and_listed(tmp_path):
     Dataset.from_list([{**GOOD, "model": "x", "split": 3}]).save_to_disk(tmp_path / "set")
     source = open_source("set", tmp_path)
     assert len(load_rows(source)) == 1
     assert source.unused_columns() == ["model", "split"]
 
 
-def test_a_data_set_without_any_known_column_is_named(tmp_path):
+def test_a_dataset_without_a_known_column_is_an_error(tmp_path):
     Dataset.from_list([{"question": "what?", "image": RED}]).save_to_disk(tmp_path / "set")
     with pytest.raises(InputError, match=r"set: columns: expected some of .* got question, image"):
         load_rows(open_source("set", tmp_path))
 
 
-def test_bad_rows_are_named_by_their_place(tmp_path):
+def test_invalid_rows_are_named_by_index(tmp_path):
     rows = [GOOD, {**GOOD, "chosen": None}, {**GOOD, "rejected": GOOD["chosen"]}]
     Dataset.from_list(rows).save_to_disk(tmp_path / "set")
     with pytest.raises(InputError) as error:
@@ -104,14 +104,14 @@ def test_bad_rows_are_named_by_their_place(tmp_path):
     assert f"{tmp_path}/set[2]: rejected: expected an answer that differs from chosen" in str(error.value)
 
 
-def test_rows_without_images_are_read_from_a_column_with_some(tmp_path):
+def test_rows_without_images_in_a_column_of_images(tmp_path):
     schema = Features({**{name: Value("string") for name in GOOD}, "images": List(datasets.Image())})
     rows = [{**GOOD, "images": [RED]}, {**GOOD, "images": []}, {**GOOD, "images": None}]
     Dataset.from_list(rows, features=schema).save_to_disk(tmp_path / "set")
     assert [len(row.images) for row in load_rows(open_source("set", tmp_path))] == [1, 0, 0]
 
 
-def test_shuffled_and_sliced_data_sets_keep_images_and_texts_together(tmp_path):
+def test_shuffled_and_sliced_datasets_keep_images_and_texts_together(tmp_path):
     rows = [{**GOOD, "chosen": color, "image": Image.new("RGB", (4, 4), color)} for color in ("red", "lime", "blue")]
     Dataset.from_list(rows).select([2, 0]).save_to_disk(tmp_path / "set")
     loaded = load_rows(open_source("set", tmp_path))
@@ -128,11 +128,11 @@ def test_splits(tmp_path):
 
 
 def test_hub_names_with_splits_and_slices(tmp_path, monkeypatch):
-    """`load_dataset` takes a folder of that name, below the one that it runs in, for the data set of the Hub."""
+    """`load_dataset` prefers a folder of that name in the working directory to the dataset on the Hub."""
     folder = tmp_path / "owner" / "name"
     folder.mkdir(parents=True)
     for split, color in (("train", RED), ("test", BLUE)):
-        rows = [{**GOOD, "chosen": f"{split} {place}", "image": color} for place in range(3)]
+        rows = [{**GOOD, "chosen": f"{split} {index}", "image": color} for index in range(3)]
         Dataset.from_list(rows).to_parquet(folder / f"{split}.parquet")
     monkeypatch.chdir(tmp_path)
     found = {
@@ -171,14 +171,14 @@ def test_a_configuration_is_between_name_and_split(monkeypatch):
     ]
 
 
-def test_the_same_image_in_two_rows_is_one_scene(tmp_path):
+def test_equal_images_in_two_rows_are_one_prompt(tmp_path):
     rows = [{**GOOD, "image": RED}, {**GOOD, "rejected": "no", "image": RED}, {**GOOD, "image": BLUE}]
     Dataset.from_list(rows).save_to_disk(tmp_path / "set")
     loaded = load_rows(open_source("set", tmp_path))
     assert [row.id for row in distinct_prompts(loaded)] == [0, 2]
 
 
-def test_images_in_the_row_itself(tmp_path):
+def test_data_uris_in_a_row(tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(encoded(RED)).decode()
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({**GOOD, "images": [uri]}))
@@ -187,7 +187,7 @@ def test_images_in_the_row_itself(tmp_path):
     assert row.images[0].name_from(tmp_path) == f"{path}:1 images[0]"
 
 
-def test_rows_can_be_sent_to_the_workers_of_a_data_loader(tmp_path):
+def test_rows_can_be_pickled_for_data_loader_workers(tmp_path):
     uri = "data:image/png;base64," + base64.b64encode(encoded(RED)).decode()
     path = tmp_path / "pairs.jsonl"
     path.write_text(json.dumps({**GOOD, "images": [uri]}))
@@ -211,7 +211,7 @@ def test_images_that_cannot_be_used_are_refused(tmp_path, image, message):
         load_rows(path)
 
 
-def test_what_is_no_folder_is_a_file(tmp_path):
+def test_anything_that_is_not_a_folder_is_a_file(tmp_path):
     assert isinstance(open_source("gone:train", tmp_path), FileSource)
 
 
@@ -220,8 +220,8 @@ def as_dataset(path: Path) -> Dataset:
     return Dataset.from_list([{**row, "images": [FileImage(path.parent / row["images"][0]).load()]} for row in rows])
 
 
-def test_a_run_on_data_sets_equals_that_on_files(task, settings, tmp_path):
-    """And its predictions name the images; other data in the same place is another run."""
+def test_a_run_on_datasets_equals_one_on_files(task, settings, tmp_path):
+    """Its predictions name the images, and other data under the same name is refused as another run."""
     sets = {name: as_dataset(task / f"{name}.jsonl") for name in ("train", "heldout")}
     DatasetDict(sets).save_to_disk(tmp_path / "set")
     del settings["sft"]
@@ -233,7 +233,7 @@ def test_a_run_on_data_sets_equals_that_on_files(task, settings, tmp_path):
         metrics.append(run(load_config(path)))
     for one in metrics:
         one.pop("timing")
-        assert len(one.pop("data")) == 2  # digests: of files, and of data sets
+        assert len(one.pop("data")) == 2  # digests of files and of datasets
     assert metrics[0] == metrics[1]
     (line, *_) = (tmp_path / "sets" / "predictions.jsonl").read_text().splitlines()
     assert json.loads(line)["images"] == [f"{tmp_path}/set:heldout[0] images[0]"]

@@ -1,6 +1,6 @@
-"""Random models of the classes that people train, each small enough for a test, with one batch for each.
+"""Tiny random models of the common classes, each with one batch.
 
-`CLASSES` maps a name to a function that returns (model, inputs): two rows with one image each.
+`CLASSES` maps a name to a function that returns (model, inputs): two sequences with one image each.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ import torch
 import transformers as hf
 from torch import Tensor, nn
 
-IMAGE, TEXT_TOKENS, VOCAB = 5, 7, 40  # the id of an image's placeholder; how many tokens follow the image
+IMAGE, TEXT_TOKENS, VOCAB = 5, 7, 40  # image placeholder id; text tokens after the image; vocabulary size
 Model = tuple[nn.Module, dict[str, Tensor]]
 TEXT = {
     "vocab_size": VOCAB, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2,
@@ -22,7 +22,7 @@ VISION = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "n
 
 
 def _ids(image_tokens: int, **before: int) -> Tensor:
-    """[2, T]: an image's placeholders, then random text."""
+    """[2, T]: BOS, the placeholders of an image, then random text."""
     text = torch.randint(10, VOCAB, (2, TEXT_TOKENS))
     image = torch.full((2, image_tokens), IMAGE)
     return torch.cat([torch.ones(2, 1, dtype=torch.long), image, text], 1)
@@ -36,7 +36,7 @@ def _inputs(image_tokens: int, **more: Tensor) -> dict[str, Tensor]:
 def _build(kind: type, config: Any) -> nn.Module:
     torch.manual_seed(0)
     model = kind(config).eval()
-    with torch.no_grad():  # logits of a trained model's size, and not near zero
+    with torch.no_grad():  # logits as large as a trained model's
         model.get_output_embeddings().weight.normal_(std=0.5)
     return model
 
@@ -55,13 +55,13 @@ def llava_onevision() -> Model:
         vision_config=vision, text_config=hf.Qwen2Config(**TEXT), image_token_index=IMAGE, vision_feature_layer=-1,
         image_grid_pinpoints=[[8, 8]], vision_aspect_ratio="anyres_max_9",
     )  # fmt: skip
-    # The whole picture (4 patches), its one tile (4) and a line break after each of its two rows.
+    # 4 patches of the whole image, 4 of its only tile, and a newline token after each of the tile's two rows.
     pixels = {"pixel_values": torch.rand(2, 2, 3, 8, 8), "image_sizes": torch.tensor([[8, 8], [8, 8]])}
     return _build(hf.LlavaOnevisionForConditionalGeneration, config), _inputs(10, **pixels)
 
 
 def _grid(image_tokens: int, channels: int) -> dict[str, Tensor]:
-    """Qwen's images: 4 x 4 patches each, four of which become a token; token types say where they are."""
+    """Qwen's images: 4 x 4 patches each, four patches per token. Token types mark the image tokens."""
     inputs = _inputs(image_tokens)
     return inputs | {
         "pixel_values": torch.rand(2 * 16, channels),
@@ -157,13 +157,13 @@ def llama() -> Model:
 
 
 def gemma2() -> Model:
-    """Text only, with a soft cap that its forward does apply."""
+    """Text only, with a soft cap that its forward applies."""
     config = hf.Gemma2Config(**TEXT, head_dim=16, sliding_window=8, final_logit_softcapping=3.0)
     return _build(hf.Gemma2ForCausalLM, config), _inputs(0)
 
 
 def cohere2() -> Model:
-    """Text only, with a scale that its forward does apply."""
+    """Text only, with a logit scale that its forward applies."""
     return _build(hf.Cohere2ForCausalLM, hf.Cohere2Config(**TEXT, logit_scale=0.25, sliding_window=8)), _inputs(0)
 
 

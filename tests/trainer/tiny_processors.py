@@ -1,6 +1,6 @@
-"""Processors of the classes that people train, with a vocabulary of a few words and images of a few pixels.
+"""Processors of the common model classes, with a vocabulary of a few words and images of a few pixels.
 
-`PROCESSORS` maps a name to a function that returns a processor; each needs neither files nor torchvision.
+`PROCESSORS` maps a name to a function that returns a processor. None of them needs files or torchvision.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ SQUARE = {"height": 8, "width": 8}
 
 
 def _tokenizer(**special: str) -> hf.PreTrainedTokenizerFast:
-    """Words, and tokens that have names: image_token="<image>"."""
+    """A tokenizer of `WORDS` and named special tokens, such as image_token="<image>"."""
     words = [*WORDS, *special.values()]
-    backend = Tokenizer(models.WordLevel({word: place for place, word in enumerate(words)}, unk_token="<unk>"))
+    backend = Tokenizer(models.WordLevel({word: index for index, word in enumerate(words)}, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return hf.PreTrainedTokenizerFast(
         tokenizer_object=backend, pad_token="<pad>", eos_token="</s>", bos_token="<bos>", unk_token="<unk>",
@@ -33,7 +33,7 @@ def _tokenizer(**special: str) -> hf.PreTrainedTokenizerFast:
 
 
 def _without_videos(kind: type, **parts: Any) -> Any:
-    """Video processors need torchvision, and the check of a processor's parts insists on one."""
+    """A processor without a video processor, which would need torchvision. transformers insists on one otherwise."""
 
     class WithoutVideos(kind):
         def check_argument_for_proper_class(self, name: str, part: Any) -> Any:
@@ -43,17 +43,17 @@ def _without_videos(kind: type, **parts: Any) -> Any:
 
 
 def qwen2_5_vl() -> Any:
-    """Patches of 4 x 4 pixels, four of which are a token: 8 x 8 pixels a token, 4 to 100 tokens."""
+    """Patches of 4 x 4 pixels, four patches per token: 8 x 8 pixels per token, 4 to 100 tokens per image."""
     size = {"shortest_edge": 4 * 64, "longest_edge": 100 * 64}
-    pictures = hf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
+    image_processor = hf.Qwen2VLImageProcessorPil(patch_size=4, merge_size=2, temporal_patch_size=2, size=size)
     tokenizer = _tokenizer(image_token="<image>", video_token="<video>")
-    return _without_videos(Qwen2_5_VLProcessor, image_processor=pictures, tokenizer=tokenizer)
+    return _without_videos(Qwen2_5_VLProcessor, image_processor=image_processor, tokenizer=tokenizer)
 
 
 def paligemma() -> Any:
-    pictures = hf.SiglipImageProcessorPil(size=SQUARE)
-    pictures.image_seq_length = 4
-    return PaliGemmaProcessor(pictures, _tokenizer(image_token="<image>"))
+    image_processor = hf.SiglipImageProcessorPil(size=SQUARE)
+    image_processor.image_seq_length = 4
+    return PaliGemmaProcessor(image_processor, _tokenizer(image_token="<image>"))
 
 
 def gemma3() -> Any:
@@ -62,24 +62,24 @@ def gemma3() -> Any:
 
 
 def idefics3() -> Any:
-    pictures = hf.Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 8})
-    return Idefics3Processor(pictures, _tokenizer(), image_seq_len=4)
+    image_processor = hf.Idefics3ImageProcessorPil(size={"longest_edge": 32}, max_image_size={"longest_edge": 8})
+    return Idefics3Processor(image_processor, _tokenizer(), image_seq_len=4)
 
 
 def llava_onevision() -> Any:
-    pictures = hf.LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=[[8, 8], [8, 16], [16, 16]])
+    image_processor = hf.LlavaOnevisionImageProcessorPil(size=SQUARE, image_grid_pinpoints=[[8, 8], [8, 16], [16, 16]])
     tokenizer = _tokenizer(image_token="<image>", video_token="<video>")
     return _without_videos(
-        LlavaOnevisionProcessor, image_processor=pictures, tokenizer=tokenizer, num_image_tokens=4,
+        LlavaOnevisionProcessor, image_processor=image_processor, tokenizer=tokenizer, num_image_tokens=4,
         vision_feature_select_strategy="full",
     )  # fmt: skip
 
 
 def internvl() -> Any:
     names = {"start_image_token": "<img>", "end_image_token": "</img>", "context_image_token": "<image>"}
-    pictures = hf.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=6)
+    image_processor = hf.GotOcr2ImageProcessorPil(size=SQUARE, crop_to_patches=True, max_patches=6)
     tokenizer = _tokenizer(**names, video_token="<video>")
-    return _without_videos(InternVLProcessor, image_processor=pictures, tokenizer=tokenizer, image_seq_length=4)
+    return _without_videos(InternVLProcessor, image_processor=image_processor, tokenizer=tokenizer, image_seq_length=4)
 
 
 PROCESSORS: dict[str, Callable[[], Any]] = {

@@ -1,1 +1,1 @@
-"""Tasks that train on a laptop's processor: what `cwdpo demo` shows, and what the trainer is tested on."""
+"""Tasks small enough to train on a laptop CPU. `cwdpo demo` runs one."""

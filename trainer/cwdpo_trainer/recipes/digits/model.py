@@ -1,4 +1,4 @@
-"""A LLaVA of a third of a million parameters with its processor, and the warm-up of its vision tower."""
+"""A LLaVA with a third of a million parameters, its processor, and the warm-up of its vision tower."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ from transformers import (
 from cwdpo_trainer.recipes.digits.scenes import CELL, EMPTY, SIZE, Scene, words
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-_MAX_NEW_TOKENS = 16  # the longest caption has 12 tokens, its end included
+_MAX_NEW_TOKENS = 16  # the longest caption has 12 tokens, end of sequence included
 _WARMUP_BATCH = 64
 _WARMUP_RATE = 3e-3
 
 
 def build_processor() -> LlavaProcessor:
-    """Words for tokens, a beginning-of-sequence token before a prompt, and pictures of 16 x 16 pixels."""
-    vocabulary = {token: place for place, token in enumerate([*SPECIAL, *words()])}
+    """A processor with one token per word, a BOS token before each prompt, and images of 16 x 16 pixels."""
+    vocabulary = {token: index for index, token in enumerate([*SPECIAL, *words()])}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token=UNKNOWN))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     backend.post_processor = processors.TemplateProcessing(single=f"{BOS} $A", special_tokens=[(BOS, vocabulary[BOS])])
@@ -38,17 +38,17 @@ def build_processor() -> LlavaProcessor:
         tokenizer_object=backend, pad_token=PAD, bos_token=BOS, eos_token=EOS, unk_token=UNKNOWN,
         additional_special_tokens=[IMAGE], model_max_length=64,
     )  # fmt: skip
-    pictures = CLIPImageProcessorPil(
+    image_processor = CLIPImageProcessorPil(
         size={"height": SIZE, "width": SIZE}, do_center_crop=False, image_mean=[0.5] * 3, image_std=[0.5] * 3
     )
     return LlavaProcessor(
-        pictures, tokenizer, patch_size=CELL, vision_feature_select_strategy="default",
+        image_processor, tokenizer, patch_size=CELL, vision_feature_select_strategy="default",
         num_additional_image_tokens=1, image_token=IMAGE,
     )  # fmt: skip
 
 
 def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
-    """The model with random weights, drawn from torch's default generator. A patch of its encoder is a cell."""
+    """The model with random weights from torch's default generator. Each patch of its encoder is one cell."""
     tokenizer = processor.tokenizer
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -71,10 +71,10 @@ def build_model(processor: LlavaProcessor) -> LlavaForConditionalGeneration:
 def warm_up(
     model: LlavaForConditionalGeneration, processor: LlavaProcessor, scenes: Sequence[Scene], steps: int
 ) -> None:
-    """Train the vision tower to tell what is in each cell (a digit or nothing) from the features of its patch.
+    """Train the vision tower to classify each cell (a digit or empty) from the features of its patch.
 
-    It stands for the encoder that a vision-language model starts from, which has seen pictures before: from
-    random weights the language model needs several times as many steps. The classifier is thrown away.
+    It stands in for the pretrained encoder of a real vision-language model: with a random encoder, the language model
+    needs several times as many steps. The classifier is discarded.
     """
     images = _pixels(processor, scenes)
     cells = torch.tensor([scene.cells for scene in scenes])
@@ -96,8 +96,8 @@ def warm_up(
 
 
 def patch_features(model: LlavaForConditionalGeneration, pixel_values: Tensor) -> Tensor:
-    """What the language model gets of images [B, 3, 16, 16], before its projection: [B, 4, hidden]."""
-    return model.model.vision_tower(pixel_values).last_hidden_state[:, 1:]  # the first is the class token
+    """Patch features [B, 4, hidden] of images [B, 3, 16, 16], before the projection to the language model."""
+    return model.model.vision_tower(pixel_values).last_hidden_state[:, 1:]  # without the class token
 
 
 def _pixels(processor: LlavaProcessor, scenes: Sequence[Scene]) -> Tensor:

@@ -1,4 +1,4 @@
-"""Write the digits task to a folder: what a user would have, a model and preference pairs with images."""
+"""Writes the digits task to a folder: a model, and preference pairs with images."""
 
 from __future__ import annotations
 
@@ -29,6 +29,7 @@ from cwdpo_trainer.recipes.digits.scenes import (
     near_negative,
     split_handwriting,
 )
+from cwdpo_trainer.reporter import say
 
 STAMP = "recipe.json"
 CONTENT = frozenset({"model", "images", "train.jsonl", "heldout.jsonl", STAMP})
@@ -60,22 +61,24 @@ def prepare(
     heldout_rows: int = 512,
     warmup_steps: int = 250,
 ) -> None:
-    """Write model/, train.jsonl, heldout.jsonl and images/ to `folder`, or return at once if they are there.
+    """Write model/, train.jsonl, heldout.jsonl and images/ to `folder`. Returns at once if they are up to date.
 
-    - `train_rows` pairs, each of its own scene, with a near or an easy negative by a fair draw;
-    - `heldout_rows` pairs, two per scene, one with either negative; their digits are not among the training ones;
-    - a LLaVA whose vision tower was trained for `warmup_steps` to classify the cells of the training scenes.
+    - `train_rows`: number of training pairs, >= 2. Each has a scene of its own, and a near or an easy negative with
+      equal probability.
+    - `heldout_rows`: number of held-out pairs, even. Each scene has a pair with a near and one with an easy negative.
+      Its handwritten digits are not among the training digits.
+    - `warmup_steps`: steps that train the LLaVA's vision tower to classify the cells of the training scenes.
+    - `seed`: the same arguments give the same files.
 
-    The same settings give the same files. The folder appears as a whole or not at all; one that this function
-    wrote with other settings is replaced. One process may call it at a time.
-    Raises `InputError` for settings out of range, and for a folder that holds anything else.
+    The folder is written atomically. A folder that this function wrote with other arguments is replaced. Only one
+    process may call it at a time. Raises `InputError` for an argument out of range, and for a folder with other files.
     """
     folder = Path(folder)
     settings = _Settings(seed, train_rows, heldout_rows, warmup_steps)
     stamp = {"settings": asdict(settings), "code": _code_version()}
     if _is_stamped(folder, stamp):
         return
-    print(f"digits: writing the data set and the model to {folder}")
+    say(f"digits: writing the dataset and the model to {folder}")
     with replacing_folder(folder) as unfinished:
         _write(unfinished, settings)
         write_json(unfinished / STAMP, stamp)
@@ -84,7 +87,7 @@ def prepare(
 
 
 def _is_stamped(folder: Path, stamp: dict[str, Any]) -> bool:
-    """Whether `folder` holds what `stamp` describes. A folder with files of somebody else is refused."""
+    """Whether `folder` has the content that `stamp` describes. Raises `InputError` if it has other files."""
     if not folder.exists():
         return False
     require(folder.is_dir(), str(folder), "", "a folder", "a file")
@@ -96,7 +99,7 @@ def _is_stamped(folder: Path, stamp: dict[str, Any]) -> bool:
 
 
 def _code_version() -> str:
-    """A digest of the recipe's own source files: what an older version wrote is written anew."""
+    """A digest of the recipe's source files, so that a folder from an older version is rewritten."""
     files = [Path(__file__), Path(model_file.__file__), Path(scenes_file.__file__)]
     return hashlib.sha256(b"".join(path.read_bytes() for path in files)).hexdigest()
 
@@ -109,7 +112,7 @@ def _write(folder: Path, settings: _Settings) -> None:
     _write_rows(folder, "train", [(scene, (rng.choice(NEGATIVE_SOURCES),)) for scene in train], rng)
     _write_rows(folder, "heldout", [(scene, NEGATIVE_SOURCES) for scene in heldout], rng)
     processor = build_processor()
-    # The caller's random state stays as it was: what it draws must not depend on whether the folder was there.
+    # Keep the caller's random state: it must not depend on whether the folder existed.
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
         model = build_model(processor)
@@ -119,11 +122,11 @@ def _write(folder: Path, settings: _Settings) -> None:
 
 
 def _write_rows(folder: Path, name: str, scenes: list[tuple[Scene, tuple[str, ...]]], rng: random.Random) -> None:
-    """The image of each scene, and a line of `name`.jsonl for each source of negatives that it is paired with."""
+    """Write the image of each scene, and a line of `name`.jsonl for each of its sources of negatives."""
     (folder / "images" / name).mkdir(parents=True)
     lines = []
-    for place, (scene, sources) in enumerate(tqdm(scenes, desc=f"{name} scenes", unit="scene")):
-        image = f"images/{name}/{place:05d}.png"
+    for index, (scene, sources) in enumerate(tqdm(scenes, desc=f"{name} scenes", unit="scene")):
+        image = f"images/{name}/{index:05d}.png"
         Image.fromarray(scene.image).save(folder / image)
         lines += [json.dumps(_row(scene, source, image, rng)) + "\n" for source in sources]
     (folder / f"{name}.jsonl").write_text("".join(lines), encoding="utf-8")
