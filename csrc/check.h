@@ -1,5 +1,5 @@
-// What the ops check of their arguments before they touch raw memory, in the words of cwdpo_kernels/validation.py.
-// Users meet the Python checks first; these keep a direct call of torch.ops.cwdpo.* from reading out of bounds.
+// Argument checks of the ops, with the error format of cwdpo_kernels/validation.py. The public Python functions check
+// their arguments first. These checks stop direct calls of the ops from reading or writing out of bounds.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,7 +11,7 @@
 
 namespace cwdpo {
 
-// Throws "op: expected argument to have property expected, got actual" (a RuntimeError in Python).
+// Unless `ok`, throws "OP: expected ARGUMENT to have PROPERTY EXPECTED, got ACTUAL" (a RuntimeError in Python).
 template <class Expected, class Actual>
 void expect(
     bool ok, const char* op, const char* argument, const char* property, const Expected& expected,

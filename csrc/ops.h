@@ -1,5 +1,8 @@
-// The ops that registration.cpp binds to the schemas of cwdpo_kernels/ops: one function each, arguments in the
-// schema's order. What they compute is written in cwdpo_kernels/portable.
+// The CPU ops that registration.cpp binds to the schemas of cwdpo_kernels/ops: one function per schema, with the
+// arguments in the schema's order. cwdpo_kernels/portable explains what each op computes.
+//
+// Forward saves max_logit and sum_exp per token for backward (see cpu/online_softmax.h). Other backends may store
+// something else in these two tensors, so nothing above the backends interprets them.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>
@@ -11,13 +14,14 @@ namespace cwdpo {
 
 using torch::stable::Tensor;
 
-using LinearLogprob = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // logp, peak, total, direction, kept
-using LinearLogprobGrads = std::tuple<Tensor, Tensor, Tensor>;             // hidden, weight, bias
-using HiddenAndBias = std::tuple<Tensor, Tensor>;                          // gradients
-using LogitsLogprob = std::tuple<Tensor, Tensor, Tensor>;                  // logp, peak, total
+using LinearLogprob = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // logp, max_logit, sum_exp, direction, kept
+using LinearLogprobGrads = std::tuple<Tensor, Tensor, Tensor>;             // grad_hidden, grad_weight, grad_bias
+using HiddenAndBias = std::tuple<Tensor, Tensor>;                          // grad_hidden, grad_bias
+using LogitsLogprob = std::tuple<Tensor, Tensor, Tensor>;                  // logp, max_logit, sum_exp
 using TokenStats = std::tuple<Tensor, Tensor, Tensor, Tensor>;             // logp, entropy, top1_prob, is_top1
-using CWDPOLoss = std::tuple<  // loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean,
-    Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;  // count, grad_logp
+// loss, chosen_reward, rejected_reward, margin, accuracy, cooling_weight, kept, sum_logp, mean, count, grad_logp
+using CWDPOLoss =
+    std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
 
 LinearLogprob linear_logprob(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, double scale,
@@ -26,27 +30,27 @@ LinearLogprob linear_logprob(
 
 LinearLogprobGrads linear_logprob_backward(
     const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
+    const Tensor& labels, const Tensor& logp, const Tensor& max_logit, const Tensor& sum_exp, const Tensor& kept,
     double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_weight,
     bool needs_bias, bool sparse_grad, int64_t workspace_bytes);
 
-// Over `kept`, the memory of the weight's gradient.
+// Writes the gradient of the weight into `kept`, over the tiles that forward left there.
 HiddenAndBias linear_logprob_backward_(
     const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
+    const Tensor& labels, const Tensor& logp, const Tensor& max_logit, const Tensor& sum_exp, const Tensor& kept,
     double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_bias,
     bool sparse_grad, int64_t workspace_bytes);
 
 LogitsLogprob logits_logprob(const Tensor& logits, const Tensor& labels, int64_t ignore_index, bool reuse_logits);
 
 Tensor logits_logprob_backward(
-    const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& peak,
-    const Tensor& total, int64_t ignore_index);
+    const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& max_logit,
+    const Tensor& sum_exp, int64_t ignore_index);
 
-// Over the logits' own memory.
+// Writes the gradient over the logits.
 void logits_logprob_backward_(
-    const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& peak,
-    const Tensor& total, int64_t ignore_index);
+    const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& max_logit,
+    const Tensor& sum_exp, int64_t ignore_index);
 
 TokenStats token_stats(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, double scale,

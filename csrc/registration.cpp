@@ -1,5 +1,5 @@
-// Binds the C++ implementations to the schemas that cwdpo_kernels/ops defined in Python, for CPU tensors.
-// Only PyTorch's stable ABI is used: one shared object serves every Python, and torch from 2.11 on.
+// Registers the C++ implementations for CPU tensors. cwdpo_kernels/ops defines the schemas in Python.
+// The library uses only PyTorch's stable ABI, so one file works with every Python and with torch 2.11 or newer.
 
 #include <torch/csrc/stable/library.h>
 

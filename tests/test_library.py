@@ -160,7 +160,7 @@ PRODUCTS = ["torch.mm", "avx512", "avx512bf16"]  # in the order of gemm.h
 @pytest.fixture(params=range(len(PRODUCTS)), ids=PRODUCTS)
 def products(request):
     """What a head's products run on: each of the processor's instruction sets, and torch's products."""
-    limit = ctypes.CDLL(str(library.PATH)).cwdpo_limit_products
+    limit = ctypes.CDLL(str(library.PATH)).cwdpo_limit_gemm
     if limit(request.param) != request.param:
         limit(len(PRODUCTS) - 1)
         pytest.skip(f"this processor or compiler has no {PRODUCTS[request.param]}")

@@ -8,36 +8,36 @@
 namespace cwdpo {
 namespace {
 
-// Rows a power of two apart would meet in few sets of a cache.
+// Avoids rows a power of two apart, which would map to the same few cache sets.
 constexpr int64_t kPadding = 32;
 
 }  // namespace
 
-Bf16Rounded::Bf16Rounded(int64_t max_rows, int64_t max_columns)
+Bf16Tile::Bf16Tile(int64_t max_rows, int64_t max_columns)
     : buffer_(empty({(max_rows + 1) * (max_columns + kPadding)}, ScalarType::BFloat16)) {}
 
-LeftFactor<Bf16> Bf16Rounded::rows(const Matrix<float>& tile) const {
+OperandA<Bf16> Bf16Tile::round(const Matrix<float>& tile) const {
   const int64_t stride = tile.columns + kPadding;
   Bf16* out = data<Bf16>(buffer_);
   for_rows(tile.rows, tile.columns, [&](int64_t v) { round_row(tile.row(v), out + v * stride, tile.columns); });
-  LeftFactor<Bf16> left = left_factor<Bf16>(out, tile.rows, tile.columns);
-  left.row_stride = stride * sizeof(Bf16);
-  return left;
+  OperandA<Bf16> a = operand_a<Bf16>(out, tile.rows, tile.columns);
+  a.row_stride = stride * sizeof(Bf16);
+  return a;
 }
 
-LeftFactor<Bf16> Bf16Rounded::transposed(const Matrix<float>& tile) const {
+OperandA<Bf16> Bf16Tile::round_transposed(const Matrix<float>& tile) const {
   const int64_t stride = tile.columns + kPadding;
   uint32_t* out = data<uint32_t>(buffer_);
   for_rows((tile.rows + 1) / 2, 2 * tile.columns, [&](int64_t k) {
     const float* high = 2 * k + 1 < tile.rows ? tile.row(2 * k + 1) : nullptr;
     round_pair(tile.row(2 * k), high, out + k * stride, tile.columns);
   });
-  // Whole pairs, the last one filled up with 0.
+  // An odd last row is paired with zeros.
   const int64_t bytes = sizeof(uint32_t);
   return {data<char>(buffer_), tile.columns, (tile.rows + 1) / 2 * 2, bytes, stride * bytes};
 }
 
-float lost_to_bf16(float x) {
+float bf16_rounding_error(float x) {
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return x - std::bit_cast<float>((bits + 0x7fffu + (bits >> 16 & 1u)) & 0xffff0000u);
 }

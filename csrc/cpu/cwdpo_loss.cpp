@@ -1,6 +1,6 @@
-// cwdpo_loss on the CPU: totals, means and counts of 2P sequences, cooling weights, loss, metrics and every token's
-// gradient, in one call. The formulas are those of cwdpo_kernels/portable/cwdpo_loss.py; everything between the
-// inputs and the outputs is float64. Bytes moved: 16 a token.
+// cwdpo_loss on the CPU: sums, means and counts of 2P sequences, cooling weights, loss, metrics and the gradient of
+// every token in one call. cwdpo_kernels/portable/cwdpo_loss.py states the formulas. All intermediate results are
+// float64. Bytes moved: 16 per token.
 
 #include <cmath>
 
@@ -14,12 +14,12 @@ namespace {
 constexpr const char* kOp = "cwdpo_loss";
 
 struct Sequences {
-  std::vector<double> total, mean;
+  std::vector<double> sum_logp, mean;
   std::vector<int64_t> count;
 };
 
-// The tokens of sequence s are [offsets[s], offsets[s + 1]); a label of `ignore_index` takes one out. No labels: every
-// "token" is a sequence's total already, of `count` tokens.
+// The tokens of sequence s are [offsets[s], offsets[s + 1]), except those whose label is `ignore_index`. Without
+// labels, each entry is already the sum over a sequence, of `count` tokens.
 struct Tokens {
   const int64_t* offsets;
   const int64_t* labels;  // or null
@@ -49,13 +49,13 @@ template <class T>
 Sequences sum_sequences(const T* logp, const Tokens& tokens, int64_t sequences) {
   Sequences out{std::vector<double>(sequences), std::vector<double>(sequences), std::vector<int64_t>(sequences)};
   for (int64_t s = 0; s < sequences; ++s) {
-    double total = 0;
+    double sum_logp = 0;
     int64_t count = 0;
-    tokens.for_each(s, [&](int64_t i) { total += logp[i], ++count; });
+    tokens.for_each(s, [&](int64_t i) { sum_logp += logp[i], ++count; });
     out.count[s] = tokens.count == nullptr ? count : tokens.count[s];
-    out.total[s] = total;
-    // As the caller will see it: `drop_below` must agree with the mean that is returned.
-    out.mean[s] = static_cast<T>(static_cast<T>(total) / static_cast<T>(std::max<int64_t>(out.count[s], 1)));
+    out.sum_logp[s] = sum_logp;
+    // Rounded to T like the returned mean, so that `drop_below` is compared with the value that the caller sees.
+    out.mean[s] = static_cast<T>(static_cast<T>(sum_logp) / static_cast<T>(std::max<int64_t>(out.count[s], 1)));
   }
   return out;
 }
@@ -78,10 +78,11 @@ CWDPOLoss compute(
   CWDPOLoss out{zeros({}, dtype_of<T>()), per_pair(), per_pair(), per_pair(), per_pair(), per_pair(),
                 empty({pairs}, ScalarType::Bool), empty<T>({2 * pairs}), empty<T>({2 * pairs}),
                 empty<int64_t>({2 * pairs}), zeros({logp.numel()}, dtype_of<T>())};
-  auto& [loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean, count, grad_logp] = out;
+  auto& [loss, chosen_reward, rejected_reward, margin, accuracy, cooling_weight, kept, sum_logp, mean, count,
+         grad_logp] = out;
 
   const Sequences sums = sum_sequences(data<T>(logp), tokens, 2 * pairs);
-  std::copy(sums.total.begin(), sums.total.end(), data<T>(total));
+  std::copy(sums.sum_logp.begin(), sums.sum_logp.end(), data<T>(sum_logp));
   std::copy(sums.mean.begin(), sums.mean.end(), data<T>(mean));
   std::copy(sums.count.begin(), sums.count.end(), data<int64_t>(count));
 
@@ -94,32 +95,32 @@ CWDPOLoss compute(
   }
   const double share = 1.0 / std::max<int64_t>(kept_pairs, 1);
 
-  double sum = 0;
+  double loss_sum = 0;
   for (int64_t p = 0; p < pairs; ++p) {
     const auto length = [&](int64_t s) { return options.per_token ? std::max<int64_t>(sums.count[s], 1) : 1; };
-    const double ratio_chosen = (sums.total[p] - data<T>(ref_chosen)[p]) / length(p);
-    const double ratio_rejected = (sums.total[pairs + p] - data<T>(ref_rejected)[p]) / length(pairs + p);
-    const double cooling = options.constant
-                               ? *options.constant
-                               : sigmoid((sums.mean[pairs + p] - options.logp_floor) / options.temperature);
-    const double logit = options.beta * (ratio_chosen - cooling * ratio_rejected);
-    const double lead = options.beta * (ratio_chosen - ratio_rejected);
+    const double ratio_chosen = (sums.sum_logp[p] - data<T>(ref_chosen)[p]) / length(p);
+    const double ratio_rejected = (sums.sum_logp[pairs + p] - data<T>(ref_rejected)[p]) / length(pairs + p);
+    const double w_c = options.constant
+                           ? *options.constant
+                           : sigmoid((sums.mean[pairs + p] - options.logp_floor) / options.temperature);
+    const double logit = options.beta * (ratio_chosen - w_c * ratio_rejected);
+    const double reward_margin = options.beta * (ratio_chosen - ratio_rejected);
     data<T>(chosen_reward)[p] = options.beta * ratio_chosen;
     data<T>(rejected_reward)[p] = options.beta * ratio_rejected;
-    data<T>(margin)[p] = lead;
-    data<T>(accuracy)[p] = lead > 0;
-    data<T>(weight)[p] = cooling;
+    data<T>(margin)[p] = reward_margin;
+    data<T>(accuracy)[p] = reward_margin > 0;
+    data<T>(cooling_weight)[p] = w_c;
     if (!data<bool>(kept)[p]) continue;
 
-    sum += softplus(-logit) * share;
-    const double pull = options.beta * sigmoid(-logit) * share;
-    const auto spread = [&](int64_t s, double grad_total) {
-      tokens.for_each(s, [&](int64_t i) { data<T>(grad_logp)[i] = grad_total / length(s); });
+    loss_sum += softplus(-logit) * share;
+    const double coeff = options.beta * sigmoid(-logit) * share;
+    const auto broadcast = [&](int64_t s, double grad_sum_logp) {
+      tokens.for_each(s, [&](int64_t i) { data<T>(grad_logp)[i] = grad_sum_logp / length(s); });
     };
-    spread(p, -pull);
-    spread(pairs + p, pull * cooling);
+    broadcast(p, -coeff);
+    broadcast(pairs + p, coeff * w_c);
   }
-  *data<T>(loss) = sum;
+  *data<T>(loss) = loss_sum;
   return out;
 }
 

@@ -1,12 +1,13 @@
-// Products of matrices of floats, or of bfloat16, with float32 sums and results, where the processor has AVX-512.
+// Matrix products of float32 or bfloat16 operands with float32 accumulation and output, for processors with AVX-512.
 //
-// torch.mm is 10 to 15 % slower on tiles of a head (see CONTRIBUTING.md), and has no product of bfloat16 with a float32
-// result: it rounds, and operands converted to float32 multiply at half the rate of AVX512-BF16's dot products of
-// pairs. A product of two bfloat16 is exact in float32, so only sums are rounded, as in float32; the instruction takes
-// subnormal numbers (below 1.2e-38) for zero.
+// They exist because torch.mm is 10 to 15 % slower on the tiles of a head, and because it has no bfloat16 product with
+// a float32 result: it rounds the result, and operands converted to float32 run at half the rate of AVX512-BF16's
+// pairwise dot products. The product of two bfloat16 numbers is exact in float32, so only the sums are rounded, as in
+// float32. The instruction flushes subnormal numbers (below 1.2e-38) to zero.
 //
-// A step of a sum multiplies what fits 32 bits: one float, or a pair of bfloat16. The right factor [K, N] is stored in
-// steps: of bfloat16, rows 2k and 2k + 1 side by side, 0 after an odd last row.
+// Notation: out [M, N] = A [M, K] B [K, N]. One step along K consumes 32 bits of each operand: one float, or a pair of
+// bfloat16. B is packed by steps: for bfloat16, rows 2k and 2k + 1 are interleaved, and an odd last row is paired with
+// zeros.
 #pragma once
 
 #include <cstdint>
@@ -15,56 +16,57 @@
 
 namespace cwdpo {
 
-using Bf16 = uint16_t;  // its bits
+using Bf16 = uint16_t;  // the bits of a bfloat16
 
 template <class E>
-constexpr int64_t kTerms = sizeof(float) / sizeof(E);  // of a step
+constexpr int64_t kTermsPerStep = sizeof(float) / sizeof(E);
 
 template <class E>
 constexpr ScalarType kElementType = ScalarType::Float;
 template <>
 inline constexpr ScalarType kElementType<Bf16> = ScalarType::BFloat16;
 
-// What products of E run on: ours where the compiler and the processor have the instructions, else torch's.
-enum class Products { kTorch, kAvx512, kAvx512Bf16 };
-Products products();
+// The best instructions that both the compiler and the processor support. kTorch: use torch.mm.
+enum class GemmBackend { kTorch, kAvx512, kAvx512Bf16 };
+GemmBackend gemm_backend();
+// Whether `multiply` below supports operands of type E.
 template <class E>
-bool multiplies() {
-  return products() >= (sizeof(E) == sizeof(float) ? Products::kAvx512 : Products::kAvx512Bf16);
+bool has_gemm() {
+  return gemm_backend() >= (sizeof(E) == sizeof(float) ? GemmBackend::kAvx512 : GemmBackend::kAvx512Bf16);
 }
 
-// The left factor [M, K]: step k of row i lies at start + i * row_stride + k * step_stride (bytes).
+// The operand A [M, K]. Step k of row i lies at start + i * row_stride + k * step_stride, in bytes.
 template <class E>
-struct LeftFactor {
+struct OperandA {
   const char* start;
   int64_t rows, depth, row_stride, step_stride;
 };
 
-// Rows as they lie in memory.
+// Contiguous rows.
 template <class E>
-LeftFactor<E> left_factor(const E* rows, int64_t count, int64_t depth) {
+OperandA<E> operand_a(const E* rows, int64_t count, int64_t depth) {
   const int64_t row_bytes = depth * static_cast<int64_t>(sizeof(E));
   return {reinterpret_cast<const char*>(rows), count, depth, row_bytes, sizeof(float)};
 }
 
-inline LeftFactor<float> left_factor(const Matrix<float>& matrix) {
+inline OperandA<float> operand_a(const Matrix<float>& matrix) {
   const int64_t bytes = sizeof(float);
   return {
       reinterpret_cast<const char*>(matrix.data), matrix.rows, matrix.columns, matrix.row_stride * bytes,
       matrix.column_stride * bytes};
 }
 
-// The right factor [K, N], in panels of 64 columns: steps [N / 64, K / kTerms, 64], 0 where K or N ends.
+// The operand B [K, N], packed in panels of 64 columns: [N / 64, K / kTermsPerStep, 64] steps, padded with zeros.
 template <class E>
-class RightFactor {
+class PackedB {
  public:
-  RightFactor(int64_t max_depth, int64_t columns);
+  PackedB(int64_t max_depth, int64_t columns);
   void pack(const E* rows, int64_t depth);             // from [K, N]
   void pack_transposed(const E* rows, int64_t depth);  // from [N, K]
   const uint32_t* panel(int64_t i) const { return data<uint32_t>(panels_) + i * steps() * kPanel; }
-  int64_t steps() const { return (depth_ + kTerms<E> - 1) / kTerms<E>; }
+  int64_t steps() const { return (depth_ + kTermsPerStep<E> - 1) / kTermsPerStep<E>; }
 
-  static constexpr int64_t kPanel = 64;
+  static constexpr int64_t kPanel = 64;  // columns of a panel
   const int64_t columns;
 
  private:
@@ -72,8 +74,8 @@ class RightFactor {
   int64_t depth_ = 0;
 };
 
-// out = left right, or out += left right.
+// out = a b, or out += a b.
 template <class E>
-void multiply(const Matrix<float>& out, const LeftFactor<E>& left, const RightFactor<E>& right, bool accumulate);
+void multiply(const Matrix<float>& out, const OperandA<E>& a, const PackedB<E>& b, bool accumulate);
 
 }  // namespace cwdpo

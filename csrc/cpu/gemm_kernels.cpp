@@ -9,38 +9,38 @@
 
 #include "vector.h"
 
-#if CWDPO_HAS_PRODUCTS
+#if CWDPO_HAS_AVX512_GEMM
 #include <immintrin.h>
-// Instructions for bfloat16 are in what asks for them only, so a processor needs AVX512-BF16 for those alone.
+// Functions on floats contain no bfloat16 instructions, so they also run on processors without AVX512-BF16.
 #define CWDPO_AVX512 __attribute__((target("avx512f,avx512bw,avx512vl,avx512bf16")))
 
 namespace cwdpo {
 namespace {
 
-constexpr int64_t kPanel = RightFactor<float>::kPanel;
-constexpr int64_t kPart = 512;  // terms of a sum; sums of longer products are added up from such parts
+constexpr int64_t kPanel = PackedB<float>::kPanel;
+constexpr int64_t kPart = 512;  // longer sums are split into parts of this many terms, for accuracy
 
-// The first n numbers of a vector.
-CWDPO_AVX512 CWDPO_INLINE __mmask16 first(int64_t n) { return n >= 16 ? 0xffff : (1u << n) - 1; }
+// A mask of the first n lanes of a vector.
+CWDPO_AVX512 CWDPO_INLINE __mmask16 first_lanes(int64_t n) { return n >= 16 ? 0xffff : (1u << n) - 1; }
 
-// sums += one step: `bytes` of each row of the left factor, 0 for what is left of 32 bits.
+// sums += one step. Reads `bytes` of each row of A and pads them with zeros to 32 bits.
 template <class E, int M, int V>
 CWDPO_AVX512 CWDPO_INLINE void add_step(
-    __m512 (&sums)[M][V], const char* left, int64_t row_stride, size_t bytes, const uint32_t* right) {
-  __m512i operands[V];
+    __m512 (&sums)[M][V], const char* a, int64_t row_stride, size_t bytes, const uint32_t* b) {
+  __m512i b_vectors[V];
 #pragma GCC unroll 4
-  for (int j = 0; j < V; ++j) operands[j] = _mm512_loadu_si512(right + 16 * j);
+  for (int j = 0; j < V; ++j) b_vectors[j] = _mm512_loadu_si512(b + 16 * j);
 #pragma GCC unroll 6
   for (int i = 0; i < M; ++i) {
     int32_t step = 0;
-    std::memcpy(&step, left + i * row_stride, bytes);
-    const __m512i factor = _mm512_set1_epi32(step);
+    std::memcpy(&step, a + i * row_stride, bytes);
+    const __m512i a_vector = _mm512_set1_epi32(step);
 #pragma GCC unroll 4
     for (int j = 0; j < V; ++j) {
       if constexpr (std::is_same_v<E, Bf16>) {
-        sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)factor, (__m512bh)operands[j]);
+        sums[i][j] = _mm512_dpbf16_ps(sums[i][j], (__m512bh)a_vector, (__m512bh)b_vectors[j]);
       } else {
-        sums[i][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(factor), _mm512_castsi512_ps(operands[j]), sums[i][j]);
+        sums[i][j] = _mm512_fmadd_ps(_mm512_castsi512_ps(a_vector), _mm512_castsi512_ps(b_vectors[j]), sums[i][j]);
       }
     }
   }
@@ -48,16 +48,16 @@ CWDPO_AVX512 CWDPO_INLINE void add_step(
 
 template <class E, int M, int V>
 CWDPO_AVX512 void multiply_block(const Block& block) {
-  const auto mask = [&](int j) CWDPO_AVX512 { return first(block.columns - 16 * j); };
-  const char* left = block.left;
-  const uint32_t* right = block.right;
+  const auto mask = [&](int j) CWDPO_AVX512 { return first_lanes(block.columns - 16 * j); };
+  const char* a = block.a;
+  const uint32_t* b = block.b;
   bool accumulate = block.accumulate;
   for (int64_t rest = block.depth; rest > 0; rest -= kPart, accumulate = true) {
     __m512 sums[M][V] = {};
-    for (int64_t k = 0; k < std::min(rest, kPart) / kTerms<E>; ++k, left += block.step_stride, right += kPanel) {
-      add_step<E>(sums, left, block.row_stride, sizeof(int32_t), right);
+    for (int64_t k = 0; k < std::min(rest, kPart) / kTermsPerStep<E>; ++k, a += block.step_stride, b += kPanel) {
+      add_step<E>(sums, a, block.row_stride, sizeof(int32_t), b);
     }
-    if (rest < kPart && rest % kTerms<E> != 0) add_step<E>(sums, left, block.row_stride, sizeof(E), right);
+    if (rest < kPart && rest % kTermsPerStep<E> != 0) add_step<E>(sums, a, block.row_stride, sizeof(E), b);
     for (int i = 0; i < M; ++i) {
       for (int j = 0; j < V; ++j) {
         float* out = block.out + i * block.out_stride + 16 * j;
@@ -69,11 +69,11 @@ CWDPO_AVX512 void multiply_block(const Block& block) {
 }
 
 template <class E>
-constexpr auto kBlocks = []<int... I>(std::integer_sequence<int, I...>) {
-  return std::array<MultiplyBlock, sizeof...(I)>{multiply_block<E, I / 4 + 1, I % 4 + 1>...};
-}(std::make_integer_sequence<int, kBlock * 4>());
+constexpr auto kMicroKernels = []<int... I>(std::integer_sequence<int, I...>) {
+  return std::array<MicroKernel, sizeof...(I)>{multiply_block<E, I / 4 + 1, I % 4 + 1>...};
+}(std::make_integer_sequence<int, kBlockRows * 4>());
 
-// The mask's numbers rounded to bfloat16, their bits in 32-bit integers; 0 for the others.
+// Rounds the masked floats to bfloat16 and returns their bits in 32-bit lanes; the other lanes are 0.
 CWDPO_AVX512 CWDPO_INLINE __m512i rounded(const float* x, __mmask16 mask) {
   return _mm512_maskz_cvtepu16_epi32(mask, (__m256i)_mm512_cvtneps_pbh(_mm512_maskz_loadu_ps(mask, x)));
 }
@@ -81,20 +81,20 @@ CWDPO_AVX512 CWDPO_INLINE __m512i rounded(const float* x, __mmask16 mask) {
 }  // namespace
 
 template <class E>
-MultiplyBlock block_function(int64_t rows, int64_t columns) {
-  return kBlocks<E>[(rows - 1) * 4 + (columns + 15) / 16 - 1];
+MicroKernel micro_kernel(int64_t rows, int64_t columns) {
+  return kMicroKernels<E>[(rows - 1) * 4 + (columns + 15) / 16 - 1];
 }
 
 CWDPO_AVX512 void round_row(const float* x, Bf16* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first(n - i);
+    const __mmask16 mask = first_lanes(n - i);
     _mm512_mask_cvtepi32_storeu_epi16(out + i, mask, rounded(x + i, mask));
   }
 }
 
 CWDPO_AVX512 void round_pair(const float* low, const float* high, uint32_t* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = first(n - i);
+    const __mmask16 mask = first_lanes(n - i);
     __m512i pair = rounded(low + i, mask);
     if (high != nullptr) pair = _mm512_or_si512(pair, _mm512_maskz_slli_epi32(mask, rounded(high + i, mask), 16));
     _mm512_mask_storeu_epi32(out + i, mask, pair);
@@ -105,9 +105,9 @@ CWDPO_AVX512 void round_pair(const float* low, const float* high, uint32_t* out,
 
 namespace cwdpo {
 
-[[noreturn]] static void missing() { throw std::logic_error("compiled without its own products"); }
+[[noreturn]] static void missing() { throw std::logic_error("cwdpo_kernels was compiled without AVX-512 products"); }
 template <class E>
-MultiplyBlock block_function(int64_t, int64_t) {
+MicroKernel micro_kernel(int64_t, int64_t) {
   missing();
 }
 void round_row(const float*, Bf16*, int64_t) { missing(); }
@@ -115,7 +115,7 @@ void round_pair(const float*, const float*, uint32_t*, int64_t) { missing(); }
 
 #endif
 
-template MultiplyBlock block_function<float>(int64_t, int64_t);
-template MultiplyBlock block_function<Bf16>(int64_t, int64_t);
+template MicroKernel micro_kernel<float>(int64_t, int64_t);
+template MicroKernel micro_kernel<Bf16>(int64_t, int64_t);
 
 }  // namespace cwdpo

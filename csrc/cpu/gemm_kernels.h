@@ -1,4 +1,4 @@
-// The innermost loops of gemm.h: blocks of the result that stay in registers, and rounding to bfloat16.
+// The inner loops of gemm.h: register-blocked micro-kernels, and rounding to bfloat16.
 #pragma once
 
 #include <cstdint>
@@ -6,32 +6,33 @@
 #include "gemm.h"
 
 #if defined(__x86_64__) && (defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11)
-#define CWDPO_HAS_PRODUCTS 1
+#define CWDPO_HAS_AVX512_GEMM 1
 #else
-#define CWDPO_HAS_PRODUCTS 0
+#define CWDPO_HAS_AVX512_GEMM 0
 #endif
 
 namespace cwdpo {
 
-constexpr int64_t kBlock = 6;  // rows of a block: 6 x 4 sums, 4 operands and a step fill the 32 registers of AVX-512
+// 6 x 4 accumulators, 4 vectors of B and one step of A nearly fill the 32 registers of AVX-512.
+constexpr int64_t kBlockRows = 6;
 
-// A block of the result: up to 6 rows by up to 64 columns.
+// A block of the output: up to 6 rows by up to 64 columns.
 struct Block {
-  const char* left;
+  const char* a;
   int64_t row_stride, step_stride, depth;
-  const uint32_t* right;
+  const uint32_t* b;
   float* out;
   int64_t out_stride, columns;
   bool accumulate;
 };
 
-using MultiplyBlock = void (*)(const Block&);
+using MicroKernel = void (*)(const Block&);
 
-// The function for blocks of E of that size; only where `multiplies<E>()`.
+// The micro-kernel for blocks of that size. Requires has_gemm<E>().
 template <class E>
-MultiplyBlock block_function(int64_t rows, int64_t columns);
+MicroKernel micro_kernel(int64_t rows, int64_t columns);
 
-// n floats rounded to bfloat16; of two rows, side by side (high: null for zeros).
+// Round n floats to bfloat16. round_pair interleaves two rows; high = nullptr stands for a row of zeros.
 void round_row(const float* x, Bf16* out, int64_t n);
 void round_pair(const float* low, const float* high, uint32_t* out, int64_t n);
 

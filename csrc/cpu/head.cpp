@@ -9,12 +9,12 @@ constexpr int64_t kMinTile = 128;
 constexpr int64_t kMaxRows = 1024;
 constexpr int64_t kWorkspaceBytes = 2 << 20;
 
-bool on_bf16(const HeadArguments& head) {
-  return head.weight.scalar_type() == ScalarType::BFloat16 && multiplies<Bf16>();
+bool uses_bf16_gemm(const HeadArguments& head) {
+  return head.weight.scalar_type() == ScalarType::BFloat16 && has_gemm<Bf16>();
 }
 
-bool on_floats(const HeadArguments& head) {
-  return head.weight.scalar_type() != ScalarType::Double && multiplies<float>();
+bool uses_float_gemm(const HeadArguments& head) {
+  return head.weight.scalar_type() != ScalarType::Double && has_gemm<float>();
 }
 
 }  // namespace
@@ -32,53 +32,54 @@ void check_head(const char* op, const HeadArguments& head, const Tensor& labels)
   }
 }
 
-LiveRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab) {
+LabelledRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab) {
   const Tensor as_int64 = contiguous_as<int64_t>(labels);
   const int64_t* values = data<int64_t>(as_int64);
-  LiveRows live;
+  LabelledRows labelled;
   for (int64_t i = 0; i < labels.numel(); ++i) {
     if (values[i] == ignore_index) continue;
     expect(values[i] >= 0 && values[i] < vocab, op, "labels", "values below", vocab, values[i]);
-    live.positions.push_back(i);
-    live.labels.push_back(values[i]);
+    labelled.tokens.push_back(i);
+    labelled.labels.push_back(values[i]);
   }
-  return live;
+  return labelled;
 }
 
-TilePlan plan_tiles(const HeadArguments& head, int64_t live_rows, size_t item_size) {
+TilePlan plan_tiles(const HeadArguments& head, int64_t n_rows, size_t item_size) {
   const int64_t bytes = head.workspace_bytes == 0 ? kWorkspaceBytes : head.workspace_bytes;
   const int64_t entries = std::max<int64_t>(bytes / item_size, kMinTile * kMinTile);
-  const int64_t rows = std::clamp<int64_t>(std::min(live_rows, entries / kMinTile), 1, kMaxRows);
-  // What else a column takes: its part of the weight converted to floats and packed, or packed and itself rounded.
+  const int64_t rows = std::clamp<int64_t>(std::min(n_rows, entries / kMinTile), 1, kMaxRows);
+  // Each column also needs `extra` entries: its row of the weight converted to float and packed, or, with the bfloat16
+  // GEMM, that row packed and the column itself rounded.
   const int64_t dim = head.weight.size(1), converted = head.weight.element_size() == item_size ? 0 : dim;
-  const int64_t others = on_bf16(head) ? (rows + dim) / 2 : converted + (on_floats(head) ? dim : 0);
-  const int64_t columns = std::max<int64_t>(entries / (rows + others) / kMinTile, 1) * kMinTile;
+  const int64_t extra = uses_bf16_gemm(head) ? (rows + dim) / 2 : converted + (uses_float_gemm(head) ? dim : 0);
+  const int64_t columns = std::max<int64_t>(entries / (rows + extra) / kMinTile, 1) * kMinTile;
   return {rows, std::clamp<int64_t>(head.weight.size(0), 1, columns)};
 }
 
 template <class T>
-TiledHead<T>::TiledHead(const HeadArguments& arguments, const LiveRows& live, TilePlan tile_plan)
+TiledHead<T>::TiledHead(const HeadArguments& arguments, const LabelledRows& labelled, TilePlan tile_plan)
     : plan(tile_plan),
-      rows(live.size()),
+      rows(labelled.size()),
       vocab(arguments.weight.size(0)),
       dim(arguments.weight.size(1)),
       scale(static_cast<T>(arguments.scale)),
       cap(static_cast<T>(arguments.softcap.value_or(0))),
-      live_(live),
+      labelled_(labelled),
       weight_tensor_(arguments.weight),
       buffer_(empty<T>({plan.columns * padded(std::min(plan.rows, rows))})) {
   const bool all = rows == arguments.hidden.size(0);
-  hidden_tensor_ = all ? arguments.hidden : index_rows(arguments.hidden, live.positions.data(), rows);
+  hidden_tensor_ = all ? arguments.hidden : index_rows(arguments.hidden, labelled.tokens.data(), rows);
   if (arguments.bias) bias_tensor_ = contiguous_as<T>(*arguments.bias);
   bias_ = bias_tensor_ ? data<T>(*bias_tensor_) : nullptr;
-  if (on_bf16(arguments)) {
+  if (uses_bf16_gemm(arguments)) {
     hidden_tensor_ = torch::stable::contiguous(hidden_tensor_);
-    bf16_ = std::make_unique<PackedHead<Bf16>>(hidden_tensor_, weight_tensor_, live_.labels, plan);
+    bf16_ = std::make_unique<PackedHead<Bf16>>(hidden_tensor_, weight_tensor_, labelled_.labels, plan);
     return;
   }
-  if (on_floats(arguments)) {
+  if (uses_float_gemm(arguments)) {
     hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
-    floats_ = std::make_unique<PackedHead<float>>(hidden_tensor_, weight_tensor_, live_.labels, plan);
+    floats_ = std::make_unique<PackedHead<float>>(hidden_tensor_, weight_tensor_, labelled_.labels, plan);
     return;
   }
   if (hidden_tensor_.scalar_type() != dtype_of<T>()) hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
@@ -87,7 +88,7 @@ TiledHead<T>::TiledHead(const HeadArguments& arguments, const LiveRows& live, Ti
 
 template <class T>
 Matrix<T> TiledHead<T>::weight(Span columns) const {
-  if (!weight_buffer_) return matrix<T>(weight_tensor_).block(columns.start, columns.size);
+  if (!weight_buffer_) return matrix<T>(weight_tensor_).row_block(columns.start, columns.size);
   Tensor tile = slice_rows(*weight_buffer_, 0, columns.size);
   if (converted_start_ != columns.start) {
     torch::stable::copy_(tile, slice_rows(weight_tensor_, columns.start, columns.size));
@@ -129,12 +130,12 @@ template <class T>
 std::vector<T> TiledHead<T>::target_logits() const {
   std::vector<T> logits(rows);
   for_spans(rows, plan.rows, [&](Span block) {
-    const Tensor own_weight = target_weight(block);
-    const Tensor own_hidden = contiguous_as<T>(slice_rows(hidden_tensor_, block.start, block.size));
+    const Tensor label_weight = target_weight(block);
+    const Tensor hidden_rows = contiguous_as<T>(slice_rows(hidden_tensor_, block.start, block.size));
     for_rows(block.size, dim, [&](int64_t i) {
       const int64_t row = block.start + i;
-      logits[row] = static_cast<T>(dot_row(data<T>(own_hidden) + i * dim, data<T>(own_weight) + i * dim, dim));
-      transform_row(&logits[row], 1, bias(live_.labels[row]), scale, cap);
+      logits[row] = static_cast<T>(dot_row(data<T>(hidden_rows) + i * dim, data<T>(label_weight) + i * dim, dim));
+      transform_row(&logits[row], 1, bias(labelled_.labels[row]), scale, cap);
     });
   });
   return logits;

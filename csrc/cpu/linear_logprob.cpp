@@ -1,131 +1,135 @@
-// linear_logprob and its backward on the CPU: the algorithm of cwdpo_kernels/portable/linear_logprob.py, with the
-// passes over a tile of logits (transform, maximum, exponential, sum, gradient) made while it is in cache, and kept
-// tiles read and written in place.
+// linear_logprob and its backward on the CPU. The algorithm is that of cwdpo_kernels/portable/linear_logprob.py. All
+// passes over a tile of logits (transform, maximum, exponential, sum, gradient) run while it is in cache, and kept
+// tiles are read and written in place.
 //
-// Bytes that move from memory: the weight once forward and once backward, its gradient once, kept tiles twice;
-// everything else is N x D or stays in cache. Legend: see head.h.
+// Bytes moved: the weight once in forward and once in backward, its gradient once, kept tiles twice. Everything else is
+// N x D or stays in cache. Legend: head.h.
 
 #include <utility>
 
 #include "../check.h"
 #include "../ops.h"
 #include "head.h"
+#include "logit_grads.h"
 #include "sweep.h"
-#include "upstream.h"
 
 namespace cwdpo {
 namespace {
 
-// What one sweep over the vocabulary finds for the N live rows.
+// The results of one sweep over the vocabulary for the N labelled rows.
 template <class T>
 struct Forward {
-  std::vector<Competitors<T>> others;
-  Tensor pushed;  // sum exp(z_v - peak) W_v [N, D], or undefined without a direction
+  std::vector<OnlineSoftmax<T>> softmax;
+  Tensor sum_exp_weight;  // sum_v exp(z_v - max_logit) slope_v W_v [N, D]; undefined without a direction
 };
 
 template <class T>
 Forward<T> sweep(const TiledHead<T>& head, const KeptTiles<T>& kept, bool with_direction) {
-  Forward<T> state{std::vector<Competitors<T>>(head.rows), Tensor()};
-  if (with_direction) state.pushed = zeros({head.rows, head.dim}, dtype_of<T>());
-  const Matrix<T> pushed = with_direction ? matrix<T>(state.pushed) : Matrix<T>{};
+  Forward<T> result{std::vector<OnlineSoftmax<T>>(head.rows), Tensor()};
+  if (with_direction) result.sum_exp_weight = zeros({head.rows, head.dim}, dtype_of<T>());
+  const Matrix<T> sums = with_direction ? matrix<T>(result.sum_exp_weight) : Matrix<T>{};
 
   for_spans(head.vocab, head.plan.columns, [&](Span columns) {
     for_spans(head.rows, head.plan.rows, [&](Span block) {
       const bool keep = kept.has(columns);
-      const Matrix<T> tile = keep ? kept.tile(columns).beside(block.start, block.size) : head.buffer(block, columns);
+      const Matrix<T> tile =
+          keep ? kept.tile(columns).column_block(block.start, block.size) : head.buffer(block, columns);
       head.logits(tile, columns, block);
-      const Sweep kind = with_direction ? Sweep::kExponentials : Sweep::kTotals;
-      add_tile(head, tile, columns, block, kind, state.others, [&](int64_t row, T decay) {
-        if (with_direction) scale_row(pushed.row(row), head.dim, decay);
+      const Sweep kind = with_direction ? Sweep::kExponentials : Sweep::kSumExp;
+      add_tile(head, tile, columns, block, kind, result.softmax, [&](int64_t row, T rescale) {
+        if (with_direction) scale_row(sums.row(row), head.dim, rescale);
       });
       if (with_direction) {
-        head.add_to_hidden(pushed.block(block.start, block.size), tile, columns, block, /*accumulate=*/true);
+        head.add_to_hidden(sums.row_block(block.start, block.size), tile, columns, block, /*accumulate=*/true);
       }
     });
   });
-  return state;
+  return result;
 }
 
-// pushed <- scale * (slope_y W_y - pushed / total), in place.
+// Turns sum_exp_weight into the direction scale * (slope_y W_y - sum_exp_weight / sum_exp), in place.
 template <class T>
-void pull_to_label(const TiledHead<T>& head, const std::vector<T>& target, const Forward<T>& state) {
-  const Matrix<T> pushed = matrix<T>(state.pushed);
+void to_direction(const TiledHead<T>& head, const std::vector<T>& target, const Forward<T>& forward) {
+  const Matrix<T> direction = matrix<T>(forward.sum_exp_weight);
   for_spans(head.rows, head.plan.rows, [&](Span block) {
-    const Tensor own_weight = head.target_weight(block);
+    const Tensor label_weight = head.target_weight(block);
     for_rows(block.size, head.dim, [&](int64_t i) {
       const int64_t row = block.start + i;
-      // No competitor at all (V = 1) leaves total = 0: 1 / tiny keeps 0 / 0 out, 1 - p_y = 0 does the rest.
-      scale_row(pushed.row(row), head.dim, T(1) / std::max(state.others[row].total, std::numeric_limits<T>::min()));
-      pull_row(pushed.row(row), data<T>(own_weight) + i * head.dim, head.dim, head.slope(target[row]), head.scale);
+      // With V = 1, sum_exp is 0. The lower bound avoids 0 / 0; backward multiplies the direction by 1 - p_y = 0.
+      const T sum_exp = std::max(forward.softmax[row].sum_exp, std::numeric_limits<T>::min());
+      scale_row(direction.row(row), head.dim, T(1) / sum_exp);
+      subtract_from_row(
+          direction.row(row), data<T>(label_weight) + i * head.dim, head.dim, head.slope(target[row]), head.scale);
     });
   });
 }
 
-// The bytes of a row of the weight's gradient where `kept` is its memory; 0 where it is not.
-int64_t gradient_row(const Tensor& kept) { return kept.dim() == 2 ? kept.size(1) * kept.element_size() : 0; }
+// The size in bytes of a row of the weight's gradient if `kept` is its memory, else 0.
+int64_t grad_row_bytes(const Tensor& kept) { return kept.dim() == 2 ? kept.size(1) * kept.element_size() : 0; }
 
 template <class T>
 LinearLogprob forward(
-    const HeadArguments& arguments, const Tensor& labels, const LiveRows& live, bool with_direction,
+    const HeadArguments& arguments, const Tensor& labels, const LabelledRows& labelled, bool with_direction,
     std::optional<int64_t> kept_bytes) {
   const int64_t tokens = labels.numel();
   LinearLogprob out{
       zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()),
       zeros({with_direction ? tokens : 0, arguments.hidden.size(1)}, arguments.hidden.scalar_type()),
       kept_bytes ? empty({*kept_bytes}, ScalarType::Byte) : torch::stable::empty_like(arguments.weight)};
-  auto& [logp, peak, total, direction, kept] = out;
+  auto& [logp, max_logit, sum_exp, direction, kept] = out;
 
-  const TilePlan plan = plan_tiles(arguments, live.size(), sizeof(T));
-  const KeptTiles<T> kept_tiles(kept, plan, live.size(), arguments.weight.size(0), gradient_row(kept));
-  // No byte of an output is left uninitialised, but those that backward writes: they are many.
-  if (kept_bytes) kept_tiles.zero_the_rest();
-  if (live.size() == 0) return out;
+  const TilePlan plan = plan_tiles(arguments, labelled.size(), sizeof(T));
+  const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), arguments.weight.size(0), grad_row_bytes(kept));
+  // Zero the unused bytes of an opaque buffer. Backward overwrites all of the weight's gradient, so zeroing that one
+  // would be wasted work.
+  if (kept_bytes) kept_tiles.zero_unused();
+  if (labelled.size() == 0) return out;
 
-  const TiledHead<T> head(arguments, live, plan);
+  const TiledHead<T> head(arguments, labelled, plan);
   const std::vector<T> target = head.target_logits();
-  const Forward<T> state = sweep(head, kept_tiles, with_direction);
-  for (int64_t i = 0; i < live.size(); ++i) {
-    const int64_t token = live.positions[i];
-    data<T>(peak)[token] = state.others[i].peak;
-    data<T>(total)[token] = state.others[i].total;
-    data<T>(logp)[token] = logp_of(target[i], state.others[i]);
+  const Forward<T> result = sweep(head, kept_tiles, with_direction);
+  for (int64_t i = 0; i < labelled.size(); ++i) {
+    const int64_t token = labelled.tokens[i];
+    data<T>(max_logit)[token] = result.softmax[i].max_logit;
+    data<T>(sum_exp)[token] = result.softmax[i].sum_exp;
+    data<T>(logp)[token] = logp_of(target[i], result.softmax[i]);
   }
   if (with_direction) {
-    pull_to_label(head, target, state);
-    scatter_rows(direction, live.positions, state.pushed);
+    to_direction(head, target, result);
+    scatter_rows(direction, labelled.tokens, result.sum_exp_weight);
   }
   return out;
 }
 
-// The gradient of a tile's logits [B, R], into `grad`. `logits` may be `grad` itself; from[row], where it is given, is
-// the column of `logits` that holds a row.
+// Writes the gradient of a tile of logits [B, R] to `grad`, which may be `logits` itself. If `source` is given, row r
+// is in column source[r] of `logits`.
 template <class T>
-void write_gradient(
-    const TiledHead<T>& head, const Upstream<T>& up, Span columns, Span block, const Matrix<T>& logits,
-    const Matrix<T>& grad, const int64_t* from) {
-  const auto column = [&](int64_t n) { return from == nullptr ? n : from[block.start + n]; };
+void write_tile_gradient(
+    const TiledHead<T>& head, const LogitGrads<T>& grads, Span columns, Span block, const Matrix<T>& logits,
+    const Matrix<T>& grad, const int64_t* source) {
+  const auto column = [&](int64_t n) { return source == nullptr ? n : source[block.start + n]; };
   std::vector<std::pair<T*, T>> at_labels;
   for (int64_t n = 0; n < block.size; ++n) {
-    const int64_t row = block.start + n, label = up.live.labels[row];
+    const int64_t row = block.start + n, label = grads.rows.labels[row];
     if (!columns.contains(label)) continue;
     const T target = logits.row(label - columns.start)[column(n)];
-    at_labels.emplace_back(grad.row(label - columns.start) + n, up.pull[row] * head.slope(target));
+    at_labels.emplace_back(grad.row(label - columns.start) + n, grads.grad_target[row] * head.slope(target));
   }
-  const T *peak = up.peak.data() + block.start, *push = up.push.data() + block.start;
+  const T *max_logit = grads.max_logits.data() + block.start, *factor = grads.exp_factor.data() + block.start;
   for_rows(columns.size, block.size, [&](int64_t v) {
     const T* z = logits.row(v);
     T* out = grad.row(v);
-    if (from != nullptr) {
+    if (source != nullptr) {
       for (int64_t n = 0; n < block.size; ++n) out[n] = z[column(n)];
       z = out;
     }
-    exp_across(z, out, block.size, peak, push, head.inverse_cap());
+    exp_across_tokens(z, out, block.size, max_logit, factor, head.inverse_cap());
   });
-  for (const auto& [entry, value] : at_labels) *entry = value;  // over exp(c - peak), which may overflow
+  for (const auto& [entry, value] : at_labels) *entry = value;  // replaces exp(z_y - max_logit), which may overflow
 }
 
-// The accumulator of one tile of a gradient: the output's own memory where that has the compute dtype and rows that lie
-// in one piece, else a buffer.
+// Accumulates the gradient of one vocabulary tile: in the output itself if it has the compute dtype and contiguous
+// rows, else in a buffer that store() copies to the output.
 template <class T>
 struct Accumulator {
   Accumulator(const Tensor& out, Span rows)
@@ -142,16 +146,16 @@ struct Accumulator {
 
 template <class T>
 void backward(
-    const HeadArguments& arguments, const LiveRows& labelled, const Upstream<T>& up, const Tensor& kept,
+    const HeadArguments& arguments, const LabelledRows& labelled, const LogitGrads<T>& grads, const Tensor& kept,
     const LinearLogprobGrads& out) {
   const auto& [grad_hidden, grad_weight, grad_bias] = out;
   const bool needs_hidden = grad_hidden.numel() > 0, needs_weight = grad_weight.numel() > 0,
              needs_bias = grad_bias.numel() > 0;
-  // Forward laid its kept tiles out for all labelled rows, in tiles planned for that many: plan the same.
+  // Forward planned and stored its tiles for all labelled rows, so plan for the same number here.
   const TilePlan plan = plan_tiles(arguments, labelled.size(), sizeof(T));
-  const TiledHead<T> head(arguments, up.live, plan);
-  const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), head.vocab, gradient_row(kept));
-  const Tensor grad_hidden_live = needs_hidden ? empty<T>({head.rows, head.dim}) : Tensor();
+  const TiledHead<T> head(arguments, grads.rows, plan);
+  const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), head.vocab, grad_row_bytes(kept));
+  const Tensor grad_hidden_rows = needs_hidden ? empty<T>({head.rows, head.dim}) : Tensor();
 
   for_spans(head.vocab, plan.columns, [&](Span columns) {
     std::optional<Accumulator<T>> weight_sums, bias_sums;
@@ -161,38 +165,39 @@ void backward(
       torch::stable::zero_(bias_sums->sums);
     }
     for_spans(head.rows, plan.rows, [&](Span block) {
-      const Matrix<T> grad = head.buffer(block, columns);
+      const Matrix<T> tile_grad = head.buffer(block, columns);
       if (kept_tiles.has(columns)) {
-        // Rows without an upstream gradient were kept too: where there are some, rows are gathered.
+        // Kept tiles hold all labelled rows. If some have no gradient, gather those that do.
         const Matrix<T> tile = kept_tiles.tile(columns);
         const bool all = head.rows == labelled.size();
-        const Matrix<T> logits = all ? tile.beside(block.start, block.size) : tile;
-        write_gradient(head, up, columns, block, logits, grad, all ? nullptr : up.among_labelled.data());
+        const Matrix<T> logits = all ? tile.column_block(block.start, block.size) : tile;
+        const int64_t* source = all ? nullptr : grads.index_among_labelled.data();
+        write_tile_gradient(head, grads, columns, block, logits, tile_grad, source);
       } else {
-        head.logits(grad, columns, block);
-        head.transform(grad, columns);
-        write_gradient(head, up, columns, block, grad, grad, nullptr);
+        head.logits(tile_grad, columns, block);
+        head.transform(tile_grad, columns);
+        write_tile_gradient(head, grads, columns, block, tile_grad, tile_grad, nullptr);
       }
       if (needs_hidden) {
-        const Matrix<T> sums = matrix<T>(grad_hidden_live).block(block.start, block.size);
-        head.add_to_hidden(sums, grad, columns, block, columns.start > 0);
+        const Matrix<T> sums = matrix<T>(grad_hidden_rows).row_block(block.start, block.size);
+        head.add_to_hidden(sums, tile_grad, columns, block, columns.start > 0);
       }
       if (needs_weight) {
-        head.add_to_weight(matrix<T>(weight_sums->sums), grad, columns, block, block.start > 0);
+        head.add_to_weight(matrix<T>(weight_sums->sums), tile_grad, columns, block, block.start > 0);
       }
       if (needs_bias) {
         T* sums = data<T>(bias_sums->sums);
-        for_rows(columns.size, block.size, [&](int64_t v) { sums[v] += sum_of_row(grad.row(v), block.size); });
+        for_rows(columns.size, block.size, [&](int64_t v) { sums[v] += sum_of_row(tile_grad.row(v), block.size); });
       }
     });
     if (needs_weight) weight_sums->store();
     if (needs_bias) bias_sums->store();
   });
-  if (needs_hidden) scatter_rows(grad_hidden, up.live.positions, grad_hidden_live);
+  if (needs_hidden) scatter_rows(grad_hidden, grads.rows.tokens, grad_hidden_rows);
 }
 
-// Where the gradients go: empty where they are not needed.
-LinearLogprobGrads gradients(
+// Allocates the gradients of hidden and bias; a gradient that is not needed is an empty tensor.
+LinearLogprobGrads allocate_gradients(
     const HeadArguments& arguments, bool needs_hidden, bool needs_bias, const Tensor& grad_weight) {
   const auto like = [](bool needed, const Tensor& x) {
     return needed ? torch::stable::empty_like(x) : empty({0}, x.scalar_type());
@@ -204,20 +209,21 @@ LinearLogprobGrads gradients(
 
 void write_gradients(
     const char* op, const HeadArguments& arguments, const Tensor& grad_logp, const Tensor& labels, const Tensor& logp,
-    const Tensor& peak, const Tensor& total, const Tensor& kept, int64_t ignore_index, const LinearLogprobGrads& out) {
+    const Tensor& max_logit, const Tensor& sum_exp, const Tensor& kept, int64_t ignore_index,
+    const LinearLogprobGrads& out) {
   check_head(op, arguments, labels);
-  check_per_token(op, labels, grad_logp, logp, peak, total);
+  check_per_token(op, labels, grad_logp, logp, max_logit, sum_exp);
   auto [grad_hidden, grad_weight, grad_bias] = out;
-  const LiveRows labelled = labelled_rows(op, labels, ignore_index, arguments.weight.size(0));
+  const LabelledRows labelled = labelled_rows(op, labels, ignore_index, arguments.weight.size(0));
   torch::stable::zero_(grad_hidden);
   with_compute_type(arguments.hidden.scalar_type(), [&](auto type) {
     using T = decltype(type);
-    const Upstream<T> up(labelled, grad_logp, logp, peak, total, arguments.scale);
-    if (up.live.size() == 0) {
+    const LogitGrads<T> grads(labelled, grad_logp, logp, max_logit, sum_exp, arguments.scale);
+    if (grads.rows.size() == 0) {
       torch::stable::zero_(grad_weight);
       torch::stable::zero_(grad_bias);
-    } else {  // every tile of the weight's gradient is written: zeros first would be a second pass over memory
-      backward<T>(arguments, labelled, up, kept, out);
+    } else {  // backward writes every tile of the weight's gradient, so it need not be zeroed first
+      backward<T>(arguments, labelled, grads, kept, out);
     }
   });
 }
@@ -230,28 +236,29 @@ LinearLogprob linear_logprob(
     int64_t workspace_bytes, std::optional<int64_t> kept_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   check_head("linear_logprob", arguments, labels);
-  const LiveRows live = labelled_rows("linear_logprob", labels, ignore_index, weight.size(0));
+  const LabelledRows labelled = labelled_rows("linear_logprob", labels, ignore_index, weight.size(0));
   return with_compute_type(hidden.scalar_type(), [&](auto type) {
-    return forward<decltype(type)>(arguments, labels, live, with_direction, kept_bytes);
+    return forward<decltype(type)>(arguments, labels, labelled, with_direction, kept_bytes);
   });
 }
 
 LinearLogprobGrads linear_logprob_backward(
     const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
+    const Tensor& labels, const Tensor& logp, const Tensor& max_logit, const Tensor& sum_exp, const Tensor& kept,
     double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_weight,
     bool needs_bias, bool /*sparse_grad*/, int64_t workspace_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
-  const LinearLogprobGrads out = gradients(
+  const LinearLogprobGrads out = allocate_gradients(
       arguments, needs_hidden, needs_bias,
       needs_weight ? torch::stable::empty_like(weight) : empty({0}, weight.scalar_type()));
-  write_gradients("linear_logprob_backward", arguments, grad_logp, labels, logp, peak, total, kept, ignore_index, out);
+  write_gradients(
+      "linear_logprob_backward", arguments, grad_logp, labels, logp, max_logit, sum_exp, kept, ignore_index, out);
   return out;
 }
 
 HiddenAndBias linear_logprob_backward_(
     const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
-    const Tensor& labels, const Tensor& logp, const Tensor& peak, const Tensor& total, const Tensor& kept,
+    const Tensor& labels, const Tensor& logp, const Tensor& max_logit, const Tensor& sum_exp, const Tensor& kept,
     double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_bias,
     bool /*sparse_grad*/, int64_t workspace_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
@@ -261,8 +268,8 @@ HiddenAndBias linear_logprob_backward_(
   expect_size(op, "kept", kept, 1, weight.size(1));
   expect_dtype(op, "kept", kept, weight.scalar_type());
   expect(kept.is_contiguous(), op, "kept", "layout", "contiguous", "strided");
-  const LinearLogprobGrads out = gradients(arguments, needs_hidden, needs_bias, kept);
-  write_gradients(op, arguments, grad_logp, labels, logp, peak, total, kept, ignore_index, out);
+  const LinearLogprobGrads out = allocate_gradients(arguments, needs_hidden, needs_bias, kept);
+  write_gradients(op, arguments, grad_logp, labels, logp, max_logit, sum_exp, kept, ignore_index, out);
   return {std::get<0>(out), std::get<2>(out)};
 }
 

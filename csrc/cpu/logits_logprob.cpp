@@ -1,20 +1,20 @@
-// logits_logprob on the CPU, forward and backward: the algebra of linear_logprob on logits that exist already.
-// Bytes moved: forward reads the logits once; backward reads them once and writes the gradient once. Logits of half
-// precision pass through a block of float32 rows.
+// logits_logprob and its backward on the CPU: the algebra of linear_logprob, applied to logits that already exist.
+// Bytes moved: forward reads the logits once; backward reads them once and writes the gradient once. Half-precision
+// logits are converted block by block in a float32 buffer.
 
 #include "../check.h"
 #include "../ops.h"
-#include "competitors.h"
 #include "head.h"
-#include "upstream.h"
+#include "logit_grads.h"
+#include "online_softmax.h"
 
 namespace cwdpo {
 namespace {
 
 constexpr int64_t kBlockBytes = 4 << 20;
-constexpr int64_t kChunk = 8192;  // entries of a row that stay in the first-level cache between two passes
+constexpr int64_t kChunk = 8192;  // logits that stay in the L1 cache between two passes
 
-// f(start, size) for the entries of a row of n without the one at `label`, which may lie outside.
+// Calls f(start, size) for the one or two ranges of [0, n) that leave out `label`, which may lie outside.
 template <class F>
 void without_label(int64_t n, int64_t label, const F& f) {
   if (label < 0 || label >= n) return f(int64_t{0}, n);
@@ -28,8 +28,8 @@ void check_logits(const char* op, const Tensor& logits, const Tensor& labels) {
   expect_size(op, "labels", labels, 0, logits.size(0));
 }
 
-// f(i, z, out) for the rows `rows` of `logits`, all threads: z is row rows[i] in T, and `out` is where its results go:
-// the same row of `results` (of the logits' dtype; undefined where there are none). z and out may be the same memory.
+// Calls f(i, z, out) for every i, on all threads. z is row rows[i] of `logits`, converted to T if necessary. `out`
+// takes the results of that row, which go to row rows[i] of `results`, if given. z and out may be the same memory.
 template <class T, class F>
 void for_logit_rows(
     const Tensor& logits, const std::vector<int64_t>& rows, const std::optional<Tensor>& results, const F& f) {
@@ -37,8 +37,8 @@ void for_logit_rows(
   const bool in_place = logits.scalar_type() == dtype_of<T>() && logits.stride(1) == 1 &&
                         (!results || results->stride(1) == 1);
   if (in_place) {
-    const Matrix<T> from = matrix<T>(logits), to = matrix<T>(results ? *results : logits);
-    return for_rows(count, vocab, [&](int64_t i) { f(i, from.row(rows[i]), to.row(rows[i])); });
+    const Matrix<T> source = matrix<T>(logits), target = matrix<T>(results ? *results : logits);
+    return for_rows(count, vocab, [&](int64_t i) { f(i, source.row(rows[i]), target.row(rows[i])); });
   }
   const int64_t block_rows = std::max<int64_t>(kBlockBytes / (vocab * static_cast<int64_t>(sizeof(T))), 1);
   const Tensor buffer = empty<T>({std::min(block_rows, count), vocab});
@@ -57,38 +57,38 @@ void for_logit_rows(
 }
 
 template <class T>
-LogitsLogprob forward(const Tensor& logits, const LiveRows& live, int64_t tokens) {
+LogitsLogprob forward(const Tensor& logits, const LabelledRows& labelled, int64_t tokens) {
   LogitsLogprob out{
       zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>())};
-  auto& [logp, peak, total] = out;
+  auto& [logp, max_logit, sum_exp] = out;
   const int64_t vocab = logits.size(1);
-  for_logit_rows<T>(logits, live.positions, std::nullopt, [&](int64_t i, const T* z, T*) {
-    Competitors<T> others;
-    without_label(vocab, live.labels[i], [&](int64_t start, int64_t n) {
-      for_spans(n, kChunk, [&](Span chunk) { others.add(z + start + chunk.start, chunk.size); });
+  for_logit_rows<T>(logits, labelled.tokens, std::nullopt, [&](int64_t i, const T* z, T*) {
+    OnlineSoftmax<T> softmax;
+    without_label(vocab, labelled.labels[i], [&](int64_t start, int64_t n) {
+      for_spans(n, kChunk, [&](Span chunk) { softmax.add(z + start + chunk.start, chunk.size); });
     });
-    const int64_t token = live.positions[i];
-    data<T>(peak)[token] = others.peak;
-    data<T>(total)[token] = others.total;
-    data<T>(logp)[token] = logp_of(z[live.labels[i]], others);
+    const int64_t token = labelled.tokens[i];
+    data<T>(max_logit)[token] = softmax.max_logit;
+    data<T>(sum_exp)[token] = softmax.sum_exp;
+    data<T>(logp)[token] = logp_of(z[labelled.labels[i]], softmax);
   });
   return out;
 }
 
-// d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v), into `out`; rows without a gradient become 0.
+// Writes the gradient of the logits (logit_grads.h) to `out`; rows without a gradient become 0.
 template <class T>
 void write_gradient(
-    const Tensor& grad_logp, const Tensor& logits, const LiveRows& labelled, const Tensor& logp, const Tensor& peak,
-    const Tensor& total, const Tensor& out) {
-  const Upstream<T> up(labelled, grad_logp, logp, peak, total, /*scale=*/1.0);
+    const Tensor& grad_logp, const Tensor& logits, const LabelledRows& labelled, const Tensor& logp,
+    const Tensor& max_logit, const Tensor& sum_exp, const Tensor& out) {
+  const LogitGrads<T> grads(labelled, grad_logp, logp, max_logit, sum_exp, /*scale=*/1.0);
   const int64_t vocab = logits.size(1);
-  for_logit_rows<T>(logits, up.live.positions, out, [&](int64_t i, const T* z, T* grad) {
-    exp_row(z, grad, vocab, up.peak[i], up.push[i]);
-    grad[up.live.labels[i]] = up.pull[i];  // over exp(c - peak), which may overflow
+  for_logit_rows<T>(logits, grads.rows.tokens, out, [&](int64_t i, const T* z, T* grad) {
+    exp_row(z, grad, vocab, grads.max_logits[i], grads.exp_factor[i]);
+    grad[grads.rows.labels[i]] = grads.grad_target[i];  // replaces exp(z_y - max_logit), which may overflow
   });
   int64_t next = 0;
   for (int64_t token = 0; token < logits.size(0); ++token) {
-    if (next < up.live.size() && up.live.positions[next] == token) {
+    if (next < grads.rows.size() && grads.rows.tokens[next] == token) {
       ++next;
       continue;
     }
@@ -97,14 +97,14 @@ void write_gradient(
   }
 }
 
-void checked_gradient(
+void check_and_write_gradient(
     const char* op, const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp,
-    const Tensor& peak, const Tensor& total, int64_t ignore_index, const Tensor& out) {
+    const Tensor& max_logit, const Tensor& sum_exp, int64_t ignore_index, const Tensor& out) {
   check_logits(op, logits, labels);
-  check_per_token(op, labels, grad_logp, logp, peak, total);
-  const LiveRows labelled = labelled_rows(op, labels, ignore_index, logits.size(1));
+  check_per_token(op, labels, grad_logp, logp, max_logit, sum_exp);
+  const LabelledRows labelled = labelled_rows(op, labels, ignore_index, logits.size(1));
   with_compute_type(logits.scalar_type(), [&](auto type) {
-    write_gradient<decltype(type)>(grad_logp, logits, labelled, logp, peak, total, out);
+    write_gradient<decltype(type)>(grad_logp, logits, labelled, logp, max_logit, sum_exp, out);
   });
 }
 
@@ -113,23 +113,25 @@ void checked_gradient(
 LogitsLogprob logits_logprob(
     const Tensor& logits, const Tensor& labels, int64_t ignore_index, bool /*reuse_logits*/) {
   check_logits("logits_logprob", logits, labels);
-  const LiveRows live = labelled_rows("logits_logprob", labels, ignore_index, logits.size(1));
+  const LabelledRows labelled = labelled_rows("logits_logprob", labels, ignore_index, logits.size(1));
   return with_compute_type(logits.scalar_type(), [&](auto type) {
-    return forward<decltype(type)>(logits, live, labels.numel());
+    return forward<decltype(type)>(logits, labelled, labels.numel());
   });
 }
 
 void logits_logprob_backward_(
-    const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& peak,
-    const Tensor& total, int64_t ignore_index) {
-  checked_gradient("logits_logprob_backward_", grad_logp, logits, labels, logp, peak, total, ignore_index, logits);
+    const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp,
+    const Tensor& max_logit, const Tensor& sum_exp, int64_t ignore_index) {
+  check_and_write_gradient(
+      "logits_logprob_backward_", grad_logp, logits, labels, logp, max_logit, sum_exp, ignore_index, logits);
 }
 
 Tensor logits_logprob_backward(
-    const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& peak,
-    const Tensor& total, int64_t ignore_index) {
+    const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp,
+    const Tensor& max_logit, const Tensor& sum_exp, int64_t ignore_index) {
   const Tensor out = torch::stable::empty_like(logits);
-  checked_gradient("logits_logprob_backward", grad_logp, logits, labels, logp, peak, total, ignore_index, out);
+  check_and_write_gradient(
+      "logits_logprob_backward", grad_logp, logits, labels, logp, max_logit, sum_exp, ignore_index, out);
   return out;
 }
 

@@ -1,8 +1,9 @@
-// The three products of a head's tiles by gemm.h, on operands E: float, or bfloat16 with float32 sums. Legend: head.h.
+// The three products of a head's tiles on gemm.h, for operands of type E (float or bfloat16). Legend: head.h.
 //
-// Logits of bfloat16 are exact: both factors are bfloat16 already. The gradient products round the tile to bfloat16,
-// each entry by 2^-9 of itself; what the labels' entries lose is added back in float32, since after fine-tuning they
-// are half of the gradient, and the errors of the many competitors average out.
+// With bfloat16 the logits lose nothing, because both operands are bfloat16 already. The two gradient products round
+// the tile to bfloat16, with a relative error of up to 2^-9 per entry. The errors of the many non-target entries
+// average out. After fine-tuning the label's entry is half of the gradient, so its rounding error is added back in
+// float32.
 #pragma once
 
 #include <optional>
@@ -17,7 +18,7 @@ namespace cwdpo {
 template <class E>
 class PackedHead {
  public:
-  // hidden [N, D] contiguous, of E, of the live rows; weight [V, D] in any layout and floating-point type.
+  // hidden [N, D] of the labelled rows: contiguous, of type E. weight [V, D]: any layout, any floating-point dtype.
   PackedHead(const Tensor& hidden, const Tensor& weight, const std::vector<int64_t>& labels, TilePlan plan);
 
   // tile [B, R] = W H^T
@@ -29,24 +30,26 @@ class PackedHead {
 
  private:
   const E* hidden_row(int64_t row) const { return data<E>(hidden_) + row * dim_; }
-  // The tile's rows of the weight, contiguous and of E.
+  // The weight rows of a tile, contiguous and of type E.
   const E* weight_rows(Span columns);
-  LeftFactor<E> left(const Matrix<float>& tile, bool transposed);
+  // The tile, or its transpose, as the operand A.
+  OperandA<E> as_operand(const Matrix<float>& tile, bool transposed);
+  // Calls add(row, label, rounding_error) for every label in the tile.
   template <class F>
-  void for_lost_at_labels(const Matrix<float>& tile, Span columns, Span block, const F& add) const;
+  void for_label_errors(const Matrix<float>& tile, Span columns, Span block, const F& add) const;
 
   const Tensor hidden_, weight_;
   const std::vector<int64_t>& labels_;
   const TilePlan plan_;
   const int64_t dim_;
-  // The right factors: hidden rows packed once a block for the logits and for the weight's gradient, the weight once a
-  // tile. A start of -1: nothing yet.
-  std::vector<std::optional<RightFactor<E>>> hidden_columns_, hidden_rows_;
-  std::optional<RightFactor<E>> weight_right_;
-  std::optional<Bf16Rounded> rounded_;
+  // The operands B. H^T (for the logits) and H (for the weight's gradient) are packed once per block of rows, W (for
+  // the gradient of hidden) once per tile.
+  std::vector<std::optional<PackedB<E>>> packed_hidden_t_, packed_hidden_;
+  std::optional<PackedB<E>> packed_weight_;
+  std::optional<Bf16Tile> rounded_tile_;
   std::optional<Tensor> weight_buffer_;
   Tensor weight_tile_;
-  int64_t weight_start_ = -1, packed_start_ = -1;
+  int64_t weight_start_ = -1, packed_start_ = -1;  // the tiles in weight_tile_ and packed_weight_; -1: none
 };
 
 }  // namespace cwdpo

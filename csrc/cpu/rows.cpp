@@ -8,7 +8,7 @@
 namespace cwdpo {
 namespace {
 
-// Odd, branch-free: a polynomial near 0 where 1 - exp(-2 |x|) would cancel, else by the exponential.
+// Branch-free and odd. Uses a polynomial near 0, where 1 - exp(-2 |x|) would cancel, and the exponential elsewhere.
 CWDPO_INLINE float fast_tanh(float x) {
   const float size = std::fabs(x), square = x * x;
   float p = -5.70498872745e-3f;
@@ -39,32 +39,32 @@ CWDPO_INLINE void transform(T* z, int64_t n, T bias, T scale, T cap) {
 
 template <class T>
 CWDPO_INLINE T max_of(const T* z, int64_t n) {
-  T top = -std::numeric_limits<T>::infinity();
-#pragma omp simd reduction(max : top)
-  for (int64_t i = 0; i < n; ++i) top = z[i] > top ? z[i] : top;
-  return top;
+  T max = -std::numeric_limits<T>::infinity();
+#pragma omp simd reduction(max : max)
+  for (int64_t i = 0; i < n; ++i) max = z[i] > max ? z[i] : max;
+  return max;
 }
 
 template <class T>
-CWDPO_INLINE T exp_sum(const T* z, int64_t n, T peak) {
-  T total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += fast_exp(z[i] - peak);
-  return total;
+CWDPO_INLINE T exp_sum(const T* z, int64_t n, T max_logit) {
+  T sum_exp = 0;
+#pragma omp simd reduction(+ : sum_exp)
+  for (int64_t i = 0; i < n; ++i) sum_exp += fast_exp(z[i] - max_logit);
+  return sum_exp;
 }
 
 template <class T>
 CWDPO_INLINE T sum(const T* x, int64_t n) {
-  T total = 0;
-#pragma omp simd reduction(+ : total)
-  for (int64_t i = 0; i < n; ++i) total += x[i];
-  return total;
+  T result = 0;
+#pragma omp simd reduction(+ : result)
+  for (int64_t i = 0; i < n; ++i) result += x[i];
+  return result;
 }
 
 template <class T>
-CWDPO_INLINE void exponentiate(const T* z, T* out, int64_t n, T peak, T factor) {
+CWDPO_INLINE void exponentiate(const T* z, T* out, int64_t n, T max_logit, T factor) {
 #pragma omp simd
-  for (int64_t i = 0; i < n; ++i) out[i] = fast_exp(z[i] - peak) * factor;
+  for (int64_t i = 0; i < n; ++i) out[i] = fast_exp(z[i] - max_logit) * factor;
 }
 
 template <class T>
@@ -77,22 +77,22 @@ CWDPO_INLINE double dot(const T* a, const T* b, int64_t n) {
 
 }  // namespace
 
-#define CWDPO_DEFINE(T)                                                                                   \
-  CWDPO_FOR_EACH_PROCESSOR void transform_row(T* z, int64_t n, T bias, T scale, T cap) {                  \
-    transform(z, n, bias, scale, cap);                                                                    \
-  }                                                                                                       \
-  CWDPO_FOR_EACH_PROCESSOR T max_of_row(const T* z, int64_t n) { return max_of(z, n); }                   \
-  CWDPO_FOR_EACH_PROCESSOR T exp_sum_of_row(const T* z, int64_t n, T peak) { return exp_sum(z, n, peak); } \
-  CWDPO_FOR_EACH_PROCESSOR T sum_of_row(const T* x, int64_t n) { return sum(x, n); }                       \
-  CWDPO_FOR_EACH_PROCESSOR void exp_row(const T* z, T* out, int64_t n, T peak, T factor) {                \
-    exponentiate(z, out, n, peak, factor);                                                                \
-  }                                                                                                       \
-  CWDPO_FOR_EACH_PROCESSOR double dot_row(const T* a, const T* b, int64_t n) { return dot(a, b, n); }     \
-  CWDPO_FOR_EACH_PROCESSOR void pull_row(T* y, const T* x, int64_t n, T slope, T scale) {                 \
-    for (int64_t i = 0; i < n; ++i) y[i] = (slope * x[i] - y[i]) * scale;                                 \
-  }                                                                                                       \
-  CWDPO_FOR_EACH_PROCESSOR void scale_row(T* y, int64_t n, T factor) {                                    \
-    for (int64_t i = 0; i < n; ++i) y[i] *= factor;                                                       \
+#define CWDPO_DEFINE(T)                                                                                              \
+  CWDPO_FOR_EACH_PROCESSOR void transform_row(T* z, int64_t n, T bias, T scale, T cap) {                             \
+    transform(z, n, bias, scale, cap);                                                                               \
+  }                                                                                                                  \
+  CWDPO_FOR_EACH_PROCESSOR T max_of_row(const T* z, int64_t n) { return max_of(z, n); }                              \
+  CWDPO_FOR_EACH_PROCESSOR T exp_sum_of_row(const T* z, int64_t n, T max_logit) { return exp_sum(z, n, max_logit); } \
+  CWDPO_FOR_EACH_PROCESSOR T sum_of_row(const T* x, int64_t n) { return sum(x, n); }                                 \
+  CWDPO_FOR_EACH_PROCESSOR void exp_row(const T* z, T* out, int64_t n, T max_logit, T factor) {                      \
+    exponentiate(z, out, n, max_logit, factor);                                                                      \
+  }                                                                                                                  \
+  CWDPO_FOR_EACH_PROCESSOR double dot_row(const T* a, const T* b, int64_t n) { return dot(a, b, n); }                \
+  CWDPO_FOR_EACH_PROCESSOR void subtract_from_row(T* y, const T* x, int64_t n, T slope, T scale) {                   \
+    for (int64_t i = 0; i < n; ++i) y[i] = (slope * x[i] - y[i]) * scale;                                            \
+  }                                                                                                                  \
+  CWDPO_FOR_EACH_PROCESSOR void scale_row(T* y, int64_t n, T factor) {                                               \
+    for (int64_t i = 0; i < n; ++i) y[i] *= factor;                                                                  \
   }
 
 CWDPO_DEFINE(float)

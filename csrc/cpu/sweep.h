@@ -1,4 +1,4 @@
-// What a tile of logits adds to the competitors of its rows, all threads.
+// Adds a tile of logits to the online softmax of its tokens, on all threads.
 #pragma once
 
 #include <algorithm>
@@ -6,65 +6,65 @@
 #include <limits>
 #include <vector>
 
-#include "columns.h"
-#include "competitors.h"
 #include "head.h"
+#include "online_softmax.h"
+#include "strips.h"
 
 namespace cwdpo {
 
-// What a sweep does with a tile once the tokens' competitors in it are counted.
+// What a sweep over the vocabulary computes, and what it leaves in each tile.
 enum class Sweep {
-  kTotals,        // nothing: the tile keeps its logits
-  kMoments,       // the same, with moments
-  kExponentials,  // the tile becomes exp(z - peak) * slope, 0 at the labels
+  kSumExp,        // max_logit and sum_exp; the tile keeps its logits
+  kMoments,       // the same, and moments
+  kExponentials,  // max_logit and sum_exp; the tile becomes exp(z - max_logit) * slope, with 0 at the labels
 };
 
-// The competitors of rows [block.start + part.start, + part.size) take in those columns of a tile [B, R].
-// decayed(row, decay) hears of every row whose earlier sums shrank.
+// Adds the logits of rows [block.start + part.start, + part.size) in a tile [B, R] to `softmax`. Calls
+// rescaled(row, factor) for every row whose maximum rose, so that the caller can scale what it has accumulated.
 template <class T, class F>
-void add_columns(
+void add_strip(
     const TiledHead<T>& head, const Matrix<T>& tile, Span columns, Span block, Span part, Sweep kind,
-    std::vector<Competitors<T>>& others, const F& decayed) {
-  std::array<T, kMaxColumns> top, peak, total, moment, own;
-  const Columns<T> view{tile.data + part.start, columns.size, tile.row_stride, part.size};
+    std::vector<OnlineSoftmax<T>>& softmax, const F& rescaled) {
+  std::array<T, kStripTokens> strip_max, max_logit, sum_exp, moment, target;
+  const Strip<T> strip{tile.data + part.start, columns.size, tile.row_stride, part.size};
   const int64_t first = block.start + part.start;
-  const auto label_entry = [&](int64_t n) {
+  const auto target_entry = [&](int64_t n) {
     const int64_t label = head.label(first + n);
-    return columns.contains(label) ? &view.z[(label - columns.start) * view.stride + n] : nullptr;
+    return columns.contains(label) ? &strip.z[(label - columns.start) * strip.stride + n] : nullptr;
   };
   for (int64_t n = 0; n < part.size; ++n) {
-    T* entry = label_entry(n);
+    T* entry = target_entry(n);
     if (entry == nullptr) continue;
-    own[n] = *entry;
-    *entry = -std::numeric_limits<T>::infinity();  // a label is no competitor of itself
+    target[n] = *entry;
+    *entry = -std::numeric_limits<T>::infinity();  // leaves the target logit out of the sums
   }
-  max_of_columns(view, top.data());
+  max_of_strip(strip, strip_max.data());
   for (int64_t n = 0; n < part.size; ++n) {
-    const T decay = others[first + n].raise(top[n]);
-    peak[n] = others[first + n].peak;
-    if (decay != T(1)) decayed(first + n, decay);
+    const T rescale = softmax[first + n].raise_max(strip_max[n]);
+    max_logit[n] = softmax[first + n].max_logit;
+    if (rescale != T(1)) rescaled(first + n, rescale);
   }
-  if (kind == Sweep::kTotals) exp_sum_of_columns(view, peak.data(), total.data());
-  if (kind == Sweep::kMoments) exp_sums_of_columns(view, peak.data(), total.data(), moment.data());
-  if (kind == Sweep::kExponentials) exp_columns(view, peak.data(), head.inverse_cap(), total.data());
+  if (kind == Sweep::kSumExp) exp_sum_of_strip(strip, max_logit.data(), sum_exp.data());
+  if (kind == Sweep::kMoments) exp_moment_of_strip(strip, max_logit.data(), sum_exp.data(), moment.data());
+  if (kind == Sweep::kExponentials) exp_strip(strip, max_logit.data(), head.inverse_cap(), sum_exp.data());
   for (int64_t n = 0; n < part.size; ++n) {
-    others[first + n].total += total[n];
-    if (kind == Sweep::kMoments) others[first + n].moment += moment[n];
-    if (T* entry = label_entry(n)) *entry = kind == Sweep::kExponentials ? T(0) : own[n];
+    softmax[first + n].sum_exp += sum_exp[n];
+    if (kind == Sweep::kMoments) softmax[first + n].moment += moment[n];
+    if (T* entry = target_entry(n)) *entry = kind == Sweep::kExponentials ? T(0) : target[n];
   }
 }
 
-// A whole tile of logits, before the head's transform, on all threads.
+// Applies the head's transform to a tile of raw logits W H^T, then adds the tile to `softmax`.
 template <class T, class F>
 void add_tile(
     const TiledHead<T>& head, const Matrix<T>& tile, Span columns, Span block, Sweep kind,
-    std::vector<Competitors<T>>& others, const F& decayed) {
+    std::vector<OnlineSoftmax<T>>& softmax, const F& rescaled) {
   head.transform(tile, columns);
-  const int64_t parts = (block.size + kMaxColumns - 1) / kMaxColumns;
-  for_rows(parts, columns.size * kMaxColumns, [&](int64_t i) {
-    const int64_t start = i * kMaxColumns;
-    const Span part{start, std::min(kMaxColumns, block.size - start)};
-    add_columns(head, tile, columns, block, part, kind, others, decayed);
+  const int64_t strips = (block.size + kStripTokens - 1) / kStripTokens;
+  for_rows(strips, columns.size * kStripTokens, [&](int64_t i) {
+    const int64_t start = i * kStripTokens;
+    const Span part{start, std::min(kStripTokens, block.size - start)};
+    add_strip(head, tile, columns, block, part, kind, softmax, rescaled);
   });
 }
 

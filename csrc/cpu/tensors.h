@@ -1,4 +1,5 @@
-// Raw views of tensors, torch's BLAS on them, and the few tensor operations the ops need: all through the stable ABI.
+// Raw views of tensors, torch's matrix products on them, and the few tensor operations that the ops need. Everything
+// goes through the stable ABI.
 #pragma once
 
 #include <torch/csrc/inductor/aoti_torch/generated/c_shim_cpu.h>
@@ -26,7 +27,7 @@ constexpr ScalarType dtype_of() {
   else return ScalarType::Bool;
 }
 
-// Calls f(T{}) with the type that `dtype` is computed in: double for float64, float for everything else.
+// Calls f(T{}), where T is the compute type of `dtype`: double for float64, float for everything else.
 template <class F>
 auto with_compute_type(ScalarType dtype, F&& f) {
   return dtype == ScalarType::Double ? f(double{}) : f(float{});
@@ -53,7 +54,7 @@ T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
 }
 
-// The tensor itself where it is contiguous and of that dtype already.
+// Returns the tensor itself if it is already contiguous and of that dtype.
 inline Tensor contiguous_as(const Tensor& tensor, ScalarType dtype) {
   return torch::stable::contiguous(tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype));
 }
@@ -63,13 +64,13 @@ Tensor contiguous_as(const Tensor& tensor) {
   return contiguous_as(tensor, dtype_of<T>());
 }
 
-// Rows [start, start + size) as a view. (A Tensor is a handle: the copy shares the memory.)
+// A view of rows [start, start + size). (A Tensor is a handle, so passing it by value shares the memory.)
 inline Tensor slice_rows(Tensor tensor, int64_t start, int64_t size) {
   return torch::stable::narrow(tensor, 0, start, size);
 }
 
 inline Tensor index_rows(const Tensor& tensor, const int64_t* rows, int64_t n_rows) {
-  // index_select only reads the indices.
+  // The const_cast is safe: index_select only reads the indices.
   Tensor index = torch::stable::from_blob(const_cast<int64_t*>(rows), {n_rows}, {1}, cpu(), ScalarType::Long);
   std::array<StableIValue, 3> stack{
       torch::stable::detail::from(tensor), torch::stable::detail::from(int64_t{0}),
@@ -78,7 +79,7 @@ inline Tensor index_rows(const Tensor& tensor, const int64_t* rows, int64_t n_ro
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// out[rows[i]] = values[i], converted to out's dtype; out has one or two dimensions and any layout.
+// out[rows[i]] = values[i], converted to the dtype of `out`, which has one or two dimensions and any layout.
 inline void scatter_rows(const Tensor& out, const std::vector<int64_t>& rows, const Tensor& values) {
   const Tensor source = contiguous_as(values, out.scalar_type());
   const int64_t size = rows.size();
@@ -95,17 +96,17 @@ inline void scatter_rows(const Tensor& out, const std::vector<int64_t>& rows, co
   for (int64_t i = 0; i < size; ++i) std::memcpy(to + rows[i] * bytes, from + i * bytes, bytes);
 }
 
-// A strided view of memory that somebody else owns.
+// A strided view; it does not own its memory.
 template <class T>
 struct Matrix {
   T* data;
   int64_t rows, columns, row_stride, column_stride = 1;
 
   T* row(int64_t i) const { return data + i * row_stride; }
-  Matrix block(int64_t start, int64_t count) const {
+  Matrix row_block(int64_t start, int64_t count) const {
     return {row(start), count, columns, row_stride, column_stride};
   }
-  Matrix beside(int64_t start, int64_t count) const {
+  Matrix column_block(int64_t start, int64_t count) const {
     return {data + start * column_stride, rows, count, row_stride, column_stride};
   }
   Matrix transposed() const { return {data, columns, rows, column_stride, row_stride}; }
@@ -119,19 +120,20 @@ Matrix<T> matrix(const Tensor& tensor) {
   return {data<T>(tensor), tensor.size(0), tensor.size(1), tensor.stride(0), tensor.stride(1)};
 }
 
-// out = a @ b, or out += a @ b. Straight to the CPU kernel: the caller's autocast cannot round the operands.
+// out = a @ b, or out += a @ b. Calls the CPU kernel directly, so an autocast region of the caller does not round the
+// operands.
 template <class T>
 void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool accumulate) {
-  const Tensor result = out.tensor(), left = a.tensor(), right = b.tensor();
+  const Tensor out_tensor = out.tensor(), a_tensor = a.tensor(), b_tensor = b.tensor();
   if (accumulate) {
     STABLE_TORCH_ERROR_CODE_CHECK(
-        aoti_torch_cpu_addmm_out(result.get(), result.get(), left.get(), right.get(), 1.0, 1.0));
+        aoti_torch_cpu_addmm_out(out_tensor.get(), out_tensor.get(), a_tensor.get(), b_tensor.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(result.get(), left.get(), right.get()));
+    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out_tensor.get(), a_tensor.get(), b_tensor.get()));
   }
 }
 
-// f(row) for every row of a tile, on all threads; a thread gets at least about 16 K entries.
+// Calls f(row) for every row of a tile, on all threads. Each thread gets at least about 16 K entries.
 template <class F>
 void for_rows(int64_t rows, int64_t columns, const F& f) {
   constexpr int64_t kEntries = 16384;

@@ -1,12 +1,12 @@
-// What the vectorised loops share: how a function is compiled for several processors, and exp.
+// Shared by the vectorised loops: compilation for several instruction sets, and a fast exp.
 #pragma once
 
 #include <array>
 #include <bit>
 #include <cstdint>
 
-// One body per function, compiled for AVX-512, AVX2 and the base processor; the loader picks. Elsewhere (clang, ARM)
-// the base version is what the compiler vectorises.
+// Compiles a function for AVX-512, AVX2 and the baseline; the dynamic loader selects one. With other compilers or
+// processors (clang, ARM) there is only the baseline version.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
 #define CWDPO_FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -16,8 +16,8 @@
 
 namespace cwdpo {
 
-// exp by x = n ln 2 + r, |r| <= ln 2 / 2: a Taylor polynomial in r, then n added to the exponent's bits. Adding
-// `magic` leaves n in the low bits of the sum, so that no conversion instruction is needed.
+// exp(x) with x = n ln 2 + r, |r| <= ln 2 / 2: a Taylor polynomial in r, then n is added to the exponent bits. Adding
+// kMagic leaves n in the low bits of the sum, which saves a conversion instruction.
 template <class T>
 struct Exp;
 
@@ -45,7 +45,7 @@ constexpr auto kInverseFactorials = [] {
   return values;
 }();
 
-// Within 1e-7 (float), 2e-16 (double) relative; 0 below Exp::kLow, NaN for NaN.
+// Relative error below 1e-7 (float) or 2e-16 (double). Returns 0 below Exp::kLow and NaN for NaN.
 template <class T>
 CWDPO_INLINE T fast_exp(T x) {
   using E = Exp<T>;

@@ -1,0 +1,44 @@
+// Online softmax over the non-target logits of a token, that is all logits except the label's own.
+//
+// The running maximum keeps every exponential finite for any finite logits. Leaving out the target logit keeps
+// 1 - p_y accurate when the label's probability p_y is close to 1.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "rows.h"
+
+namespace cwdpo {
+
+template <class T>
+struct OnlineSoftmax {
+  T max_logit = std::numeric_limits<T>::lowest();  // max z
+  T sum_exp = 0;                                   // sum exp(z - max_logit)
+  T moment = 0;                                    // sum exp(z - max_logit) (z - max_logit); only for token_stats
+
+  // Raises max_logit to `candidate` if that is larger. Returns the factor by which this scales all earlier sums.
+  T raise_max(T candidate) {
+    if (!(candidate > max_logit)) return T(1);
+    const T shift = max_logit - candidate, rescale = std::exp(shift);
+    max_logit = candidate;
+    if (sum_exp > T(0)) moment = (moment + shift * sum_exp) * rescale;  // shift may be -inf before the first logit
+    sum_exp *= rescale;
+    return rescale;
+  }
+
+  void add(const T* z, int64_t n) {
+    raise_max(max_of_row(z, n));
+    sum_exp += exp_sum_of_row(z, n, max_logit);
+  }
+};
+
+// logp = -log1p(s) = -softplus(log s), where s = sum exp(z - target) is the odds against the label.
+template <class T>
+T logp_of(T target, const OnlineSoftmax<T>& others) {
+  const T log_odds = (others.max_logit - target) + std::log(others.sum_exp);
+  if (std::isnan(log_odds)) return log_odds;
+  return -(std::fmax(log_odds, T(0)) + std::log1p(std::exp(-std::fabs(log_odds))));
+}
+
+}  // namespace cwdpo

@@ -1,0 +1,109 @@
+#include "strips.h"
+
+#include <algorithm>
+#include <array>
+#include <limits>
+
+#include "vector.h"
+
+namespace cwdpo {
+namespace {
+
+// Sum in parts of this many terms, then sum the parts: the rounding error grows with 32 + B / 32 instead of B.
+constexpr int64_t kPart = 32;
+
+template <class T>
+CWDPO_INLINE void max_of(Strip<T> strip, T* max_logit) {
+  std::fill_n(max_logit, strip.count, -std::numeric_limits<T>::infinity());
+  for (int64_t v = 0; v < strip.size; ++v) {
+    const T* z = strip.z + v * strip.stride;
+#pragma omp simd
+    for (int64_t n = 0; n < strip.count; ++n) max_logit[n] = z[n] > max_logit[n] ? z[n] : max_logit[n];
+  }
+}
+
+// Computes K sums per token. add(z, parts) adds one vocabulary entry of the strip to the K partial sums.
+template <class T, size_t K, class F>
+CWDPO_INLINE void sum_in_parts(Strip<T> strip, const std::array<T*, K>& sums, const F& add) {
+  T parts[K][kStripTokens];
+  for (T* sum : sums) std::fill_n(sum, strip.count, T(0));
+  for (int64_t start = 0; start < strip.size; start += kPart) {
+    for (size_t k = 0; k < K; ++k) std::fill_n(parts[k], strip.count, T(0));
+    const int64_t stop = std::min(start + kPart, strip.size);
+    for (int64_t v = start; v < stop; ++v) add(strip.z + v * strip.stride, parts);
+    for (size_t k = 0; k < K; ++k) {
+      T *sum = sums[k], *part = parts[k];
+#pragma omp simd
+      for (int64_t n = 0; n < strip.count; ++n) sum[n] += part[n];
+    }
+  }
+}
+
+template <class T>
+CWDPO_INLINE void exp_sum(Strip<T> strip, const T* max_logit, T* sum_exp) {
+  sum_in_parts(strip, std::array{sum_exp}, [&](const T* z, T (*parts)[kStripTokens]) {
+    T* part = parts[0];
+#pragma omp simd
+    for (int64_t n = 0; n < strip.count; ++n) part[n] += fast_exp(z[n] - max_logit[n]);
+  });
+}
+
+template <class T>
+CWDPO_INLINE void exp_moment(Strip<T> strip, const T* max_logit, T* sum_exp, T* moment) {
+  sum_in_parts(strip, std::array{sum_exp, moment}, [&](const T* z, T (*parts)[kStripTokens]) {
+    T *sums = parts[0], *moments = parts[1];
+#pragma omp simd
+    for (int64_t n = 0; n < strip.count; ++n) {
+      const T x = z[n] - max_logit[n], exp_x = fast_exp(x);
+      sums[n] += exp_x;
+      moments[n] += exp_x * (x < Exp<T>::kLow ? Exp<T>::kLow : x);  // 0 * -inf would be NaN
+    }
+  });
+}
+
+template <class T>
+CWDPO_INLINE void exponentiate(Strip<T> strip, const T* max_logit, T inverse_cap, T* sum_exp) {
+  sum_in_parts(strip, std::array{sum_exp}, [&](T* z, T (*parts)[kStripTokens]) {
+    T* part = parts[0];
+#pragma omp simd
+    for (int64_t n = 0; n < strip.count; ++n) {
+      const T exp_z = fast_exp(z[n] - max_logit[n]), capped = z[n] * inverse_cap;
+      part[n] += exp_z;
+      z[n] = exp_z * (T(1) - capped * capped);
+    }
+  });
+}
+
+template <class T>
+CWDPO_INLINE void exp_across(
+    const T* z, T* out, int64_t size, const T* max_logit, const T* factor, T inverse_cap) {
+#pragma omp simd
+  for (int64_t n = 0; n < size; ++n) {
+    const T capped = z[n] * inverse_cap;
+    out[n] = fast_exp(z[n] - max_logit[n]) * factor[n] * (T(1) - capped * capped);
+  }
+}
+
+}  // namespace
+
+#define CWDPO_DEFINE(T)                                                                                    \
+  CWDPO_FOR_EACH_PROCESSOR void max_of_strip(Strip<T> strip, T* max_logit) { max_of(strip, max_logit); }   \
+  CWDPO_FOR_EACH_PROCESSOR void exp_sum_of_strip(Strip<T> strip, const T* max_logit, T* sum_exp) {         \
+    exp_sum(strip, max_logit, sum_exp);                                                                    \
+  }                                                                                                        \
+  CWDPO_FOR_EACH_PROCESSOR void exp_moment_of_strip(                                                       \
+      Strip<T> strip, const T* max_logit, T* sum_exp, T* moment) {                                         \
+    exp_moment(strip, max_logit, sum_exp, moment);                                                         \
+  }                                                                                                        \
+  CWDPO_FOR_EACH_PROCESSOR void exp_strip(Strip<T> strip, const T* max_logit, T inverse_cap, T* sum_exp) { \
+    exponentiate(strip, max_logit, inverse_cap, sum_exp);                                                  \
+  }                                                                                                        \
+  CWDPO_FOR_EACH_PROCESSOR void exp_across_tokens(                                                         \
+      const T* z, T* out, int64_t n, const T* max_logit, const T* factor, T inverse_cap) {                 \
+    exp_across(z, out, n, max_logit, factor, inverse_cap);                                                 \
+  }
+
+CWDPO_DEFINE(float)
+CWDPO_DEFINE(double)
+
+}  // namespace cwdpo

@@ -1,0 +1,44 @@
+// Reductions over the vocabulary for a strip of adjacent tokens of a logit tile.
+//
+// A tile is stored [B, R], vocabulary first, so a column holds one token's logits and the loop over tokens is the one
+// that is vectorised. Token n of a strip starts at z + n; its `size` logits are `stride` apart. Every function exists
+// for float and double.
+#pragma once
+
+#include <cstdint>
+
+namespace cwdpo {
+
+constexpr int64_t kStripTokens = 64;  // the sums of one strip fit the L1 cache
+
+template <class T>
+struct Strip {
+  T* z;
+  int64_t size, stride, count;  // count: tokens, at most kStripTokens
+};
+
+// max_logit[n] = max_v z
+void max_of_strip(Strip<float> strip, float* max_logit);
+void max_of_strip(Strip<double> strip, double* max_logit);
+
+// sum_exp[n] = sum_v exp(z - max_logit[n])
+void exp_sum_of_strip(Strip<float> strip, const float* max_logit, float* sum_exp);
+void exp_sum_of_strip(Strip<double> strip, const double* max_logit, double* sum_exp);
+
+// sum_exp as above, and moment[n] = sum_v exp(z - max_logit[n]) (z - max_logit[n])
+void exp_moment_of_strip(Strip<float> strip, const float* max_logit, float* sum_exp, float* moment);
+void exp_moment_of_strip(Strip<double> strip, const double* max_logit, double* sum_exp, double* moment);
+
+// sum_exp as above, and z <- exp(z - max_logit[n]) * (1 - (z / cap)^2) in place. The second factor is the slope of the
+// soft cap; inverse_cap = 0 means no cap.
+void exp_strip(Strip<float> strip, const float* max_logit, float inverse_cap, float* sum_exp);
+void exp_strip(Strip<double> strip, const double* max_logit, double inverse_cap, double* sum_exp);
+
+// One vocabulary entry across n tokens (out may be z):
+// out[i] = factor[i] * exp(z[i] - max_logit[i]) * (1 - (z[i] / cap)^2)
+void exp_across_tokens(
+    const float* z, float* out, int64_t n, const float* max_logit, const float* factor, float inverse_cap);
+void exp_across_tokens(
+    const double* z, double* out, int64_t n, const double* max_logit, const double* factor, double inverse_cap);
+
+}  // namespace cwdpo
