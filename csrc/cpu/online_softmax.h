@@ -1,4 +1,4 @@
-// Online softmax over the non-target logits of a token, that is all logits except the label's own.
+// Online softmax over the competitors of a label: all logits of a token except the target logit, the label's own.
 //
 // The running maximum keeps every exponential finite for any finite logits. Leaving out the target logit keeps
 // 1 - p_y accurate when the label's probability p_y is close to 1.

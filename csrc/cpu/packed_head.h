@@ -1,8 +1,8 @@
 // The three products of a head's tiles on gemm.h, for operands of type E (float or bfloat16). Legend: head.h.
 //
 // With bfloat16 the logits lose nothing, because both operands are bfloat16 already. The two gradient products round
-// the tile to bfloat16, with a relative error of up to 2^-9 per entry. The errors of the many non-target entries
-// average out. After fine-tuning the label's entry is half of the gradient, so its rounding error is added back in
+// the tile to bfloat16, with a relative error of up to 2^-9 per entry. The errors of the many competitors average
+// out. After fine-tuning the label's entry is half of the gradient, so its rounding error is added back in
 // float32.
 #pragma once
 
