@@ -1,4 +1,4 @@
-"""The model cards: beside each model of a run, and what `push_to_hub` sends."""
+"""Model cards: saved with each model of a run, and uploaded by `push_to_hub`."""
 
 from __future__ import annotations
 
@@ -22,36 +22,36 @@ def section(card, title):
 
 
 @pytest.mark.parametrize(("name", "label"), [("sft", "after_sft"), ("cwdpo", "after_cwdpo")])
-def test_card_has_the_figures_of_the_run(finished, name, label):
+def test_the_card_shows_the_metrics_of_the_run(finished, name, label):
     metrics = json.loads((finished / "metrics.json").read_text())
     card = ModelCard.load(finished / name / "README.md")
     assert card.data.model_name == f"run-{name}"
     assert card.data.pipeline_tag == "image-text-to-text"
     assert {"cwdpo", "dpo"} <= set(card.data.tags)
     assert card.data.library_name == "transformers"
-    assert card.data.base_model is None  # a folder, which the Hub does not know
-    assert "Trained from `model`" in card.text
-    figures = {**metrics[label], **metrics[label]["probes"]}
+    assert card.data.base_model is None  # a folder, not a name on the Hub
+    assert "Fine-tuned from `model`" in card.text
+    expected = {**metrics[label], **metrics[label]["probes"]}
     results = {result.metric_type: result.metric_value for result in card.data.eval_results}
     assert {"exact_match", "cider", "chosen_delta_logp", "chosen_ece", "near_logp", "chosen_tv"} <= results.keys()
-    assert results == {key: figures[key] for key in results}
-    rows = [line.split(" | ") for line in section(card, "Figures on held-out rows").splitlines() if line[:2] == "| "]
+    assert results == {key: expected[key] for key in results}
+    rows = [line.split(" | ") for line in section(card, "Metrics on held-out rows").splitlines() if line[:2] == "| "]
     shown = {row[0].strip("| "): row[-1].strip("| ") for row in rows}
     for line in table(metrics):
         if line.values[label] is not None:
-            assert shown[line.title] == format(line.values[label], line.form)
+            assert shown[line.title] == format(line.values[label], line.format)
     assert ("after CW-DPO" in card.text) == (name == "cwdpo")
     with Image.open(finished / name / "dynamics.png") as picture:
         assert picture.width > 1000
     assert "](dynamics.png)" in card.text
 
 
-def test_card_says_what_was_found_and_how_the_model_was_made(finished):
+def test_the_card_shows_findings_settings_and_versions(finished):
     metrics = json.loads((finished / "metrics.json").read_text())
     card = ModelCard.load(finished / "cwdpo" / "README.md")
     assert metrics["findings"]
     for finding in metrics["findings"]:
-        assert f"- {finding['name']} (stage {finding['stage']}, step 2): {finding['evidence']}; " in card.text
+        assert f"- {finding['name']} (stage {finding['stage']}, step 2): {finding['evidence']}. " in card.text
     settings = yaml.safe_load(section(card, "Settings").strip("`").removeprefix("yaml"))
     assert settings["dpo"]["max_steps"] == 2
     assert "output_dir" not in settings
@@ -61,7 +61,7 @@ def test_card_says_what_was_found_and_how_the_model_was_made(finished):
         assert f"| {value} |" in made
 
 
-def test_a_base_model_of_the_hub_and_an_adapter_are_named():
+def test_the_card_names_a_base_model_on_the_hub_and_an_adapter():
     metrics = {"after_cwdpo": {"probes": {"chosen_delta_logp": 0.5}}, "findings": [], "environment": {}}
     card = make_card("dpo", "mine", metrics, Origin("owner/name", {}, {}), adapter=True)
     data = ModelCard(str(card)).data
@@ -70,7 +70,7 @@ def test_a_base_model_of_the_hub_and_an_adapter_are_named():
     assert section(card, "What the doctor found") == "Nothing."
 
 
-def test_push_to_hub_sends_our_card(settings, write_config, monkeypatch):
+def test_push_to_hub_uploads_our_card(settings, write_config, monkeypatch):
     sent = {}
 
     class Hub:

@@ -1,4 +1,4 @@
-"""The doctor's rules on synthetic histories, each where it must speak and where it must not, and on two real ones."""
+"""The doctor's rules: each on histories where it must and must not fire, and all on two real runs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from cwdpo_trainer.config.findings import finding_names
 from cwdpo_trainer.evaluation.doctor import Doctor, diagnose, new_findings
 
-# A healthy stage 2: near negatives fall, easy ones are cooled, chosen answers stay where they are.
+# A healthy stage 2: near negatives become less likely, easy ones are cooled, chosen answers do not change.
 START = {
     "chosen_logp": -1.4, "chosen_delta_logp": 0.0, "chosen_mean_logp": -0.20, "chosen_delta_mean_logp": 0.0,
     "chosen_entropy": 0.17, "chosen_top1_prob": 0.915, "chosen_accuracy": 0.9, "chosen_ece": 0.015,
@@ -32,9 +32,9 @@ SQUEEZED = {
 
 
 def history(*probes, logs=(LOG,) * 5):
-    """Probes at steps 0, 20, ... and training logs at steps 5, 10, ..., as a trainer's state has them."""
-    entries = [{"step": 20 * at, **{f"eval_{k}": v for k, v in probe.items()}} for at, probe in enumerate(probes)]
-    return [*entries, *({"step": 5 * (at + 1), **log} for at, log in enumerate(logs))]
+    """A log history as in trainer_state.json: probes at steps 0, 20, ..., training logs at steps 5, 10, ..."""
+    entries = [{"step": 20 * index, **{f"eval_{k}": v for k, v in probe.items()}} for index, probe in enumerate(probes)]
+    return [*entries, *({"step": 5 * (index + 1), **log} for index, log in enumerate(logs))]
 
 
 def found(stage, *probes, logs=(LOG,) * 5, **settings):
@@ -56,15 +56,15 @@ COLLAPSED = {"chosen_entropy": 0.05, "chosen_mean_logp": -0.21}
     [
         (None, {}, {}, {}),
         ("squeezing", SQUEEZED, {}, {}),
-        # It falls, but the margin does not rise: both answers fell alike, or the negatives did not fall.
+        # The margin does not rise: chosen answers and negatives lose the same.
         (None, SQUEEZED | {"near_delta_logp": -0.6, "easy_delta_logp": -0.6}, {}, {}),
-        # It falls and the margin rises, but no top token gains: the milder finding.
+        # The margin rises, but the top-1 probability does not: the milder finding.
         ("margin_from_rejected", SQUEEZED | {"chosen_top1_prob": 0.915}, {}, {}),
         ("margin_from_rejected", {"chosen_delta_logp": -0.2, "chosen_delta_mean_logp": -0.01}, {}, {}),
         (None, {"chosen_delta_logp": -0.05, "chosen_delta_mean_logp": -0.005}, {}, {}),
         ("overconfidence", OVERCONFIDENT, {}, {}),
         (None, OVERCONFIDENT | {"chosen_ece": 0.03}, {}, {}),
-        (None, OVERCONFIDENT | {"chosen_accuracy": 0.96}, {}, {}),  # too modest is another matter
+        (None, OVERCONFIDENT | {"chosen_accuracy": 0.96}, {}, {}),  # underconfident
         ("drift", {"chosen_tv": 0.31}, {}, {}),
         ("drift", {"chosen_js": 0.21}, {}, {}),
         (None, {"chosen_tv": 0.29, "chosen_js": 0.19}, {}, {}),
@@ -72,12 +72,12 @@ COLLAPSED = {"chosen_entropy": 0.05, "chosen_mean_logp": -0.21}
         (None, COOL | {"onpolicy_cooling": 0.06}, {}, {}),
         (None, COOL, {}, {"cooling": "constant"}),
         ("no_cooling", HOT, {}, {}),
-        (None, HOT, {}, {"cooling": "off"}),  # asked for
+        (None, HOT, {}, {"cooling": "off"}),  # the user's choice
         ("easy_negatives_pushed", {"easy_cooling": 0.6}, {}, {}),
         (None, {"easy_cooling": 0.4}, {}, {}),
         (None, {"easy_cooling": 0.6, "easy_mean_logp": -2.1}, {}, {}),
         ("entropy_collapse", COLLAPSED, {}, {}),
-        (None, COLLAPSED | {"chosen_mean_logp": -0.19}, {}, {}),  # it has learned
+        (None, COLLAPSED | {"chosen_mean_logp": -0.19}, {}, {}),  # chosen answers gained
         (None, COLLAPSED | {"chosen_entropy": 0.1}, {}, {}),
         ("onpolicy_empty", {}, {"onpolicy": 0.01}, {}),
         (None, {}, {"onpolicy": 0.06}, {}),
@@ -97,13 +97,13 @@ def test_rules_of_stage_two(expected, last, logs, settings):
     [
         (set(), means(-4.0, -1.0, -0.4, -0.3)),
         ({"past_best"}, means(-4.0, -0.30, -0.31, -0.33)),
-        (set(), means(-4.0, -1.0, -0.30, -0.33)),  # one probe is no trend
+        (set(), means(-4.0, -1.0, -0.30, -0.33)),  # only one probe after the best
         (set(), means(-4.0, -0.30, -0.305, -0.31)),
         (set(), means(-0.30, -0.31, -0.32, -0.33)),
         ({"overconfidence"}, [START, START | OVERCONFIDENT]),
         ({"entropy_collapse"}, [START, START | COLLAPSED]),
         ({"not_finite"}, [START, START | {"chosen_entropy": math.inf}]),
-        # What is wrong in stage 2 only: an SFT model is to leave its start, and its negatives are not cooled.
+        # Problems of stage 2 only: SFT is meant to change the model, and does not use cooling weights.
         (set(), [START, END | {"chosen_tv": 0.9, "chosen_js": 0.6} | COOL]),
     ],
 )
@@ -111,8 +111,7 @@ def test_rules_of_stage_one(expected, probes):
     assert found("sft", *probes) == expected
 
 
-def test_every_rule_can_speak():
-    """So that the tables above miss none: all of stage 1's rules, and all of stage 2's."""
+def test_the_tables_above_cover_every_rule():
     stage_two = {"squeezing", "margin_from_rejected", "drift", "all_cooled", "no_cooling", "easy_negatives_pushed",
                  "onpolicy_empty", "nothing_kept"}  # fmt: skip
     both = {"not_finite", "overconfidence", "entropy_collapse", "past_best"}
@@ -120,22 +119,24 @@ def test_every_rule_can_speak():
     assert set(finding_names("dpo")) == stage_two | both
 
 
-def test_words_have_the_evidence_and_what_helps():
+def test_findings_give_evidence_and_advice():
     (finding,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS)
     words = str(finding)
-    assert words.startswith("squeezing (stage dpo, step 20): chosen log-prob fell 0.60 nats (0.060 per token)")
-    assert "margin rose 0.15 nats and the top-1 probability 0.015" in words
-    assert words.endswith("raise logp_floor, raise onpolicy_fraction, or lower the learning rate")
+    assert words.startswith(
+        "squeezing (stage dpo, step 20): the log-prob of chosen answers fell by 0.60 nats per answer (0.060 per token)"
+    )
+    assert "margin rose by 0.15 nats and the top-1 probability by 0.015" in words
+    assert words.endswith(". Try this: raise logp_floor, raise onpolicy_fraction, or lower the learning rate.")
     (control,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS | {"cooling": "off"})
     assert "cooling: adaptive" in control.advice
 
 
-def test_nothing_before_the_first_probe():
+def test_no_findings_before_the_first_probe():
     assert diagnose("dpo", history(), SETTINGS) == []
     assert new_findings("dpo", history(), SETTINGS) == []
 
 
-def test_recent_logs_count_and_old_ones_do_not():
+def test_only_recent_logs_count():
     old, new = LOG | {"kept": 1.0}, LOG | {"kept": 0.0}
     assert found("dpo", START, END, logs=[old] * 20 + [new] * 5) == {"nothing_kept"}
     assert found("dpo", START, END, logs=[new] * 20 + [old] * 5) == set()
@@ -152,8 +153,8 @@ def test_a_finding_is_new_once():
         assert [finding.name for finding in new_findings("dpo", history(*probes), SETTINGS)] == expected
 
 
-def test_an_earlier_finding_is_judged_by_the_logs_of_its_time():
-    """All pairs are dropped from the second probe on, when `kept` has fallen: new there, and not later."""
+def test_earlier_probes_are_judged_by_the_logs_before_them():
+    """From step 25 on, all pairs are dropped. The probe at step 60 is the first to show it."""
     logs = [LOG] * 4 + [LOG | {"kept": 0.0}] * 12  # at steps 5 to 80; probes at 0, 20, 40, ...
     for probes, expected in ((2, []), (3, []), (4, ["nothing_kept"]), (5, [])):
         past = history(START, *[END] * (probes - 1), logs=logs[: 4 * (probes - 1)])
@@ -161,7 +162,7 @@ def test_an_earlier_finding_is_judged_by_the_logs_of_its_time():
 
 
 @pytest.mark.parametrize(("stop_on", "stops"), [([], False), (["drift"], True), (["squeezing"], False)])
-def test_a_named_finding_ends_the_stage(stop_on, stops, capsys):
+def test_a_finding_in_stop_on_ends_the_stage(stop_on, stops, capsys):
     args = SimpleNamespace(stage="dpo", stop_on=stop_on, **SETTINGS)
     state = SimpleNamespace(
         log_history=history(START, END | {"chosen_tv": 0.4}), global_step=20, is_world_process_zero=True
@@ -171,10 +172,10 @@ def test_a_named_finding_ends_the_stage(stop_on, stops, capsys):
     assert control.should_training_stop is stops
     said = capsys.readouterr().out
     assert "found drift (stage dpo, step 20): " in said
-    assert ("ends at step 20, as stop_on says: drift" in said) is stops
+    assert ("stage dpo stops at step 20, because stop_on names drift" in said) is stops
 
 
-# Probes of the digits recipe's stage 2 from one SFT model, with `cooling: off` (DPO) and as the recipe is (CW-DPO).
+# Probes of stage 2 of the digits recipe, from the same SFT model: with `cooling: off` (DPO), and unchanged (CW-DPO).
 KEYS = ("chosen_delta_logp", "chosen_delta_mean_logp", "chosen_mean_logp", "near_delta_logp", "easy_delta_logp",
         "chosen_entropy", "chosen_top1_prob", "chosen_accuracy", "chosen_ece")  # fmt: skip
 DIGITS_START = (0.0, 0.0, -0.194, 0.0, 0.0, 0.170, 0.918, 0.898, 0.020)
@@ -198,6 +199,6 @@ DIGITS_CWDPO = (
     ],
     ids=["dpo", "cwdpo"],
 )
-def test_real_courses(rows, settings, expected):
+def test_real_runs(rows, settings, expected):
     probes = [START | dict(zip(KEYS, values, strict=True)) for values in (DIGITS_START, *rows)]
     assert [found("dpo", *probes[: end + 1], **settings) for end in range(1, 4)] == expected

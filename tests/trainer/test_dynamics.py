@@ -1,4 +1,4 @@
-"""The picture of the learning dynamics: each figure that was measured can be read off, the last one too."""
+"""The plot of the learning dynamics: every measured value is visible, also the first and the last."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
 
 
 def probe(step: int, weight: float | None) -> dict[str, float]:
-    """A probe whose negatives all have the cooling weight `weight`."""
-    entry = {f"eval_{name}_{figure}": 0.1 * step for name in ("chosen", "near") for figure in METRICS}
+    """A probe in which all negatives have the cooling weight `weight`."""
+    entry = {f"eval_{name}_{metric}": 0.1 * step for name in ("chosen", "near") for metric in METRICS}
     if weight is not None:
-        shares = {place: float(place == int(weight * COOLING_BINS)) for place in range(COOLING_BINS)}
+        shares = {index: float(index == int(weight * COOLING_BINS)) for index in range(COOLING_BINS)}
         entry |= {"eval_near_cooling": weight}
-        entry |= {f"eval_near_cooling_bin{place}": share for place, share in shares.items()}
+        entry |= {f"eval_near_cooling_bin{index}": share for index, share in shares.items()}
     return {"step": step, **entry}
 
 
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
-    """A function that draws histories; returns the axes of each panel by its title."""
+    """A function that draws log histories and returns the axes of each panel by title."""
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
 
@@ -35,7 +35,7 @@ def drawn(tmp_path, monkeypatch):
 
 
 SHORT = {
-    "sft": [probe(0, None), probe(9, None)],  # `auto`: stage 1 has no cooling weights
+    "sft": [probe(0, None), probe(9, None)],  # with `auto`, stage 1 has no cooling weights
     "dpo": [probe(0, 0.95), probe(2, 0.95), probe(9, 0.05)],
 }
 
@@ -49,14 +49,14 @@ def notes(ax) -> list[str]:
 
 
 @pytest.mark.parametrize("title", ["Cooling weight of negatives", "Distribution of the cooling weight"])
-def test_an_axis_has_numbers_beside_a_stage_that_has_nothing_to_show(drawn, title):
+def test_a_shared_axis_is_labelled_at_the_stage_with_data(drawn, title):
     empty, ax, *_ = drawn(SHORT)[title]
     assert notes(empty) == ["not in this stage"]
     assert numbers(empty) == []
     assert "1.0" in numbers(ax)
 
 
-def test_a_stage_of_fewer_steps_than_logging_steps_is_not_said_to_lack_a_loss(drawn):
+def test_a_stage_without_training_logs_says_nothing_logged(drawn):
     axes = drawn(SHORT)
     assert [notes(ax) for ax in axes["Training loss"]] == [["nothing logged"]] * 2
     logged = {**SHORT, "sft": [*SHORT["sft"], {"step": 9, "loss": 0.5}]}
@@ -65,13 +65,13 @@ def test_a_stage_of_fewer_steps_than_logging_steps_is_not_said_to_lack_a_loss(dr
     assert [notes(ax) for ax in axes["Rewards of training pairs"]] == [["not in this stage"], ["nothing logged"]]
 
 
-def test_a_figure_that_was_logged_once_is_seen(drawn):
+def test_a_single_point_is_visible(drawn):
     ax, _ = drawn({**SHORT, "sft": [*SHORT["sft"], {"step": 9, "loss": 0.5}]})["Training loss"]
     (line,) = ax.lines
     assert line.get_marker() == "o"
 
 
-def test_the_last_distribution_is_within_the_axis(drawn):
+def test_the_last_histogram_is_within_the_axis(drawn):
     _, ax, *_ = drawn(SHORT)["Distribution of the cooling weight"]
     (mesh,) = ax.collections
     edges = mesh.get_coordinates()[0, :, 0]

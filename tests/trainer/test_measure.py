@@ -10,16 +10,16 @@ import pytest
 from cwdpo_trainer.cli import main
 
 
-def test_probe_of_a_run_gives_its_last_figures_again(finished, task, tmp_path, capsys):
+def test_probe_reproduces_the_metrics_of_a_run(finished, task, tmp_path, capsys):
     target = tmp_path / "probe.json"
     assert main(["probe", str(finished), str(task / "heldout.jsonl"), "--json", str(target)]) == 0
     result = json.loads(target.read_text())
     metrics = json.loads((finished / "metrics.json").read_text())
     expected = metrics["after_cwdpo"]["probes"]
     expected.pop("step")
-    assert result["figures"]["model"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
-    assert result["figures"]["reference"]["chosen_delta_logp"] == 0
-    before, after = (result["figures"][name]["chosen_logp"] for name in ("reference", "model"))
+    assert result["metrics"]["model"] == pytest.approx(expected, rel=1e-5, abs=1e-6)
+    assert result["metrics"]["reference"]["chosen_delta_logp"] == 0
+    before, after = (result["metrics"][name]["chosen_logp"] for name in ("reference", "model"))
     assert after - before == pytest.approx(expected["chosen_delta_logp"], rel=1e-4)
     found = {finding["name"] for finding in metrics["findings"] if finding["stage"] == "dpo"}
     assert {finding["name"] for finding in result["findings"]} == found != set()
@@ -35,17 +35,17 @@ def test_probe_of_a_model_with_and_without_a_reference(finished, task, tmp_path,
     assert main(["probe", str(finished / "sft"), data, "--rows", "4", "--json", str(target)]) == 0
     result = json.loads(target.read_text())
     assert result["reference"] is None
-    assert not any("delta" in name or name.endswith(("_tv", "_js")) for name in result["figures"]["model"])
+    assert not any("delta" in name or name.endswith(("_tv", "_js")) for name in result["metrics"]["model"])
     assert result["answers"]["chosen"] == 4
     assert "no reference to compare with" in capsys.readouterr().out
     arguments = ["probe", str(finished / "sft"), data, "--reference", str(task / "model"), "--json", str(target)]
     assert main(arguments) == 0
     metrics = json.loads((finished / "metrics.json").read_text())
-    model = json.loads(target.read_text())["figures"]["model"]
+    model = json.loads(target.read_text())["metrics"]["model"]
     assert model["chosen_delta_logp"] == pytest.approx(metrics["after_sft"]["probes"]["chosen_delta_logp"], rel=1e-4)
 
 
-def test_eval_of_a_run_gives_its_scores_again(finished, task, tmp_path, capsys):
+def test_eval_reproduces_the_scores_of_a_run(finished, task, tmp_path, capsys):
     target = tmp_path / "eval.json"
     assert main(["eval", str(finished), str(task / "heldout.jsonl"), "--json", str(target)]) == 0
     result = json.loads(target.read_text())
@@ -67,13 +67,13 @@ def test_eval_of_a_run_gives_its_scores_again(finished, task, tmp_path, capsys):
         (["probe", "MODEL", "./nowhere.jsonl"], "nowhere.jsonl: expected an existing file, got no such file"),
     ],
 )
-def test_mistakes_are_named(arguments, message, task, tmp_path, capsys):
+def test_input_errors_are_reported(arguments, message, task, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished").mkdir()
     (tmp_path / "unfinished" / "run.json").write_text(json.dumps({"config": {"model": {"path": "x"}}}))
-    places = {"DATA": task / "heldout.jsonl", "EMPTY": tmp_path / "empty", "MODEL": task / "model",
+    paths = {"DATA": task / "heldout.jsonl", "EMPTY": tmp_path / "empty", "MODEL": task / "model",
               "UNFINISHED": tmp_path / "unfinished"}  # fmt: skip
-    assert main([str(places.get(word, word)) for word in arguments]) == 2
+    assert main([str(paths.get(word, word)) for word in arguments]) == 2
     assert message in capsys.readouterr().err
 
 

@@ -275,7 +275,7 @@ def test_a_finding_in_stop_on_ends_a_stage(make, capsys):
     assert trainer.state.global_step == 2
     said = capsys.readouterr().out
     assert said.count("found nothing_kept (stage dpo, step 2): drop_below = 0.0 leaves 0.0% of the pairs") == 1
-    assert "ends at step 2, as stop_on says: nothing_kept" in said
+    assert "stage dpo stops at step 2, because stop_on names nothing_kept" in said
 
 
 @pytest.mark.parametrize(("kind", "name"), [(DPOArguments, "squezing"), (SFTArguments, "squeezing")])

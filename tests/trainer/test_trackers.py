@@ -1,4 +1,4 @@
-"""`report_to`: the library's trackers get all that is logged, probes included."""
+"""`report_to`: trackers get all logged metrics, probes included."""
 
 from __future__ import annotations
 
@@ -12,16 +12,16 @@ from cwdpo_trainer.config import arguments
 
 @pytest.fixture
 def tracked(monkeypatch):
-    """What a tracker is told: (step, figures) of every log. It stands in for tensorboard, installed or not."""
-    told: list[tuple[int, dict]] = []
+    """A list of (step, metrics), one for each log. A fake tracker replaces tensorboard, so it need not be installed."""
+    logged: list[tuple[int, dict]] = []
 
     class Tracker(TrainerCallback):
         def on_log(self, args, state, control, logs=None, **kwargs):
-            told.append((state.global_step, dict(logs)))
+            logged.append((state.global_step, dict(logs)))
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
     monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
-    return told
+    return logged
 
 
 def test_a_tracker_gets_losses_and_probes(settings, write_config, tracked):

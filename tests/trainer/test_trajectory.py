@@ -1,11 +1,10 @@
-"""Both stages end to end, pinned: each step's loss and figures, and the probes, are those of trajectory.json.
+"""Both stages end to end: the loss and metrics of each step, and the probes, are those pinned in trajectory.json.
 
-A rounding moves them by some 1e-6, so the test holds on any CPU and with any backend; whatever changes what is computed
-(a loss, a mask, an order of rows, a schedule, a draw) moves them by more than the tolerance. If that is the purpose:
+Rounding changes them by about 1e-6, so the test passes on any CPU and backend. A change of what is computed (a loss, a
+mask, the order of rows, a schedule, a sample) changes them by more than the tolerance. If a change is intended, write
+the file again and look at the differences before you commit it:
 
     python -m pytest tests/trainer/test_trajectory.py --write-trajectory
-
-writes the file anew, with the versions that it was written with. Look at what moved before you commit it.
 """
 
 from __future__ import annotations
@@ -36,12 +35,12 @@ CONFIG = {
     "probes": {"rows": 12, "batch_size": 8, "caption_rows": 4},
     "sampling": {"max_new_tokens": 6},
 }  # fmt: skip
-# Times, what counts in bins or by a sign (which a rounding can change), and what is no figure of a step.
+# Left out: times, metrics that jump when rounding changes (bins, signs), and totals of a whole run.
 LEFT_OUT = ("runtime", "per_second", "ece", "bin", "accuracy", "epoch", "flos", "train_loss")
 
 
 def trajectory(folder: Path) -> dict[str, list[dict[str, float]]]:
-    """What both stages logged, entry by entry."""
+    """The log entries of both stages."""
     stages = {}
     for stage, name in (("sft", "sft"), ("dpo", "cwdpo")):
         history = json.loads((folder / name / "trainer_state.json").read_text())["log_history"]
@@ -58,7 +57,7 @@ def environment() -> dict[str, str]:
 
 
 def differences(expected: dict, found: dict) -> list[str]:
-    """What differs by more than 1e-4 of the value (and 1e-6), a line each."""
+    """A line for each value that differs by more than 1e-4 relative and 1e-6 absolute."""
     lines = []
     for stage, entries in expected.items():
         if len(entries) != len(found[stage]):
@@ -71,7 +70,7 @@ def differences(expected: dict, found: dict) -> list[str]:
     return lines
 
 
-def test_the_trajectory_is_the_pinned_one(settings, write_config, request):
+def test_the_trajectory_is_unchanged(settings, write_config, request):
     config = {**CONFIG, "data": {**settings["data"], **CONFIG["data"]}}
     main(["run", str(write_config({**settings, **config}))])
     found = trajectory(Path(settings["output_dir"]))
@@ -79,16 +78,16 @@ def test_the_trajectory_is_the_pinned_one(settings, write_config, request):
         pinned = {"config": CONFIG, "environment": environment(), **found}
         PINNED.write_text(json.dumps(pinned, indent=1) + "\n")
     pinned = json.loads(PINNED.read_text())
-    assert pinned["config"] == CONFIG, "the pinned trajectory is of another configuration: write it anew"
+    assert pinned["config"] == CONFIG, "trajectory.json was written with another config: write it again"
     lines = differences({stage: pinned[stage] for stage in found}, found)
-    versions = f"pinned with {pinned['environment']}, this is {environment()}"
-    assert not lines, "\n".join([f"{len(lines)} figures differ ({versions}):", *lines[:10]])
+    versions = f"pinned with {pinned['environment']}, now {environment()}"
+    assert not lines, "\n".join([f"{len(lines)} values differ ({versions}):", *lines[:10]])
 
 
-def test_the_pinned_trajectory_shows_what_the_stages_do():
-    """Nothing in it is idle: the hinge and the filter open and close, weights cool, answers are drawn and redrawn."""
+def test_the_pinned_trajectory_covers_every_mechanism():
+    """Every mechanism acts: hinge and filter switch on and off, weights vary, answers are drawn and redrawn."""
     pinned = json.loads(PINNED.read_text())
-    figures = {
+    values = {
         name: [entry[name] for entry in pinned[stage] if name in entry]
         for stage, names in {
             "sft": ["penalty"],
@@ -96,11 +95,11 @@ def test_the_pinned_trajectory_shows_what_the_stages_do():
         }.items()
         for name in names
     }
-    assert min(figures["penalty"]) == 0 < max(figures["penalty"])
-    assert 0 < min(figures["kept"]) < max(figures["kept"])
-    assert 0.1 < min(figures["cooling_weight"]) < max(figures["cooling_weight"]) - 0.05 < 0.9
-    assert 0 == min(figures["onpolicy"]) < max(figures["onpolicy"])
-    assert min(figures["onpolicy_staleness"]) < 0.3 < max(figures["onpolicy_staleness"])
-    assert len(figures["logp_floor"]) == len(figures["tau"]) == 1
+    assert min(values["penalty"]) == 0 < max(values["penalty"])
+    assert 0 < min(values["kept"]) < max(values["kept"])
+    assert 0.1 < min(values["cooling_weight"]) < max(values["cooling_weight"]) - 0.05 < 0.9
+    assert 0 == min(values["onpolicy"]) < max(values["onpolicy"])
+    assert min(values["onpolicy_staleness"]) < 0.3 < max(values["onpolicy_staleness"])
+    assert len(values["logp_floor"]) == len(values["tau"]) == 1
     for stage, steps in (("sft", 8), ("dpo", 12)):
         assert [entry["step"] for entry in pinned[stage] if "loss" in entry] == list(range(1, steps + 1))

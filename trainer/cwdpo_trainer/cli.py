@@ -162,9 +162,9 @@ def _add_probe(commands: Commands) -> None:
 
 
 def _probe(parsed: argparse.Namespace) -> int:
-    from cwdpo_trainer.evaluation.measure import Subject, probe
+    from cwdpo_trainer.evaluation.measure import EvalTarget, probe
 
-    probe(Subject.find(parsed.subject, parsed.reference), parsed.data, parsed.rows, parsed.json)
+    probe(EvalTarget.find(parsed.subject, parsed.reference), parsed.data, parsed.rows, parsed.json)
     return 0
 
 
@@ -181,9 +181,9 @@ def _add_eval(commands: Commands) -> None:
 
 
 def _eval(parsed: argparse.Namespace) -> int:
-    from cwdpo_trainer.evaluation.measure import Subject, evaluate
+    from cwdpo_trainer.evaluation.measure import EvalTarget, evaluate
 
-    evaluate(Subject.find(parsed.subject), parsed.data, parsed.rows, parsed.json)
+    evaluate(EvalTarget.find(parsed.subject), parsed.data, parsed.rows, parsed.json)
     return 0
 
 

@@ -1,1 +1,1 @@
-"""Probes of held-out pairs, captions, the doctor, and the reports they end up in."""
+"""Probes of held-out answers, scores of captions, the doctor, and the reports that show them."""

@@ -1,4 +1,4 @@
-"""The model card, saved beside a model: what it was made from and how, what was measured, what the doctor found."""
+"""The model card, saved with each model: base model, method, metrics, the doctor's findings, settings and versions."""
 
 from __future__ import annotations
 
@@ -16,23 +16,30 @@ from cwdpo_trainer.errors import require
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
-from cwdpo_trainer.evaluation.summary import REFERENCES, TITLES, environment, labels_of, printed, table
+from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, table
 from cwdpo_trainer.files import replacing, write_text
 from cwdpo_trainer.run_folder import LABEL_OF_STAGE
 
 CARD, PICTURE = "README.md", "dynamics.png"
 ADAPTER_FILE = "adapter_config.json"
 TASK = "image-text-to-text"
+SETS = (
+    "Answers: `chosen` are right; `onpolicy` are wrong samples of the model that a stage started from; the others are "
+    "rejected answers, by `negative_source`. All values are means."
+)
 METHODS = {
-    "sft": "constrained supervised fine-tuning with gentle negatives, stage 1 of CW-DPO",
-    "dpo": "Cooling-Weighted DPO (CW-DPO)",
+    "sft": "constrained supervised fine-tuning with gentle negatives, stage 1 of Cooling-Weighted DPO",
+    "dpo": "Cooling-Weighted DPO",
 }
 
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was made from: `base_model` (a name on the Hub or a folder), the `settings` of the run as in its
-    YAML file, and the `digests` of its data."""
+    """What a model was made from.
+
+    `base_model`: a name on the Hub, or a folder. `settings`: the run's config as in its YAML file. `digests`: hashes
+    of the training and the held-out data, by name.
+    """
 
     base_model: str
     settings: Mapping[str, Any]
@@ -40,9 +47,9 @@ class Origin:
 
 
 def write_card(folder: Path, stage: str, name: str, metrics: Mapping[str, Any], origin: Origin, picture: Path) -> None:
-    """Write README.md and a copy of `picture` into the folder of the model that `stage` made.
+    """Write README.md and a copy of `picture` into `folder`, which holds the model of `stage`.
 
-    `metrics` is laid out as metrics.json; what it has of later stages is left out.
+    `metrics` has the layout of metrics.json. The card omits later stages.
     """
     if picture != folder / PICTURE:
         with replacing(folder / PICTURE) as temporary:
@@ -53,7 +60,7 @@ def write_card(folder: Path, stage: str, name: str, metrics: Mapping[str, Any], 
 def write_stage_card(
     folder: Path, stage: str, name: str, history: History, settings: Mapping[str, Any], origin: Origin, device: str
 ) -> None:
-    """`write_card` of a stage by itself, from its log history: without captions, which a run makes at its end."""
+    """Write the card of a stage from its log history alone. Only a finished run has scores of captions."""
     probes = probe_entries(history)
     require(bool(probes), str(folder), "", "probes of a trained stage for its card", "none")
     metrics = {
@@ -67,12 +74,12 @@ def write_stage_card(
 
 
 def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin, adapter: bool) -> ModelCard:
-    """The card: metadata that the Hub reads, and the text. Tokens stay out of it."""
+    """The card: metadata for the Hub, and the text. It contains no access tokens."""
     stages = ["sft"] if stage == "sft" else list(LABEL_OF_STAGE)
-    unwanted = {LABEL_OF_STAGE[later] for later in LABEL_OF_STAGE if later not in stages}
-    shown = {label: metrics[label] for label in labels_of(metrics) if label not in unwanted}
+    later = {label for of_stage, label in LABEL_OF_STAGE.items() if of_stage not in stages}
+    shown = {label: metrics[label] for label in labels_of(metrics) if label not in later}
     findings = [Finding(**finding) for finding in metrics["findings"] if finding["stage"] in stages]
-    is_folder = Path(origin.base_model).is_dir()  # which the Hub does not know
+    is_folder = Path(origin.base_model).is_dir()  # the Hub accepts only its own names as base_model
     base = Path(origin.base_model).name if is_folder else origin.base_model
     data = ModelCardData(
         model_name=name,
@@ -83,17 +90,20 @@ def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin,
         eval_results=_eval_results(shown, LABEL_OF_STAGE[stage]),
     )
     settings = yaml.safe_dump(_public(origin.settings), sort_keys=False, allow_unicode=True).strip()
-    made_with = {**metrics["environment"], **{f"{name} data": digest for name, digest in origin.digests.items()}}
+    made_with = {
+        **metrics["environment"],
+        **{f"data.{name} (digest)": digest for name, digest in origin.digests.items()},
+    }
     text = f"""# {name}
 
-Trained from `{base}` by {METHODS[stage]},
-[arXiv 2510.11978](https://arxiv.org/abs/2510.11978), with cwdpo_kernels.
+Fine-tuned from `{base}` with {METHODS[stage]}
+(CW-DPO, [arXiv 2510.11978](https://arxiv.org/abs/2510.11978)), using cwdpo_kernels.
 
-## Figures on held-out rows
+## Metrics on held-out rows
 
-{_markdown(["", *(TITLES[label] for label in shown)], _figures(shown))}
+{_markdown(["", *(TITLES[label] for label in shown)], _table_cells(shown))}
 
-{REFERENCES[0].upper() + REFERENCES[1:]}.
+{SETS} {NOTE}
 
 ![Learning dynamics]({PICTURE})
 
@@ -109,13 +119,13 @@ Trained from `{base}` by {METHODS[stage]},
 
 ## Made with
 
-{_markdown(["", "version or digest"], made_with.items())}
+{_markdown(["", "version or value"], made_with.items())}
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
 
 
 def changed_settings(args: TrainingArguments) -> dict[str, Any]:
-    """The options of a stage that differ from their defaults, for the card of a stage that no file describes."""
+    """The options of a stage that differ from their defaults, for a card without a config file."""
     defaults = {
         spec.name: spec.default if spec.default is not MISSING else spec.default_factory()
         for spec in fields(args)
@@ -135,12 +145,12 @@ def _eval_results(shown: Mapping[str, Any], label: str) -> list[EvalResult]:
     ]  # fmt: skip
 
 
-def _figures(shown: Mapping[str, Any]) -> list[list[str]]:
-    return [[line.title, *(printed(line, label) for label in shown)] for line in table(shown)]
+def _table_cells(shown: Mapping[str, Any]) -> list[list[str]]:
+    return [[line.title, *(line.text(label) for label in shown)] for line in table(shown)]
 
 
 def _public(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without tokens, and without where the run's folder lies."""
+    """Settings without access tokens and without the path of the run folder."""
     kept = {key: value for key, value in values.items() if not key.endswith("_token") and key != "output_dir"}
     return {key: _public(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
 

@@ -1,8 +1,8 @@
-"""The doctor: reads what a stage has shown so far and says in plain words what is wrong, on what evidence, what helps.
+"""The doctor: looks for known problems in a stage's metrics and says in plain words what it sees and what may help.
 
-Each rule is a function of a `Course` that returns (evidence, advice), or None where all is well. A figure that is
-missing or NaN makes every comparison false, so a rule without its evidence says nothing; a run whose figures are
-not finite has a rule of its own. A finding is a reason to look, not a proof: thresholds are below, with their reasons.
+Each rule is a function of a `StageHistory`. It returns (evidence, advice), or None if all is well. A missing or NaN
+metric makes every comparison false, so a rule without data finds nothing; `not_finite` finds metrics that are NaN. A
+finding is a reason to look, not a proof. The thresholds and their reasons are below.
 """
 
 from __future__ import annotations
@@ -14,40 +14,41 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
-from tqdm.auto import tqdm
 from transformers import TrainerCallback
 
 from cwdpo_trainer.config.findings import finding_names
 from cwdpo_trainer.evaluation.history import History, probe_entries, sets_of, training_entries
+from cwdpo_trainer.reporter import say
 
-# Log-probs of answers move by some hundredths of a nat per token in a healthy stage 2 (0.01 in the digits task).
+# In a healthy stage 2, log-probs of chosen answers move by about 0.01 nats per token (measured on the digits task).
 FALL = 0.02  # nats per token, of chosen answers
-SLIP = 0.1  # nats per answer, of chosen answers: a tenth of their probability
-MARGIN_RISE = 0.1  # nats per answer: between chosen and rejected, held out
+SLIP = 0.1  # nats per answer, of chosen answers: they lose a tenth of their probability
+MARGIN_RISE = 0.1  # nats per answer, between chosen and rejected held-out answers
 TOP1_RISE = 0.005  # probability
-# Of calibration error the paper reports 0.08 to 0.10 for CW-DPO and 0.25 for DPO; it starts near 0.01 here.
+# The paper reports an ECE of 0.08 to 0.10 for CW-DPO and 0.25 for DPO. The digits task starts near 0.01.
 ECE_RISE = 0.03
-# Of TV and JS against the reference the paper reports 0.15 and 0.10 for CW-DPO, 0.45 and 0.30 for DPO: half-way.
+# The paper reports TV 0.15 and JS 0.10 for CW-DPO, TV 0.45 and JS 0.30 for DPO. These are half-way.
 TV_HIGH = 0.3
 JS_HIGH = 0.2  # nats, of at most ln 2
-COOLED = 0.05  # mean w_c: a push 20 times weaker than DPO's
+COOLED = 0.05  # mean w_c: the push on a negative is 20 times weaker than in DPO
 UNCOOLED = 0.95
-EASY_GAP = 2.0  # nats per token below the chosen answers: each token e^2 = 7 times less likely
+EASY_GAP = 2.0  # nats per token below the chosen answers: each token is e^2 = 7 times less likely
 EASY_PUSH = 0.5  # w_c
 ENTROPY_LEFT = 0.5  # share of the entropy at the start
-ENTROPY_SOME = 0.02  # nats; less at the start is nothing to lose
-ONPOLICY_SHARE = 0.1  # of the on-policy negatives that were asked for
+ENTROPY_SOME = 0.02  # nats; a model that starts with less has none to lose
+ONPOLICY_SHARE = 0.1  # of the on-policy negatives that onpolicy_fraction asks for
 KEPT_FEW = 0.05  # share of the pairs
-PAST_BEST = 2  # probes
-RECENT = 5  # training logs that are averaged into one figure
+PAST_BEST = 2  # probes since the best one
+RECENT = 5  # training logs that are averaged
 
 Diagnosis = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Course:
-    """What a stage (`sft` or `dpo`) has shown: its probes and training logs in the order of steps, and its settings
-    by name. Where only two models are compared, the probes are the reference's and the model's, and there are no logs.
+class StageHistory:
+    """What a stage ("sft" or "dpo") has logged: its probes and training logs by step, and its settings by name.
+
+    To compare two models without training, the probes are the reference's and the model's, and there are no logs.
     """
 
     stage: str
@@ -55,50 +56,58 @@ class Course:
     logs: History
     settings: Mapping[str, Any]
 
-    def until(self, count: int) -> Course:
-        """The course as it was at its probe number `count`."""
+    @classmethod
+    def of(cls, stage: str, log_history: History, settings: Mapping[str, Any]) -> StageHistory:
+        return cls(stage, probe_entries(log_history), training_entries(log_history), settings)
+
+    def until(self, count: int) -> StageHistory:
+        """The history as it was right after the first `count` probes."""
         logs = bisect_right(self.logs, self.probes[count - 1]["step"], key=lambda entry: entry["step"])
         return replace(self, probes=self.probes[:count], logs=self.logs[:logs])
 
     def first(self, key: str) -> float:
+        """A metric of the first probe; NaN if it has none."""
         return self.probes[0].get(key, math.nan)
 
     def last(self, key: str) -> float:
+        """A metric of the last probe; NaN if it has none."""
         return self.probes[-1].get(key, math.nan)
 
     def change(self, key: str) -> float:
         return self.last(key) - self.first(key)
 
     def recent(self, key: str) -> float:
-        """The mean of the last `RECENT` training logs that have `key`; NaN if none has."""
+        """The mean over the last `RECENT` training logs that have `key`; NaN if none has."""
         values = list(islice((entry[key] for entry in reversed(self.logs) if key in entry), RECENT))
         return sum(values) / len(values) if values else math.nan
 
     def negatives(self) -> list[str]:
-        """The sets of negatives that the last probe measured; those of the data set come first."""
+        """The sets of negatives in the last probe."""
         return [name for name in sets_of(self.probes[-1]) if name != "chosen"]
 
     def margin(self) -> float:
-        """How much further the data set's negatives fell than the chosen answers, against the reference; nats."""
-        falls = [self.last(f"{name}_delta_logp") for name in self.negatives() if name != "onpolicy"]
-        return self.last("chosen_delta_logp") - sum(falls) / len(falls) if falls else math.nan
+        """Held-out margin since the start, in nats per answer: the change of the chosen answers' log-prob minus the
+        mean change of the dataset's negatives."""
+        changes = [self.last(f"{name}_delta_logp") for name in self.negatives() if name != "onpolicy"]
+        return self.last("chosen_delta_logp") - sum(changes) / len(changes) if changes else math.nan
 
     def is_adaptive(self) -> bool:
         return self.settings.get("cooling", "adaptive") == "adaptive"
 
-    def cooling(self) -> dict[str, float]:
-        """Mean w_c by set of negatives; empty where the weight is a constant, which is no finding but a choice."""
+    def cooling_weights(self) -> dict[str, float]:
+        """Mean w_c by set of negatives. Empty if w_c is constant: then its value is the user's choice."""
         if not self.is_adaptive():
             return {}
         return {name: self.last(f"{name}_cooling") for name in self.negatives()}
 
 
-Rule = Callable[[Course], Diagnosis | None]
+Rule = Callable[[StageHistory], Diagnosis | None]
 
 
 @dataclass(frozen=True)
 class Finding:
-    """What the rule `name` found in `stage` at optimizer step `step`: in words."""
+    """What rule `name` found in `stage` at optimizer step `step`. `evidence` and `advice` are phrases without a final
+    period; `advice` is an imperative."""
 
     name: str
     stage: str
@@ -106,8 +115,12 @@ class Finding:
     evidence: str
     advice: str
 
+    @property
+    def text(self) -> str:
+        return f"{self.evidence}. Try this: {self.advice}."
+
     def __str__(self) -> str:
-        return f"{self.name} (stage {self.stage}, step {self.step}): {self.evidence}; {self.advice}"
+        return f"{self.name} (stage {self.stage}, step {self.step}): {self.text}"
 
 
 _RULES: dict[str, Rule] = {}
@@ -118,181 +131,197 @@ def _rule(function: Rule) -> Rule:
     return function
 
 
-def diagnose(stage: str, history: History, settings: Mapping[str, Any]) -> list[Finding]:
-    """What holds at the last probe of a log history; nothing before the first probe."""
-    return _examined(Course(stage, probe_entries(history), training_entries(history), settings))
+def diagnose(stage: str, log_history: History, settings: Mapping[str, Any]) -> list[Finding]:
+    """The findings at the last probe of a log history. Before the first probe there are none."""
+    return _examine(StageHistory.of(stage, log_history, settings))
 
 
-def new_findings(stage: str, history: History, settings: Mapping[str, Any]) -> list[Finding]:
-    """Those of `diagnose` that no earlier probe of the history had: nothing to remember, so a resumed run agrees."""
-    course = Course(stage, probe_entries(history), training_entries(history), settings)
-    known = {finding.name for count in range(1, len(course.probes)) for finding in _examined(course.until(count))}
-    return [finding for finding in _examined(course) if finding.name not in known]
+def new_findings(stage: str, log_history: History, settings: Mapping[str, Any]) -> list[Finding]:
+    """The findings at the last probe that no earlier probe had.
+
+    They depend on the log history only, so a resumed run reports the same ones.
+    """
+    history = StageHistory.of(stage, log_history, settings)
+    known = {finding.name for count in range(1, len(history.probes)) for finding in _examine(history.until(count))}
+    return [finding for finding in _examine(history) if finding.name not in known]
 
 
-def _examined(course: Course) -> list[Finding]:
-    if not course.probes:
+def _examine(history: StageHistory) -> list[Finding]:
+    if not history.probes:
         return []
-    step = course.probes[-1]["step"]
-    found = {name: _RULES[name](course) for name in finding_names(course.stage)}
-    return [Finding(name, course.stage, step, *words) for name, words in found.items() if words is not None]
+    step = history.probes[-1]["step"]
+    diagnoses = {name: _RULES[name](history) for name in finding_names(history.stage)}
+    return [Finding(name, history.stage, step, *words) for name, words in diagnoses.items() if words is not None]
 
 
 @_rule
-def not_finite(course: Course) -> Diagnosis | None:
-    """NaN compares false with everything: without this rule a run that died would look healthy."""
-    broken = [key for key in ("chosen_logp", "chosen_entropy", "chosen_tv") if not math.isfinite(course.last(key))]
+def not_finite(history: StageHistory) -> Diagnosis | None:
+    """NaN compares false with everything, so without this rule a diverged run would look healthy."""
+    broken = [key for key in ("chosen_logp", "chosen_entropy", "chosen_tv") if not math.isfinite(history.last(key))]
     if not broken:
         return None
-    return f"{', '.join(broken)} of the held-out answers are not finite", "lower the learning rate or max_grad_norm"
+    return (
+        f"{', '.join(broken)} on held-out answers: NaN or infinite",
+        "lower the learning rate or max_grad_norm",
+    )
 
 
 @_rule
-def squeezing(course: Course) -> Diagnosis | None:
-    """Pushing down an answer that is unlikely already takes mass from all others, the chosen one included, and gives
-    it to the most likely token (Ren and Sutherland, arXiv 2407.10490). The margin, which training sees, still rises.
-    """
-    fall, margin, top1 = -course.last("chosen_delta_mean_logp"), course.margin(), course.change("chosen_top1_prob")
+def squeezing(history: StageHistory) -> Diagnosis | None:
+    """Pushing down an answer that is already unlikely takes probability from all other answers, the chosen one
+    included, and gives it to the most likely token (Ren and Sutherland, arXiv 2407.10490). The margin, which is what
+    training optimises, still rises."""
+    fall, margin, top1 = -history.last("chosen_delta_mean_logp"), history.margin(), history.change("chosen_top1_prob")
     if not (fall >= FALL and margin >= MARGIN_RISE and top1 >= TOP1_RISE):
         return None
     return (
-        f"chosen log-prob fell {-course.last('chosen_delta_logp'):.2f} nats ({fall:.3f} per token) while the margin "
-        f"rose {margin:.2f} nats and the top-1 probability {top1:.3f}: mass leaves both answers",
-        f"{_more_cooling(course)}, raise onpolicy_fraction, or lower the learning rate",
+        f"the log-prob of chosen answers fell by {-history.last('chosen_delta_logp'):.2f} nats per answer "
+        f"({fall:.3f} per token), while the margin rose by {margin:.2f} nats and the top-1 probability by {top1:.3f}: "
+        "chosen and rejected answers both lose probability to the most likely tokens",
+        f"{_cool_more(history)}, raise onpolicy_fraction, or lower the learning rate",
     )
 
 
 @_rule
-def margin_from_rejected(course: Course) -> Diagnosis | None:
-    """A margin that comes from the rejected side alone has taught nothing about good answers, and squeezing follows.
-    Chosen answers that keep their log-prob are fine: that is what cooling is for."""
-    change, margin = course.last("chosen_delta_logp"), course.margin()
-    if squeezing(course) or not (change <= -SLIP and margin >= MARGIN_RISE):
+def margin_from_rejected(history: StageHistory) -> Diagnosis | None:
+    """A margin that comes from the rejected answers alone teaches nothing about good answers. Chosen answers that keep
+    their log-prob are fine: that is what cooling is for."""
+    change, margin = history.last("chosen_delta_logp"), history.margin()
+    if squeezing(history) or not (change <= -SLIP and margin >= MARGIN_RISE):
         return None
     return (
-        f"the margin rose {margin:.2f} nats through rejected answers alone; chosen ones lost {-change:.2f} nats",
-        f"{_more_cooling(course)}, or stop earlier: squeezing comes next",
+        f"the margin rose by {margin:.2f} nats only because rejected answers became less likely; "
+        f"chosen answers lost {-change:.2f} nats per answer",
+        f"{_cool_more(history)}, or stop earlier, because squeezing often follows",
     )
 
 
 @_rule
-def overconfidence(course: Course) -> Diagnosis | None:
-    """The top token's probability outgrows how often it is right: the model no longer knows what it does not know."""
-    rise, start, now = (get("chosen_ece") for get in (course.change, course.first, course.last))
-    top1, right = course.last("chosen_top1_prob"), course.last("chosen_accuracy")
-    if not (rise >= ECE_RISE and top1 > right):
+def overconfidence(history: StageHistory) -> Diagnosis | None:
+    """The probability of the most likely token grows faster than how often that token is right."""
+    rise, start, now = (get("chosen_ece") for get in (history.change, history.first, history.last))
+    top1, accuracy = history.last("chosen_top1_prob"), history.last("chosen_accuracy")
+    if not (rise >= ECE_RISE and top1 > accuracy):
         return None
-    cooling = f", or {_more_cooling(course)}" if course.stage == "dpo" else ""
+    cooling = f", or {_cool_more(history)}" if history.stage == "dpo" else ""
     return (
-        f"calibration error rose from {start:.3f} to {now:.3f}: the top token's probability is {top1:.3f}, and it is "
-        f"right in {right:.3f}",
-        f"stop earlier or lower the learning rate{cooling}",
+        f"the calibration error (ECE) on chosen answers rose from {start:.3f} to {now:.3f}: the most likely token has "
+        f"a mean probability of {top1:.3f} but is right for {accuracy:.1%} of the tokens",
+        f"stop earlier, or lower the learning rate{cooling}",
     )
 
 
 @_rule
-def drift(course: Course) -> Diagnosis | None:
-    """Far from its reference a model has changed in more than the preference. In stage 1 that is the purpose."""
-    tv, js = course.last("chosen_tv"), course.last("chosen_js")
+def drift(history: StageHistory) -> Diagnosis | None:
+    """Far from its reference, a model has changed in more than the preference. In stage 1 that is the purpose."""
+    tv, js = history.last("chosen_tv"), history.last("chosen_js")
     if not (tv >= TV_HIGH or js >= JS_HIGH):
         return None
     return (
-        f"next-token distributions are TV {tv:.2f}, JS {js:.2f} nats away from the reference's on chosen answers",
+        f"next-token distributions on chosen answers are far from the reference's: TV {tv:.2f}, JS {js:.2f} nats",
         "raise beta, lower the learning rate, or stop earlier",
     )
 
 
 @_rule
-def all_cooled(course: Course) -> Diagnosis | None:
-    """With every weight near 0 rejected answers do not push: what is left is to raise the chosen ones."""
-    weights = course.cooling()
+def all_cooled(history: StageHistory) -> Diagnosis | None:
+    """With all weights near 0, negatives have no effect: the loss only raises the chosen answers."""
+    weights = history.cooling_weights()
     if not (weights and max(weights.values()) < COOLED):
         return None
     return (
-        f"mean w_c is {_listed(weights)}: no negative pushes",
-        "lower logp_floor, raise tau, or bring harder negatives (onpolicy_fraction)",
+        f"the mean cooling weight w_c is {_listed(weights)}: negatives have almost no effect on the loss",
+        "lower logp_floor, raise tau, or use harder negatives (onpolicy_fraction)",
     )
 
 
 @_rule
-def no_cooling(course: Course) -> Diagnosis | None:
-    """With every weight near 1 the loss is that of DPO, easy negatives included."""
-    weights = course.cooling()
+def no_cooling(history: StageHistory) -> Diagnosis | None:
+    """With all weights near 1 the loss is that of DPO, even for easy negatives."""
+    weights = history.cooling_weights()
     if not (weights and min(weights.values()) > UNCOOLED):
         return None
-    return f"mean w_c is {_listed(weights)}: this is DPO without cooling", "raise logp_floor or lower tau"
-
-
-@_rule
-def easy_negatives_pushed(course: Course) -> Diagnosis | None:
-    """What cooling is to prevent: a negative far below the chosen answers that is pushed further down."""
-    gaps = {name: course.last("chosen_mean_logp") - course.last(f"{name}_mean_logp") for name in course.cooling()}
-    pushed = {name: weight for name, weight in course.cooling().items() if gaps[name] > EASY_GAP and weight > EASY_PUSH}
-    if not pushed or no_cooling(course):
-        return None
-    level = max(course.last(f"{name}_mean_logp") for name in pushed)
     return (
-        f"mean w_c is {_listed(pushed)} though these negatives are {_listed({name: gaps[name] for name in pushed})} "
-        "nats per token below the chosen answers",
-        f"raise logp_floor above {level:.1f}",
+        f"the mean cooling weight w_c is {_listed(weights)}: the loss is almost that of DPO without cooling",
+        "raise logp_floor or lower tau",
     )
 
 
 @_rule
-def entropy_collapse(course: Course) -> Diagnosis | None:
-    """Certain without being right: entropy falls with learning too, but then the chosen answers gain."""
-    start, now, gain = course.first("chosen_entropy"), course.last("chosen_entropy"), course.change("chosen_mean_logp")
+def easy_negatives_pushed(history: StageHistory) -> Diagnosis | None:
+    """Cooling should keep training from pushing down negatives that are far less likely than the chosen answers."""
+    weights = history.cooling_weights()
+    gaps = {name: history.last("chosen_mean_logp") - history.last(f"{name}_mean_logp") for name in weights}
+    pushed = [name for name, weight in weights.items() if gaps[name] > EASY_GAP and weight > EASY_PUSH]
+    if not pushed or no_cooling(history):
+        return None
+    level = max(history.last(f"{name}_mean_logp") for name in pushed)
+    each = [f"{name} ({gaps[name]:.2f} nats per token lower, mean w_c {weights[name]:.2f})" for name in pushed]
+    return (
+        f"negatives that are far less likely than the chosen answers are still pushed down: {', '.join(each)}",
+        f"raise logp_floor above {level:.1f} nats per token",
+    )
+
+
+@_rule
+def entropy_collapse(history: StageHistory) -> Diagnosis | None:
+    """The model became certain without being right. Entropy falls with learning too, but then chosen answers gain."""
+    start, now = history.first("chosen_entropy"), history.last("chosen_entropy")
+    gain = history.change("chosen_mean_logp")
     if not (start >= ENTROPY_SOME and now <= ENTROPY_LEFT * start and gain <= 0):
         return None
     return (
-        f"entropy fell from {start:.3f} to {now:.3f} nats a token and chosen answers gained nothing ({gain:+.3f} nats)",
+        f"the entropy on chosen answers fell from {start:.3f} to {now:.3f} nats per token, but their log-prob did not "
+        f"rise ({gain:+.3f} nats per token)",
         "lower the learning rate, raise beta, or add harder negatives",
     )
 
 
 @_rule
-def onpolicy_empty(course: Course) -> Diagnosis | None:
-    """Samples that equal a reference are no negatives. A model that is hardly ever wrong when it is sampled has none,
-    and the run falls back on those of the data set."""
-    wanted, drawn = course.recent("onpolicy_fraction"), course.recent("onpolicy")
+def onpolicy_empty(history: StageHistory) -> Diagnosis | None:
+    """Samples that equal a reference answer are no negatives. If nearly all do, training falls back on the dataset's
+    negatives."""
+    wanted, drawn = history.recent("onpolicy_fraction"), history.recent("onpolicy")
     if not (wanted > 0 and drawn < ONPOLICY_SHARE * wanted):
         return None
     return (
-        f"{drawn:.1%} of the pairs got a negative of the model's own, of {wanted:.0%} asked for: its samples are right",
+        f"only {drawn:.1%} of the pairs got an on-policy negative, but onpolicy_fraction asks for {wanted:.0%}: almost "
+        "all samples are right answers",
         "raise sampling.temperature or sampling.samples",
     )
 
 
 @_rule
-def nothing_kept(course: Course) -> Diagnosis | None:
-    """Pairs whose negative is below drop_below leave the loss; without pairs there is no gradient."""
-    kept = course.recent("kept")
+def nothing_kept(history: StageHistory) -> Diagnosis | None:
+    """Pairs whose negative has a mean log-prob below drop_below leave the loss. Without pairs there is no gradient."""
+    kept = history.recent("kept")
     if not kept <= KEPT_FEW:
         return None
     return (
-        f"drop_below = {course.settings.get('drop_below')} leaves {kept:.1%} of the pairs in the loss",
-        "lower drop_below, or bring harder negatives",
+        f"drop_below = {history.settings.get('drop_below')} leaves {kept:.1%} of the pairs in the loss",
+        "lower drop_below, or use harder negatives",
     )
 
 
 @_rule
-def past_best(course: Course) -> Diagnosis | None:
-    """A hint for early stopping: chosen answers were best some probes ago and have lost ever since."""
-    values = [probe["chosen_mean_logp"] for probe in course.probes]
-    place = max(range(len(values)), key=values.__getitem__)
-    loss = values[place] - values[-1]
-    # A best at the very start is no peak: the stage never helped, which squeezing and its kin are about.
-    if not (0 < place <= len(values) - 1 - PAST_BEST and loss >= FALL):
+def past_best(history: StageHistory) -> Diagnosis | None:
+    """A hint for early stopping: chosen answers were best some probes ago and have become less likely since."""
+    values = [probe["chosen_mean_logp"] for probe in history.probes]
+    best = max(range(len(values)), key=values.__getitem__)
+    loss = values[best] - values[-1]
+    # If the start was best, the stage never helped. That is for squeezing and its like to find.
+    if not (0 < best <= len(values) - 1 - PAST_BEST and loss >= FALL):
         return None
     return (
-        f"chosen answers were best at step {course.probes[place]['step']} ({values[place]:.3f} nats per token) and "
-        f"have lost {loss:.3f} since",
-        "stop there: early_stopping_patience with metric_for_best_model: chosen_mean_logp, load_best_model_at_end",
+        f"chosen answers were most likely at step {history.probes[best]['step']} ({values[best]:.3f} nats per token) "
+        f"and have lost {loss:.3f} nats per token since",
+        "keep the best weights with load_best_model_at_end, early_stopping_patience and "
+        "metric_for_best_model: chosen_mean_logp",
     )
 
 
-def _more_cooling(course: Course) -> str:
-    return "raise logp_floor" if course.is_adaptive() else "let weights cool (cooling: adaptive)"
+def _cool_more(history: StageHistory) -> str:
+    return "raise logp_floor" if history.is_adaptive() else "set cooling: adaptive"
 
 
 def _listed(values: Mapping[str, float]) -> str:
@@ -300,15 +329,14 @@ def _listed(values: Mapping[str, float]) -> str:
 
 
 class Doctor(TrainerCallback):
-    """Prints what is found when a probe first shows it; a finding that `args.stop_on` names ends the stage."""
+    """Prints each finding when a probe first shows it. A finding that `args.stop_on` names ends the stage."""
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         case = args.stage, state.log_history, vars(args)
         stops = [finding.name for finding in diagnose(*case) if finding.name in args.stop_on]
-        if state.is_world_process_zero:
-            for finding in new_findings(*case):
-                tqdm.write(f"found {finding}")
-            if stops and not control.should_training_stop:
-                tqdm.write(f"the stage ends at step {state.global_step}, as stop_on says: {', '.join(stops)}")
+        for finding in new_findings(*case):
+            say(f"found {finding}")
+        if stops and not control.should_training_stop:
+            say(f"stage {args.stage} stops at step {state.global_step}, because stop_on names {', '.join(stops)}")
         if stops:
             control.should_training_stop = True

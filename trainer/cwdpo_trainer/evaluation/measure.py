@@ -1,4 +1,4 @@
-"""`cwdpo probe` and `cwdpo eval`: what the probes and captions say about a model that is there already, on any rows."""
+"""`cwdpo probe` and `cwdpo eval`: measure a finished model on any rows, with the probes or by its captions."""
 
 from __future__ import annotations
 
@@ -27,18 +27,19 @@ from cwdpo_trainer.evaluation.summary import environment
 from cwdpo_trainer.files import read_json, write_json
 from cwdpo_trainer.models.loading import Model, load_model, load_processor
 from cwdpo_trainer.negatives.sampling import caption
+from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import COOLING_FILE, MODEL_FOLDERS
 
-LINES = {
+TITLES = {  # of the table's lines, by metric
     "logp": "log p (nats per answer)",
-    "mean_logp": "log p (nats per token)",
-    "entropy": "entropy (nats)",
-    "top1_prob": "probability of top token",
-    "accuracy": "top token right",
+    "mean_logp": "mean log p (nats per token)",
+    "entropy": "entropy (nats per token)",
+    "top1_prob": "top-1 probability",
+    "accuracy": "top-1 accuracy",
     "ece": "ECE",
-    "cooling": "mean w_c",
+    "cooling": "mean cooling weight w_c",
     "delta_logp": "Δ log p (nats per answer)",
-    "delta_mean_logp": "Δ log p (nats per token)",
+    "delta_mean_logp": "Δ mean log p (nats per token)",
     "tv": "TV",
     "js": "JS (nats)",
 }
@@ -46,10 +47,11 @@ AGAINST_REFERENCE = ("_delta_logp", "_delta_mean_logp", "_tv", "_js")
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model to measure: the one that `stage` left in a run folder, or any other; with the run's settings.
+class EvalTarget:
+    """A model to measure, and the settings to do it with: those of its run, or the defaults.
 
-    `options` are the stage's, for the doctor. `reference` may be None: then there is nothing to compare with.
+    `path`, `reference`: folders or Hub names; without a reference there is nothing to compare with. `stage` made the
+    model, with `options`, which the doctor reads. `data` is None for a model without a run.
     """
 
     path: str
@@ -64,9 +66,11 @@ class Subject:
     seed: int
 
     @classmethod
-    def find(cls, text: str, reference: str | None = None) -> Subject:
-        """The model at `text`: a run folder, the folder of a model, or a name on the Hub. Without a `reference` a
-        run's is what its last stage started from, another model has none."""
+    def find(cls, text: str, reference: str | None = None) -> EvalTarget:
+        """The model at `text`: a run folder (its last finished stage), a model folder, or a name on the Hub.
+
+        The default reference of a run is the model that its last stage started from. Other models have none.
+        """
         folder = Path(text)
         if (folder / "run.json").is_file():
             return cls._of_run(folder, reference)
@@ -76,7 +80,7 @@ class Subject:
         return cls(text, reference, "dpo", model, None, probes, sampling, Cooling(), {}, 0)
 
     @classmethod
-    def _of_run(cls, folder: Path, reference: str | None) -> Subject:
+    def _of_run(cls, folder: Path, reference: str | None) -> EvalTarget:
         where, raw = str(folder / "run.json"), read_json(folder / "run.json")["config"]
         done = [stage for stage in STAGES if (folder / MODEL_FOLDERS[stage]).is_dir()]
         require(bool(done), str(folder), "", "at least 1 finished stage", "none")
@@ -89,103 +93,118 @@ class Subject:
 
 
 def _start_of(folder: Path, stage: str, raw: dict[str, Any]) -> str | None:
-    """The model that a stage of a run started from: the other stage's, or the one that metrics.json names."""
+    """The model that a run's `stage` started from: that of stage 1, or the base model in metrics.json."""
     if stage == "dpo" and "sft" in raw:
         return str(folder / MODEL_FOLDERS["sft"])
     metrics = folder / "metrics.json"
     return read_json(metrics)["base_model"] if metrics.is_file() else None
 
 
-def probe(subject: Subject, data: str, rows: int | None, json_file: Path | None) -> dict[str, Any]:
-    """Measure all probe figures of a model and its reference on `data`; print a table and what the doctor finds.
+def probe(target: EvalTarget, data: str, rows: int | None, json_file: Path | None) -> dict[str, Any]:
+    """Measure all probe metrics of a model and its reference on `data`; print a table and the doctor's findings.
 
-    The reference is measured too, so that findings can compare. `rows`: how many, by default the run's.
+    `rows`: how many rows to measure; the default is the run's. Returns what `json_file` gets.
     """
-    source = open_source(data)
-    settings = subject.probes if rows is None else replace(subject.probes, rows=rows)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    collator = PairCollator(load_processor(subject.path))
-    heldout = _rows(subject, collator, source)
-    probes = Probes(heldout, collator, settings, subject.sampling, subject.cooling, subject.seed)
-    models = {"model": _load(subject, subject.path, device)}
-    if subject.reference is not None:
-        models = {"reference": _load(subject, subject.reference, device), **models}
+    source, device = open_source(data), _device()
+    settings = target.probes if rows is None else replace(target.probes, rows=rows)
+    collator = PairCollator(load_processor(target.path))
+    probes = Probes(
+        _load_rows(target, collator, source), collator, settings, target.sampling, target.cooling, target.seed
+    )
+    metrics = _measure(target, probes, device)
+    findings = _findings(target, list(metrics.values()))
+    if target.reference is None:  # the model was its own reference
+        metrics["model"] = {k: v for k, v in metrics["model"].items() if not k.endswith(AGAINST_REFERENCE)}
+    _print_table(metrics, list(probes.sets))
+    for finding in findings:
+        say(f"found {finding.name}: {finding.text}")
+    if not findings:
+        say("the doctor found nothing")
+    result = {
+        **_header(target, source, device),
+        "answers": {name: len(answers) for name, answers in probes.sets.items()},
+        "metrics": metrics,
+        "findings": [asdict(finding) for finding in findings],
+    }
+    _write(json_file, result)
+    return result
+
+
+def _measure(target: EvalTarget, probes: Probes, device: torch.device) -> dict[str, dict[str, float]]:
+    """The metrics of "reference", if there is one, and of "model"."""
+    paths = {"reference": target.reference, "model": target.path}
+    models = {name: _load(target, path, device) for name, path in paths.items() if path is not None}
     for model in models.values():
         attach_head(model)
     reference = next(iter(models.values()))
-    probes.draw_onpolicy(reference, "own answers")
-    figures = {name: probes.measure(model, reference, device, name) for name, model in models.items()}
-    findings = _findings(subject, list(figures.values()))
-    if subject.reference is None:  # of differences from itself nobody learns anything
-        figures["model"] = {k: v for k, v in figures["model"].items() if not k.endswith(AGAINST_REFERENCE)}
-    _print_table(figures, list(probes.sets))
-    for finding in findings:
-        print(f"found {finding.name}: {finding.evidence}; {finding.advice}")
-    if not findings:
-        print("the doctor found nothing")
-    answers = {name: len(answers) for name, answers in probes.sets.items()}
-    result = {**_header(subject, source, device), "answers": answers, "figures": figures}
-    result["findings"] = [asdict(finding) for finding in findings]
-    _write(json_file, result)
-    return result
+    probes.draw_onpolicy(reference, "sampling")
+    return {name: probes.measure(model, reference, device, name) for name, model in models.items()}
 
 
-def evaluate(subject: Subject, data: str, rows: int | None, json_file: Path | None) -> dict[str, Any]:
-    """Caption each scene of `data` (the first `rows` of them) greedily; print exact match and CIDEr."""
-    source = open_source(data)
-    device = torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
-    collator = PairCollator(load_processor(subject.path))
-    scenes = distinct_prompts(_rows(subject, collator, source))[:rows]
-    model = _load(subject, subject.path, device)
-    limit, size = subject.sampling.max_new_tokens, subject.probes.batch_size
+def evaluate(target: EvalTarget, data: str, rows: int | None, json_file: Path | None) -> dict[str, Any]:
+    """Caption each distinct prompt of `data` (the first `rows`) greedily; print exact match and CIDEr.
+
+    Returns what `json_file` gets.
+    """
+    source, device = open_source(data), _device()
+    collator = PairCollator(load_processor(target.path))
+    scenes = distinct_prompts(_load_rows(target, collator, source))[:rows]
+    model = _load(target, target.path, device)
+    limit, size = target.sampling.max_new_tokens, target.probes.batch_size
     texts = caption(model, collator, scenes, limit, size, "captions")
     scores = score_captions(texts, scenes)
-    print(f"{subject.path}: {len(scenes)} captions, exact match {scores.exact_match:.3f}, CIDEr {scores.cider:.1f}")
-    result = {**_header(subject, source, device), "exact_match": scores.exact_match, "cider": scores.cider}
-    result["captions"] = [
-        _captioned(row, text, match) for row, text, match in zip(scenes, texts, scores.matches, strict=True)
+    say(f"{target.path}: {len(scenes)} captions, exact match {scores.exact_match:.3f}, CIDEr {scores.cider:.1f}")
+    captions = [
+        {"row": Path(row.where).name, "caption": text, "references": row.references, "match": match}
+        for row, text, match in zip(scenes, texts, scores.matches, strict=True)
     ]
+    result = {
+        **_header(target, source, device),
+        "exact_match": scores.exact_match,
+        "cider": scores.cider,
+        "captions": captions,
+    }
     _write(json_file, result)
     return result
 
 
-def _rows(subject: Subject, collator: PairCollator, source: Source) -> list[Row]:
-    """The rows of a data set, as the subject's run would have them."""
-    settings = subject.data
-    rows = load_rows(source, print if settings is not None and settings.skip_bad_rows else None)
+def _device() -> torch.device:
+    return torch.accelerator.current_accelerator(check_available=True) or torch.device("cpu")
+
+
+def _load_rows(target: EvalTarget, collator: PairCollator, source: Source) -> list[Row]:
+    """The rows of a dataset, treated as in the target's run: bad rows skipped, long ones made to fit."""
+    settings = target.data
+    rows = load_rows(source, say if settings is not None and settings.skip_bad_rows else None)
     if settings is None or settings.max_length is None:
         return rows
     fit = fit_rows(rows, LengthMeter(collator), settings.max_length, settings.over_length)
-    print(fit.report(source.name, settings.max_length))
+    say(fit.report(source.name, settings.max_length))
     return fit.rows
 
 
-def _captioned(row: Row, text: str, match: bool) -> dict[str, Any]:
-    return {"row": Path(row.where).name, "caption": text, "references": row.references, "match": match}
-
-
 def _cooling_of(folder: Path) -> Cooling:
-    """What stage 2 trained with, which may have been measured; a model that it did not make has the default."""
+    """The cooling that stage 2 trained with. Models that it did not make get the default."""
     path = folder / COOLING_FILE
     return Cooling(**read_json(path)) if path.is_file() else Cooling()
 
 
-def _load(subject: Subject, path: str, device: torch.device) -> Model:
-    return load_model(subject.model, path, None, trainable=False).to(device).eval()
+def _load(target: EvalTarget, path: str, device: torch.device) -> Model:
+    return load_model(target.model, path, None, trainable=False).to(device).eval()
 
 
-def _findings(subject: Subject, probes: Sequence[dict[str, float]]) -> list[Finding]:
+def _findings(target: EvalTarget, probes: Sequence[dict[str, float]]) -> list[Finding]:
     history = [
         {"step": step, **{PREFIX + key: value for key, value in probe.items()}} for step, probe in enumerate(probes)
     ]
-    return diagnose(subject.stage, history, subject.options)
+    return diagnose(target.stage, history, target.options)
 
 
-def _print_table(figures: dict[str, dict[str, float]], sets: list[str]) -> None:
-    """A column for each set of answers; the reference's figure -> the model's, where there are two."""
-    model, reference = figures["model"], figures.get("reference")
-    print(f"\n{'':27}" + "".join(f"{name:>20}" for name in sets))
-    for key, title in LINES.items():
+def _print_table(metrics: dict[str, dict[str, float]], sets: list[str]) -> None:
+    """Print a column per set of answers. With a reference, cells are "reference -> model"."""
+    model, reference = metrics["model"], metrics.get("reference")
+    say(f"\n{'':30}" + "".join(f"{name:>20}" for name in sets))
+    for key, title in TITLES.items():
         cells = []
         for name in sets:
             value = model.get(f"{name}_{key}")
@@ -193,14 +212,14 @@ def _print_table(figures: dict[str, dict[str, float]], sets: list[str]) -> None:
             both = value is not None and reference is not None and f"_{key}" not in AGAINST_REFERENCE
             cells.append(f"{reference[f'{name}_{key}']:.3f} -> {cell}" if both else cell)
         if set(cells) != {"-"}:
-            print(f"{title:27}" + "".join(f"{cell:>20}" for cell in cells))
-    print("reference -> model\n" if reference is not None else "no reference to compare with (--reference)\n")
+            say(f"{title:30}" + "".join(f"{cell:>20}" for cell in cells))
+    say("reference -> model\n" if reference is not None else "no reference to compare with (--reference)\n")
 
 
-def _header(subject: Subject, source: Source, device: torch.device) -> dict[str, Any]:
+def _header(target: EvalTarget, source: Source, device: torch.device) -> dict[str, Any]:
     return {
-        "model": subject.path,
-        "reference": subject.reference,
+        "model": target.path,
+        "reference": target.reference,
         "data": {"name": source.name, "digest": source.digest()},
         "environment": environment(device),
     }
@@ -209,4 +228,4 @@ def _header(subject: Subject, source: Source, device: torch.device) -> dict[str,
 def _write(path: Path | None, result: dict[str, Any]) -> None:
     if path is not None:
         write_json(path, result)
-        print(f"all figures: {path}")
+        say(f"all metrics: {path}")

@@ -1,4 +1,4 @@
-"""The picture of the learning dynamics: what both stages do to held-out answers, step by step."""
+"""The plot of the learning dynamics: how both stages change the model's probabilities, step by step."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from cwdpo_trainer.evaluation.probes import COOLING_BINS
 
 Draw = Callable[[Axes, History, list[str]], None]
 
-# Okabe and Ito's palette, for any kind of colour vision; markers and dashes tell the lines apart in grey.
+# The palette of Okabe and Ito, which is safe for colour blindness. Markers and dashes differ too, for greyscale prints.
 STYLES: dict[str, dict[str, Any]] = {
     "chosen": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "near": {"color": "#D55E00", "marker": "s", "linestyle": "--"},
@@ -28,15 +28,18 @@ STYLES: dict[str, dict[str, Any]] = {
     "onpolicy": {"color": "#009E73", "marker": "D", "linestyle": ":"},
 }
 OTHER_COLORS = ("#CC79A7", "#56B4E9", "#000000")
-CROWDED = 40  # points; markers of more hide the line
+CROWDED = 40  # points; with more, markers would hide the line
 STAGE_TITLES = {"sft": "1: SFT", "dpo": "2: CW-DPO"}
 
 
 @dataclass(frozen=True)
 class Panel:
-    """A title, what its axis shows with the unit, and how a stage is drawn. Where `limits` are given, or
-    `same_scale` is set, the stages share their axis; otherwise their references differ, or one would flatten the
-    other. `of_training`: drawn from the training logs, which a stage of fewer steps than `logging_steps` has not."""
+    """A panel: its title, the label of its y axis with the unit, and a function that draws one stage.
+
+    `same_scale`, or `limits` of the y axis: both stages share the axis. Otherwise each has its own, because their
+    references differ, or because one stage's range is much larger.
+    `of_training`: drawn from training logs. A stage of fewer steps than `logging_steps` has none.
+    """
 
     title: str
     label: str
@@ -47,17 +50,16 @@ class Panel:
 
 
 def draw_dynamics(path: Path, histories: dict[str, History]) -> None:
-    """Draw the panels as PNG to `path` from the log histories of the stages, in the order of the run.
+    """Draw all panels as a PNG file at `path`, from the log histories by stage, in the order of the run.
 
-    Each panel has one axis per stage, as wide as the others however many steps the stage took.
+    A panel has one axis per stage. All axes have the same width, however many steps a stage took.
     """
-    sets = list(
-        dict.fromkeys(name for of in histories.values() for probe in probe_entries(of) for name in sets_of(probe))
-    )
+    probes = [probe for history in histories.values() for probe in probe_entries(history)]
+    sets = list(dict.fromkeys(name for probe in probes for name in sets_of(probe)))
     figure = Figure(figsize=(12 + 6 * len(histories), 9), layout="constrained")
     FigureCanvasAgg(figure)
-    for place, (field, panel) in enumerate(zip(figure.subfigures(2, 5).flat, PANELS, strict=True)):
-        _draw_panel(field, panel, histories, sets, last_row=place >= 5)
+    for index, (field, panel) in enumerate(zip(figure.subfigures(2, 5).flat, PANELS, strict=True)):
+        _draw_panel(field, panel, histories, sets, last_row=index >= 5)
     figure.savefig(path, dpi=100)
 
 
@@ -80,10 +82,10 @@ def _draw_panel(field: SubFigure, panel: Panel, histories: dict[str, History], s
         if not ax.has_data():
             missing = "nothing logged" if panel.of_training and not training_entries(history) else "not in this stage"
             ax.text(0.5, 0.5, missing, transform=ax.transAxes, ha="center", color="0.5")
-            ax.tick_params(axis="y", left=False, labelleft=False)  # its ticks may be another's too
+            ax.tick_params(axis="y", left=False, labelleft=False)  # the shared ticks of the other stage
         handles, labels = ax.get_legend_handles_labels()
         entries |= dict(zip(labels, handles, strict=True))
-    for ax in [ax for ax in axes if ax.has_data()][:1]:  # of axes that are shared the first has the numbers
+    for ax in [ax for ax in axes if ax.has_data()][:1]:  # a shared axis has its numbers at the first stage with data
         ax.tick_params(axis="y", labelleft=True)
     if len(entries) > 1:
         field.legend(entries.values(), entries.keys(), loc="outside lower center", ncols=4, fontsize=8, frameon=False)
@@ -108,7 +110,7 @@ def _line(ax: Axes, history: History, key: str, label: str, style: dict[str, Any
 
 
 def _by_set(key: str, only: str | None = None, without: str | None = None, zero: bool = False) -> Draw:
-    """A line for each set of held-out answers; `zero` marks the level of no change."""
+    """Draw a line per set of held-out answers. `zero` marks the level of no change."""
 
     def draw(ax: Axes, history: History, sets: list[str]) -> None:
         for name in sets:
@@ -121,7 +123,7 @@ def _by_set(key: str, only: str | None = None, without: str | None = None, zero:
 
 
 def _lines(keys: dict[str, str]) -> Draw:
-    """A line for each log entry in `keys`, with its label."""
+    """Draw a line per log key. `keys` maps it to its label."""
 
     def draw(ax: Axes, history: History, sets: list[str]) -> None:
         for (key, label), style in zip(keys.items(), STYLES.values(), strict=False):
@@ -131,27 +133,28 @@ def _lines(keys: dict[str, str]) -> Draw:
 
 
 def _cooling_histogram(ax: Axes, history: History, sets: list[str]) -> None:
-    """Shares of w_c's ten bins at each probe, averaged over the data set's kinds of negatives."""
+    """Draw the histogram of w_c at each probe, averaged over the dataset's sets of negatives."""
     names = [name for name in sets if name not in ("chosen", "onpolicy")]
     steps, _ = _series(history, f"eval_{names[0]}_cooling_bin0")
-    if not steps:  # `auto`, which stage 2 measures
+    if not steps:  # no weights in stage 1 if stage 2 is to measure logp_floor or tau
         return
     shares = [
-        np.mean([_series(history, f"eval_{name}_cooling_bin{place}")[1] for name in names], axis=0)
-        for place in range(COOLING_BINS)
+        np.mean([_series(history, f"eval_{name}_cooling_bin{index}")[1] for name in names], axis=0)
+        for index in range(COOLING_BINS)
     ]
-    edges = [0, *((one + other) / 2 for one, other in pairwise(steps)), steps[-1]]  # the nearest probe's, everywhere
+    # Each probe's column reaches half-way to the next probe.
+    edges = [0, *((one + other) / 2 for one, other in pairwise(steps)), steps[-1]]
     mesh = ax.pcolormesh(edges, np.linspace(0, 1, COOLING_BINS + 1), shares, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
     if ax.get_subplotspec().is_last_col():
         ax.figure.colorbar(mesh, ax=ax, label="share of answers")
 
 
 PANELS = (
-    Panel("Log-probability of answers", "log p (nats per token)", _by_set("mean_logp")),
-    Panel("Change against the stage's reference", "Δ log p (nats per answer)", _by_set("delta_logp", zero=True)),
+    Panel("Log-probability of answers", "mean log p (nats per token)", _by_set("mean_logp")),
+    Panel("Change of log p since the stage began", "Δ log p (nats per answer)", _by_set("delta_logp", zero=True)),
     Panel(
-        "Shift of chosen answers\nagainst the stage's reference",
-        "TV (share), JS (nats)",
+        "Distance from the stage's start,\nchosen answers",
+        "TV, JS (nats)",
         _lines({"eval_chosen_tv": "TV", "eval_chosen_js": "JS"}),
     ),
     Panel("Training loss", "loss (nats)", _lines({"loss": "loss"}), of_training=True),
@@ -161,13 +164,13 @@ PANELS = (
         _lines({"chosen_reward": "chosen", "rejected_reward": "rejected", "margin": "margin"}),
         of_training=True,
     ),
-    Panel("Entropy of the next token", "entropy (nats)", _by_set("entropy")),
+    Panel("Entropy of the next token", "entropy (nats per token)", _by_set("entropy")),
     Panel(
         "Confidence on chosen answers",
-        "share",
-        _lines({"eval_chosen_top1_prob": "probability of top token", "eval_chosen_accuracy": "top token right"}),
+        "probability, share of tokens",
+        _lines({"eval_chosen_top1_prob": "top-1 probability", "eval_chosen_accuracy": "top-1 accuracy"}),
     ),
-    Panel("Calibration on chosen answers", "ECE (share)", _by_set("ece", only="chosen"), same_scale=True),
+    Panel("Calibration error on chosen answers", "ECE", _by_set("ece", only="chosen"), same_scale=True),
     Panel("Cooling weight of negatives", "mean w_c", _by_set("cooling", without="chosen"), limits=(0, 1)),
-    Panel("Distribution of the cooling weight", "w_c, data set's negatives", _cooling_histogram, limits=(0, 1)),
+    Panel("Distribution of the cooling weight", "w_c of dataset negatives", _cooling_histogram, limits=(0, 1)),
 )

@@ -1,4 +1,4 @@
-"""What a run leaves behind: metrics.json, probes.csv, predictions.jsonl, dynamics.png, model cards, a printed table."""
+"""The results of a run: metrics.json, probes.csv, predictions.jsonl, dynamics.png, model cards and a printed table."""
 
 from __future__ import annotations
 
@@ -16,21 +16,19 @@ from cwdpo_trainer.evaluation.card import Origin, write_card
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
-from cwdpo_trainer.evaluation.summary import (
-    REFERENCES,
-    TITLES,
-    environment,
-    labels_of,
-    printed,
-    table,
-)
+from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, table
 from cwdpo_trainer.files import read_json, replacing, write_json, write_text
+from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import LABEL_OF_STAGE, MODEL_FOLDERS
 
 
 @dataclass
 class Results:
-    """`captions` by label (start, after_sft, after_cwdpo), one per scene; `histories` and `settings` by stage."""
+    """What a run has measured.
+
+    `captions` by model label (start, after_sft, after_cwdpo), one for each row in `scenes`; log histories and settings
+    by stage.
+    """
 
     scenes: list[Row]
     captions: dict[str, list[str]]
@@ -42,7 +40,7 @@ class Results:
 
 
 def write_report(folder: Path, results: Results) -> None:
-    """Write all files of the report into the run folder; metrics.json is last, so that it says "finished"."""
+    """Write all result files into the run folder. metrics.json comes last: its presence means that all are there."""
     scores = {label: score_captions(texts, results.scenes) for label, texts in results.captions.items()}
     probes = {stage: probe_entries(history) for stage, history in results.histories.items()}
     write_text(folder / "predictions.jsonl", _predictions(results, scores, folder))
@@ -79,7 +77,7 @@ def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[st
     metrics["data"] = dict(results.origin.digests)
     metrics["seed"] = results.seed
     metrics["timing"] = {
-        f"{stage}_train_seconds": entry["train_runtime"]  # of the process that ended the stage
+        f"{stage}_train_seconds": entry["train_runtime"]  # since the last resume
         for stage, history in results.histories.items()
         for entry in history
         if "train_runtime" in entry
@@ -89,7 +87,7 @@ def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[st
 
 def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Path) -> str:
     lines = []
-    for place, row in enumerate(results.scenes):
+    for index, row in enumerate(results.scenes):
         line: dict[str, Any] = {
             "row": Path(row.where).name,
             "prompt": row.prompt,
@@ -97,8 +95,8 @@ def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Pat
             "references": row.references,
         }
         for label, texts in results.captions.items():
-            line[f"caption_{label}"] = texts[place]
-            line[f"match_{label}"] = scores[label].matches[place]
+            line[f"caption_{label}"] = texts[index]
+            line[f"match_{label}"] = scores[label].matches[index]
         lines.append(json.dumps(line) + "\n")
     return "".join(lines)
 
@@ -106,28 +104,28 @@ def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Pat
 def _probes_csv(probes: dict[str, History]) -> str:
     entries = [{"stage": stage, **entry} for stage, of_stage in probes.items() for entry in of_stage]
     names = list(dict.fromkeys(name for entry in entries for name in entry))
-    table = io.StringIO()
-    writer = csv.DictWriter(table, names, lineterminator="\n")
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(entries)
-    return table.getvalue()
+    return text.getvalue()
 
 
 def is_reported(folder: Path, stages: Sequence[str]) -> bool:
-    """Whether the folder's metrics.json covers `stages`; that of an earlier stage may be there alone."""
+    """Whether metrics.json covers `stages`. After `cwdpo sft` it covers stage 1 only."""
     path = folder / "metrics.json"
     return path.exists() and {LABEL_OF_STAGE[stage] for stage in stages} <= read_json(path).keys()
 
 
 def print_table(metrics: dict[str, Any], folder: Path, finished: bool) -> None:
-    """The short table of a run, and where its picture is. `finished`: the run was done before this call."""
+    """Print the main metrics of a run and the doctor's findings. `finished`: this call had nothing left to train."""
     labels = labels_of(metrics)
     if finished:
-        print(f"{folder}: this run is finished already")
-    print(f"\n{'':38}" + "".join(f"{TITLES[label]:>14}" for label in labels))
+        say(f"{folder}: this run is already finished")
+    say(f"\n{'':38}" + "".join(f"{TITLES[label]:>14}" for label in labels))
     for line in table(metrics):
-        print(f"{line.title:<38}" + "".join(f"{printed(line, label):>14}" for label in labels))
-    print(REFERENCES)
+        say(f"{line.title:<38}" + "".join(f"{line.text(label):>14}" for label in labels))
+    say(NOTE)
     for finding in metrics["findings"]:
-        print(f"found {Finding(**finding)}")
-    print(f"learning dynamics: {folder / 'dynamics.png'}\n")
+        say(f"found {Finding(**finding)}")
+    say(f"learning dynamics: {folder / 'dynamics.png'}\n")
