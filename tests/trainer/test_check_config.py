@@ -1,4 +1,4 @@
-"""`cwdpo check CONFIG` finds what is planted in a good configuration and data set, names it, and finds nothing else."""
+"""`cwdpo check CONFIG` finds each mistake planted in a valid run, names it and finds nothing else."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from cwdpo_trainer.preflight.dry_run import dry_run
 from cwdpo_trainer.preflight.report import histogram
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, Problem
 
-# Renders the prompt anew, longer, as soon as an answer follows: as templates that strip earlier turns do.
+# Renders the prompt differently when an answer follows, like templates that strip earlier turns.
 REWRITES = (
     "{% for message in messages %}{{ messages | length }} {% for part in message['content'] %}"
     "{{ '<image>' if part['type'] == 'image' else part['text'] }} {% endfor %}{% endfor %}"
@@ -25,7 +25,7 @@ REWRITES = (
 
 
 class Case:
-    """A good run in a folder of its own, whose parts a test may spoil."""
+    """A valid run in a folder of its own. Tests may change its parts."""
 
     def __init__(self, folder: Path, task: Path, settings: dict, write_config: Callable[[dict], Path]) -> None:
         self.folder, self.settings, self.write_config = folder, settings, write_config
@@ -33,7 +33,7 @@ class Case:
             shutil.copytree(task / name, folder / name)
         self.train = [json.loads(line) for line in (task / "train.jsonl").read_text().splitlines()]
         heldout = [json.loads(line) for line in (task / "heldout.jsonl").read_text().splitlines()]
-        self.heldout = [{**row, "prompt": row["prompt"] + " the square"} for row in heldout]  # other pairs than train's
+        self.heldout = [{**row, "prompt": row["prompt"] + " the square"} for row in heldout]  # not in train
         settings["model"] = {"path": "model"}
         settings["data"] = {"train": "train.jsonl", "heldout": "heldout.jsonl"}
 
@@ -47,8 +47,8 @@ class Case:
         _, problems = dry_run(self.save(), overrides, rows=100)
         return problems
 
-    def change(self, place: int, **columns: object) -> None:
-        self.train[place] = self.train[place] | columns
+    def change(self, index: int, **columns: object) -> None:
+        self.train[index] = self.train[index] | columns
 
     def processor(self, **changes: object) -> LlavaProcessor:
         return LlavaProcessor.from_pretrained(self.folder / "model", **changes)
@@ -59,24 +59,24 @@ def case(tmp_path, task, settings, write_config) -> Case:
     return Case(tmp_path, task, settings, write_config)
 
 
-def test_a_good_run_has_no_problems_and_nothing_is_written(case, capsys):
+def test_a_valid_run_has_no_problems_and_nothing_is_written(case, capsys):
     assert main(["check", str(case.save())]) == 0
     out = capsys.readouterr().out
-    assert "data.train: train.jsonl (32 of 32 rows looked at, 32 of them good)" in out
-    assert "tokens, prompt, images and longer answer: 9 to 11, median 11" in out
-    assert "tokens, images: 4 to 4, median 4" in out
+    assert "data.train: train.jsonl (32 of 32 rows checked, 32 valid)" in out
+    assert "tokens, whole pair (prompt, images, longer answer): 9 to 11, median 11" in out
+    assert "tokens, images: all 4" in out
     assert "LlavaForConditionalGeneration: 16,864 parameters in float32, head 17 x 32" in out
-    assert "head of a step of stage sft, predicted for the 4 longest pairs (8 sequences of 11 tokens, 40" in out
+    assert "memory of the head in one step of stage sft: " in out
     assert "self-test: LlavaForConditionalGeneration: head 17 x 32, float32" in out
-    assert f"on the pair {case.folder}/train.jsonl:1 within" in out
+    assert f"log-probs of {case.folder}/train.jsonl:1 agree within" in out
     assert out.endswith("\n0 errors, 0 warnings\n")
     assert not Path(case.settings["output_dir"]).exists()
 
 
-def test_memory_is_predicted_of_what_fits(case, capsys):
+def test_memory_is_predicted_for_trimmed_rows(case, capsys):
     case.settings["data"]["max_length"] = 9  # prompts have 5 tokens, answers 4 or 6
     assert main(["check", str(case.save())]) == 0
-    assert "for the 4 longest pairs (8 sequences of 9 tokens, 32 labelled)" in capsys.readouterr().out
+    assert "for the 4 longest pairs: 8 sequences of 9 tokens, 32 of them labelled" in capsys.readouterr().out
 
 
 Plant = Callable[[Case], None]
@@ -87,32 +87,32 @@ def unknown_keys(case: Case) -> None:
     case.settings["sft"] |= {"learning_rat": 0.1}
 
 
-def no_rows_at_once(case: Case) -> None:
+def zero_batch_size(case: Case) -> None:
     case.settings["dpo"]["per_device_train_batch_size"] = 0
 
 
-def half_precision(case: Case) -> None:
+def float16_dtype(case: Case) -> None:
     case.settings["model"]["dtype"] = "float16"
 
 
-def saved_in_half_precision(case: Case) -> None:
+def saved_in_float16(case: Case) -> None:
     model = LlavaForConditionalGeneration.from_pretrained(case.folder / "model")
     model.half().save_pretrained(case.folder / "model")
 
 
-def wild_rate(case: Case) -> None:
+def huge_learning_rate(case: Case) -> None:
     case.settings["dpo"]["learning_rate"] = 5
 
 
-def wild_beta(case: Case) -> None:
+def huge_beta(case: Case) -> None:
     case.settings["dpo"]["beta"] = 50
 
 
-def metric_of_no_probe(case: Case) -> None:
+def misspelled_metric(case: Case) -> None:
     case.settings["dpo"]["metric_for_best_model"] = "chosen_mean_logps"
 
 
-def another_runs_folder(case: Case) -> None:
+def folder_of_another_run_given(case: Case) -> None:
     case.settings["output_dir"] = str(case.folder / "other")
     (case.folder / "other").mkdir()
     (case.folder / "other" / "run.json").write_text('{"config": {"seed": 3}, "data": {}}')
@@ -156,11 +156,11 @@ def as_messages(case: Case) -> None:
         rows[:] = [{**row, "prompt": [{"role": "user", "content": row["prompt"]}]} for row in rows]
 
 
-def end_inside_an_answer(case: Case) -> None:
+def end_in_answer(case: Case) -> None:
     case.change(0, chosen="a red </s> square")
 
 
-def image_in_an_answer(case: Case) -> None:
+def image_in_answer(case: Case) -> None:
     case.change(0, rejected="a <image> square")
 
 
@@ -170,7 +170,7 @@ def truncated_image(case: Case) -> None:
     path.write_bytes(path.read_bytes()[:2000])  # the header is whole
 
 
-def no_image_at_all(case: Case) -> None:
+def html_instead_of_image(case: Case) -> None:
     (case.folder / case.train[7]["images"][0]).write_text("<html>not found</html>")
 
 
@@ -178,11 +178,11 @@ def long_answer(case: Case) -> None:
     case.change(8, chosen="a " * 70)
 
 
-def small_limit(case: Case) -> None:
+def low_limit(case: Case) -> None:
     case.settings["data"]["max_length"] = 10
 
 
-def limit_that_nothing_fits(case: Case) -> None:
+def too_low_limit(case: Case) -> None:
     case.settings["data"] |= {"max_length": 4, "over_length": "skip"}
 
 
@@ -191,7 +191,7 @@ def heldout_row_in_train(case: Case) -> None:
     case.train.append({**case.heldout[3], "images": ["copy.png"]})
 
 
-def pair_twice(case: Case) -> None:
+def duplicated_pair(case: Case) -> None:
     shutil.copy(case.folder / case.train[9]["images"][0], case.folder / "copy.png")
     case.train.append({**case.train[9], "images": ["copy.png"]})
 
@@ -233,44 +233,44 @@ def no_data(case: Case) -> None:
 
 
 PLANTED: list[tuple[Plant, str, str, list[str]]] = [
-    (unknown_keys, ERROR, "configuration", ["dpo.bta: expected a known key", "mean 'beta'", "sft.learning_rat: "]),
-    (no_rows_at_once, ERROR, "nothing_in_a_batch", ["dpo.per_device_train_batch_size is 0"]),
-    (half_precision, ERROR, "float16_weights", ["float16, as model.dtype says"]),
-    (saved_in_half_precision, ERROR, "float16_weights", ["float16, which is how the model was saved"]),
-    (wild_rate, WARNING, "learning_rate", ["dpo.learning_rate is 5, not in"]),
-    (wild_beta, WARNING, "beta", ["dpo.beta is 50, not in [0.01, 1]"]),
-    (metric_of_no_probe, ERROR, "unknown_metric", ["dpo.metric_for_best_model", "did you mean 'chosen_mean_logp'"]),
-    (another_runs_folder, ERROR, "folder_of_another_run", ["as when this run was started"]),
+    (unknown_keys, ERROR, "config", ["dpo.bta: expected a known key", "mean 'beta'", "sft.learning_rat: "]),
+    (zero_batch_size, ERROR, "empty_batch", ["dpo.per_device_train_batch_size is 0"]),
+    (float16_dtype, ERROR, "float16_weights", ["in float16 (model.dtype)"]),
+    (saved_in_float16, ERROR, "float16_weights", ["in float16 (the dtype of the saved model)"]),
+    (huge_learning_rate, WARNING, "learning_rate", ["dpo.learning_rate is 5, not in"]),
+    (huge_beta, WARNING, "beta", ["dpo.beta is 50, not in [0.01, 1]"]),
+    (misspelled_metric, ERROR, "unknown_metric", ["dpo.metric_for_best_model", "did you mean 'chosen_mean_logp'"]),
+    (folder_of_another_run_given, ERROR, "folder_of_another_run", ["as when this run was started"]),
     (few_new_tokens, WARNING, "short_samples", ["max_new_tokens is 3, and 44 of 44 chosen answers are longer"]),
-    (missing_image, ERROR, "unusable_rows", ["2 of 32 rows of data.train: images: expected an existing file",
+    (missing_image, ERROR, "invalid_rows", ["2 of 32 rows of data.train: images: expected an existing file",
                                              "train.jsonl:3: ", "train.jsonl:6: ", "images/gone.png"]),
-    (same_answers, ERROR, "unusable_rows", ["rejected: expected an answer that differs from chosen", "jsonl:4: 'a"]),
-    (broken_line, ERROR, "unusable_rows", ["expected valid JSON", "train.jsonl:5: Expecting"]),
-    (more_placeholders_than_images, ERROR, "wrong_number_of_placeholders",
+    (same_answers, ERROR, "invalid_rows", ["rejected: expected an answer that differs from chosen", "jsonl:4: 'a"]),
+    (broken_line, ERROR, "invalid_rows", ["expected valid JSON", "train.jsonl:5: Expecting"]),
+    (more_placeholders_than_images, ERROR, "placeholder_count",
      ["2 of 32 rows", "train.jsonl:2: 2 <image> in the prompt, 1 images", "train.jsonl:7: 0 <image>"]),
-    (template_rewrites_the_prompt, ERROR, "answer_is_no_continuation",
+    (template_rewrites_the_prompt, ERROR, "template_changes_prompt",
      ["32 of 32 rows", "and 27 more", "train.jsonl:1: expected prompt and answer to start with"]),
-    (no_template, ERROR, "refused_by_the_processor", ["32 of 32 rows", "train.jsonl:1: ValueError", "chat template"]),
-    (end_inside_an_answer, ERROR, "mark_in_an_answer", ["train.jsonl:1: </s> in chosen 'a red </s> square'"]),
-    (image_in_an_answer, ERROR, "mark_in_an_answer", ["train.jsonl:1: <image> in rejected 'a <image> square'"]),
+    (no_template, ERROR, "processor_error", ["32 of 32 rows", "train.jsonl:1: ValueError", "chat template"]),
+    (end_in_answer, ERROR, "special_token_in_answer", ["train.jsonl:1: </s> in chosen 'a red </s> square'"]),
+    (image_in_answer, ERROR, "special_token_in_answer", ["train.jsonl:1: <image> in rejected 'a <image> square'"]),
     (truncated_image, ERROR, "unreadable_image", ["1 of 32 rows of data.train", "train.jsonl:8: ", "truncated"]),
-    (no_image_at_all, ERROR, "unreadable_image", ["train.jsonl:8: ", "cannot identify image file"]),
-    (long_answer, ERROR, "longer_than_the_model", ["1 rows have more than the 64 tokens", "train.jsonl:9 (76)"]),
-    (small_limit, WARNING, "longer_than_max_length", ["data.train, max_length 10: 16 of 32 rows have trimmed answers"]),
-    (limit_that_nothing_fits, ERROR, "fits", ["expected room for at least 1 row (data.over_length: skip), got 4"]),
-    (heldout_row_in_train, ERROR, "train_and_heldout_share_pairs", ["1 pairs", "heldout.jsonl:4 = ", "train.jsonl:33"]),
-    (pair_twice, WARNING, "repeated_pairs", ["1 pairs of data.train", "train.jsonl:33"]),
-    (swapped_answers, ERROR, "rejected_is_right", ["the rejected answers of 1 rows", "train.jsonl:11"]),
+    (html_instead_of_image, ERROR, "unreadable_image", ["train.jsonl:8: ", "cannot identify image file"]),
+    (long_answer, ERROR, "exceeds_model_positions", ["1 rows are longer than", "train.jsonl:9 (76)"]),
+    (low_limit, WARNING, "longer_than_max_length", ["data.train, max_length 10: 16 of 32 rows have trimmed answers"]),
+    (too_low_limit, ERROR, "max_length", ["expected room for at least 1 row (data.over_length: skip), got 4"]),
+    (heldout_row_in_train, ERROR, "heldout_pairs_in_train", ["1 pairs", "heldout.jsonl:4 = ", "train.jsonl:33"]),
+    (duplicated_pair, WARNING, "duplicate_pairs", ["1 pairs of data.train", "train.jsonl:33"]),
+    (swapped_answers, ERROR, "rejected_is_a_reference", ["among the references in 1 rows", "train.jsonl:11"]),
     (no_padding, ERROR, "processor", ["tokenizer.pad_token_id: expected a token id, got None"]),
-    (padding_with_images, ERROR, "padding_is_an_image_token", ["the tokenizer pads with '<image>'"]),
-    (grown_tokenizer, ERROR, "tokens_without_embedding", ["the tokenizer has 18 tokens, the model embeddings for 17"]),
-    (long_chosen, WARNING, "chosen_is_longer", ["longer in 44 of 44 pairs, 2.0 times on the whole"]),
+    (padding_with_images, ERROR, "pad_token_is_image_token", ["the pad token '<image>' is an image token"]),
+    (grown_tokenizer, ERROR, "tokens_without_embedding", ["has 18 tokens, the model has embeddings for 17"]),
+    (long_chosen, WARNING, "length_bias", ["longer in 44 of 44 pairs and have 2.0 times as many tokens"]),
     (no_data, ERROR, "heldout", ["gone.jsonl: expected an existing file"]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("plant", "severity", "name", "evidence"), PLANTED, ids=[row[0].__name__ for row in PLANTED])
-def test_a_planted_mistake_is_named_and_nothing_else(case, plant, severity, name, evidence):
+def test_only_the_planted_mistake_is_reported(case, plant, severity, name, evidence):
     plant(case)
     problems = case.problems()
     assert {(problem.severity, problem.name) for problem in problems} == {(severity, name)}
@@ -279,15 +279,15 @@ def test_a_planted_mistake_is_named_and_nothing_else(case, plant, severity, name
     assert all(problem.advice for problem in problems)
 
 
-def test_all_mistakes_are_found_at_once_and_are_the_exit_status(case, capsys):
+def test_all_mistakes_are_reported_at_once_with_exit_status_1(case, capsys):
     plants = [
         unknown_keys,
-        no_rows_at_once,
+        zero_batch_size,
         missing_image,
-        end_inside_an_answer,
+        end_in_answer,
         swapped_answers,
-        wild_beta,
-        pair_twice,
+        huge_beta,
+        duplicated_pair,
     ]
     for plant in plants:
         plant(case)
@@ -295,18 +295,18 @@ def test_all_mistakes_are_found_at_once_and_are_the_exit_status(case, capsys):
     out = capsys.readouterr().out
     names = [line.split(":")[0] for line in out.splitlines() if line.startswith(("error ", "warning "))]
     assert names == [
-        "error configuration", "error configuration", "error unusable_rows", "error mark_in_an_answer",
-        "error nothing_in_a_batch", "error rejected_is_right", "warning beta", "warning repeated_pairs",
+        "error config", "error config", "error invalid_rows", "error special_token_in_answer",
+        "error empty_batch", "error rejected_is_a_reference", "warning beta", "warning duplicate_pairs",
     ]  # fmt: skip
     assert out.endswith("6 errors, 2 warnings\n")
 
 
 @pytest.mark.parametrize("metric", ["near_cooling", "eval_onpolicy_tv", "chosen_ece"])
-def test_every_figure_of_the_probes_may_decide(case, metric):
+def test_every_probe_metric_is_accepted(case, metric):
     assert case.problems(f"dpo.metric_for_best_model={metric}") == []
 
 
-def test_a_processor_that_needs_more_than_is_installed_is_named(case, monkeypatch):
+def test_a_missing_dependency_of_the_processor_is_named(case, monkeypatch):
     def load(path):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
@@ -316,69 +316,69 @@ def test_a_processor_that_needs_more_than_is_installed_is_named(case, monkeypatc
     assert "requires the Torchvision library" in problem.evidence
 
 
-def test_warnings_alone_are_no_failure(case, capsys):
+def test_warnings_alone_exit_with_0(case, capsys):
     assert main(["check", str(case.save()), "dpo.beta=50", "--no-model"]) == 0
     assert "warning beta: dpo.beta is 50" in capsys.readouterr().out
 
 
-def test_a_data_set_of_bad_rows_hides_nothing_of_the_other(case):
+def test_an_invalid_dataset_does_not_hide_mistakes_in_the_other(case):
     case.train = ["{oops", "[]"]
     swap = case.heldout[0]
     case.heldout[0] = {**swap, "chosen": swap["rejected"], "rejected": swap["chosen"]}
     names = [problem.name for problem in case.problems()]
-    assert names == ["unusable_rows", "unusable_rows", "train", "rejected_is_right"]
+    assert names == ["invalid_rows", "invalid_rows", "train", "rejected_is_a_reference"]
 
 
-def test_a_model_that_is_not_there_leaves_the_data_to_check(case):
+def test_the_data_is_checked_without_a_model(case):
     no_model(case)
     swapped_answers(case)
-    assert {problem.name for problem in case.problems()} == {"processor", "model", "rejected_is_right"}
+    assert {problem.name for problem in case.problems()} == {"processor", "model", "rejected_is_a_reference"}
 
 
 @pytest.mark.parametrize("override", ["model=null", "data.train=3", "nonsense"])
-def test_a_configuration_without_its_parts_is_one_problem(case, capsys, override):
+def test_an_unusable_config_is_reported(case, capsys, override):
     assert main(["check", str(case.save()), override]) == 1
-    assert "error configuration: " in capsys.readouterr().out
+    assert "error config: " in capsys.readouterr().out
 
 
 def test_an_invalid_section_prepare_is_one_problem(case):
     (problem,) = case.problems("prepare=3")
-    assert (problem.name, "prepare: expected a mapping, got 3 (int)" in problem.evidence) == ("configuration", True)
+    assert (problem.name, "prepare: expected a mapping, got 3 (int)" in problem.evidence) == ("config", True)
 
 
-def test_rows_that_are_left_out_on_request_are_a_warning(case):
+def test_skipped_rows_are_a_warning(case):
     broken_line(case)
     (problem,) = case.problems("data.skip_bad_rows=true")
-    assert (problem.severity, problem.name) == (WARNING, "unusable_rows")
+    assert (problem.severity, problem.name) == (WARNING, "invalid_rows")
 
 
-def test_a_limit_that_is_small_enough_answers_for_the_positions(case):
+def test_max_length_can_keep_rows_within_the_positions(case):
     long_answer(case)
     problems = case.problems("data.max_length=64")
     assert [problem.name for problem in problems] == ["longer_than_max_length"]
 
 
-def test_the_self_test_finds_a_processor_of_another_model(case, capsys):
-    """It makes more tokens of an image than the model has features."""
+def test_the_self_test_finds_the_processor_of_another_model(case, capsys):
+    """It makes more tokens per image than the model has features."""
     case.processor(patch_size=2).save_pretrained(case.folder / "model")
     assert main(["check", str(case.save())]) == 1
     assert "error self_test: ValueError: Image features and image tokens do not match" in capsys.readouterr().out
 
 
-def test_a_sample_of_rows_at_even_distances(case):
-    plan, _ = dry_run(case.save(), ["data.max_length=10"], rows=10)
-    assert [row.id for row in plan.sample["train"]] == [0, 4, 8, 12, 16, 20, 24, 28]
-    assert len(plan.fits["train"].rows) == 8
+def test_the_sample_is_evenly_spaced(case):
+    preview, _ = dry_run(case.save(), ["data.max_length=10"], rows=10)
+    assert [row.id for row in preview.sample["train"]] == [0, 4, 8, 12, 16, 20, 24, 28]
+    assert len(preview.fits["train"].rows) == 8
 
 
-def test_columns_that_are_not_used_are_named(case, capsys):
+def test_unused_columns_are_named(case, capsys):
     rows = [{**row, "images": [str(case.folder / row["images"][0])], "model": "x"} for row in case.train]
     Dataset.from_list(rows).save_to_disk(case.folder / "set")
     assert main(["check", str(case.save()), "data.train=set", "--no-model"]) == 0
-    assert "columns that are not used: model" in capsys.readouterr().out
+    assert "unused columns: model" in capsys.readouterr().out
 
 
-def test_a_histogram_has_every_value_in_its_bin():
+def test_histogram_bins():
     lines = histogram("tokens", [1, 1, 2, 17, 30])
     assert lines[0] == "  tokens: 1 to 30, median 2"
     assert [line.split() for line in lines[1:]] == [
@@ -386,4 +386,4 @@ def test_a_histogram_has_every_value_in_its_bin():
         ["17", "-", "20", "#" * 14, "1"], ["21", "-", "24", "0"], ["25", "-", "28", "0"],
         ["29", "-", "30", "#" * 14, "1"],
     ]  # fmt: skip
-    assert histogram("tokens", [3, 3]) == ["  tokens: 3 to 3, median 3"]
+    assert histogram("tokens", [3, 3]) == ["  tokens: all 3"]

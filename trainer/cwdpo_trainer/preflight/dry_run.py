@@ -1,4 +1,4 @@
-"""A run that stops before its first step: everything is read as a run reads it, and every mistake is collected."""
+"""The dry run of `cwdpo check`: read everything as a run would, and collect every mistake."""
 
 from __future__ import annotations
 
@@ -18,131 +18,135 @@ from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError, describe, require, shorten
 from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.loading import base_model, load_model, load_processor, model_path
-from cwdpo_trainer.preflight.row_rules import listed, row_problems
-from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Plan, Problem, problems_of
+from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
+from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
 
 
-def dry_run(path: Path, overrides: Sequence[str], rows: int) -> tuple[Plan | None, list[Problem]]:
-    """What the run of the YAML file at `path` would start from, and what is wrong with it.
+def dry_run(path: Path, overrides: Sequence[str], rows: int) -> tuple[RunPreview | None, list[Problem]]:
+    """Preview the run of the config file at `path`. Returns the preview and all problems.
 
-    At most `rows` rows of each data set are looked at one by one, at even distances. Without model, data or
-    output_dir there is no plan. `prepare` is called, and nothing else is written.
+    Checks at most `rows` rows of each dataset one by one, evenly spaced. The preview is None if the config lacks model,
+    data or output_dir. Calls the config's `prepare` function, and writes nothing else.
     """
     try:
         config, mistakes = read_config(path, overrides)
     except InputError as error:
-        return None, [Problem(ERROR, "configuration", str(error), "correct the file")]
-    problems = [Problem(ERROR, "configuration", str(mistake), "correct the key") for mistake in mistakes]
+        return None, [Problem(ERROR, "config", str(error), "correct the file")]
+    problems = [Problem(ERROR, "config", str(mistake), "correct this key") for mistake in mistakes]
     if config is None:
         return None, problems
-    plan = Plan(config)
-    for step in (_prepared, _train, _heldout, _processor, _model, _rows, _fits):
+    preview = RunPreview(config)
+    for step in (_prepare, _train, _heldout, _processor, _model, _rows, _max_length):
         try:
-            for problem in step(plan, rows):  # those before a mistake that ends the step count
+            for problem in step(preview, rows):  # not `extend`: keep those found before an error
                 problems.append(problem)
         except InputError as error:
             name = step.__name__.removeprefix("_")
-            problems.append(Problem(ERROR, name, str(error), "without it there is more that cannot be checked"))
-    return plan, [*problems, *problems_of(plan)]
+            problems.append(
+                Problem(ERROR, name, str(error), "correct this first; checks that depend on it were skipped")
+            )
+    return preview, [*problems, *run_problems(preview)]
 
 
-def _prepared(plan: Plan, rows: int) -> Iterator[Problem]:
-    prepare(plan.config)
+def _prepare(preview: RunPreview, rows: int) -> Iterator[Problem]:
+    prepare(preview.config)
     yield from ()
 
 
-def _train(plan: Plan, rows: int) -> Iterator[Problem]:
-    return _data(plan, "train", rows)
+def _train(preview: RunPreview, rows: int) -> Iterator[Problem]:
+    return _dataset(preview, "train", rows)
 
 
-def _heldout(plan: Plan, rows: int) -> Iterator[Problem]:
-    return _data(plan, "heldout", rows)
+def _heldout(preview: RunPreview, rows: int) -> Iterator[Problem]:
+    return _dataset(preview, "heldout", rows)
 
 
-def _data(plan: Plan, name: str, rows: int) -> Iterator[Problem]:
-    source = open_source(getattr(plan.config.data, name), plan.config.base)
-    plan.rows[name], errors = read_rows(source)
-    plan.digests[name], plan.unused[name] = source.digest(), source.unused_columns()
-    step = max(1, -(-len(plan.rows[name]) // rows))
-    plan.sample[name] = plan.rows[name][::step]
-    yield from _unusable_rows(plan, name, errors)
-    require(bool(plan.rows[name]), source.name, "", "at least 1 valid row", 0)
+def _dataset(preview: RunPreview, name: str, rows: int) -> Iterator[Problem]:
+    source = open_source(getattr(preview.config.data, name), preview.config.base)
+    preview.rows[name], errors = read_rows(source)
+    preview.digests[name], preview.unused[name] = source.digest(), source.unused_columns()
+    step = max(1, -(-len(preview.rows[name]) // rows))
+    preview.sample[name] = preview.rows[name][::step]
+    yield from _invalid_rows(preview, name, errors)
+    require(bool(preview.rows[name]), source.name, "", "at least 1 valid row", 0)
 
 
-def _unusable_rows(plan: Plan, name: str, errors: Sequence[InputError]) -> Iterator[Problem]:
+def _invalid_rows(preview: RunPreview, name: str, errors: Sequence[InputError]) -> Iterator[Problem]:
     """One problem for each kind of mistake."""
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for error in errors:
         kinds[error.what, error.expected].append(f"{error.where}: {shorten(error.got, 120)}")
-    skipped = plan.config.data.skip_bad_rows
-    advice = "they are left out, as data.skip_bad_rows says" if skipped else "correct them, or set data.skip_bad_rows"
-    total = len(plan.rows[name]) + len(errors)
+    skip = preview.config.data.skip_bad_rows
+    advice = "data.skip_bad_rows is set: the run skips them" if skip else "correct them or set data.skip_bad_rows"
+    total = len(preview.rows[name]) + len(errors)
     for (what, expected), evidence in kinds.items():
-        head = f"{len(evidence)} of {total} rows of data.{name}: {what + ': ' if what else ''}expected {expected}, got"
-        yield Problem(WARNING if skipped else ERROR, "unusable_rows", listed(head, evidence), advice)
+        subject = f"{what}: " if what else ""
+        summary = f"{len(evidence)} of {total} rows of data.{name}: {subject}expected {expected}, got"
+        yield Problem(WARNING if skip else ERROR, "invalid_rows", list_evidence(summary, evidence), advice)
 
 
-def _processor(plan: Plan, rows: int) -> Iterator[Problem]:
-    plan.collator = PairCollator(load_processor(model_path(plan.config)))
-    plan.meter = LengthMeter(plan.collator)
+def _processor(preview: RunPreview, rows: int) -> Iterator[Problem]:
+    preview.collator = PairCollator(load_processor(model_path(preview.config)))
+    preview.meter = LengthMeter(preview.collator)
     yield from ()
 
 
-def _model(plan: Plan, rows: int) -> Iterator[Problem]:
-    """From its configuration: no weights are read."""
-    path = base_model(model_path(plan.config))
+def _model(preview: RunPreview, rows: int) -> Iterator[Problem]:
+    """Build the model on the meta device from its config. Reads no weights."""
+    path = base_model(model_path(preview.config))
     try:
-        settings = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(settings)
+            model = AutoModelForImageTextToText.from_config(config)
     except (OSError, ValueError, ImportError) as error:
         raise InputError(path, "", "the config of a vision-language model", describe(error)) from error
-    text = settings.get_text_config()
+    text = config.get_text_config()
     head = model.get_output_embeddings()
     require(head is not None, path, type(model).__name__, "an output head over the vocabulary", "none")
     vocab, dim = head.weight.shape
-    dtype = plan.config.model.torch_dtype
+    dtype = preview.config.model.torch_dtype
     if dtype == "auto":
-        dtype = settings.dtype or text.dtype or torch.float32
-    count = sum(parameter.numel() for parameter in model.parameters())
+        dtype = config.dtype or text.dtype or torch.float32
+    parameters = sum(parameter.numel() for parameter in model.parameters())
     positions = getattr(text, "max_position_embeddings", None)
-    plan.model = ModelFacts(type(model).__name__, vocab, dim, positions, dtype, count)
+    preview.model = ModelFacts(type(model).__name__, vocab, dim, positions, dtype, parameters)
     yield from ()
 
 
-def _rows(plan: Plan, rows: int) -> Iterator[Problem]:
-    if plan.collator is not None:
-        for name in plan.sample:
-            yield from row_problems(plan, name)
+def _rows(preview: RunPreview, rows: int) -> Iterator[Problem]:
+    if preview.meter is not None:
+        for name in preview.sample:
+            yield from row_problems(preview, preview.meter, name)
 
 
-def _fits(plan: Plan, rows: int) -> Iterator[Problem]:
-    data = plan.config.data
-    for name, lengths in plan.lengths.items():
-        good = [row for row in plan.sample[name] if row.id in lengths]
-        if data.max_length is not None and good:
-            plan.fits[name] = fit_rows(good, plan.meter, data.max_length, data.over_length)
+def _max_length(preview: RunPreview, rows: int) -> Iterator[Problem]:
+    data = preview.config.data
+    for name in preview.lengths:
+        valid = preview.valid_rows(name)
+        if data.max_length is not None and preview.meter is not None and valid:
+            preview.fits[name] = fit_rows(valid, preview.meter, data.max_length, data.over_length)
     yield from ()
 
 
-def first_pair(plan: Plan) -> Row | None:
-    """A row of the training data that is good, as the run would use it."""
-    fit = plan.fits.get("train")
-    good = fit.rows if fit else [row for row in plan.sample.get("train", ()) if row.id in plan.lengths.get("train", {})]
-    return good[0] if good else None
+def first_pair(preview: RunPreview) -> Row | None:
+    """The first valid row of the training sample, as the run would use it."""
+    fit = preview.fits.get("train")
+    valid = fit.rows if fit else preview.valid_rows("train")
+    return valid[0] if valid else None
 
 
 def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch.device) -> str:
-    """Load the model and compare the fused log-probs of one pair with those of its own logits; a one-line summary.
+    """Load the model and compare the fused log-probs of one pair with those of its own logits. Returns a summary.
 
-    Raises what the model raises, `HeadError` where the two differ, `InputError` where an answer sees its own future.
+    Raises `HeadError` if the log-probs differ, `InputError` if the model attends to later tokens of an answer, and
+    whatever the model raises.
     """
     model = load_model(config.model, model_path(config), config.lora)
-    model = model if config.model.quantization else model.to(device)  # quantised weights are where they were put
-    info = attach_head(model)
+    model = model if config.model.quantization else model.to(device)  # quantized weights are on their device already
+    head_info = attach_head(model)
     pair = collator([row])
     inputs, labels = collator.join(pair["prompts"], pair["chosen"], pair["rejected"])
     batch = (to_device(inputs, device), labels.to(device))
     difference = check_head(model, *batch)
     check_causal(model, *batch)
-    return f"{info}; on the pair {row.where} within {difference:.1e} nats"
+    return f"{head_info}; log-probs of {row.where} agree within {difference:.1e} nats"

@@ -1,21 +1,21 @@
-"""How much memory the head of one training step takes, with and without the fused head.
+"""Predicted memory of the output head in one training step, with and without the fused head.
 
-Predicted from shapes: the forward and backward of head and loss, beyond hidden states, weights and their gradients,
-which both ways have. The backbone's activations, the optimizer and the reference are not in it.
+Counted: the forward and backward of head and loss, beyond hidden states, weights and their gradients, which both ways
+need. Not counted: activations of the backbone, the optimizer and the reference.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-# What `cwdpo_kernels.MemoryBudget` stands for where nothing is set, by type of device.
-WORKSPACE_BYTES = {"cpu": 4 << 20, "cuda": 256 << 20}
-FLOAT32 = 4
+from cwdpo_kernels import default_workspace_bytes
+
+FLOAT32 = 4  # bytes
 
 
 @dataclass(frozen=True)
 class HeadStep:
-    """The shapes of a step: S `sequences` of T `tokens` (padding counts), N `labelled` tokens of all of them."""
+    """The shapes of a step: S `sequences` of T `tokens` each, padding included, N of all these `labelled`."""
 
     sequences: int
     tokens: int
@@ -23,20 +23,21 @@ class HeadStep:
     vocab: int
     dim: int
 
-    def whole_logits(self) -> int:
-        """Bytes of logits, log-probs and their gradient, each [S, T, V] in float32, as a loss over a model's own
-        logits holds them."""
+    def full_logits(self) -> int:
+        """Bytes of a loss over the model's own logits: logits, log-probs and their gradient, each [S, T, V] in
+        float32."""
         return 3 * FLOAT32 * self.sequences * self.tokens * self.vocab
 
     def fused(self, device: str) -> int:
-        """Bytes of the fused head: a tile of logits and a few [N, D] (what it keeps lies in the head's gradient)."""
+        """Bytes of the fused head: a workspace of logits tiles, and four [N, D] in float32 (the labelled hidden
+        states, their gradient and temporaries). Tiles kept for backward lie in the head's gradient."""
         logits = FLOAT32 * self.labelled * self.vocab
-        rows = 4 * FLOAT32 * self.labelled * self.dim  # labelled hidden states, their gradient, direction or copies
-        return min(WORKSPACE_BYTES.get(device, WORKSPACE_BYTES["cuda"]), logits) + rows
+        hidden = 4 * FLOAT32 * self.labelled * self.dim
+        return min(default_workspace_bytes(device), logits) + hidden
 
 
-def size(count: int) -> str:
-    """Bytes for people: KiB, MiB or GiB."""
+def format_bytes(count: int) -> str:
+    """Bytes in KiB, MiB or GiB."""
     for unit, name in ((1 << 30, "GiB"), (1 << 20, "MiB")):
         if count >= unit:
             return f"{count / unit:.1f} {name}"

@@ -1,4 +1,4 @@
-"""`cwdpo check`: the environment; with a configuration also a dry run: what it would train on, and what is wrong."""
+"""The report of `cwdpo check`: versions and backends, then what a run would start from and every mistake."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ import cwdpo_kernels
 from cwdpo_trainer.data.lengths import Length
 from cwdpo_trainer.errors import describe
 from cwdpo_trainer.preflight.dry_run import dry_run, first_pair, self_test
-from cwdpo_trainer.preflight.memory import HeadStep, size
-from cwdpo_trainer.preflight.run_rules import ERROR, Plan, Problem
+from cwdpo_trainer.preflight.memory import HeadStep, format_bytes
+from cwdpo_trainer.preflight.run_rules import ERROR, Problem, RunPreview
 from cwdpo_trainer.reporter import say
 
 PACKAGES = ("torch", "triton", "transformers", "accelerate")
 BINS = 8
 BAR = 40  # characters
-FIGURES: dict[str, Callable[[Length], int]] = {
-    "prompt, images and longer answer": lambda length: length.total,
+LENGTHS: dict[str, Callable[[Length], int]] = {
+    "whole pair (prompt, images, longer answer)": lambda length: length.total,
     "images": lambda length: length.image,
     "chosen answer": lambda length: length.chosen,
     "rejected answer": lambda length: length.rejected,
@@ -29,12 +29,12 @@ FIGURES: dict[str, Callable[[Length], int]] = {
 
 
 def environment_report() -> str:
-    """Lines of "what  value"; the reason follows where a device has to do without its faster backend."""
+    """Versions and the backend of each device, with the reason where the faster backend is unavailable."""
     lines = [("cwdpo_kernels", cwdpo_kernels.__version__), ("python", platform.python_version())]
     lines += [(package, _version(package)) for package in PACKAGES]
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
-            lines.append(("backend on cuda", "no GPU that torch can use"))
+            lines.append(("backend on cuda", "none (torch finds no GPU)"))
             continue
         lines.append((f"backend on {device}", cwdpo_kernels.backend(device)))
         reason = cwdpo_kernels.missing_backend(device)
@@ -51,63 +51,68 @@ def _version(package: str) -> str:
 
 
 def check_run(path: Path, overrides: Sequence[str], rows: int, load: bool) -> int:
-    """Print what the run of the YAML file at `path` would start from, and all problems; 1 if one is an error, else 0.
+    """Print the report on the config file at `path`. Returns the exit status: 1 if there are errors, else 0.
 
-    `rows` of each data set are looked at one by one. `load`: the model is loaded, and tried on one pair.
+    Checks at most `rows` rows of each dataset one by one. `load`: load the model and run one pair through it.
     """
     say(environment_report())
-    plan, problems = dry_run(path, overrides, rows)
-    if plan is not None:
-        for name in plan.rows:
-            say("\n".join(_data_report(plan, name)))
-        say("\n".join(_model_report(plan)))
+    preview, problems = dry_run(path, overrides, rows)
+    if preview is not None:
+        for name in preview.rows:
+            say("\n".join(_dataset_report(preview, name)))
+        say("\n".join(_model_report(preview)))
         if load:
-            problems += _self_test(plan)
+            problems += _self_test(preview)
     say()
     for problem in sorted(problems, key=lambda problem: problem.severity != ERROR):
         say(str(problem))
     errors = sum(problem.severity == ERROR for problem in problems)
-    say(f"{errors} errors, {len(problems) - errors} warnings")
+    say(f"{_count(errors, 'error')}, {_count(len(problems) - errors, 'warning')}")
     return int(errors > 0)
 
 
-def _data_report(plan: Plan, name: str) -> list[str]:
-    lengths = list(plan.lengths.get(name, {}).values())
-    looked = f"{len(plan.sample[name])} of {len(plan.rows[name])} rows looked at, {len(lengths)} of them good"
-    lines = [f"\ndata.{name}: {getattr(plan.config.data, name)} ({looked})"]
-    if plan.unused.get(name):
-        lines.append("  columns that are not used: " + ", ".join(plan.unused[name]))
-    for title, figure in FIGURES.items():
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+
+
+def _dataset_report(preview: RunPreview, name: str) -> list[str]:
+    lengths = list(preview.lengths.get(name, {}).values())
+    checked = f"{len(preview.sample[name])} of {len(preview.rows[name])} rows checked, {len(lengths)} valid"
+    lines = [f"\ndata.{name}: {getattr(preview.config.data, name)} ({checked})"]
+    if preview.unused.get(name):
+        lines.append("  unused columns: " + ", ".join(preview.unused[name]))
+    for title, length_of in LENGTHS.items():
         if lengths:
-            lines += histogram(f"tokens, {title}", [figure(length) for length in lengths])
+            lines += histogram(f"tokens, {title}", [length_of(length) for length in lengths])
     return lines
 
 
 def histogram(title: str, values: Sequence[int]) -> list[str]:
-    """The distribution of whole numbers as lines of text: at most `BINS` bins of one width."""
+    """The distribution of integers as text: a title, and at most `BINS` bins of equal width."""
     low, high = min(values), max(values)
+    if low == high:
+        return [f"  {title}: all {low}"]
     median = sorted(values)[len(values) // 2]
     lines = [f"  {title}: {low} to {high}, median {median}"]
-    if low == high:
-        return lines
     width = -(-(high - low + 1) // BINS)
     counts = [0] * -(-(high - low + 1) // width)
     for value in values:
         counts[(value - low) // width] += 1
-    for place, count in enumerate(counts):
-        start = low + place * width
-        bar = "#" * -(-BAR * count // max(counts))
-        lines.append(f"    {start:6} - {min(start + width - 1, high):6} {bar:{BAR}} {count}")
+    for index, count in enumerate(counts):
+        first = low + index * width
+        last = min(first + width - 1, high)
+        edges = f"{first}" if first == last else f"{first} - {last}"
+        lines.append(f"    {edges:>15} {'#' * -(-BAR * count // max(counts)):{BAR}} {count}")
     return lines
 
 
-def _model_report(plan: Plan) -> list[str]:
-    if plan.model is None:
+def _model_report(preview: RunPreview) -> list[str]:
+    if preview.model is None:
         return []
-    model, dtype = plan.model, str(plan.model.dtype).removeprefix("torch.")
+    model, dtype = preview.model, str(preview.model.dtype).removeprefix("torch.")
     lines = [f"\n{model.name}: {model.parameters:,} parameters in {dtype}, head {model.vocab} x {model.dim}"]
-    fit, stages = plan.fits.get("train"), plan.stages()
-    lengths = fit.lengths if fit else plan.lengths.get("train", {}).values()
+    fit, stages = preview.fits.get("train"), preview.stages()
+    lengths = fit.lengths if fit else preview.lengths.get("train", {}).values()
     if not lengths or not stages:
         return lines
     stage, args = max(stages.items(), key=lambda item: item[1].per_device_train_batch_size)
@@ -116,26 +121,24 @@ def _model_report(plan: Plan) -> list[str]:
         return lines
     labelled = sum(length.chosen + length.rejected for length in longest)
     step = HeadStep(2 * len(longest), longest[0].total, labelled, model.vocab, model.dim)
-    device = args.device.type
-    shape = f"{step.sequences} sequences of {step.tokens} tokens, {step.labelled} labelled"
+    fused, full = format_bytes(step.fused(args.device.type)), format_bytes(step.full_logits())
     return [
         *lines,
-        f"  head of a step of stage {stage}, predicted for the {len(longest)} longest pairs ({shape}):",
-        f"    fused {size(step.fused(device))}, with whole logits {size(step.whole_logits())}",
-        "    beyond hidden states, weights and their gradients; without backbone, optimizer and reference",
+        f"  memory of the head in one step of stage {stage}: {fused} fused, {full} with full logits",
+        f"    predicted for the {len(longest)} longest pairs: {step.sequences} sequences of {step.tokens} tokens, "
+        f"{step.labelled} of them labelled in total",
+        "    without hidden states, weights and gradients, backbone, optimizer and reference",
     ]
 
 
-def _self_test(plan: Plan) -> list[Problem]:
-    row, stages = first_pair(plan), plan.stages()
-    if row is None or not stages:
-        say("  self-test: not done, as there is no good pair or no stage")
+def _self_test(preview: RunPreview) -> list[Problem]:
+    row, stages = first_pair(preview), preview.stages()
+    if row is None or preview.collator is None or not stages:
+        say("  self-test skipped: it needs a valid pair and a stage")
         return []
     device = next(iter(stages.values())).device
     try:
-        say(f"  self-test: {self_test(plan.config, plan.collator, row, device)}")
-    except Exception as error:  # whatever the model raises would stop the run
-        return [
-            Problem(ERROR, "self_test", describe(error, 400), "the run would stop at its first batch; see the message")
-        ]
+        say(f"  self-test: {self_test(preview.config, preview.collator, row, device)}")
+    except Exception as error:  # of any type: it would stop the run
+        return [Problem(ERROR, "self_test", describe(error, 400), "the run would stop at its first batch")]
     return []

@@ -1,65 +1,66 @@
-"""What `cwdpo check` looks for in single rows. A row counts for the first mistake that it has.
+"""Checks of single rows for `cwdpo check`. Only the first mistake of a row counts.
 
-Each rule is a function of a `Plan` and a row that returns the evidence, or None where all is well.
+A rule is a function of a `LengthMeter`, which holds the processor, and a row. It returns the evidence of a mistake, or
+None.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
-from cwdpo_trainer.data.lengths import Length
+from cwdpo_trainer.data.lengths import LengthMeter
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import InputError, describe, shorten
-from cwdpo_trainer.preflight.run_rules import ERROR, PLACES, Plan, Problem
+from cwdpo_trainer.preflight.run_rules import ERROR, SHOWN, Problem, RunPreview
 
-RowRule = Callable[[Plan, Row], str | None]
+RowRule = Callable[[LengthMeter, Row], str | None]
 
 
-def unreadable_image(plan: Plan, row: Row) -> str | None:
+def unreadable_image(meter: LengthMeter, row: Row) -> str | None:
     try:
         row.load_images()
     except InputError as error:
-        return _mistake(error)
+        return _without_place(error)
     return None
 
 
-def wrong_number_of_placeholders(plan: Plan, row: Row) -> str | None:
-    """Some processors put an image's token into a prompt that has none; others take any number of them, and the
-    model fails in training."""
-    token = getattr(plan.collator.processor, "image_token", None)
+def placeholder_count(meter: LengthMeter, row: Row) -> str | None:
+    """Some processors add image tokens to a prompt without placeholders. Others accept any number of placeholders, and
+    the model fails during training."""
+    token = getattr(meter.collator.processor, "image_token", None)
     if token is None:
         return None
-    found = plan.collator.prompt_text(row).count(token)
-    if found == len(row.images) or (found == 0 and _is_encoded(plan, row)):
+    count = meter.collator.prompt_text(row).count(token)
+    if count == len(row.images) or (count == 0 and _has_image_tokens(meter, row)):
         return None
-    return f"{found} {token} in the prompt, {len(row.images)} images"
+    return f"{count} {token} in the prompt, {len(row.images)} images"
 
 
-def _is_encoded(plan: Plan, row: Row) -> bool:
-    """Whether the processor made places for the images."""
+def _has_image_tokens(meter: LengthMeter, row: Row) -> bool:
     try:
-        return plan.meter(row).image > 0
+        return meter(row).image > 0
     except ValueError:
         return False
 
 
-def answer_is_no_continuation(plan: Plan, row: Row) -> str | None:
-    """The chat template must render prompt and answer as the prompt's rendering and more."""
+def template_changes_prompt(meter: LengthMeter, row: Row) -> str | None:
+    """Rendered with an answer, the chat template must begin with what it renders for the prompt alone."""
     try:
         for answer in (row.chosen, row.rejected):
-            plan.collator.answer_tokens(row, answer)
+            meter.collator.answer_tokens(row, answer)
     except InputError as error:
-        return _mistake(error)
+        return _without_place(error)
     return None
 
 
-def mark_in_an_answer(plan: Plan, row: Row) -> str | None:
-    """The end of sequence inside an answer teaches to go on after it; a token of an image asks for an image."""
-    tokenizer = plan.collator.tokenizer
+def special_token_in_answer(meter: LengthMeter, row: Row) -> str | None:
+    """An end-of-sequence token inside an answer teaches the model to continue after it. An image token asks for an
+    image."""
+    tokenizer = meter.collator.tokenizer
     for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
-        tokens = plan.collator.answer_tokens(row, answer)[:-1]
-        for token in (tokenizer.eos_token_id, *plan.meter.image_ids):
+        tokens = meter.collator.answer_tokens(row, answer)[:-1]
+        for token in (tokenizer.eos_token_id, *meter.image_ids):
             if token in tokens:
                 return f"{tokenizer.convert_ids_to_tokens(token)} in {name} {answer_text(answer)[:60]!r}"
     return None
@@ -68,47 +69,53 @@ def mark_in_an_answer(plan: Plan, row: Row) -> str | None:
 ROW_RULES: dict[str, tuple[RowRule, str]] = {
     rule.__name__: (rule, advice)
     for rule, advice in (
-        (unreadable_image, "replace the files, or leave the rows out"),
-        (wrong_number_of_placeholders, "write one placeholder for each image of the row"),
-        (answer_is_no_continuation, "use the model's own chat template; it may not rewrite what came before an answer"),
-        (mark_in_an_answer, "take it out of the answers; the end of sequence is added by itself"),
+        (unreadable_image, "replace these files or remove the rows"),
+        (placeholder_count, "write one placeholder for each image of the row"),
+        (
+            template_changes_prompt,
+            "use a chat template that leaves earlier messages as they are when an answer follows",
+        ),
+        (special_token_in_answer, "remove the token; the end-of-sequence token is appended automatically"),
     )
 }
-REFUSED = "refused_by_the_processor"
+PROCESSOR_ERROR = "processor_error"
 
 
-def row_problems(plan: Plan, name: str) -> Iterator[Problem]:
-    """What the rules find in the sample of the data set `name`; the lengths of its good rows go into the plan."""
+def row_problems(preview: RunPreview, meter: LengthMeter, name: str) -> Iterator[Problem]:
+    """Apply the rules to the sample of the dataset `name`. Stores the lengths of rows without mistakes in `preview`."""
     found: dict[str, list[str]] = defaultdict(list)
-    lengths = plan.lengths.setdefault(name, {})
-    for row in plan.sample[name]:
-        mistake = _first_mistake(plan, row, lengths)
+    lengths = preview.lengths.setdefault(name, {})
+    for row in preview.sample[name]:
+        try:
+            mistake = _first_mistake(meter, row)
+            if mistake is None:
+                lengths[row.id] = meter(row)
+        except Exception as error:  # processors, templates and tokenizers raise all kinds; each would stop the run
+            mistake = PROCESSOR_ERROR, describe(error)
         if mistake is not None:
-            found[mistake[0]].append(f"{row.where}: {mistake[1]}")
-    for rule, evidence in found.items():
-        count = f"{len(evidence)} of {len(plan.sample[name])} rows of data.{name}"
-        advice = "see the messages; the run would stop at these rows" if rule == REFUSED else ROW_RULES[rule][1]
-        yield Problem(ERROR, rule, listed(count, evidence), advice)
+            rule, evidence = mistake
+            found[rule].append(f"{row.where}: {evidence}")
+    for rule, lines in found.items():
+        summary = f"{len(lines)} of {len(preview.sample[name])} rows of data.{name}"
+        advice = "the run would stop at these rows" if rule == PROCESSOR_ERROR else ROW_RULES[rule][1]
+        yield Problem(ERROR, rule, list_evidence(summary, lines), advice)
 
 
-def _first_mistake(plan: Plan, row: Row, lengths: dict[int, Length]) -> tuple[str, str] | None:
-    try:
-        for name, (rule, _) in ROW_RULES.items():
-            evidence = rule(plan, row)
-            if evidence is not None:
-                return name, evidence
-        lengths[row.id] = plan.meter(row)
-    except Exception as error:  # whatever a processor, a template or a tokenizer raises would stop the run
-        return REFUSED, describe(error)
+def _first_mistake(meter: LengthMeter, row: Row) -> tuple[str, str] | None:
+    """The name of the first rule that the row breaks, and the evidence."""
+    for name, (rule, _) in ROW_RULES.items():
+        evidence = rule(meter, row)
+        if evidence is not None:
+            return name, evidence
     return None
 
 
-def listed(head: str, evidence: list[str]) -> str:
-    """A line, and below it the first `PLACES` pieces of evidence."""
-    more = [f"and {len(evidence) - PLACES} more"] if len(evidence) > PLACES else []
-    return "\n    ".join([head, *evidence[:PLACES], *more])
+def list_evidence(summary: str, evidence: Sequence[str]) -> str:
+    """The summary, and below it the first `SHOWN` pieces of evidence."""
+    more = [f"and {len(evidence) - SHOWN} more"] if len(evidence) > SHOWN else []
+    return "\n    ".join([summary, *evidence[:SHOWN], *more])
 
 
-def _mistake(error: InputError) -> str:
-    """The error without its place, which the report prints before it."""
+def _without_place(error: InputError) -> str:
+    """The error without `where`, which the report prints before it."""
     return shorten(f"expected {error.expected}, got {error.got}")
