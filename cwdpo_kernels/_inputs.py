@@ -73,8 +73,9 @@ def token_logprob(
     frozen = torch.is_grad_enabled() and tokens.hidden.requires_grad and not trainable
     kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
     logp, *_ = ops.linear_logprob(
-        tokens.hidden, head.weight, head.bias, tokens.labels, float(head.scale), head.softcap, ignore_index, frozen,
-        sparse_grad, workspace_bytes(budget), kept,
+        hidden=tokens.hidden, weight=head.weight, bias=head.bias, labels=tokens.labels, scale=float(head.scale),
+        softcap=head.softcap, ignore_index=ignore_index, with_direction=frozen, sparse_grad=sparse_grad,
+        workspace_bytes=workspace_bytes(budget), kept_bytes=kept,
     )  # fmt: skip
     return tokens.scatter(logp)
 

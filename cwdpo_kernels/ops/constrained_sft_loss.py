@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .._ops import add_op_namespace_prefix
-from .registry import define
 from .scalar_loss import register_scalar_loss
+from .schema import define, register_fake
 
 define(
     "constrained_sft_loss",
@@ -14,11 +13,11 @@ define(
     "bool per_token, int ignore_index) -> (Tensor loss, Tensor chosen_nll, Tensor rejected_nll, Tensor penalty, "
     "Tensor total, Tensor mean, Tensor count_out, Tensor grad_logp)",
 )
-register_scalar_loss("constrained_sft_loss", n_inputs=9)
+register_scalar_loss("constrained_sft_loss")
 
 
-@torch.library.register_fake(add_op_namespace_prefix("constrained_sft_loss"))
-def _(logp, labels, count, cu_seqlens, *_):
+@register_fake("constrained_sft_loss")
+def _(*, logp, cu_seqlens, **_):
     scalars = [logp.new_empty(()) for _ in range(4)]
     sequences = cu_seqlens.shape[0] - 1
     total, mean = logp.new_empty(sequences), logp.new_empty(sequences)

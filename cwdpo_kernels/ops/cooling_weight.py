@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 
-from .._ops import add_op_namespace_prefix
-from .registry import define
+from .schema import define, register_fake
 
-define("cooling_weight", "(Tensor mean_logp, float logp_floor, float temperature, float? constant) -> Tensor")
+define("cooling_weight", "(Tensor mean_logp, float logp_floor, float temperature, float? constant) -> Tensor weight")
 
 
-@torch.library.register_fake(add_op_namespace_prefix("cooling_weight"))
-def _(mean_logp, logp_floor, temperature, constant):
+@register_fake("cooling_weight")
+def _(*, mean_logp, **_):
     return torch.empty_like(mean_logp)

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .._ops import add_op_namespace_prefix
-from .registry import define
 from .scalar_loss import register_scalar_loss
+from .schema import define, register_fake
 
 define(
     "cwdpo_loss",
@@ -15,11 +14,11 @@ define(
     "int ignore_index) -> (Tensor loss, Tensor chosen_reward, Tensor rejected_reward, Tensor margin, "
     "Tensor accuracy, Tensor weight, Tensor kept, Tensor total, Tensor mean, Tensor count_out, Tensor grad_logp)",
 )
-register_scalar_loss("cwdpo_loss", n_inputs=13)
+register_scalar_loss("cwdpo_loss")
 
 
-@torch.library.register_fake(add_op_namespace_prefix("cwdpo_loss"))
-def _(logp, labels, count, cu_seqlens, *_):
+@register_fake("cwdpo_loss")
+def _(*, logp, cu_seqlens, **_):
     sequences = cu_seqlens.shape[0] - 1
     per_pair = [logp.new_empty(sequences // 2) for _ in range(5)]
     kept = logp.new_empty(sequences // 2, dtype=torch.bool)

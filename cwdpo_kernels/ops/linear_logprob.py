@@ -9,12 +9,14 @@ over them. One backward can do so: a second one (`retain_graph`) recomputes them
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from .._ops import add_op_namespace_prefix, ops
 from ..portable.tiles import compute_dtype
-from .registry import define
+from .schema import Values, arguments, call, define, register_autograd, register_fake
 
 define(
     "linear_logprob",
@@ -37,18 +39,16 @@ define(
 )
 
 
-@torch.library.register_fake(add_op_namespace_prefix("linear_logprob"))
-def _(hidden, weight, bias, labels, *rest):
-    *_, with_direction, _, _, kept_bytes = rest
+@register_fake("linear_logprob")
+def _(*, hidden, weight, labels, with_direction, kept_bytes, **_):
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
     direction = hidden.new_empty(hidden.shape if with_direction else (0, hidden.shape[1]))
     kept = torch.empty_like(weight) if kept_bytes is None else hidden.new_empty(kept_bytes, dtype=torch.uint8)
     return logp, torch.empty_like(logp), torch.empty_like(logp), direction, kept
 
 
-@torch.library.register_fake(add_op_namespace_prefix("linear_logprob_backward"))
-def _(grad_logp, hidden, weight, bias, *rest):
-    *_, needs_hidden, needs_weight, needs_bias, _, _ = rest
+@register_fake("linear_logprob_backward")
+def _(*, hidden, weight, bias, needs_hidden, needs_weight, needs_bias, **_):
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
         torch.empty_like(weight) if needs_weight else hidden.new_empty(0),
@@ -56,9 +56,8 @@ def _(grad_logp, hidden, weight, bias, *rest):
     )
 
 
-@torch.library.register_fake(add_op_namespace_prefix("linear_logprob_backward_"))
-def _(grad_logp, hidden, weight, bias, *rest):
-    *_, needs_hidden, needs_bias, _, _ = rest
+@register_fake("linear_logprob_backward_")
+def _(*, hidden, bias, needs_hidden, needs_bias, **_):
     return (
         torch.empty_like(hidden) if needs_hidden else hidden.new_empty(0),
         torch.empty_like(bias) if needs_bias else hidden.new_empty(0),
@@ -84,10 +83,35 @@ def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: in
     return min(budget or 0, useful)
 
 
-def _takes_over(kept: Tensor, grad_logp: Tensor) -> bool:
+def _saves(values: Values) -> Iterable[str]:
+    if values["with_direction"]:
+        return "with_direction", "logp", "direction"
+    return "with_direction", *arguments("linear_logprob_backward")
+
+
+def _backward(ctx: Any, values: Values) -> Values:
+    if values["with_direction"]:
+        pull = values["grad_logp"] * -torch.expm1(values["logp"])  # d logp / d h = (1 - p_y) * direction
+        direction = values["direction"]
+        return {"hidden": (direction * pull[:, None]).to(direction.dtype)}
+    if getattr(ctx, "overwritten", False):
+        values["kept"] = values["kept"].new_empty(0)
+    else:
+        values["kept"] = values["kept"].contiguous()  # a hook on saved tensors may have changed the layout
+    if values["needs_weight"] and _may_overwrite(values["kept"], values["grad_logp"]):
+        ctx.overwritten = True
+        # `.data`: autograd can take this alias without a copy, and it does not share the version of `kept`.
+        values["kept"] = grad_weight = values["kept"].data
+        grads = call("linear_logprob_backward_", values) | {"grad_weight": grad_weight}
+    else:
+        grads = call("linear_logprob_backward", values)
+    return {name: grads[f"grad_{name}"] for name in ("hidden", "weight", "bias") if values[f"needs_{name}"]}
+
+
+def _may_overwrite(kept: Tensor, grad_logp: Tensor) -> bool:
     """Whether backward may write the weight's gradient over what forward kept in its memory ([V, D], not bytes).
 
-    Not if that backward is differentiated, batched or traced itself: then others read it, too.
+    Not if that backward is differentiated, batched or traced itself, because then others read `kept`, too.
     """
     return (
         kept.dim() == 2
@@ -98,40 +122,4 @@ def _takes_over(kept: Tensor, grad_logp: Tensor) -> bool:
     )
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    hidden, weight, bias, labels, *ctx.transform, ctx.with_direction, sparse_grad, workspace_bytes, _ = inputs
-    ctx.options, ctx.written_over = (sparse_grad, workspace_bytes), False
-    logp, peak, total, direction, kept = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(peak, total, direction, kept)
-    if ctx.with_direction:
-        ctx.save_for_backward(logp, direction)
-    else:
-        ctx.save_for_backward(logp, peak, total, kept, hidden, weight, bias, labels)
-
-
-def _backward(ctx, grad_logp: Tensor | None, *_):
-    none = (None,) * 11
-    if grad_logp is None:
-        return none
-    if ctx.with_direction:
-        logp, direction = ctx.saved_tensors
-        pull = grad_logp * -torch.expm1(logp)  # d logp / d h = (1 - p_y) * direction
-        return (direction * pull[:, None]).to(direction.dtype), *none[1:]
-    logp, peak, total, kept, hidden, weight, bias, labels = ctx.saved_tensors
-    kept = kept.new_empty(0) if ctx.written_over else kept.contiguous()  # a hook on saved tensors may change the layout
-    saved = (grad_logp, hidden, weight, bias, labels, logp, peak, total)
-    needs_hidden, needs_weight, needs_bias = needs = ctx.needs_input_grad[:3]
-    if needs_weight and _takes_over(kept, grad_logp):
-        ctx.written_over = True
-        grad_weight = kept.data  # autograd can have this one without a copy, and its version is not that of `kept`
-        grad_hidden, grad_bias = ops.linear_logprob_backward_(
-            *saved, grad_weight, *ctx.transform, needs_hidden, needs_bias, *ctx.options
-        )
-        grads = grad_hidden, grad_weight, grad_bias
-    else:
-        grads = ops.linear_logprob_backward(*saved, kept, *ctx.transform, *needs, *ctx.options)
-    return (*(grad if need else None for grad, need in zip(grads, needs, strict=True)), *none[3:])
-
-
-torch.library.register_autograd(add_op_namespace_prefix("linear_logprob"), _backward, setup_context=_setup_context)
+register_autograd("linear_logprob", differentiable=("logp",), saves=_saves, backward=_backward)

@@ -1,17 +1,17 @@
 """logits_logprob: log-probability of a label from logits that exist already.
 
-Saved for backward: the logits and three floats a row. With `reuse_logits` the gradient is written over the saved
-logits: one backward only, which autograd's version counter enforces.
+Saved for backward: the logits and three floats a row. With `reuse_logits` the gradient overwrites the saved logits, so
+that only one backward can run; autograd's version counter enforces it.
 """
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from .._ops import add_op_namespace_prefix, ops
+import torch
+
 from ..portable.tiles import compute_dtype
-from .registry import define
+from .schema import Values, arguments, call, define, register_autograd, register_fake
 
 define(
     "logits_logprob",
@@ -20,7 +20,7 @@ define(
 define(
     "logits_logprob_backward",
     "(Tensor grad_logp, Tensor logits, Tensor labels, Tensor logp, Tensor peak, Tensor total, "
-    "int ignore_index) -> Tensor",
+    "int ignore_index) -> Tensor grad_logits",
 )
 define(
     "logits_logprob_backward_",
@@ -29,40 +29,33 @@ define(
 )
 
 
-@torch.library.register_fake(add_op_namespace_prefix("logits_logprob"))
-def _(logits, labels, ignore_index, reuse_logits):
+@register_fake("logits_logprob")
+def _(*, logits, labels, **_):
     logp = logits.new_empty(labels.shape, dtype=compute_dtype(logits.dtype))
     return logp, torch.empty_like(logp), torch.empty_like(logp)
 
 
-@torch.library.register_fake(add_op_namespace_prefix("logits_logprob_backward"))
-def _(grad_logp, logits, labels, logp, peak, total, ignore_index):
+@register_fake("logits_logprob_backward")
+def _(*, logits, **_):
     return torch.empty_like(logits)
 
 
-@torch.library.register_fake(add_op_namespace_prefix("logits_logprob_backward_"))
-def _(grad_logp, logits, labels, logp, peak, total, ignore_index):
+@register_fake("logits_logprob_backward_")
+def _(**_):
     return None
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    logits, labels, ctx.ignore_index, ctx.reuse_logits = inputs
-    logp, peak, total = output
-    ctx.set_materialize_grads(False)
-    ctx.mark_non_differentiable(peak, total)
-    ctx.save_for_backward(logits, labels, logp, peak, total)
+def _backward(ctx: Any, values: Values) -> Values:
+    if not values["reuse_logits"]:
+        return {"logits": call("logits_logprob_backward", values)["grad_logits"]}
+    call("logits_logprob_backward_", values)
+    torch.autograd.graph.increment_version(values["logits"])  # the kernel writes behind autograd's back
+    return {"logits": values["logits"]}
 
 
-def _backward(ctx, grad_logp: Tensor | None, *_):
-    if grad_logp is None:
-        return None, None, None, None
-    logits, labels, logp, peak, total = ctx.saved_tensors
-    args = (grad_logp, logits, labels, logp, peak, total, ctx.ignore_index)
-    if not ctx.reuse_logits:
-        return ops.logits_logprob_backward(*args), None, None, None
-    ops.logits_logprob_backward_(*args)
-    torch.autograd.graph.increment_version(logits)  # a kernel writes behind autograd's back
-    return logits, None, None, None
-
-
-torch.library.register_autograd(add_op_namespace_prefix("logits_logprob"), _backward, setup_context=_setup_context)
+register_autograd(
+    "logits_logprob",
+    differentiable=("logp",),
+    saves=lambda values: ("reuse_logits", *arguments("logits_logprob_backward")),
+    backward=_backward,
+)

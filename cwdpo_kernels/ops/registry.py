@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
+from . import schema
 
 PACKAGE = __package__.rpartition(".")[0]
 NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
@@ -43,15 +44,8 @@ class Backend:
     kernels: Mapping[str, Kernel]
 
 
-_OPS: list[str] = []
 _BACKENDS: dict[str, Backend] = {}
 _FORCED: dict[str, str] = {}  # device type -> the backend that `forced` put there
-
-
-def define(op: str, schema: str) -> None:
-    """Declare an op with its schema. Backends are registered after all ops are."""
-    torch.library.define(add_op_namespace_prefix(op), schema)
-    _OPS.append(op)
 
 
 def register_backend(
@@ -65,7 +59,7 @@ def register_backend(
     float64: False leaves float64 tensors to the backend of every device.
     compiled: the loaded library registers its own kernels with torch; nothing is looked up in Python.
     """
-    ops = [] if compiled else [op for op in _OPS if _has_kernel(name, op)]
+    ops = [] if compiled else [op for op in schema.OPS if _has_kernel(name, op)]
     kernels = {op: _kernel(name, op, float64) for op in ops}
     _BACKENDS[name] = Backend(name, device, loader, workspace_bytes, compiled, kernels)
     if loader() is None:

@@ -1,23 +1,16 @@
-"""Autograd of an op that returns its scalar loss first and d loss / d logp last: a scaling, nothing recomputed."""
+"""Autograd of a loss op whose forward also returns d loss / d logp as `grad_logp`: backward is a scaling."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from .._ops import add_op_namespace_prefix
+from .schema import Values, register_autograd
 
 
-def register_scalar_loss(name: str, n_inputs: int) -> None:
-    """Only the first output (loss) is differentiable, and only in the first input (logp)."""
+def register_scalar_loss(op: str) -> None:
+    """Only the result `loss` is differentiable, and only in the argument `logp`."""
 
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*output[1:])
-        ctx.save_for_backward(output[-1])
+    def backward(ctx: Any, values: Values) -> Values:
+        return {"logp": values["grad_loss"] * values["grad_logp"]}
 
-    def backward(ctx, grad_loss: Tensor | None, *_):
-        (grad_logp,) = ctx.saved_tensors
-        return (None if grad_loss is None else grad_loss * grad_logp, *(None,) * (n_inputs - 1))
-
-    torch.library.register_autograd(add_op_namespace_prefix(name), backward, setup_context=setup_context)
+    register_autograd(op, differentiable=("loss",), saves=lambda values: ["grad_logp"], backward=backward)

@@ -1,12 +1,12 @@
-"""sequence_logprob: totals, means and counts of packed sequences, with gradients of totals and means."""
+"""sequence_logprob: sums, means and counts of packed sequences' log-probs, with gradients of sums and means."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from .._ops import add_op_namespace_prefix, ops
-from .registry import define
+import torch
+
+from .schema import Values, arguments, call, define, register_autograd, register_fake
 
 define(
     "sequence_logprob",
@@ -14,30 +14,32 @@ define(
 )
 define(
     "sequence_logprob_backward",
-    "(Tensor grad_total, Tensor grad_mean, Tensor labels, Tensor count, Tensor cu_seqlens, int ignore_index) -> Tensor",
+    "(Tensor grad_total, Tensor grad_mean, Tensor labels, Tensor count, Tensor cu_seqlens, int ignore_index) "
+    "-> Tensor grad_logp",
 )
 
 
-@torch.library.register_fake(add_op_namespace_prefix("sequence_logprob"))
-def _(logp, labels, cu_seqlens, ignore_index):
+@register_fake("sequence_logprob")
+def _(*, logp, cu_seqlens, **_):
     total = logp.new_empty(cu_seqlens.shape[0] - 1)
     return total, torch.empty_like(total), torch.empty_like(total, dtype=torch.int64)
 
 
-@torch.library.register_fake(add_op_namespace_prefix("sequence_logprob_backward"))
-def _(grad_total, grad_mean, labels, count, cu_seqlens, ignore_index):
+@register_fake("sequence_logprob_backward")
+def _(*, grad_total, labels, **_):
     return grad_total.new_empty(labels.shape)
 
 
-def _setup_context(ctx, inputs, output) -> None:
-    _, labels, cu_seqlens, ctx.ignore_index = inputs
-    ctx.mark_non_differentiable(output[2])
-    ctx.save_for_backward(labels, output[2], cu_seqlens)
+def _backward(ctx: Any, values: Values) -> Values:
+    for name, other in (("grad_total", "grad_mean"), ("grad_mean", "grad_total")):
+        if values[name] is None:
+            values[name] = torch.zeros_like(values[other])
+    return {"logp": call("sequence_logprob_backward", values)["grad_logp"]}
 
 
-def _backward(ctx, grad_total: Tensor, grad_mean: Tensor, _):
-    args = (*ctx.saved_tensors, ctx.ignore_index)
-    return ops.sequence_logprob_backward(grad_total, grad_mean, *args), None, None, None
-
-
-torch.library.register_autograd(add_op_namespace_prefix("sequence_logprob"), _backward, setup_context=_setup_context)
+register_autograd(
+    "sequence_logprob",
+    differentiable=("total", "mean"),
+    saves=lambda values: arguments("sequence_logprob_backward"),
+    backward=_backward,
+)

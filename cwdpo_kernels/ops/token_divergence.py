@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .._ops import add_op_namespace_prefix
 from ..portable.tiles import compute_dtype
-from .registry import define
+from .schema import define, register_fake
 
 define(
     "token_divergence",
@@ -16,7 +15,7 @@ define(
 )
 
 
-@torch.library.register_fake(add_op_namespace_prefix("token_divergence"))
-def _(hidden_p, *_):
+@register_fake("token_divergence")
+def _(*, hidden_p, **_):
     tv = hidden_p.new_empty(hidden_p.shape[0], dtype=compute_dtype(hidden_p.dtype))
     return tv, torch.empty_like(tv), torch.empty_like(tv)

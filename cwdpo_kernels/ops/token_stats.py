@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .._ops import add_op_namespace_prefix
 from ..portable.tiles import compute_dtype
-from .registry import define
+from .schema import define, register_fake
 
 define(
     "token_stats",
@@ -15,7 +14,7 @@ define(
 )
 
 
-@torch.library.register_fake(add_op_namespace_prefix("token_stats"))
-def _(hidden, weight, bias, labels, scale, softcap, ignore_index, workspace_bytes):
+@register_fake("token_stats")
+def _(*, hidden, labels, **_):
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
     return logp, torch.empty_like(logp), torch.empty_like(logp), torch.empty_like(logp, dtype=torch.bool)

@@ -170,11 +170,16 @@ def linear_logprob_backward(
     return grad_hidden, grad_weight, grad_bias
 
 
-def linear_logprob_backward_(*arguments) -> tuple[Tensor, Tensor]:
-    """The same with the weight's gradient written over `kept` [V, D], in whose memory the tiles are."""
-    *saved, kept, scale, softcap, ignore_index, needs_hidden, needs_bias, sparse_grad, workspace_bytes = arguments
-    options = (scale, softcap, ignore_index, needs_hidden, True, needs_bias, sparse_grad, workspace_bytes)
-    grad_hidden, _, grad_bias = linear_logprob_backward(*saved, kept, *options, grad_weight=kept)
+def linear_logprob_backward_(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
+    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """Gradients of hidden and bias; the weight's gradient overwrites `kept` [V, D], whose memory holds the tiles."""
+    grad_hidden, _, grad_bias = linear_logprob_backward(
+        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index,
+        needs_hidden, True, needs_bias, sparse_grad, workspace_bytes, grad_weight=kept,
+    )  # fmt: skip
     return grad_hidden, grad_bias
 
 
