@@ -1,11 +1,11 @@
 """The public functions: check the arguments, call the op, name the results.
 
-Shapes: N tokens (any leading shape where written `...`), S sequences, P pairs, D hidden, V vocabulary, T tokens of a
-padded row. Labels are already aligned: hidden[t] predicts labels[t] (see `shift_labels`). Log-probabilities are in
-nats and float32 (float64 for float64 inputs). Under autocast the linear functions take autocast's dtype for hidden
-and head, as torch's own linear does; the logits are never rounded below float32.
+Shapes: N tokens (`...` is any leading shape), S sequences, P pairs, D hidden, V vocabulary, T tokens of a padded row.
+Labels are already aligned: hidden[t] predicts labels[t] (see `shift_labels`). Log-probabilities are in nats and
+float32 (float64 for float64 inputs). Under autocast, the linear functions cast hidden and head to autocast's dtype, as
+torch's own linear does; the logits are never rounded below float32.
 
-Every function raises ValueError naming the argument, what was expected and what came. Source of the method and the
+Every function raises ValueError with the argument, what was expected and what it got. Source of the method and the
 losses: CW-DPO, arXiv 2510.11978.
 """
 
@@ -35,10 +35,12 @@ def linear_logprob(
 ) -> Tensor:  # fmt: skip
     """log softmax(head(hidden))[label] per token, without the logits: hidden [..., D], labels [...] -> [...].
 
-    0 where the label is `ignore_index`. Differentiable in hidden, head.weight and head.bias. A head that needs no
-    gradient takes one pass (2 N D V multiply-adds) and saves N x D; a trainable one takes 3 to 4 N D V (`budget`).
-    `rows` [M]: flat indices of the labelled tokens, if known: saves finding them (a synchronisation on a GPU).
-    Labelled tokens outside `rows` then count as ignored.
+    0 where the label is `ignore_index`. Differentiable in hidden, head.weight and head.bias. Forward and backward of
+    a frozen head take 2 N D V multiply-adds in one pass, which saves N x D for backward; a trainable head takes 3 to
+    4 N D V, depending on `budget`.
+
+    rows [M]: flat indices of the labelled tokens. Pass them to avoid a device sync (required for CUDA graphs).
+        Labelled tokens outside `rows` count as ignored.
     """
     return token_logprob("linear_logprob", hidden, head, labels, rows, budget, ignore_index)
 
@@ -48,8 +50,8 @@ def logits_logprob(
 ) -> Tensor:
     """log softmax(logits)[label] per token: logits [..., V], labels [...] -> [...]; 0 where ignored.
 
-    `reuse_logits`: backward writes the gradient into the logits' own memory, so the logits are gone after it. They
-    must be contiguous, and only one backward can run (autograd raises on a second one).
+    reuse_logits: backward overwrites the logits with their gradient. They must be contiguous, and backward can run
+        only once (autograd raises on a second one).
     """
     op = "logits_logprob"
     check.check_dtype(op, "logits", logits, check.FLOAT_DTYPES)
@@ -59,7 +61,9 @@ def logits_logprob(
     ok = not reuse_logits or logits.is_contiguous()
     check.expect(ok, op, "logits", "layout", "contiguous (for reuse_logits)", "non-contiguous")
     flat = logits.reshape(-1, logits.shape[-1])
-    logp, *_ = ops.logits_logprob(flat, labels.reshape(-1), ignore_index, reuse_logits)
+    logp, *_ = ops.logits_logprob(
+        logits=flat, labels=labels.reshape(-1), ignore_index=ignore_index, reuse_logits=reuse_logits
+    )
     return logp.view(labels.shape)
 
 
@@ -69,13 +73,14 @@ def token_stats(
 ) -> TokenStats:  # fmt: skip
     """Log-prob of the label, entropy (nats), top-1 probability and whether the label is top-1, per token. No gradient.
 
-    Shapes and `rows` as in `linear_logprob`; every field is [...], 0 (False) where ignored.
+    Shapes and `rows` as in `linear_logprob`. Every field is [...]; 0 (False) where ignored.
     """
     tokens = labelled_tokens("token_stats", hidden, head, labels, rows, ignore_index)
     head = tokens.head
     stats = ops.token_stats(
-        detached(tokens.hidden), detached(head.weight), detached(head.bias), tokens.labels, float(head.scale),
-        head.softcap, ignore_index, workspace_bytes(budget),
+        hidden=detached(tokens.hidden), weight=detached(head.weight), bias=detached(head.bias), labels=tokens.labels,
+        scale=float(head.scale), softcap=head.softcap, ignore_index=ignore_index,
+        workspace_bytes=workspace_bytes(budget),
     )  # fmt: skip
     return TokenStats(*(tokens.scatter(field) for field in stats))
 
@@ -86,8 +91,8 @@ def token_divergence(
 ) -> Divergence:  # fmt: skip
     """TV, JS and KL(p || q) per token between two heads: hidden_p [..., Dp], hidden_q [..., Dq] -> [...] each.
 
-    The heads share the vocabulary and the dtype; D may differ. No gradient. Pass the tokens of interest only: each
-    costs four head products.
+    The heads share the vocabulary and the dtype; D may differ. No gradient. A token costs four head products, so
+    pass only the tokens of interest.
     """
     op = "token_divergence"
     hidden_p, head_p = autocast(detached(hidden_p), as_head(op, "head_p", head_p))
@@ -95,38 +100,27 @@ def token_divergence(
     check.check_head(op, hidden_p, head_p, "hidden_p", "head_p")
     check.check_head(op, hidden_q, head_q, "hidden_q", "head_q")
     check.check_device(op, "hidden_q", hidden_q, hidden_p, "hidden_p")
-    check.expect(
-        hidden_q.dtype == hidden_p.dtype,
-        op,
-        "hidden_q",
-        "dtype",
-        f"{hidden_p.dtype} (as hidden_p)",
-        hidden_q.dtype,
-    )
+    expected_dtype = f"{hidden_p.dtype} (as hidden_p)"
+    check.expect(hidden_q.dtype == hidden_p.dtype, op, "hidden_q", "dtype", expected_dtype, hidden_q.dtype)
     shape, vocab = list(hidden_p.shape[:-1]), head_p.weight.shape[0]
     check.expect(list(hidden_q.shape[:-1]) == shape, op, "hidden_q", "leading shape", shape, list(hidden_q.shape[:-1]))
     check.expect(head_q.weight.shape[0] == vocab, op, "head_q.weight", "V", vocab, head_q.weight.shape[0])
-    sides = [
-        (
-            hidden.reshape(-1, hidden.shape[-1]),
-            detached(head.weight),
-            detached(head.bias),
-            head.scale,
-            head.softcap,
-        )
-        for hidden, head in ((hidden_p, head_p), (hidden_q, head_q))
-    ]
-    fields = ops.token_divergence(*sides[0], *sides[1], workspace_bytes(budget))
+    sides = {}
+    for side, hidden, head in (("p", hidden_p, head_p), ("q", hidden_q, head_q)):
+        sides[f"hidden_{side}"] = hidden.reshape(-1, hidden.shape[-1])
+        sides[f"weight_{side}"], sides[f"bias_{side}"] = detached(head.weight), detached(head.bias)
+        sides[f"scale_{side}"], sides[f"softcap_{side}"] = head.scale, head.softcap
+    fields = ops.token_divergence(**sides, workspace_bytes=workspace_bytes(budget))
     return Divergence(*(field.view(hidden_p.shape[:-1]) for field in fields))
 
 
 def sequence_logprob(
     token_logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX
 ) -> SequenceLogprob:
-    """Totals, means and counts per sequence, of padded token_logp [S, T] or packed [N] with cu_seqlens [S + 1].
+    """Total, mean and count per sequence, of padded token_logp [S, T] or packed [N] with cu_seqlens [S + 1].
 
-    Ignored tokens do not count, whatever their value. Differentiable in total and mean; an empty sequence has mean 0
-    and no gradient.
+    Ignored tokens do not count, whatever their value. `total` and `mean` are differentiable; an empty sequence has
+    mean 0 and no gradient.
     """
     op = "sequence_logprob"
     check.check_dtype(op, "token_logp", token_logp, check.FLOAT_DTYPES)
@@ -135,14 +129,15 @@ def sequence_logprob(
     check.check_device(op, "labels", labels, token_logp, "token_logp")
     offsets = sequence_offsets(op, labels, cu_seqlens)
     flat, flat_labels = at_least_float32(token_logp).reshape(-1), labels.reshape(-1)
-    return SequenceLogprob(*ops.sequence_logprob(flat, flat_labels, offsets, ignore_index))
+    fields = ops.sequence_logprob(logp=flat, labels=flat_labels, cu_seqlens=offsets, ignore_index=ignore_index)
+    return SequenceLogprob(*fields)
 
 
 def linear_sequence_logprob(
     hidden: Tensor, head: Head | Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, *,
     rows: Tensor | None = None, budget: MemoryBudget = DEFAULT_BUDGET, ignore_index: int = IGNORE_INDEX,
 ) -> SequenceLogprob:  # fmt: skip
-    """From hidden states to the average token log-probability of every sequence, fused; gradients to hidden and head.
+    """Total and mean log-prob of every sequence from hidden states, fused; gradients to hidden and head.
 
     hidden [S, T, D] with labels [S, T], or packed [N, D] with labels [N] and cu_seqlens [S + 1]. `rows` as in
     `linear_logprob`.
@@ -156,15 +151,16 @@ def logits_sequence_logprob(
     logits: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, *, reuse_logits: bool = False,
     ignore_index: int = IGNORE_INDEX,
 ) -> SequenceLogprob:  # fmt: skip
-    """The same from logits [S, T, V] or packed [N, V]; `reuse_logits` as in `logits_logprob`."""
+    """`linear_sequence_logprob` from logits [S, T, V] or packed [N, V]; `reuse_logits` as in `logits_logprob`."""
     token_logp = logits_logprob(logits, labels, reuse_logits=reuse_logits, ignore_index=ignore_index)
     return sequence_logprob(token_logp, labels, cu_seqlens, ignore_index=ignore_index)
 
 
 def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None, *, ignore_index: int = IGNORE_INDEX) -> Tensor:
-    """Labels of Hugging Face (labels[t] is token t) -> aligned labels (labels[t] is what hidden[t] predicts).
+    """Align labels in Hugging Face's convention (labels[t] is token t), so that hidden[t] predicts labels[t].
 
-    [..., T], or packed [N] with cu_seqlens [S + 1]; the last token of every sequence predicts nothing.
+    labels [..., T], or packed [N] with cu_seqlens [S + 1]. The last token of every sequence predicts nothing: its
+    label becomes `ignore_index`.
     """
     op = "shift_labels"
     check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
@@ -173,7 +169,7 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None, *, ignore_ind
     if cu_seqlens is None:
         return shifted
     check.check_cu_seqlens(op, cu_seqlens, labels)
-    # Offset 0 (an empty first sequence) ends at -1, no token: it falls on the extra slot and is cut off again.
+    # An empty first sequence ends at -1. Send it to an extra slot behind the tokens, which the last line cuts off.
     ends = torch.where(cu_seqlens[1:] > 0, cu_seqlens[1:] - 1, labels.shape[0]).long()
     padded = torch.nn.functional.pad(shifted, (0, 1))
     return padded.index_fill(0, ends, ignore_index)[:-1]

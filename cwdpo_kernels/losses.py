@@ -1,7 +1,7 @@
 """The public losses: constrained supervised fine-tuning and Cooling-Weighted DPO.
 
-From hidden states, logits or log-probs. Conventions as in `functional`. 2P sequences: the P chosen ones first, the P
-rejected ones second, in the same order.
+From hidden states, logits or log-probs. Conventions as in `functional`. A batch of 2P sequences holds the P chosen
+ones first and then the P rejected ones, in the same order.
 """
 
 from __future__ import annotations
@@ -30,13 +30,17 @@ NORMALIZE = ("sequence", "token")
 
 
 def cooling_weight(mean_logp: Tensor, cooling: Cooling) -> Tensor:
-    """w_c = sigmoid((mean_logp - logp_floor) / temperature) in [0, 1], or the constant; detached. Any shape.
+    """w_c = sigmoid((mean_logp - logp_floor) / temperature) in [0, 1], or the constant. Any shape; no gradient.
 
-    `mean_logp`: the policy's mean log-prob of each rejected answer, in nats per token.
+    mean_logp: the policy's mean log-prob of each rejected answer, in nats per token.
     """
     op = "cooling_weight"
     check.check_dtype(op, "mean_logp", mean_logp, check.FLOAT_DTYPES)
-    return ops.cooling_weight(mean_logp.detach(), *_cooling_args(op, cooling)[:3])
+    _check_cooling(op, cooling)
+    return ops.cooling_weight(
+        mean_logp=mean_logp.detach(), logp_floor=cooling.logp_floor, temperature=cooling.temperature,
+        constant=cooling.constant,
+    )  # fmt: skip
 
 
 def cwdpo_loss(
@@ -45,10 +49,12 @@ def cwdpo_loss(
 ) -> CWDPOOutput:  # fmt: skip
     """-log sigmoid(beta * (D_w - w_c * D_l)), averaged over the kept pairs; D = policy - reference log-prob.
 
-    chosen, rejected: the policy's, [P] each; ref_*: the reference's total log-probs [P] in nats (or a
-    SequenceLogprob), never differentiated. normalize "sequence": D of totals; "token": D of means. Pairs with an
-    empty answer, or below `cooling.drop_below`, leave the mean (`kept` is False). Differentiable in `chosen.total`
-    and `rejected.total`; w_c is a constant.
+    chosen, rejected: the policy's log-probs, [P] each. Differentiable in `chosen.total` and `rejected.total`; w_c is
+        a constant.
+    ref_chosen, ref_rejected: the reference's total log-probs [P] in nats, or a SequenceLogprob; never differentiated.
+    normalize: "sequence" for D of totals, "token" for D of means.
+
+    Pairs with an empty answer, or below `cooling.drop_below`, are left out of the mean (`kept` is False).
     """
     op = "cwdpo_loss"
     total, count = _stack_pairs(op, chosen, rejected)
@@ -62,13 +68,13 @@ def linear_cwdpo_loss(
     cu_seqlens: Tensor | None = None, rows: Tensor | None = None, budget: MemoryBudget = DEFAULT_BUDGET,
     ignore_index: int = IGNORE_INDEX,
 ) -> CWDPOOutput:  # fmt: skip
-    """`cwdpo_loss` straight from hidden states, without logits; gradients to hidden, head.weight and head.bias.
+    """`cwdpo_loss` from hidden states, without logits; gradients to hidden, head.weight and head.bias.
 
     hidden [2P, T, D] with labels [2P, T], or packed [N, D] with labels [N] and cu_seqlens [2P + 1]. Only labelled
     tokens are projected; `rows` as in `linear_logprob`.
     """
     op = "linear_cwdpo_loss"
-    _cooling_args(op, cooling)
+    _check_cooling(op, cooling)
     drops_gradients = cooling.drop_below is not None or cooling.constant == 0
     token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index, drops_gradients)
     return _token_cwdpo(
@@ -95,9 +101,9 @@ def constrained_sft_loss(
 ) -> ConstrainedSFTOutput:  # fmt: skip
     """Stage 1: NLL(chosen) + weight * relu(nll_floor - mean_batch NLL(rejected)), or its smoothed variant.
 
-    [P] each. negatives.mode "smoothed" needs `rejected_smoothing` [P]: the sum over each rejected answer's tokens of
-    z_y - mean_v z_v (which `linear_constrained_sft_loss` forms from the mean row of the head). Differentiable in the
-    totals and in `rejected_smoothing`.
+    chosen, rejected: the policy's log-probs, [P] each. Differentiable in their totals and in `rejected_smoothing`.
+    rejected_smoothing [P]: required if negatives.mode is "smoothed": the sum of z_y - mean_v z_v over each rejected
+        answer's tokens (`linear_constrained_sft_loss` computes it from the mean row of the head).
     """
     op = "constrained_sft_loss"
     total, count = _stack_pairs(op, chosen, rejected)
@@ -110,9 +116,9 @@ def linear_constrained_sft_loss(
     cu_seqlens: Tensor | None = None, rows: Tensor | None = None, budget: MemoryBudget = DEFAULT_BUDGET,
     ignore_index: int = IGNORE_INDEX,
 ) -> ConstrainedSFTOutput:  # fmt: skip
-    """`constrained_sft_loss` straight from hidden states; shapes as in `linear_cwdpo_loss`.
+    """`constrained_sft_loss` from hidden states; shapes as in `linear_cwdpo_loss`.
 
-    The label smoothing of mode "smoothed" costs no vocabulary pass: mean_v z_v = scale * (h . mean(W) + mean(b)).
+    Label smoothing (mode "smoothed") needs no vocabulary pass: mean_v z_v = scale * (h . mean(W) + mean(b)).
     Errors: NotImplementedError for "smoothed" with a soft cap, where that identity does not hold.
     """
     op = "linear_constrained_sft_loss"
@@ -155,9 +161,12 @@ def _cwdpo(
         ref = ref.total if isinstance(ref, SequenceLogprob) else ref
         check.check_per_pair(op, arg, ref, pairs, logp)
         references.append(ref.detach())
+    _check_cooling(op, cooling)
     loss, *per_pair, kept, total, mean, count, _ = ops.cwdpo_loss(
-        logp, labels, count, offsets, *references, float(beta), *_cooling_args(op, cooling), normalize == "token",
-        ignore_index,
+        logp=logp, labels=labels, count=count, cu_seqlens=offsets, ref_chosen=references[0],
+        ref_rejected=references[1], beta=float(beta), logp_floor=cooling.logp_floor, temperature=cooling.temperature,
+        constant=cooling.constant, drop_below=cooling.drop_below, per_token=normalize == "token",
+        ignore_index=ignore_index,
     )  # fmt: skip
     return CWDPOOutput(loss, *per_pair, *_split_pairs(total, mean, count), kept)
 
@@ -170,16 +179,9 @@ def _constrained_sft(
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
     hinge, per_token = negatives.mode == "hinge", negatives.normalize == "token"
     loss, chosen_nll, rejected_nll, penalty, total, mean, count, _ = ops.constrained_sft_loss(
-        logp,
-        labels,
-        count,
-        offsets,
-        float(negatives.weight),
-        float(negatives.nll_floor),
-        hinge,
-        per_token,
-        ignore_index,
-    )
+        logp=logp, labels=labels, count=count, cu_seqlens=offsets, weight=float(negatives.weight),
+        nll_floor=float(negatives.nll_floor), hinge=hinge, per_token=per_token, ignore_index=ignore_index,
+    )  # fmt: skip
     if not hinge:
         kind = type(rejected_smoothing).__name__
         ok = isinstance(rejected_smoothing, Tensor)
@@ -217,6 +219,5 @@ def _split_pairs(total: Tensor, mean: Tensor, count: Tensor) -> tuple[SequenceLo
     return chosen, SequenceLogprob(total[pairs:], mean[pairs:], count[pairs:])
 
 
-def _cooling_args(op: str, cooling: Cooling) -> tuple[float, float, float | None, float | None]:
+def _check_cooling(op: str, cooling: Cooling) -> None:
     check.expect(isinstance(cooling, Cooling), op, "cooling", "type", "Cooling", type(cooling).__name__)
-    return cooling.logp_floor, cooling.temperature, cooling.constant, cooling.drop_below

@@ -1,4 +1,4 @@
-"""The package's backends, registered once every op has its schema. A new backend is one more call here."""
+"""The package's backends. A new one is one more call here."""
 
 from __future__ import annotations
 

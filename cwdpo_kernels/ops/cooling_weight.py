@@ -1,4 +1,4 @@
-"""cooling_weight: how hard a rejected answer pushes. No gradient: the weight is a constant of the loss."""
+"""cooling_weight: the weight of the rejected answer's term. No gradient: the loss treats it as a constant."""
 
 from __future__ import annotations
 

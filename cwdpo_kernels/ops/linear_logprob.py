@@ -1,10 +1,16 @@
 """linear_logprob: log-probability of a label under a linear head, without its logits.
 
-Saved for backward: hidden, weight, bias, labels, three floats a row (logp, peak, total) and the kept tiles;
-with a frozen head only logp and the direction [N, D], nothing of the head.
+Saved for backward: hidden, weight, bias, labels, three floats per row (logp, anchor, sum_exp) and the kept tiles. With
+a frozen head: logp and the direction [N, D] only.
 
-Kept tiles cost no memory where they lie in that of the weight's gradient, which forward then takes and backward writes
-over them. One backward can do so: a second one (`retain_graph`) recomputes them into memory of its own.
+`anchor` and `sum_exp` [N] are the state of the softmax over the label's competitors. They are opaque: only the backend
+that wrote them reads them.
+    portable, csrc: anchor = max_{v != y} z_v,                        sum_exp = sum_{v != y} exp(z_v - anchor)
+    triton:         anchor = an integer >= max_{v != y} z_v / ln 2,   sum_exp = sum_{v != y} exp(z_v - anchor ln 2)
+
+`kept` holds tiles of logits or exponentials that backward does not recompute. By default forward allocates the weight's
+gradient early and keeps the tiles in it; backward then overwrites them with the gradient, so they cost no memory. Only
+one backward can do that. A second one (`retain_graph`) recomputes the tiles and allocates its own gradient.
 """
 
 from __future__ import annotations
@@ -22,19 +28,19 @@ define(
     "linear_logprob",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
     "bool with_direction, bool sparse_grad, SymInt workspace_bytes, SymInt? kept_bytes) "
-    "-> (Tensor logp, Tensor peak, Tensor total, Tensor direction, Tensor kept)",
+    "-> (Tensor logp, Tensor anchor, Tensor sum_exp, Tensor direction, Tensor kept)",
 )
 define(
     "linear_logprob_backward",
-    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logp, Tensor peak, "
-    "Tensor total, Tensor kept, float scale, float? softcap, int ignore_index, bool needs_hidden, bool needs_weight, "
+    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logp, Tensor anchor, "
+    "Tensor sum_exp, Tensor kept, float scale, float? softcap, int ignore_index, bool needs_hidden, bool needs_weight, "
     "bool needs_bias, bool sparse_grad, SymInt workspace_bytes) "
     "-> (Tensor grad_hidden, Tensor grad_weight, Tensor grad_bias)",
 )
 define(
     "linear_logprob_backward_",
-    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logp, Tensor peak, "
-    "Tensor total, Tensor(a!) kept, float scale, float? softcap, int ignore_index, bool needs_hidden, "
+    "(Tensor grad_logp, Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, Tensor logp, Tensor anchor, "
+    "Tensor sum_exp, Tensor(a!) kept, float scale, float? softcap, int ignore_index, bool needs_hidden, "
     "bool needs_bias, bool sparse_grad, SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_bias)",
 )
 
@@ -65,11 +71,14 @@ def _(*, hidden, bias, needs_hidden, needs_bias, **_):
 
 
 def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: int | None) -> int | None:
-    """What forward of a trainable head keeps, of at most `budget` bytes; None: what fits the weight's gradient.
+    """How many bytes forward of a trainable head keeps; None: as many tiles as fit into the weight's gradient.
 
-    A GPU keeps tiles in the inputs' dtype, with their anchors, and none of a soft cap; a CPU keeps them as it computes
-    them. A compiled graph cannot hand the gradient's memory on: what is kept would come on top. Float64 is for checks
-    such as gradcheck, which wants the same bits of a second backward: products of fewer rows round differently.
+    `budget` is `MemoryBudget.kept_bytes`. A GPU keeps tiles in the inputs' dtype together with their anchors, and none
+    under a soft cap. A CPU keeps tiles in the dtype of its computation.
+
+    By default nothing is kept in a compiled graph, which cannot pass the gradient's memory from forward to backward.
+    Nor is anything in float64, which is for checks such as gradcheck: they expect the same bits from a second backward,
+    but products of fewer rows round differently.
     """
     if hidden.is_cuda and softcap is not None:
         return 0
@@ -94,13 +103,13 @@ def _backward(ctx: Any, values: Values) -> Values:
         pull = values["grad_logp"] * -torch.expm1(values["logp"])  # d logp / d h = (1 - p_y) * direction
         direction = values["direction"]
         return {"hidden": (direction * pull[:, None]).to(direction.dtype)}
-    if getattr(ctx, "overwritten", False):
+    if getattr(ctx, "overwritten", False):  # an earlier backward has written its gradient there
         values["kept"] = values["kept"].new_empty(0)
     else:
-        values["kept"] = values["kept"].contiguous()  # a hook on saved tensors may have changed the layout
+        values["kept"] = values["kept"].contiguous()  # saved-tensor hooks may change the layout
     if values["needs_weight"] and _may_overwrite(values["kept"], values["grad_logp"]):
         ctx.overwritten = True
-        # `.data`: autograd can take this alias without a copy, and it does not share the version of `kept`.
+        # An alias from `.data` becomes `.grad` without a copy, and writing to it does not bump the version of `kept`.
         values["kept"] = grad_weight = values["kept"].data
         grads = call("linear_logprob_backward_", values) | {"grad_weight": grad_weight}
     else:
@@ -109,9 +118,9 @@ def _backward(ctx: Any, values: Values) -> Values:
 
 
 def _may_overwrite(kept: Tensor, grad_logp: Tensor) -> bool:
-    """Whether backward may write the weight's gradient over what forward kept in its memory ([V, D], not bytes).
+    """Whether backward may overwrite `kept` with the weight's gradient: only if `kept` is that memory ([V, D]).
 
-    Not if that backward is differentiated, batched or traced itself, because then others read `kept`, too.
+    Not if backward itself is differentiated, batched or traced, because `kept` is then read again.
     """
     return (
         kept.dim() == 2

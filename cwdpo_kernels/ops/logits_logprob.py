@@ -1,7 +1,8 @@
-"""logits_logprob: log-probability of a label from logits that exist already.
+"""logits_logprob: log-probability of a label from existing logits.
 
-Saved for backward: the logits and three floats a row. With `reuse_logits` the gradient overwrites the saved logits, so
-that only one backward can run; autograd's version counter enforces it.
+Saved for backward: the logits, labels and three floats per row (logp, anchor, sum_exp; see linear_logprob.py). With
+`reuse_logits` the gradient overwrites the saved logits, so backward can run only once; autograd's version counter
+enforces it.
 """
 
 from __future__ import annotations
@@ -15,16 +16,17 @@ from .schema import Values, arguments, call, define, register_autograd, register
 
 define(
     "logits_logprob",
-    "(Tensor logits, Tensor labels, int ignore_index, bool reuse_logits) -> (Tensor logp, Tensor peak, Tensor total)",
+    "(Tensor logits, Tensor labels, int ignore_index, bool reuse_logits) "
+    "-> (Tensor logp, Tensor anchor, Tensor sum_exp)",
 )
 define(
     "logits_logprob_backward",
-    "(Tensor grad_logp, Tensor logits, Tensor labels, Tensor logp, Tensor peak, Tensor total, "
+    "(Tensor grad_logp, Tensor logits, Tensor labels, Tensor logp, Tensor anchor, Tensor sum_exp, "
     "int ignore_index) -> Tensor grad_logits",
 )
 define(
     "logits_logprob_backward_",
-    "(Tensor grad_logp, Tensor(a!) logits, Tensor labels, Tensor logp, Tensor peak, Tensor total, "
+    "(Tensor grad_logp, Tensor(a!) logits, Tensor labels, Tensor logp, Tensor anchor, Tensor sum_exp, "
     "int ignore_index) -> ()",
 )
 

@@ -1,12 +1,11 @@
-"""Ops and backends: an op declares its schema once, and a backend brings kernels for the ops by their names.
+"""Backends: which kernels run an op on which device.
 
-The kernels of a backend in Python lie in the package's folder of its name, one file an op: the function
-`linear_logprob` in `portable/linear_logprob.py` is the kernel of the op `linear_logprob`, and
-`linear_logprob_backward` lies beside it. Files are imported when their kernel is first called. A backend does not need
-to have every op.
+A Python backend is a subpackage of the same name with one file per op. The function `linear_logprob` in
+`portable/linear_logprob.py` is the kernel of the op `linear_logprob`; its backward ops are in the same file. A file is
+imported at the first call of its kernel. A backend may lack ops.
 
-Exactly one backend serves every device (device None). Others serve one type of device, where torch's dispatcher
-prefers their kernels. `register_backend` is all that a new backend needs.
+One backend, the fallback, serves every device (device None). Each other backend serves one device type, where torch's
+dispatcher prefers its kernels. To add a backend, add its folder and call `register_backend`.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ Kernel = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Backend:
-    """A registered backend; the fields are the arguments of `register_backend`, and `kernels` by the op's name."""
+    """The arguments of `register_backend`, and the backend's Python kernels by op."""
 
     name: str
     device: str | None
@@ -52,12 +51,13 @@ def register_backend(
     name: str, device: str | None, loader: Callable[[], str | None], *, workspace_bytes: Callable[[], int],
     float64: bool = True, compiled: bool = False,
 ) -> None:  # fmt: skip
-    """Let the backend `name` serve `device` (a type, such as "cuda"; None: every device without a faster backend).
+    """Let the backend `name` serve `device`, after all ops are defined.
 
-    loader: makes the backend ready; returns None, or the reason why it cannot and what helps.
-    workspace_bytes: the backend's default for `MemoryBudget.workspace_bytes`; called only when `loader` succeeded.
-    float64: False leaves float64 tensors to the backend of every device.
-    compiled: the loaded library registers its own kernels with torch; nothing is looked up in Python.
+    device: a device type such as "cuda", or None for the fallback, which serves every device.
+    loader: loads what the backend needs; returns None, or the reason why it cannot run and what helps.
+    workspace_bytes: returns the default of `MemoryBudget.workspace_bytes`; called only if `loader` succeeded.
+    float64: False sends float64 tensors to the fallback.
+    compiled: the loaded library registers its own kernels with torch, so there is no Python subpackage.
     """
     ops = [] if compiled else [op for op in schema.OPS if _has_kernel(name, op)]
     kernels = {op: _kernel(name, op, float64) for op in ops}
@@ -70,7 +70,7 @@ def register_backend(
 def backend(device: str | torch.device = "cpu") -> str:
     """Name of the backend that serves `device`: "triton", "csrc" or "portable".
 
-    `portable` also serves float64 on a GPU, and ops that a faster backend lacks.
+    On a GPU, `portable` still runs float64. It also runs the ops that a faster backend lacks.
     Errors: RuntimeError (torch's own) for a device type that torch does not know.
     """
     device_type = torch.device(device).type
@@ -78,22 +78,22 @@ def backend(device: str | torch.device = "cpu") -> str:
 
 
 def missing_backend(device: str | torch.device = "cpu") -> str | None:
-    """Why the faster backend for `device` is unavailable, and what helps; None if it runs or none was made for it."""
+    """Why the faster backend for `device` is unavailable and what helps; None if it is available or none exists."""
     faster = _faster(torch.device(device).type)
     return None if faster is None else faster.loader()
 
 
 def default_workspace_bytes(device: str | torch.device = "cpu") -> int:
-    """What `MemoryBudget.workspace_bytes=None` means on `device`, in bytes, as reported by its backend."""
+    """The workspace, in bytes, that `MemoryBudget(workspace_bytes=None)` gives the ops on `device`."""
     return _BACKENDS[backend(device)].workspace_bytes()
 
 
 @contextlib.contextmanager
 def forced(device_type: str, name: str) -> Iterator[None]:
-    """Inside, the ops on `device_type` run the backend `name` ("portable", "triton" or "csrc").
+    """Context in which the ops on `device_type` run the backend `name` ("portable", "triton" or "csrc").
 
-    Ops that the backend lacks stay as they were. Triton on "cpu" needs its interpreter.
-    Errors: RuntimeError if the backend is unavailable on that device. There is no fallback.
+    Ops that the backend lacks do not change. Triton on "cpu" needs its interpreter.
+    Errors: RuntimeError if the backend is unavailable on that device; another one is never used instead.
     """
     chosen = _BACKENDS[name]
     elsewhere = chosen.compiled and device_type != chosen.device
@@ -101,7 +101,7 @@ def forced(device_type: str, name: str) -> Iterator[None]:
     if reason is not None:
         raise RuntimeError(f"forced: expected the backend {name} on {device_type}, got none: {reason}")
     override = torch.library.Library(NAMESPACE, "IMPL")
-    with warnings.catch_warnings():  # torch warns that the override replaces a kernel, which is the purpose
+    with warnings.catch_warnings():  # torch warns about every kernel that is overridden
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for op, kernel in chosen.kernels.items():
             override.impl(op, kernel, device_type.upper(), allow_override=True)
@@ -130,7 +130,7 @@ def _serving(device_type: str) -> Backend:
 
 
 def _module(backend_name: str, op: str) -> str:
-    """The module that holds an op's kernel. Backward ops lie in the file of their forward op."""
+    """The module of an op's kernel. Backward ops are in the file of their forward op."""
     return f"{PACKAGE}.{backend_name}.{op.partition('_backward')[0]}"
 
 
@@ -144,15 +144,15 @@ def _function(backend_name: str, op: str) -> Kernel:
 
 
 def _kernel(backend_name: str, op: str, float64: bool) -> Kernel:
-    """The backend's function, imported at its first call and run on its arguments' device, outside autocast.
+    """The backend's function, imported at its first call, with its arguments' device current and autocast off.
 
-    A backend chooses its own precision: the caller's autocast region would round its float32 products.
+    A backend chooses its own precision; the caller's autocast region would round its float32 products.
     """
 
     def call(*args: Any) -> Any:
         tensor = next(arg for arg in args if isinstance(arg, Tensor))
-        leave = not float64 and tensor.dtype == torch.float64
-        function = _function(_fallback().name if leave else backend_name, op)
+        to_fallback = tensor.dtype == torch.float64 and not float64
+        function = _function(_fallback().name if to_fallback else backend_name, op)
         device = tensor.device
         with contextlib.ExitStack() as stack:
             if device.type == "cuda":

@@ -1,7 +1,6 @@
-"""Ops by the names in their schemas, so that a new argument touches its schema and its kernels and nothing that counts.
+"""Ops by the names in their schemas: a new argument changes the schema and the kernels, and no position elsewhere.
 
-Torch hands arguments and results around by position. The functions here add the names on the way in and take the
-positions from the schema on the way out.
+Torch passes arguments and results by position. The functions here map positions to names and back, by the schema.
 """
 
 from __future__ import annotations

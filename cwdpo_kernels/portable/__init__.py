@@ -1,3 +1,3 @@
-"""The method in plain torch: tiled over the vocabulary, on any device, and the readable statement of the algebra."""
+"""The method in plain torch, tiled over the vocabulary. It runs on any device, and states the algebra readably."""
 
-WORKSPACE_BYTES = 4 << 20  # fits the cache of a core
+WORKSPACE_BYTES = 4 << 20  # fits a core's cache

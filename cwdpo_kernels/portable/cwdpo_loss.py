@@ -1,10 +1,11 @@
-"""The Cooling-Weighted DPO loss of P pairs, its metrics, and its gradient for every token, in one go.
+"""The Cooling-Weighted DPO loss of P pairs, its metrics, and its gradient for every token.
 
     D_w, D_l = policy - reference log-prob of the chosen, rejected answer (sums, or means per token)
     w_c      = cooling weight of the rejected answer, a constant for the gradient
     loss     = mean over kept pairs of -log sigmoid(beta (D_w - w_c D_l))
 
-Segments of tokens are summed first; a caller that holds totals passes segments of one "token" and their counts.
+Log-probs are first summed per sequence. A caller that has the sums already passes them as sequences of one "token",
+with their counts.
 """
 
 from __future__ import annotations
@@ -22,37 +23,40 @@ def cwdpo_loss(
     ref_rejected: Tensor, beta: float, logp_floor: float, temperature: float, constant: float | None,
     drop_below: float | None, per_token: bool, ignore_index: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean, count, grad_logp)."""
-    total, mean, count, labelled = sequence_sums(logp, labels, count, cu_seqlens, ignore_index)
-    pairs = total.shape[0] // 2
+    """(loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, sum_logp, mean, count, grad_logp)."""
+    sum_logp, mean, count, labelled = sequence_sums(logp, labels, count, cu_seqlens, ignore_index)
+    pairs = sum_logp.shape[0] // 2
     length = count.clamp_min(1) if per_token else torch.ones_like(count)
-    log_ratio = (total - torch.cat([ref_chosen, ref_rejected]).to(total.dtype)) / length
+    log_ratio = (sum_logp - torch.cat([ref_chosen, ref_rejected]).to(sum_logp.dtype)) / length
     ratio_chosen, ratio_rejected = log_ratio[:pairs], log_ratio[pairs:]
 
     weight = cooling_weight(mean[pairs:], logp_floor, temperature, constant)
     kept = (count[:pairs] > 0) & (count[pairs:] > 0)
     if drop_below is not None:
         kept = kept & (mean[pairs:] >= drop_below)
-    share = kept.to(total.dtype) / kept.sum().clamp_min(1)
+    share = kept.to(sum_logp.dtype) / kept.sum().clamp_min(1)
 
     logit = beta * (ratio_chosen - weight * ratio_rejected)
     loss = (torch.where(kept, -logsigmoid(logit), 0.0) * share).sum()
     pull = torch.where(kept, beta * torch.sigmoid(-logit), 0.0) * share
-    grad_total = torch.cat([-pull, pull * weight]) / length
+    grad_sum_logp = torch.cat([-pull, pull * weight]) / length
 
     chosen_reward, rejected_reward = beta * ratio_chosen, beta * ratio_rejected
     margin = chosen_reward - rejected_reward
     accuracy = (margin > 0).to(margin.dtype)
-    grad_logp = to_tokens(grad_total.to(logp.dtype), labelled, cu_seqlens)
-    return loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean, count, grad_logp
+    grad_logp = to_tokens(grad_sum_logp.to(logp.dtype), labelled, cu_seqlens)
+    return loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, sum_logp, mean, count, grad_logp
 
 
 def sequence_sums(
     logp: Tensor, labels: Tensor | None, count: Tensor | None, cu_seqlens: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """total, mean, count [S] and which tokens count [N], from tokens (labels given) or totals (count given)."""
+    """sum_logp, mean, count [S] and the mask of labelled tokens [N].
+
+    From token log-probs if `labels` is given, or from the sums of sequences, with `count`.
+    """
     labelled = torch.ones_like(logp, dtype=torch.bool) if labels is None else labels != ignore_index
-    total = segment_sum(torch.where(labelled, logp, 0.0), cu_seqlens).to(logp.dtype)
-    # A copy: an op's outputs must not alias its inputs.
+    sum_logp = segment_sum(torch.where(labelled, logp, 0.0), cu_seqlens).to(logp.dtype)
+    # Clone, because an op's outputs must not alias its inputs.
     count = segment_sum(labelled, cu_seqlens).long() if count is None else count.clone()
-    return total, mean_of(total, count), count, labelled
+    return sum_logp, mean_of(sum_logp, count), count, labelled

@@ -5,30 +5,32 @@ Compare the label with its competitors. With z the logits of a token, y its labe
     s = sum_{v != y} exp(z_v - c)              the odds against the label
     logp = -log1p(s)         1 - p_y = s / (1 + s)
 
-Neither subtracts two nearly equal numbers, however confident the token. s itself may overflow on a garbage label,
-so it is carried over the vocabulary tiles as (peak, total), the competitors' own running maximum and sum:
+Neither formula subtracts nearly equal numbers, however confident the token. s itself can overflow if the label is very
+unlikely, so the vocabulary tiles accumulate the competitors' running maximum and sum instead:
 
-    peak = max_{v != y} z_v        total = sum_{v != y} exp(z_v - peak)        log s = (peak - c) + log(total)
+    anchor = max_{v != y} z_v        sum_exp = sum_{v != y} exp(z_v - anchor)        log s = (anchor - c) + log(sum_exp)
 
-logp = -softplus(log s) is then exact for any finite logits. (Taking z_v - c first rounds each term once more: with
-the label 200 nats under the top the head's gradient was 30 times less accurate.)
+logp = -softplus(log s) is then exact for any finite logits. (Computing z_v - c first rounds each term once more: with
+the label 200 nats below the top logit, the head's gradient was 30 times less accurate.)
 
-The gradient needs the competitors only through the distribution among themselves (it sums to one over v != y),
+The gradient depends on the competitors only through their own softmax, which sums to one over v != y:
 
-    q_v = exp(z_v - peak) / total
+    q_v = exp(z_v - anchor) / sum_exp
 
     d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v)
     d logp / d h   = (1 - p_y) * scale * (W_y - sum_{v != y} q_v W_v)      pull to the label, push from the rest
 
-With a soft cap each term is multiplied by its own slope 1 - (z / cap)^2.
+With a soft cap, each term is also multiplied by its slope 1 - (z / cap)^2.
 
-Costs, in units of 2 N D V floating-point operations: forward 1; a frozen head takes one pass, 2, because the
-direction W_y - sum q W can be accumulated beside s and the backward is a row scaling; a trainable head
-recomputes the tiles in backward, 1 + 3, less those that were kept. Memory: one tile (workspace_bytes), the
-kept tiles, and N x D. Only rows with a label, and in backward only rows with a gradient, are touched.
+Costs, in units of 2 N D V floating-point operations:
+- no gradient: 1.
+- frozen head: 2, all in forward, which accumulates the direction W_y - sum q W beside s. Backward scales its rows.
+- trainable head: 1 in forward and 3 in backward, which recomputes the tiles that were not kept (2 if all were).
+Memory: one tile (workspace_bytes), the kept tiles, and N x D. Forward processes only labelled rows, and backward only
+those of them that have a gradient.
 
-Kept tiles need no memory of their own where they lie in that of the head's gradient: backward writes the gradient from
-the start, tile by tile, and reads a kept tile before it comes to it. Of N <= D tokens all tiles but the last fit.
+Tiles kept in the memory of the head's gradient need no memory of their own: backward writes the gradient tile by tile
+from the start, and reads each kept tile before it overwrites it. With N <= D tokens all tiles but the last fit.
 """
 
 from __future__ import annotations
@@ -36,47 +38,47 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiles import TiledHead, compute_dtype, fill_target, live_rows
+from .tiles import TiledHead, compute_dtype, fill_target, rows_where
 
 
 def linear_logprob(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
     ignore_index: int, with_direction: bool, sparse_grad: bool, workspace_bytes: int, kept_bytes: int | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp [N], peak [N], total [N], direction [N, D] (or empty), kept tiles (opaque bytes or [V, D])."""
+    """logp [N], anchor [N], sum_exp [N], direction [N, D] (or empty), kept tiles (opaque bytes or [V, D])."""
     dtype = compute_dtype(hidden.dtype)
     logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
-    peak, total = torch.zeros_like(logp), torch.zeros_like(logp)
+    anchor, sum_exp = torch.zeros_like(logp), torch.zeros_like(logp)
     direction = torch.zeros_like(hidden) if with_direction else hidden.new_empty(0, hidden.shape[1])
     in_gradient = kept_bytes is None
     kept = torch.empty_like(weight) if in_gradient else hidden.new_empty(kept_bytes, dtype=torch.uint8)
 
-    rows = live_rows(labels != ignore_index)
+    rows = rows_where(labels != ignore_index)
     labels_N = labels[rows].long()
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
     target_N = head.target_logits(labels_N)
     kept_tiles = KeptTiles(kept, head)
-    if not in_gradient:  # no byte of an output is left uninitialised, but those that backward writes: they are many
+    if not in_gradient:  # zero the unused bytes; backward overwrites a gradient anyway
         kept_tiles.zero_the_rest()
-    peak_N, total_N, direction_ND = _forward(head, labels_N, target_N, with_direction, kept_tiles)
-    logp[rows], peak[rows], total[rows] = logp_of(target_N, peak_N, total_N), peak_N, total_N
+    anchor_N, sum_exp_N, direction_ND = _forward(head, labels_N, target_N, with_direction, kept_tiles)
+    logp[rows], anchor[rows], sum_exp[rows] = logp_of(target_N, anchor_N, sum_exp_N), anchor_N, sum_exp_N
     if with_direction:
         direction[rows] = direction_ND.to(hidden.dtype)
-    return logp, peak, total, direction, kept
+    return logp, anchor, sum_exp, direction, kept
 
 
-def logp_of(target_N: Tensor, peak_N: Tensor, total_N: Tensor) -> Tensor:
+def logp_of(target_N: Tensor, anchor_N: Tensor, sum_exp_N: Tensor) -> Tensor:
     """-log1p(s) = -softplus(log s)."""
-    log_odds_N = (peak_N - target_N) + torch.log(total_N)
+    log_odds_N = (anchor_N - target_N) + torch.log(sum_exp_N)
     return -torch.logaddexp(log_odds_N, torch.zeros_like(log_odds_N))
 
 
 def _forward(
     head: TiledHead, labels_N: Tensor, target_N: Tensor, with_direction: bool, kept: KeptTiles
 ) -> tuple[Tensor, Tensor, Tensor | None]:
-    """One sweep over the vocabulary: peak [N], total [N] and, if asked, scale * (W_y - sum q W) [N, D]."""
-    peak_N = torch.full_like(target_N, torch.finfo(head.dtype).min)
-    total_N = torch.zeros_like(target_N)
+    """One pass over the vocabulary: anchor [N], sum_exp [N] and, with_direction, scale * (W_y - sum q W) [N, D]."""
+    anchor_N = torch.full_like(target_N, torch.finfo(head.dtype).min)
+    sum_exp_N = torch.zeros_like(target_N)
     pushed_ND = target_N.new_zeros(head.hidden.shape) if with_direction else None
 
     for columns in head.columns():
@@ -87,21 +89,21 @@ def _forward(
             slope_RB = head.slope(tile_RB) if with_direction else None
 
             fill_target(tile_RB, labels_N[rows], columns, -torch.inf)
-            peak_R = torch.maximum(peak_N[rows], tile_RB.amax(1))
-            decay_R = torch.exp(peak_N[rows] - peak_R)
-            peak_N[rows] = peak_R
-            tile_RB.sub_(peak_R[:, None]).exp_()
-            total_N[rows] = total_N[rows] * decay_R + tile_RB.sum(1)
+            anchor_R = torch.maximum(anchor_N[rows], tile_RB.amax(1))
+            decay_R = torch.exp(anchor_N[rows] - anchor_R)
+            anchor_N[rows] = anchor_R
+            tile_RB.sub_(anchor_R[:, None]).exp_()
+            sum_exp_N[rows] = sum_exp_N[rows] * decay_R + tile_RB.sum(1)
             if with_direction:
                 if slope_RB is not None:
                     tile_RB.mul_(slope_RB)
                 pushed_ND[rows].mul_(decay_R[:, None]).addmm_(tile_RB, weight_BD)
 
     if with_direction:
-        # No competitor at all (V = 1) leaves total = 0: the clamp keeps 0 / 0 out, 1 - p_y = 0 does the rest.
-        pushed_ND.div_(total_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
+        # Without competitors (V = 1) sum_exp is 0. The clamp avoids 0 / 0; backward multiplies by 1 - p_y = 0.
+        pushed_ND.div_(sum_exp_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
         _pull_to_label(head, labels_N, target_N, pushed_ND)
-    return peak_N, total_N, pushed_ND
+    return anchor_N, sum_exp_N, pushed_ND
 
 
 def _pull_to_label(head: TiledHead, labels_N: Tensor, target_N: Tensor, pushed_ND: Tensor) -> None:
@@ -116,27 +118,27 @@ def _pull_to_label(head: TiledHead, labels_N: Tensor, target_N: Tensor, pushed_N
 
 def linear_logprob_backward(
     grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
-    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    anchor: Tensor, sum_exp: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
     needs_hidden: bool, needs_weight: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
     grad_weight: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden [N, D], weight [V, D] and bias [V] for a trainable head; empty where not needed.
 
-    Rows without an upstream gradient are left out, whether or not `sparse_grad` foretold them. The weight's goes into
-    `grad_weight`, where that is given.
+    Rows without an upstream gradient are always skipped, so `sparse_grad` is not read. The weight's gradient is written
+    to `grad_weight` if that is given.
     """
     dtype = compute_dtype(hidden.dtype)
     if grad_weight is None:
         grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     labelled = labels != ignore_index
-    rows = live_rows(labelled & (grad_logp != 0))
-    labels_N, peak_N, total_N = labels[rows].long(), peak[rows], total[rows]
-    # Forward laid its kept tiles out for all labelled rows, in tiles planned for that many: plan the same.
+    rows = rows_where(labelled & (grad_logp != 0))
+    labels_N, anchor_N, sum_exp_N = labels[rows].long(), anchor[rows], sum_exp[rows]
+    # Forward planned its tiles for all labelled rows. Plan the same ones, so that the kept tiles are found.
     n_labelled = int(labelled.sum())
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
-    kept_tiles = KeptTiles(kept, head, n_labelled, live=_positions(labelled, rows))
+    kept_tiles = KeptTiles(kept, head, n_labelled, selected=_positions(labelled, rows))
     pull_N = grad_logp[rows].to(dtype) * -torch.expm1(logp[rows]) * scale  # 1 - p_y = -expm1(logp)
-    push_N = -pull_N / total_N
+    push_N = -pull_N / sum_exp_N
     grad_hidden_ND = pull_N.new_zeros(head.hidden.shape) if needs_hidden else None
     grad_bias = torch.empty_like(bias) if needs_bias else weight.new_empty(0)
 
@@ -149,8 +151,8 @@ def linear_logprob_backward(
             if tile_RB is None:
                 tile_RB = head.logits(block, columns, weight_BD)
             slope_RB = head.slope(tile_RB)
-            grad_RB = tile_RB.sub_(peak_N[block, None]).exp_().mul_(push_N[block, None])
-            fill_target(grad_RB, labels_N[block], columns, pull_N[block, None])  # over exp(c - peak): may overflow
+            grad_RB = tile_RB.sub_(anchor_N[block, None]).exp_().mul_(push_N[block, None])
+            fill_target(grad_RB, labels_N[block], columns, pull_N[block, None])  # replaces exp(c - anchor), maybe inf
             if slope_RB is not None:
                 grad_RB.mul_(slope_RB)
             if needs_hidden:
@@ -172,40 +174,41 @@ def linear_logprob_backward(
 
 def linear_logprob_backward_(
     grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
-    peak: Tensor, total: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    anchor: Tensor, sum_exp: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
     needs_hidden: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
 ) -> tuple[Tensor, Tensor]:  # fmt: skip
     """Gradients of hidden and bias; the weight's gradient overwrites `kept` [V, D], whose memory holds the tiles."""
     grad_hidden, _, grad_bias = linear_logprob_backward(
-        grad_logp, hidden, weight, bias, labels, logp, peak, total, kept, scale, softcap, ignore_index,
+        grad_logp, hidden, weight, bias, labels, logp, anchor, sum_exp, kept, scale, softcap, ignore_index,
         needs_hidden, True, needs_bias, sparse_grad, workspace_bytes, grad_weight=kept,
     )  # fmt: skip
     return grad_hidden, grad_bias
 
 
 def _accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros in the compute dtype: the output's own memory where that is its dtype."""
+    """Zeros in the compute dtype, in the output's own memory if it has that dtype."""
     return out.zero_() if out.dtype == dtype else torch.zeros_like(out, dtype=dtype)
 
 
 def _positions(labelled: Tensor, rows: Tensor | slice) -> Tensor | slice:
-    """Where `rows` (of all tokens) stand among the labelled rows; a slice means that all tokens are both."""
+    """Indices of `rows` (of all tokens) among the labelled rows. A slice means that every token is in both."""
     return rows if isinstance(rows, slice) else (labelled.cumsum(0) - 1)[rows]
 
 
 class KeptTiles:
-    """The logits of vocabulary tiles, kept from forward for backward: of all labelled rows, as many tiles as fit.
+    """Logits that forward keeps for backward: for all labelled rows, as many vocabulary tiles as fit in `storage`.
 
-    `storage` is opaque bytes, filled from its end. Where it is the memory of the weight's gradient [V, D], over which
-    backward writes from the start, a tile lies beyond its own part of the gradient: what is written over has been read.
+    The tiles fill `storage` from its end. If `storage` is the memory of the weight's gradient [V, D], which backward
+    writes from the start, each tile lies behind its own slice of the gradient. It is therefore read before it is
+    overwritten.
     """
 
     def __init__(
-        self, storage: Tensor, head: TiledHead, n_rows: int | None = None, live: Tensor | slice = slice(None)
+        self, storage: Tensor, head: TiledHead, n_rows: int | None = None, selected: Tensor | slice = slice(None)
     ) -> None:
         n_rows = head.hidden.shape[0] if n_rows is None else n_rows
         gradient_row = storage.shape[1] * storage.element_size() if storage.dim() == 2 else 0
-        self.head, self.live, self.tiles_NB = head, live, {}
+        self.head, self.selected, self.tiles_NB = head, selected, {}
         self.bytes = storage.view(-1).view(torch.uint8)
         self.start = self.stop = self.bytes.numel() // head.dtype.itemsize * head.dtype.itemsize
         for columns in reversed(list(head.columns())):
@@ -224,8 +227,8 @@ class KeptTiles:
             self.tiles_NB[columns.start][rows] = tile_RB
 
     def load(self, rows: slice, columns: slice) -> Tensor | None:
-        """A copy in the head's buffer, which may be written over, or None where the tile was not kept."""
+        """A copy in the head's buffer that the caller may overwrite, or None if the tile was not kept."""
         if columns.start not in self.tiles_NB:
             return None
-        kept_RB = self.tiles_NB[columns.start][self.live][rows]
+        kept_RB = self.tiles_NB[columns.start][self.selected][rows]
         return self.head.buffer(*kept_RB.shape).copy_(kept_RB)

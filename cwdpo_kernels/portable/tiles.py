@@ -1,4 +1,4 @@
-"""Logits of a linear head, one bounded tile at a time, never rounded below float32.
+"""Logits of a linear head, one tile of bounded size at a time, never rounded below float32.
 
 Legend: N rows (labelled tokens), R rows of a block, D hidden, V vocabulary, B columns of a vocabulary tile.
 """
@@ -16,12 +16,12 @@ MIN_TILE = 128
 
 
 def compute_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 stays float64; everything else is computed in float32."""
+    """float64 is computed in float64, every other dtype in float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def live_rows(mask: Tensor) -> Tensor | slice:
-    """Index of the rows where `mask` holds; a slice (no copy) when that is all of them."""
+def rows_where(mask: Tensor) -> Tensor | slice:
+    """Indices of the rows where `mask` is True. All of them: a slice, which indexes without a copy."""
     rows = mask.nonzero().squeeze(1)
     return slice(None) if rows.numel() == mask.numel() else rows
 
@@ -33,10 +33,10 @@ def blocks(total: int, size: int) -> Iterator[slice]:
 
 
 class TiledHead:
-    """logits = softcap(scale * (hidden @ weight.T + bias)) for `tile_rows` x `tile_columns` entries at a time.
+    """logits = softcap(scale * (hidden @ weight.T + bias)), `tile_rows` x `tile_columns` entries at a time.
 
-    The logits live in one buffer that every tile overwrites. Narrow (cache-sized) column tiles come first: the
-    rows are cut only when a tile of MIN_TILE columns would pass the workspace.
+    Every tile overwrites the same buffer. A tile has all rows and as many columns as fit in the workspace; only if
+    MIN_TILE columns of all rows do not fit are the rows split, too.
     """
 
     def __init__(
@@ -46,10 +46,10 @@ class TiledHead:
         self.hidden, self.weight, self.bias, self.scale, self.softcap = hidden, weight, bias, scale, softcap
         self.dtype = compute_dtype(hidden.dtype)
         rows, vocab = hidden.shape[0] if max_rows is None else max_rows, weight.shape[0]
-        tiles_alive = 1 if softcap is None else 2  # the soft cap's slope is a tile of its own
+        tiles_alive = 1 if softcap is None else 2  # the soft cap's slope is a second tile
         entries = max((workspace_bytes or WORKSPACE_BYTES) // self.dtype.itemsize // tiles_alive, MIN_TILE * MIN_TILE)
         self.tile_rows = max(min(rows, entries // MIN_TILE), 1)
-        # A half-precision tile of the weight is converted: it counts as rows of the workspace too.
+        # A converted tile of a half-precision weight takes workspace, too: as much as D more rows.
         converted = 0 if weight.dtype == self.dtype else weight.shape[1]
         columns = entries // (self.tile_rows + converted)
         self.tile_columns = min(max(columns // MIN_TILE, 1) * MIN_TILE, vocab)
@@ -81,17 +81,17 @@ class TiledHead:
         return raw
 
     def logits(self, rows: slice, columns: slice, weight_BD: Tensor) -> Tensor:
-        """[R, B], in the shared buffer."""
+        """Logits [R, B], in the shared buffer."""
         hidden_RD = self.hidden_block(rows)
         out = self.buffer(hidden_RD.shape[0], weight_BD.shape[0])
         return self.transform(torch.mm(hidden_RD, weight_BD.T, out=out), columns)
 
     def target_weight(self, rows: slice, labels_R: Tensor) -> Tensor:
-        """Each row's own row of the weight, [R, D]."""
+        """The weight's rows of the labels, [R, D]."""
         return self.weight.index_select(0, labels_R).to(self.dtype)
 
     def target_logits(self, labels_N: Tensor) -> Tensor:
-        """c [N], each row's logit of its own label: a dot product, no vocabulary work."""
+        """c [N], the logit of each row's label: one dot product per row."""
         target_N = torch.empty(self.hidden.shape[0], dtype=self.dtype, device=self.hidden.device)
         for rows in self.rows():
             weight_RD = self.target_weight(rows, labels_N[rows])
@@ -99,12 +99,12 @@ class TiledHead:
         return self.transform(target_N, labels_N)
 
     def slope(self, logits: Tensor) -> Tensor | None:
-        """d softcap(z) / dz = 1 - (softcap(z) / cap)^2, or None where it is 1."""
+        """d softcap(z) / dz = 1 - (softcap(z) / cap)^2 of the capped `logits`, or None without a soft cap."""
         return None if self.softcap is None else (logits / self.softcap).square_().neg_().add_(1.0)
 
 
 def fill_target(tile_RB: Tensor, labels_R: Tensor, columns: slice, value: float | Tensor) -> None:
-    """tile[t, y_t] = value (a number, or [R, 1]), for the rows whose label lies in this tile; no synchronisation."""
+    """tile[t, y_t] = value (a number, or [R, 1]) in the rows whose label is among `columns`, without a device sync."""
     local_R1 = (labels_R - columns.start).unsqueeze(1)
     inside = (local_R1 >= 0) & (local_R1 < tile_RB.shape[1])
     spot = local_R1.clamp(0, tile_RB.shape[1] - 1)

@@ -1,11 +1,11 @@
-"""TV, JS and KL between the next-token distributions of two heads, in two sweeps over the vocabulary, no logits.
+"""TV, JS and KL between the next-token distributions of two heads, in two passes over the vocabulary, without logits.
 
-The first sweep finds both log-normalisers; the second adds up, per token, with p and q and their logs a tile at a time,
+The first pass computes both log-normalizers. The second accumulates per token, from one tile of p and q at a time:
 
     tv = 1/2 sum |p - q|        kl = sum p (log p - log q)        js = 1/2 KL(p || m) + 1/2 KL(q || m),  m = (p + q) / 2
 
-Since p, q and m each sum to one, KL(p || q) = sum [p (log p - log q) - p + q], whose terms are all >= 0: no
-cancellation between tokens when p and q are close.
+p, q and m each sum to one, so KL(p || q) = sum [p (log p - log q) - p + q]. Every term is >= 0, so nothing cancels
+when p and q are close.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def token_divergence(
     half = (workspace_bytes or WORKSPACE_BYTES) // 2
     head_p = TiledHead(hidden_p, weight_p, bias_p, scale_p, softcap_p, half)
     head_q = TiledHead(hidden_q, weight_q, bias_q, scale_q, softcap_q, half)
-    # Both walk the same tiles: the finer plan of the two, which fits either buffer.
+    # Both heads walk the same tiles, the narrower of the two plans, which fit both buffers.
     head_p.tile_columns = head_q.tile_columns = min(head_p.tile_columns, head_q.tile_columns)
     norm_p_N, norm_q_N = _log_normalizer(head_p), _log_normalizer(head_q)
 
@@ -47,7 +47,7 @@ def token_divergence(
 
 
 def _kl_terms(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
-    """p (log p - log q) - p + q >= 0; with d = log p - log q near 0, p (d + expm1(-d)): no difference of p and q."""
+    """p (log p - log q) - p + q >= 0. Near d = log p - log q = 0, p (d + expm1(-d)) avoids the difference q - p."""
     d = log_p - log_q
     return torch.where(d > -1, p * (d + torch.expm1(-d)), p * d + (q - p))
 
@@ -55,14 +55,14 @@ def _kl_terms(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
 def _log_normalizer(head: TiledHead) -> Tensor:
     """log sum_v exp(z_v) [N]."""
     rows_total = head.hidden.shape[0]
-    peak_N = torch.full((rows_total,), torch.finfo(head.dtype).min, dtype=head.dtype, device=head.hidden.device)
-    total_N = torch.zeros_like(peak_N)
+    anchor_N = torch.full((rows_total,), torch.finfo(head.dtype).min, dtype=head.dtype, device=head.hidden.device)
+    sum_exp_N = torch.zeros_like(anchor_N)
     for columns in head.columns():
         weight_BD = head.weight_tile(columns)
         for rows in head.rows():
             tile_RB = head.logits(rows, columns, weight_BD)
-            peak_R = torch.maximum(peak_N[rows], tile_RB.amax(1))
-            decay_R = torch.exp(peak_N[rows] - peak_R)
-            total_N[rows] = total_N[rows] * decay_R + tile_RB.sub_(peak_R[:, None]).exp_().sum(1)
-            peak_N[rows] = peak_R
-    return peak_N + torch.log(total_N)
+            anchor_R = torch.maximum(anchor_N[rows], tile_RB.amax(1))
+            decay_R = torch.exp(anchor_N[rows] - anchor_R)
+            sum_exp_N[rows] = sum_exp_N[rows] * decay_R + tile_RB.sub_(anchor_R[:, None]).exp_().sum(1)
+            anchor_N[rows] = anchor_R
+    return anchor_N + torch.log(sum_exp_N)
