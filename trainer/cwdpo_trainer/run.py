@@ -61,7 +61,7 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
             current.write_report()
     metrics = read_json(current.folder.metrics_file)
     if args.should_save:
-        print_table(metrics, current.folder.path, was_finished)
+        print_table(metrics, current.folder, was_finished)
     return metrics
 
 
@@ -194,7 +194,7 @@ class Run:
         args = self.config.stage(stages[0])
         with args.main_process_first(local=False):
             if args.should_save:
-                write_report(self.folder.path, self._results(stages))
+                write_report(self.folder, self._results(stages))
 
     def _results(self, stages: Sequence[str]) -> Results:
         """Captions and log histories of the saved models."""

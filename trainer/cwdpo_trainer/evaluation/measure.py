@@ -12,7 +12,7 @@ import torch
 from cwdpo_kernels import Cooling
 from cwdpo_kernels.integrations.hugging_face import attach_head
 from cwdpo_trainer.config.arguments import DataArguments, ModelArguments, ProbeArguments, SamplingArguments
-from cwdpo_trainer.config.loader import STAGES, read_section
+from cwdpo_trainer.config.loader import read_section
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, distinct_prompts, load_rows
@@ -28,7 +28,7 @@ from cwdpo_trainer.files import read_json, write_json
 from cwdpo_trainer.models.loading import Model, load_model, load_processor
 from cwdpo_trainer.negatives.sampling import caption
 from cwdpo_trainer.reporter import say
-from cwdpo_trainer.run_folder import COOLING_FILE, MODEL_FOLDERS
+from cwdpo_trainer.run_folder import COOLING_FILE, RunFolder
 
 TITLES = {  # of the table's lines, by metric
     "logp": "log p (nats per answer)",
@@ -71,33 +71,32 @@ class EvalTarget:
 
         The default reference of a run is the model that its last stage started from. Other models have none.
         """
-        folder = Path(text)
-        if (folder / "run.json").is_file():
+        folder = RunFolder(Path(text))
+        if folder.is_run():
             return cls._of_run(folder, reference)
-        local = not folder.is_dir() and text[0] in "./~"
-        require(not local, "command line", "RUN_OR_MODEL", "an existing folder or a name on the Hub", text)
+        is_missing_path = not folder.path.is_dir() and text[0] in "./~"
+        require(not is_missing_path, "command line", "RUN_OR_MODEL", "an existing folder or a name on the Hub", text)
         model, probes, sampling = ModelArguments(text), ProbeArguments(), SamplingArguments()
         return cls(text, reference, "dpo", model, None, probes, sampling, Cooling(), {}, 0)
 
     @classmethod
-    def _of_run(cls, folder: Path, reference: str | None) -> EvalTarget:
-        where, raw = str(folder / "run.json"), read_json(folder / "run.json")["config"]
-        done = [stage for stage in STAGES if (folder / MODEL_FOLDERS[stage]).is_dir()]
+    def _of_run(cls, folder: RunFolder, reference: str | None) -> EvalTarget:
+        where, raw = str(folder.record_file), folder.recorded_config()
+        done = folder.done_stages()
         require(bool(done), str(folder), "", "at least 1 finished stage", "none")
         stage = done[-1]
         sections = [read_section(where, name, raw) for name in ("model", "data", "probes", "sampling")]
-        path = folder / MODEL_FOLDERS[stage]
+        path = folder.model(stage)
         reference = reference or _start_of(folder, stage, raw)
         options = raw.get(stage) or {}
         return cls(str(path), reference, stage, *sections, _cooling_of(path), options, raw.get("seed", 0))
 
 
-def _start_of(folder: Path, stage: str, raw: dict[str, Any]) -> str | None:
+def _start_of(folder: RunFolder, stage: str, raw: dict[str, Any]) -> str | None:
     """The model that a run's `stage` started from: that of stage 1, or the base model in metrics.json."""
     if stage == "dpo" and "sft" in raw:
-        return str(folder / MODEL_FOLDERS["sft"])
-    metrics = folder / "metrics.json"
-    return read_json(metrics)["base_model"] if metrics.is_file() else None
+        return str(folder.model("sft"))
+    return read_json(folder.metrics_file)["base_model"] if folder.metrics_file.is_file() else None
 
 
 def probe(target: EvalTarget, data: str, rows: int | None, json_file: Path | None) -> dict[str, Any]:

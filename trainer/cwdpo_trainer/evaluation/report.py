@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +17,9 @@ from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
 from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, table
-from cwdpo_trainer.files import read_json, replacing, write_json, write_text
+from cwdpo_trainer.files import replacing, write_json, write_text
 from cwdpo_trainer.reporter import say
-from cwdpo_trainer.run_folder import LABEL_OF_STAGE, MODEL_FOLDERS
+from cwdpo_trainer.run_folder import LABEL_OF_STAGE, RunFolder
 
 
 @dataclass
@@ -39,20 +39,20 @@ class Results:
     device: str
 
 
-def write_report(folder: Path, results: Results) -> None:
+def write_report(folder: RunFolder, results: Results) -> None:
     """Write all result files into the run folder. metrics.json comes last: its presence means that all are there."""
     scores = {label: score_captions(texts, results.scenes) for label, texts in results.captions.items()}
     probes = {stage: probe_entries(history) for stage, history in results.histories.items()}
-    write_text(folder / "predictions.jsonl", _predictions(results, scores, folder))
-    write_text(folder / "probes.csv", _probes_csv(probes))
-    with replacing(folder / "dynamics.png") as temporary:
+    write_text(folder.predictions_file, _predictions(results, scores, folder.path))
+    write_text(folder.probes_file, _probes_csv(probes))
+    with replacing(folder.picture_file) as temporary:
         draw_dynamics(temporary, results.histories)
     metrics = _metrics(results, scores, probes)
     for stage in results.histories:
-        model = folder / MODEL_FOLDERS[stage]
-        name = f"{folder.resolve().name}-{model.name}"
-        write_card(model, stage, name, metrics, results.origin, folder / "dynamics.png")
-    write_json(folder / "metrics.json", metrics)
+        model = folder.model(stage)
+        name = f"{folder.path.resolve().name}-{model.name}"
+        write_card(model, stage, name, metrics, results.origin, folder.picture_file)
+    write_json(folder.metrics_file, metrics)
 
 
 def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[str, History]) -> dict[str, Any]:
@@ -111,13 +111,7 @@ def _probes_csv(probes: dict[str, History]) -> str:
     return text.getvalue()
 
 
-def is_reported(folder: Path, stages: Sequence[str]) -> bool:
-    """Whether metrics.json covers `stages`. After `cwdpo sft` it covers stage 1 only."""
-    path = folder / "metrics.json"
-    return path.exists() and {LABEL_OF_STAGE[stage] for stage in stages} <= read_json(path).keys()
-
-
-def print_table(metrics: dict[str, Any], folder: Path, finished: bool) -> None:
+def print_table(metrics: dict[str, Any], folder: RunFolder, finished: bool) -> None:
     """Print the main metrics of a run and the doctor's findings. `finished`: this call had nothing left to train."""
     labels = labels_of(metrics)
     if finished:
@@ -128,4 +122,4 @@ def print_table(metrics: dict[str, Any], folder: Path, finished: bool) -> None:
     say(NOTE)
     for finding in metrics["findings"]:
         say(f"found {Finding(**finding)}")
-    say(f"learning dynamics: {folder / 'dynamics.png'}\n")
+    say(f"learning dynamics: {folder.picture_file}\n")

@@ -11,7 +11,8 @@ How to add a stage:
 1. Here: subclass `StageTrainer`, implement `_loss_output` and `_metrics`. sft.py is the shorter example.
 2. config/arguments.py: subclass `StageArguments` with the stage's options, and set `stage` to its name.
 3. Add the name to `SECTIONS` and `STAGES` (config/loader.py), `STAGES_OF_FINDING` (config/findings.py),
-   `MODEL_FOLDERS` (run_folder.py) and `LABEL_OF_STAGE` (evaluation/summary.py), and construct the trainer in run.py.
+   `MODEL_FOLDERS` and `LABEL_OF_STAGE` (run_folder.py), `TITLES`, `METHODS` and `STAGE_TITLES` (summary.py, card.py and
+   plot.py in evaluation/), and construct the trainer in run.py.
 """
 
 from __future__ import annotations
