@@ -9,15 +9,14 @@ from typing import Any
 class InputError(ValueError):
     """A mistake in a config file, a dataset, a run folder or on the command line.
 
-    Args:
-        where: the place of the mistake: a file, "file:line", "dataset[index]", "command line", or "config" for a
-            config key whose file is not known
-        what: the key, column or property that is wrong; may be ""
-        expected: a noun phrase that reads on after "expected"
-        got: what is there instead
+    The message is "where: what: expected EXPECTED, got GOT".
 
-    The message is "where: what: expected EXPECTED, got GOT". `where` alone may be a complete message: torch rebuilds
-    an exception from its message when a DataLoader worker has raised it.
+    - `where`: a file, "file:line", "dataset[index]", "command line", or "config" for a config key in an unknown file.
+    - `what`: the key, column or property that is wrong; may be "".
+    - `expected`: a phrase that continues "expected ...".
+    - `got`: what was found instead.
+
+    `where` alone may be a complete message, because torch rebuilds an exception of a DataLoader worker from its text.
     """
 
     def __init__(self, where: str, what: str = "", expected: Any = "", got: Any = "") -> None:
@@ -32,7 +31,7 @@ class InputError(ValueError):
 
 
 class InputErrors(InputError):
-    """Several mistakes at once. The message is `title` and a line for each of the first `shown` of `errors`."""
+    """Several mistakes at once. The message is `title` and a line for each of `errors`, at most `shown` of them."""
 
     def __init__(self, title: str, errors: Sequence[InputError], shown: int | None = None) -> None:
         super().__init__(title)
@@ -58,5 +57,5 @@ def shorten(text: object, limit: int = 300) -> str:
 
 
 def describe(error: Exception, limit: int = 300) -> str:
-    """The type and the message of another library's exception, on one line of at most `limit` characters."""
+    """The type and message of another library's exception, on one line of at most `limit` characters."""
     return shorten(f"{type(error).__name__}: {error}", limit)

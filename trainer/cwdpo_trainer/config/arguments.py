@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from transformers import TrainingArguments
@@ -30,6 +30,10 @@ _UNSUPPORTED = {"save_only_model": False, "resume_from_checkpoint": None, "label
 def _check(condition: bool, key: str, expected: str, got: object) -> None:
     """Raise `InputError` about `key` unless `condition` holds. The loader adds the file and the section."""
     require(condition, CONFIG, key, expected, "null" if got is None else repr(got))
+
+
+def _is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _one_of(names: Iterable[str]) -> str:
@@ -229,7 +233,7 @@ class StageArguments(TrainingArguments):
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **fused_heads}
         super().__post_init__()
         installed = get_available_reporting_integrations()
-        for name in self.report_to:
+        for name in self.report_to or ():
             _check(name in installed, "report_to", f"installed trackers, out of {installed}", name)
 
 
@@ -256,7 +260,12 @@ class SFTArguments(StageArguments):
     normalize: str = "token"
 
     def __post_init__(self) -> None:
-        _ = self.gentle_negatives  # validates its own fields
+        _check(self.negatives in ("hinge", "smoothed"), "negatives", "hinge or smoothed", self.negatives)
+        weight = self.negatives_weight
+        _check(math.isfinite(weight) and weight >= 0, "negatives_weight", "a finite number >= 0", weight)
+        _check(math.isfinite(self.nll_floor), "nll_floor", "a finite number", self.nll_floor)
+        _check(0 <= self.smoothing < 1, "smoothing", "a number in [0, 1)", self.smoothing)
+        _check(self.normalize in ("token", "sequence"), "normalize", "token or sequence", self.normalize)
         super().__post_init__()
 
     @property
@@ -309,13 +318,7 @@ class DPOArguments(StageArguments):
     def __post_init__(self) -> None:
         self.cooling = "off" if self.cooling is False else self.cooling
         _check(self.cooling in COOLING_MODES, "cooling", _one_of(COOLING_MODES), self.cooling)
-        for name in ("logp_floor", "tau"):
-            value = getattr(self, name)
-            _check(value == AUTO or not isinstance(value, str), name, "a number or auto", value)
-        constant, weight = self.cooling == "constant", self.constant_weight
-        expected = "a number, as cooling is constant" if constant else "null, as cooling is not constant"
-        _check(constant == (weight is not None), "constant_weight", expected, weight)
-        _ = self.cooling_with(Cooling.logp_floor, Cooling.temperature)  # validates its own fields
+        self._check_cooling()
         _check(self.auto_rows >= 2, "auto_rows", "an integer >= 2", self.auto_rows)
         _check(math.isfinite(self.beta) and self.beta > 0, "beta", "a finite number > 0", self.beta)
         _check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
@@ -323,6 +326,18 @@ class DPOArguments(StageArguments):
         _check(known, "curriculum", "null or hardest_first", self.curriculum)
         self._check_onpolicy()
         super().__post_init__()
+
+    def _check_cooling(self) -> None:
+        floor, tau, weight = self.logp_floor, self.tau, self.constant_weight
+        _check(floor == AUTO or _is_finite(floor), "logp_floor", "a finite number or auto", floor)
+        _check(tau == AUTO or (_is_finite(tau) and tau > 0), "tau", "a finite number > 0 or auto", tau)
+        if self.cooling == "constant":
+            ok = weight is not None and 0 <= weight <= 1
+            _check(ok, "constant_weight", "a number in [0, 1], as cooling is constant", weight)
+        else:
+            _check(weight is None, "constant_weight", "null, as cooling is not constant", weight)
+        low = self.drop_below
+        _check(low is None or not math.isnan(low), "drop_below", "null or a number", low)
 
     def _check_onpolicy(self) -> None:
         try:

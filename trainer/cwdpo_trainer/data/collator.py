@@ -122,8 +122,8 @@ def with_answers(
     for index, (row, tokens) in enumerate(rows):
         span = slice(lengths[row], lengths[row] + len(tokens))
         inputs["input_ids"][index, span] = labels[index, span] = ids.new_tensor(tokens)
-        for key, value in {"attention_mask": 1, **answer_types}.items():
-            inputs[key][index, span] = value
+        for key, mark in {"attention_mask": 1, **answer_types}.items():
+            inputs[key][index, span] = mark
     return Batch(inputs, shift_labels(labels))
 
 

@@ -83,9 +83,11 @@ class DatasetSource(Source):
         value = self.tables[index : index + 1][column][0].as_py()
         value = value[number] if isinstance(value, list) else value
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if data is None and path is None:
+        if data is not None:
+            return data
+        if path is None:
             raise OSError("the cell has neither bytes nor a path")
-        return (self.folder / path).read_bytes() if data is None else data
+        return (self.folder / path).read_bytes()
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -81,7 +81,7 @@ def _layout(where: str, values: Values) -> tuple[Callable[[str, Values], Values]
 
 def _preference(where: str, values: Values) -> Values:
     """TRL. A text prompt next to two conversations repeats their common start, so it is ignored."""
-    row = {name: values[name] for name in ("prompt", "chosen", "rejected") if name in values}
+    row: Values = {name: values[name] for name in ("prompt", "chosen", "rejected") if name in values}
     conversations = all(_is_conversation(row.get(name)) for name in ("chosen", "rejected"))
     return _implicit(where, row) if conversations and isinstance(row["prompt"], str) else row
 
@@ -167,7 +167,8 @@ def _conversation(where: str, name: str, value: Any, system: Any) -> list[Messag
     messages = []
     for message in value:
         fields = message if isinstance(message, dict) else {}
-        role, content = fields.get("role", fields.get("from")), fields.get("content", fields.get("value"))
+        role: Any = fields.get("role", fields.get("from"))
+        content = fields.get("content", fields.get("value"))
         ok = isinstance(role, str) and isinstance(content, (str, list))
         expected = "messages with role and content, or with from and value"
         require(ok, where, name, expected, shorten(repr(message)))
@@ -197,7 +198,7 @@ def _with_image_parts(where: str, row: Values) -> Values:
     images = [row["image"]] if "image" in row else row.get("images")
     if not images or not prompt or not isinstance(images, list) or not isinstance(prompt, list):
         return row
-    contents = [message.get("content") if isinstance(message, dict) else None for message in prompt]
+    contents: list[Any] = [message.get("content") if isinstance(message, dict) else None for message in prompt]
     if not all(isinstance(content, str) for content in contents):
         return row
     found = [tag for content in contents for tag in PLACEHOLDER.findall(content)]
@@ -210,7 +211,7 @@ def _with_image_parts(where: str, row: Values) -> Values:
         first = next((message for message in messages if message.get("role") == "user"), messages[0])
         first["content"] = [{"type": "image"} for _ in images] + first["content"]
     # Chat templates that iterate over parts drop plain text, so the answers get parts too.
-    answers = {name: _answer_parts(row[name]) for name in ("chosen", "rejected") if name in row}
+    answers: Values = {name: _answer_parts(row[name]) for name in ("chosen", "rejected") if name in row}
     return {**row, "prompt": messages, **answers}
 
 

@@ -122,7 +122,8 @@ class _OncePerShape:
         return getattr(self._processor, name)
 
     def __call__(self, images: Any, **options: Any) -> Any:
-        key = tuple((image.mode, image.size) for image in make_flat_list_of_images(images))
+        flat: Any = make_flat_list_of_images(images)
+        key = tuple((image.mode, image.size) for image in flat)
         if key not in self._outputs:
             outputs = self._processor(images, **options)
             for name, value in outputs.items():

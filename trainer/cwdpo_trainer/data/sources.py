@@ -21,7 +21,7 @@ from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.files import read_text
 
-GAP = re.compile(r"\s*")
+SPACE = re.compile(r"\s*")
 
 
 def open_source(text: str | Path, base: Path = Path()) -> Source:
@@ -76,7 +76,7 @@ def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     position, number, separator = text.index("["), 1, "["
     counted = 0  # `number` is the line of this position
     while separator != "]":
-        start = GAP.match(text, position + 1).end()
+        start = _after_space(text, position + 1)
         if separator == "[" and text[start : start + 1] == "]":
             return
         number, counted = number + text.count("\n", counted, start), start
@@ -86,7 +86,12 @@ def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         except ValueError as error:
             raise _not_json(where, error) from error
         yield where, value
-        position = GAP.match(text, end).end()
+        position = _after_space(text, end)
         separator = text[position : position + 1]
         found = repr(separator) if separator else "the end of the file"
         require(separator in (",", "]"), where, "", "',' or ']' after the row", found)
+
+
+def _after_space(text: str, start: int) -> int:
+    match = SPACE.match(text, start)
+    return match.end() if match else start

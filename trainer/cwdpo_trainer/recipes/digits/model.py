@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from PIL import Image
@@ -105,5 +106,5 @@ def _pixels(processor: LlavaProcessor, scenes: Sequence[Scene]) -> Tensor:
     return processor.image_processor(images, return_tensors="pt")["pixel_values"]
 
 
-def _special_ids(processor: LlavaProcessor) -> dict[str, int]:
+def _special_ids(processor: LlavaProcessor) -> dict[str, Any]:
     return {name: getattr(processor.tokenizer, name) for name in ("pad_token_id", "bos_token_id", "eos_token_id")}
