@@ -3,15 +3,38 @@
 
 #include <torch/csrc/stable/library.h>
 
+#include <string>
+
 #include "ops.h"
 
-STABLE_TORCH_LIBRARY_IMPL(cwdpo, CPU, m) {
-  m.impl("linear_logprob", TORCH_BOX(&cwdpo::linear_logprob));
-  m.impl("linear_logprob_backward", TORCH_BOX(&cwdpo::linear_logprob_backward));
-  m.impl("linear_logprob_backward_", TORCH_BOX(&cwdpo::linear_logprob_backward_));
-  m.impl("logits_logprob", TORCH_BOX(&cwdpo::logits_logprob));
-  m.impl("logits_logprob_backward", TORCH_BOX(&cwdpo::logits_logprob_backward));
-  m.impl("logits_logprob_backward_", TORCH_BOX(&cwdpo::logits_logprob_backward_));
-  m.impl("token_stats", TORCH_BOX(&cwdpo::token_stats));
-  m.impl("cwdpo_loss", TORCH_BOX(&cwdpo::cwdpo_loss));
+namespace {
+
+using torch::stable::detail::StableLibrary;
+
+void implement(StableLibrary& library) {
+  library.impl("linear_logprob", TORCH_BOX(&cwdpo::linear_logprob));
+  library.impl("linear_logprob_backward", TORCH_BOX(&cwdpo::linear_logprob_backward));
+  library.impl("linear_logprob_backward_", TORCH_BOX(&cwdpo::linear_logprob_backward_));
+  library.impl("logits_logprob", TORCH_BOX(&cwdpo::logits_logprob));
+  library.impl("logits_logprob_backward", TORCH_BOX(&cwdpo::logits_logprob_backward));
+  library.impl("logits_logprob_backward_", TORCH_BOX(&cwdpo::logits_logprob_backward_));
+  library.impl("token_stats", TORCH_BOX(&cwdpo::token_stats));
+  library.impl("cwdpo_loss", TORCH_BOX(&cwdpo::cwdpo_loss));
 }
+
+}  // namespace
+
+// Registers the ops under `op_namespace`. cwdpo_kernels/ops/library.py calls it with the namespace of its copy of the
+// package, so that one prebuilt library serves any copy, and several copies in one process do not clash.
+extern "C" __attribute__((visibility("default"))) void cwdpo_register(const char* op_namespace) {
+  // Both live until the process ends: the destructor of the registration would remove the kernels.
+  const auto* name = new std::string(op_namespace);
+  auto* library = new StableLibrary(StableLibrary::Kind::IMPL, name->c_str(), "CPU", __FILE__, __LINE__);
+  implement(*library);
+}
+
+#ifdef TORCH_EXTENSION_NAME
+// kernel-builder imports the library as a Python module. It generates this header and the module's name.
+#include "registration.h"
+REGISTER_EXTENSION(TORCH_EXTENSION_NAME)
+#endif

@@ -1,6 +1,6 @@
 """Loads the C++ backend: one shared library in the package's folder, built on installation if there is a compiler.
 
-The library registers its own kernels for CPU tensors when it is loaded.
+The library registers its own kernels for CPU tensors, under the namespace of this copy of the package.
 """
 
 from __future__ import annotations
@@ -12,7 +12,11 @@ from pathlib import Path
 
 import torch
 
-PATH = Path(__file__).parents[1] / "libcwdpo_cpu.so"
+from .schema import NAMESPACE
+
+FOLDER = Path(__file__).parents[1]
+BUILT_BY_KERNEL_BUILDER = FOLDER / f"{NAMESPACE}.abi3.so"
+PATH = BUILT_BY_KERNEL_BUILDER if BUILT_BY_KERNEL_BUILDER.exists() else FOLDER / "libcwdpo_cpu.so"
 HOW_TO_BUILD = (
     "install a C++ compiler (g++ or clang++), then reinstall this package from source into the environment that has "
     "torch: pip install --no-deps --force-reinstall --no-build-isolation ."
@@ -33,6 +37,9 @@ def load() -> str | None:
 def _load(path: Path) -> str | None:
     try:
         torch.ops.load_library(path)
+        register = getattr(ctypes.CDLL(str(path)), "cwdpo_register", None)
+        if register is not None:
+            register(NAMESPACE.encode())
     except OSError as error:
         reason = f"the C++ backend was built but cannot be loaded ({error}): {HOW_TO_BUILD}"
         warnings.warn(f"cwdpo_kernels: {reason}", RuntimeWarning, stacklevel=3)

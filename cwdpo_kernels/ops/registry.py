@@ -26,7 +26,6 @@ from .._ops import add_op_namespace_prefix
 from . import schema
 
 PACKAGE = __package__.rpartition(".")[0]
-NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 
 Kernel = Callable[..., Any]
 
@@ -100,7 +99,7 @@ def forced(device_type: str, name: str) -> Iterator[None]:
     reason = f"{str(chosen.device).upper()} only" if elsewhere else chosen.loader()
     if reason is not None:
         raise RuntimeError(f"forced: expected the backend {name} on {device_type}, got none: {reason}")
-    override = torch.library.Library(NAMESPACE, "IMPL")
+    override = torch.library.Library(schema.NAMESPACE, "IMPL")
     with warnings.catch_warnings():  # torch warns about every kernel that is overridden
         warnings.filterwarnings("ignore", "Warning only once for all operators", UserWarning)
         for op, kernel in chosen.kernels.items():

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 
+NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 OPS: list[str] = []  # in the order of their definition
 
 Values = dict[str, Any]  # arguments, results and gradients by name
