@@ -24,14 +24,14 @@ FSDP2 = {
 
 
 def end_at(step: int) -> None:
-    plain = dpo.CWDPOTrainer._loss
+    plain = dpo.CWDPOTrainer._loss_output
 
     def loss(self: dpo.CWDPOTrainer, *args: object) -> object:
         if self.state.global_step == step:
             os._exit(0)
         return plain(self, *args)
 
-    dpo.CWDPOTrainer._loss = loss
+    dpo.CWDPOTrainer._loss_output = loss
 
 
 def main(kind: str, config: str, stop: str | None = None) -> int:

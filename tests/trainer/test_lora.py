@@ -18,7 +18,8 @@ from cwdpo_trainer.cli import main
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.models.distributed import prepare_reference
-from cwdpo_trainer.models.loading import AdapterReference, freeze_reference, load_model
+from cwdpo_trainer.models.loading import load_model
+from cwdpo_trainer.models.reference import AdapterReference, freeze_reference
 from cwdpo_trainer.models.reference_cache import fingerprint
 from cwdpo_trainer.stages import dpo
 
@@ -87,17 +88,17 @@ def test_a_run_that_was_stopped_between_checkpoints_goes_on(lora_settings, write
     whole = write_config({**lora_settings, "output_dir": str(tmp_path / "whole")})
     assert main(["run", str(whole)]) == 0
     config = write_config(lora_settings)
-    plain = dpo.CWDPOTrainer._loss
+    plain = dpo.CWDPOTrainer._loss_output
 
     def stopped(self, model, batch):
         if self.state.global_step == 5:
             raise KeyboardInterrupt
         return plain(self, model, batch)
 
-    monkeypatch.setattr(dpo.CWDPOTrainer, "_loss", stopped)
+    monkeypatch.setattr(dpo.CWDPOTrainer, "_loss_output", stopped)
     with pytest.raises(KeyboardInterrupt):
         main(["run", str(config)])
-    monkeypatch.setattr(dpo.CWDPOTrainer, "_loss", plain)
+    monkeypatch.setattr(dpo.CWDPOTrainer, "_loss_output", plain)
     assert main(["run", str(config)]) == 0
     folder = Path(lora_settings["output_dir"])
     assert results(folder) == results(tmp_path / "whole")

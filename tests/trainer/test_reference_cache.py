@@ -70,7 +70,7 @@ def test_a_damaged_line_is_found_wherever_the_damage_is(tmp_path, caplog):
         found = [known.get(list(some_pairs(seed, count=1)))[0] for seed in range(3)]
         assert [pair is None for pair in found] == [False, True, False]
         assert [record.getMessage() for record in caplog.records] == [
-            f"{path}: a line is damaged, its pairs are computed again"
+            f"{path}: a line is damaged; its pairs are computed again"
         ] * len(caplog.records)
         assert caplog.records
 
@@ -81,7 +81,7 @@ def test_a_line_that_was_cut_off_is_told_and_does_not_hide_the_next_file(tmp_pat
     path.write_bytes(path.read_bytes()[:-9])
     cache = ReferenceCache(tmp_path)
     assert [(record.levelno, record.getMessage()) for record in caplog.records] == [
-        (logging.WARNING, f"{path}: the last line was cut off, its pairs are computed again")
+        (logging.WARNING, f"{path}: the last line was cut off; its pairs are computed again")
     ]
     assert cache.get(list(some_pairs(0))) == [None] * 4
     cache.add(some_pairs(0))

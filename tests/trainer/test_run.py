@@ -188,7 +188,7 @@ def test_a_run_killed_in_a_cache_write_loses_nothing(settings, write_config, tmp
     folder = Path(settings["output_dir"])
     assert cache_lines(folder) == 3
     assert main(["run", str(config)]) == 0
-    assert "the last line was cut off, its pairs are computed again" in caplog.text
+    assert "the last line was cut off; its pairs are computed again" in caplog.text
     assert results(folder) == results(tmp_path / "whole")
     for name in ("cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name

@@ -29,7 +29,8 @@ from cwdpo_trainer.evaluation.card import Origin
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.evaluation.report import Results, print_table, write_report
 from cwdpo_trainer.files import read_json, replacing_folder, write_json
-from cwdpo_trainer.models.loading import Model, freeze_reference, load_model, load_processor, model_path
+from cwdpo_trainer.models.loading import Model, load_model, load_processor, model_path
+from cwdpo_trainer.models.reference import freeze_reference
 from cwdpo_trainer.negatives.sampling import caption
 from cwdpo_trainer.negatives.server import AnswerServer
 from cwdpo_trainer.reporter import say

@@ -1,32 +1,34 @@
-"""An answer's tokens are predicted from what comes before them, or training learns to copy."""
+"""Check that the model predicts each token of an answer from earlier tokens only. If not, it learns to copy."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
 
-from cwdpo_kernels import Head, linear_logprob
+from cwdpo_kernels import IGNORE_INDEX, Head, linear_logprob
+from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.errors import InputError
 
 
 @torch.no_grad()
 def check_causal(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> float:
-    """Log-probs of the answers do not change when the last token of each does, which no label's prediction may see.
+    """Check that log-probs of answers stay the same when the last token of each answer changes.
 
-    `inputs` of S rows padded on the right, `labels` [S, T] aligned with the hidden states that predict them; `model`
-    takes `head_op`. Returns the largest change, in nats. Raises `InputError` where it is more than rounding: where
-    the model attends to both sides, as with token types that it takes for those of a prompt.
+    Args:
+        model: takes `head_op`
+        inputs: S rows, padded on the right
+        labels: [S, T], aligned with the hidden states that predict them
+
+    Returns the largest change, in nats. Raises `InputError` if it exceeds rounding, which means that the model attends
+    in both directions: with token types that it takes for those of a prompt, for example.
     """
 
     def op(hidden: Tensor, head: Head) -> tuple[Tensor, torch.dtype]:
         return linear_logprob(hidden, head, labels), hidden.dtype
 
-    changed = dict(inputs, input_ids=_with_other_ends(inputs["input_ids"], labels))
-    training = [module for module in model.modules() if module.training]
-    model.eval()
-    (logp, dtype), (other, _) = (model(**batch, head_op=op) for batch in (inputs, changed))
-    for module in training:
-        module.training = True
+    changed = dict(inputs, input_ids=_change_last_tokens(inputs["input_ids"], labels))
+    with evaluating(model):
+        (logp, dtype), (other, _) = (model(**batch, head_op=op) for batch in (inputs, changed))
     worst = (logp - other).abs().max().item()
     tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * logp.abs().max().item())
     if not worst <= tolerance:
@@ -36,11 +38,15 @@ def check_causal(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) ->
     return worst
 
 
-def _with_other_ends(ids: Tensor, labels: Tensor) -> Tensor:
-    """The last token of each answer (the label of its last labelled state) replaced by the answer's first one."""
+def _change_last_tokens(ids: Tensor, labels: Tensor) -> Tensor:
+    """Replace the last token of each answer by the answer's first token.
+
+    The last token is the label of the row's last labelled position, so it lies one further right. No label is predicted
+    from it.
+    """
     ids = ids.clone()
-    for row, of_row in enumerate(labels >= 0):
-        labelled = of_row.nonzero().flatten().tolist()
-        if labelled:
-            ids[row, labelled[-1] + 1] = labels[row, labelled[0]]
+    for row, labelled in enumerate(labels != IGNORE_INDEX):
+        positions = labelled.nonzero().flatten().tolist()
+        if positions:
+            ids[row, positions[-1] + 1] = labels[row, positions[0]]
     return ids

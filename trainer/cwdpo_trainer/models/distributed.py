@@ -1,7 +1,7 @@
-"""Several processes: what is supported, and how the frozen reference is laid out over them.
+"""Training in several processes: the supported layouts, and how the frozen reference is distributed.
 
-DDP and FSDP2 go through accelerate, from its configuration (`accelerate launch --config_file`; see configs/). The
-policy's head is called inside the wrapped model, so that their hooks fire (`attach_head`).
+accelerate sets up DDP and FSDP2 from its own config file (`accelerate launch --config_file`; see launch/). The policy's
+head is called inside the wrapped model, so their hooks run (`attach_head`).
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from torch import nn
 from torch.distributed.fsdp import register_fsdp_forward_method
 
 from cwdpo_trainer.errors import require
-from cwdpo_trainer.models.loading import AdapterReference
+from cwdpo_trainer.models.reference import AdapterReference
 
-WHERE = "accelerate's configuration"
+WHERE = "accelerate config"
 
 
 def is_sharded(accelerator: Accelerator) -> bool:
@@ -28,15 +28,17 @@ def is_sharded(accelerator: Accelerator) -> bool:
 
 
 def largest(accelerator: Accelerator, number: int) -> int:
-    """`number`; the largest one of all processes where a model is sharded, as its forward takes all of them."""
+    """`number`; its maximum over all processes if the model is sharded, because then all take part in each forward."""
     if not is_sharded(accelerator):
         return number
     return int(accelerator.reduce(torch.tensor(number, device=accelerator.device), "max").item())
 
 
 def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
-    """Raise `InputError` for a layout that would train wrongly or could not save; choose the units of FSDP2 where the
-    configuration does not."""
+    """Raise `InputError` for a layout that would train wrongly or could not be saved.
+
+    Also chooses the modules that FSDP2 wraps, unless accelerate's config does.
+    """
     kind = accelerator.distributed_type
     require(kind != DistributedType.DEEPSPEED, WHERE, "distributed_type", "NO, MULTI_* or FSDP", kind.value)
     if not is_sharded(accelerator):
@@ -45,19 +47,19 @@ def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
     require(plugin.fsdp_version == 2, WHERE, "fsdp_version", 2, plugin.fsdp_version)
     state_dict = str(plugin.state_dict_type)
     require("FULL" in state_dict, WHERE, "fsdp_state_dict_type", "FULL_STATE_DICT", state_dict)
-    # The head is measured before it is sharded, in every process, and needs its weights there.
+    # Every process measures the head before it is sharded, and needs its weights.
     lean = plugin.cpu_ram_efficient_loading
     require(not lean, WHERE, "fsdp_cpu_ram_efficient_loading", "false", lean)
     if plugin.transformer_cls_names_to_wrap is None:
-        # accelerate would take all that the class names, and fail at those that this model does not have.
+        # accelerate would take every module that the class names, and fail for those that this model lacks.
         present = {type(module).__name__ for module in model.modules()}
         plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
 
 
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:
-    """The reference as the policy will be: whole or sharded, in its precision. An adapter's is the policy itself."""
+    """Put the reference on its device, sharded if the policy is, and in the policy's precision."""
     if isinstance(reference, AdapterReference):
-        # Asked before the library prepares the policy, too.
+        # It may be called before the library has moved the policy to its device.
         reference.precision = accelerator.autocast
         reference.move(accelerator.device)
         return reference
@@ -70,10 +72,10 @@ def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Modu
 
 @contextlib.contextmanager
 def saved_parameters_only(accelerator: Accelerator, model: nn.Module, checkpoint: str | None) -> Iterator[None]:
-    """For the time of loading an optimizer: parameters that never got a gradient count as frozen.
+    """Inside, parameters without optimizer state in `checkpoint` are frozen, so that the optimizer can be loaded.
 
-    Some towers have a layer that the language model never sees. It has no state in a checkpoint, and torch refuses to
-    load the checkpoint of a sharded model in which a trained parameter has none.
+    Some vision towers have a layer whose output the language model never uses. It gets no gradient, so it has no state,
+    and torch refuses to load the optimizer of a sharded model if a trainable parameter has none.
     """
     unused: list[nn.Parameter] = []
     if is_sharded(accelerator) and checkpoint is not None:

@@ -16,8 +16,9 @@ from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, read_rows
 from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError, describe, require, shorten
+from cwdpo_trainer.models.adapters import base_model
 from cwdpo_trainer.models.causality import check_causal
-from cwdpo_trainer.models.loading import base_model, load_model, load_processor, model_path
+from cwdpo_trainer.models.loading import load_model, load_processor, model_path
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
 

@@ -39,7 +39,8 @@ from cwdpo_trainer.evaluation.doctor import Doctor
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.distributed import check_distribution, prepare_reference, saved_parameters_only
-from cwdpo_trainer.models.loading import AdapterReference, Model, check_quantization, load_weights
+from cwdpo_trainer.models.loading import Model, check_quantization, load_weights
+from cwdpo_trainer.models.reference import AdapterReference
 from cwdpo_trainer.stages.checkpoints import had_stopped, mark_complete, state_of
 from cwdpo_trainer.stages.progress import CompactProgress
 

@@ -1,0 +1,98 @@
+"""LoRA adapters of a policy: how they are created, saved and switched.
+
+A policy with LoRA has the adapter POLICY, which is trained. It may have a second one, REFERENCE (reference.py).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, get_peft_model_state_dict
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
+from cwdpo_trainer.errors import InputError, describe
+
+POLICY, REFERENCE = "default", "reference"
+ADAPTER_FILE = "adapter_config.json"
+
+
+def base_model(path: str) -> str:
+    """The model that the adapter at `path` belongs to; `path` itself if it holds no adapter."""
+    adapter = Path(path, ADAPTER_FILE)
+    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
+
+
+def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArguments) -> PeftModel:
+    """The model with a trainable adapter: a new one, or the one at `lora.adapter`. Raises `InputError`."""
+    model = prepared_for_adapters(model, settings)
+    try:
+        if lora.adapter is not None:
+            return saving_policy_only(PeftModel.from_pretrained(model, lora.adapter, is_trainable=True))
+        config = LoraConfig(
+            r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
+            target_modules=lora.target_modules, exclude_modules=lora.exclude_modules,
+            modules_to_save=lora.modules_to_save, task_type="CAUSAL_LM",
+        )  # fmt: skip
+        return saving_policy_only(get_peft_model(model, config))
+    except (OSError, ValueError) as error:
+        raise InputError("config", "lora", "options that fit the model", describe(error)) from error
+
+
+def prepared_for_adapters(model: PreTrainedModel, settings: ModelArguments) -> PreTrainedModel:
+    """Quantized weights as adapters need them: all frozen, and the layers that are not quantized in float32."""
+    if settings.quantization is None:
+        return model
+    # The options of a stage decide about gradient checkpointing.
+    return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+
+
+def saving_policy_only(policy: PeftModel) -> PeftModel:
+    """Make `policy.save_pretrained` save the trained adapter only.
+
+    By default, peft also saves the reference's adapter. With an adapter on the head it also saves the whole head, in
+    case the vocabulary has grown; it never grows here.
+    """
+    policy.save_pretrained = functools.partial(
+        policy.save_pretrained, save_embedding_layers=False, selected_adapters=[POLICY]
+    )
+    return policy
+
+
+def adapter_weights(policy: PeftModel) -> dict[str, Tensor]:
+    """The weights of the trained adapter, by the names that peft saves them under."""
+    return get_peft_model_state_dict(policy, adapter_name=POLICY, save_embedding_layers=False)
+
+
+def changes_nothing(policy: PeftModel) -> bool:
+    """Whether the adapter is as good as none: every B is zero, and no module is trained as a whole."""
+    weights = adapter_weights(policy)
+    ups = {name: value for name, value in weights.items() if "lora_B" in name or "lora_embedding_B" in name}
+    downs = {name for name in weights if "lora_A" in name or "lora_embedding_A" in name}
+    return weights.keys() == ups.keys() | downs and not any(bool(value.any()) for value in ups.values())
+
+
+@contextlib.contextmanager
+def switched_adapter(policy: PeftModel, name: str | None) -> Iterator[None]:
+    """Inside, the adapter `name` is active; None: no adapter is.
+
+    Peft's own context managers also freeze the parameters of the inactive adapter. FSDP builds the gathered form of a
+    parameter once, and one built while it is frozen never gets a gradient again.
+    """
+    layers = [module for module in policy.modules() if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper)]
+    before = [(layer._disable_adapters, layer._active_adapter) for layer in layers]
+    try:
+        for layer in layers:
+            layer._disable_adapters = name is None
+            layer._active_adapter = layer._active_adapter if name is None else [name]
+        yield
+    finally:
+        for layer, (disabled, active) in zip(layers, before, strict=True):
+            layer._disable_adapters, layer._active_adapter = disabled, active
