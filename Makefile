@@ -1,33 +1,39 @@
-# Each target does all of its own set-up; a second call finds it done. `make help` lists them.
+# Every target sets up what it needs; a second call finds it done. `make help` lists the targets and the variables.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
+TORCH ?=
 BIN := $(VENV)/bin
-READY := $(VENV)/ready
-
-# On Linux without an NVIDIA driver only a CPU build of torch will do: its local version is asked for by name, so
-# that pip fails rather than fetch gigabytes of CUDA libraries where no CPU build is to be had. See CONTRIBUTING.md.
-CPU_ONLY := $(if $(filter Linux,$(shell uname -s)),$(if $(shell command -v nvidia-smi),,+cpu))
-TORCH ?= $(shell sed -n 's/^torch==.*/&/p' constraints.txt)$(CPU_ONLY)
+# A set-up leaves the file `ready`; one with TORCH=... also leaves a file named after TORCH, so that another TORCH sets up
+# again and no TORCH keeps what is there.
+READY := $(VENV)/ready$(if $(TORCH),-$(shell printf %s "$(TORCH)" | cksum | cut -d ' ' -f 1))
 
 .PHONY: help demo test sanitize lint format docs bench gpu clean
 
 help:
-	@echo "make demo    two-stage CW-DPO on handwritten digits; the picture and the figures land in runs/digits"
-	@echo "make test    the test suite"
-	@echo "make sanitize  the op tests on a C++ backend that watches its memory and its arithmetic (ASan, UBSan)"
-	@echo "make lint    ruff, check and format"
-	@echo "make bench   the CPU benchmarks; results land in benchmarks/results"
-	@echo "make gpu     on a machine with a GPU: the tests and the benchmarks there, into runs/gpu; installs nothing"
-	@echo "make format  ruff, applied"
-	@echo "make docs    the documentation site, into build/site"
-	@echo "make clean   remove everything that make made, runs included"
+	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics land in runs/digits"
+	@echo "make test      run the test suite"
+	@echo "make sanitize  run the op tests on a C++ backend built with ASan and UBSan"
+	@echo "make lint      ruff: check and format"
+	@echo "make format    ruff: apply fixes"
+	@echo "make docs      build the documentation site in build/site; any warning is an error"
+	@echo "make bench     run the CPU benchmarks; results land in benchmarks/results"
+	@echo "make gpu       on a machine with a GPU: tests and benchmarks into runs/gpu; installs nothing"
+	@echo "make clean     remove everything that make created, runs included"
+	@echo
+	@echo "PYTHON=python3.12     the Python to use, 3.11 or newer (default: python3)"
+	@echo "VENV=folder           the virtual environment (default: .venv)"
+	@echo "TORCH=torch==2.15.0   another torch than the one in constraints.txt, for example beside the default one:"
+	@echo "                      make test TORCH=torch==2.15.0 VENV=.venv-2.15"
 
-$(READY): pyproject.toml setup.py constraints.txt $(shell find csrc -name "*.cpp" -o -name "*.h")
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=...")'
-	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt setuptools "$(TORCH)"
-	$(BIN)/pip install --quiet --constraint constraints.txt --no-build-isolation --editable ".[trainer,bench,dev]"
-	touch $@
+# Any Python can run the version check; the script needs 3.11.
+$(READY): pyproject.toml setup.py constraints.txt tools/set_up.py $(shell find csrc -name "*.cpp" -o -name "*.h")
+	@command -v "$(PYTHON)" > /dev/null || { \
+		echo "set-up: $(PYTHON) was not found. Install Python 3.11 or newer, or name yours: make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "set-up: expected Python 3.11 or newer,\
+ got %d.%d. Name another one: make PYTHON=python3.12" % sys.version_info[:2])'
+	@rm -f $(VENV)/ready*
+	@"$(PYTHON)" tools/set_up.py --venv "$(VENV)" --torch "$(TORCH)"
+	@touch $(VENV)/ready $@
 
 demo: $(READY)
 	$(BIN)/cwdpo demo
@@ -35,7 +41,8 @@ demo: $(READY)
 test: $(READY)
 	$(BIN)/python -m pytest
 
-# A copy, so that the library of the tree stays as it is. Only the C++ is instrumented: leaks are Python's own business.
+# Builds in a copy, so that the library of the source tree stays as it is. Only the C++ is instrumented, so leaks in
+# Python are not reported.
 SANITIZED := build/sanitized
 sanitize: $(READY)
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
@@ -43,7 +50,7 @@ sanitize: $(READY)
 	rm -f $(SANITIZED)/cwdpo_kernels/*.so
 	cd $(SANITIZED) && CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
 		LDFLAGS="-fsanitize=address,undefined" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace --force
-	nm -D $(SANITIZED)/cwdpo_kernels/libcwdpo_cpu.so | grep -q __asan_report  # else the tests would prove nothing
+	nm -D $(SANITIZED)/cwdpo_kernels/libcwdpo_cpu.so | grep -q __asan_report  # without ASan the tests would prove nothing
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
 		ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/test_library.py \
 		-k "csrc or (test_library and not compiler)"

@@ -1,4 +1,4 @@
-"""Every op: schema, fake and autograd agree (opcheck); the public functions compile whole; the backend has a name."""
+"""Every op passes opcheck; the public functions compile without graph breaks; every device's backend has a name."""
 
 import pytest
 import torch
@@ -8,6 +8,9 @@ from cwdpo_kernels.testing import make_inputs
 
 OPS = torch.ops.cwdpo
 CU = torch.arange(5) * 3
+# From 2.15 on, torch reads .grad of non-leaf tensors inside opcheck and hides its own warning in a way that does not
+# work when warnings are errors.
+ignore_warning_of_opcheck = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
 
 
 def op_cases():
@@ -50,15 +53,17 @@ def op_cases():
 CASES = op_cases()
 
 
+@ignore_warning_of_opcheck
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("name", "args"), CASES, ids=[name for name, _ in CASES])
 def test_opcheck(name, args):
     torch.library.opcheck(getattr(OPS, name).default, args)
 
 
+@ignore_warning_of_opcheck
 @pytest.mark.usefixtures("backend")
 def test_opcheck_of_tiles_kept_in_the_memory_of_the_gradient():
-    """Nothing is compared: what no tile takes is left as it was."""
+    """Without the tests that compare values: memory that no tile uses stays uninitialised."""
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
     torch.library.opcheck(OPS.linear_logprob.default, (*CASES[0][1][:-1], None), test_utils=tests)
 
