@@ -7,7 +7,7 @@ BIN := $(VENV)/bin
 # again and no TORCH keeps what is there.
 READY := $(VENV)/ready$(if $(TORCH),-$(shell printf %s "$(TORCH)" | cksum | cut -d ' ' -f 1))
 
-.PHONY: help demo test sanitize lint format docs bench gpu clean
+.PHONY: help demo test sanitize lint typecheck format docs wheel bench gpu clean
 
 help:
 	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics land in runs/digits"
@@ -15,7 +15,9 @@ help:
 	@echo "make sanitize  run the op tests on a C++ backend built with ASan and UBSan"
 	@echo "make lint      ruff: check and format"
 	@echo "make format    ruff: apply fixes"
+	@echo "make typecheck  mypy"
 	@echo "make docs      build the documentation site in build/site; any warning is an error"
+	@echo "make wheel     build sdist and wheel in dist/, test the wheel in the environments of WHEEL_ENVS"
 	@echo "make bench     run the CPU benchmarks; results land in benchmarks/results"
 	@echo "make gpu       on a machine with a GPU: tests and benchmarks into runs/gpu; installs nothing"
 	@echo "make clean     remove everything that make created, runs included"
@@ -24,6 +26,7 @@ help:
 	@echo "VENV=folder           the virtual environment (default: .venv)"
 	@echo "TORCH=torch==2.15.0   another torch than the one in constraints.txt, for example beside the default one:"
 	@echo "                      make test TORCH=torch==2.15.0 VENV=.venv-2.15"
+	@echo "WHEEL_ENVS=3.12:2.15.0   a list of PYTHON:TORCH for make wheel"
 
 # Any Python can run the version check; the script needs 3.11.
 $(READY): pyproject.toml setup.py constraints.txt tools/set_up.py $(shell find csrc -name "*.cpp" -o -name "*.h")
@@ -58,6 +61,14 @@ sanitize: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+
+typecheck: $(READY)
+	$(BIN)/mypy
+
+# Each PYTHON:TORCH is an environment that the wheel is installed into and tested in.
+WHEEL_ENVS ?= 3.11:2.11.0 3.11:2.13.0 3.13:2.15.0
+wheel: $(READY)
+	$(BIN)/python tools/wheel.py $(WHEEL_ENVS)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .

@@ -1,4 +1,4 @@
-"""Bad arguments: one error that names the argument, what was expected and what came."""
+"""Bad arguments raise one error that names the argument, what was expected and what it got."""
 
 import re
 

@@ -1,6 +1,8 @@
-"""The C++ backend as a library: built where there is a compiler, never missed silently, alike for any thread count."""
+"""The C++ backend: built if there is a compiler, reported if missing, equal within rounding for any thread count."""
 
 import ctypes
+import os
+import runpy
 import shutil
 import subprocess
 import sys
@@ -33,7 +35,7 @@ def test_a_machine_with_a_compiler_has_it():
 
 
 def test_without_the_library(monkeypatch, tmp_path):
-    """Not built, or built and broken: portable is named, with the reason; asked for by name there is an error."""
+    """Not built, or built and broken: portable runs and the reason is given; asking for csrc by name is an error."""
     monkeypatch.setattr(library, "PATH", tmp_path / "libcwdpo_cpu.so")
     assert ck.backend("cpu") == "portable"
     assert "was not built: install a C++ compiler" in ck.missing_backend("cpu")
@@ -50,8 +52,8 @@ def test_there_is_no_csrc_on_a_gpu():
 
 
 @needs_library
-def test_the_library_is_what_runs():
-    """Arguments that the public functions would refuse reach the C++ checks, in their own words."""
+def test_ops_run_the_library():
+    """Direct calls of the ops skip the public functions' checks and meet those of the C++ code."""
     hidden, weight, labels = torch.randn(3, 8), torch.randn(5, 8), torch.tensor([0, 5, -100])
     arguments = (1.0, None, -100, False, False, 0, 0)
     with pytest.raises(RuntimeError, match="linear_logprob: expected labels to have values below 5, got 5"):
@@ -63,7 +65,7 @@ def test_the_library_is_what_runs():
         with pytest.raises(RuntimeError, match=f"expected kept to have {message}"):
             torch.ops.cwdpo.linear_logprob_backward_(*saved, kept, 1.0, None, -100, True, True, False, 0)
     logp, *_ = torch.ops.cwdpo.linear_logprob(hidden, weight[:0], None, torch.full((3,), -100), *arguments)
-    assert (logp == 0).all()  # an empty vocabulary is no reason to die
+    assert (logp == 0).all()  # an empty vocabulary does not crash
     refs, offsets = (torch.zeros(1), torch.zeros(1)), torch.tensor([0, 1, 4])
     with pytest.raises(RuntimeError, match="expected cu_seqlens to have last value 3, got 4"):
         torch.ops.cwdpo.cwdpo_loss(torch.zeros(3), labels, None, offsets, *refs, 0.1, -3, 1, None, None, False, -100)
@@ -76,7 +78,7 @@ def test_the_library_is_what_runs():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_threads(frozen, dtype):
-    """The same bits from run to run at a fixed number of threads; within rounding between numbers of threads."""
+    """Bitwise equal between runs with the same number of threads; equal within rounding between numbers of threads."""
     hidden, head, labels = make_inputs((300,), 3001, 65, dtype, bias=not frozen)
     head.weight.requires_grad_(not frozen)
     runs = {}
@@ -94,8 +96,8 @@ def test_threads(frozen, dtype):
 @pytest.mark.parametrize("workspace_bytes", [1, None], ids=["small_tiles", "tiles"])
 @pytest.mark.parametrize("shape", [(300, 65), (60, 301), (1500, 33)], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_what_is_kept_changes_no_bit(dtype, shape, workspace_bytes, kept_bytes):
-    """More tokens than hidden dimensions, fewer, and several blocks of them."""
+def test_kept_tiles_change_no_bit(dtype, shape, workspace_bytes, kept_bytes):
+    """With more tokens than hidden dimensions, with fewer, and with several blocks of tokens."""
     tokens, dim = shape
     hidden, head, labels = make_inputs((tokens,), 3001, dim, dtype)
     kept = step(hidden, head, labels, ck.MemoryBudget(workspace_bytes, kept_bytes))
@@ -105,7 +107,7 @@ def test_what_is_kept_changes_no_bit(dtype, shape, workspace_bytes, kept_bytes):
 
 @pytest.mark.parametrize("name", ["portable", pytest.param("csrc", marks=needs_library)])
 def test_tiles_lie_in_the_memory_of_the_gradient(name):
-    """Forward takes it, and autograd hands it on without a copy."""
+    """Forward allocates the gradient and keeps tiles in it; autograd returns the same memory without a copy."""
     hidden, head, labels = make_inputs((30,), 3001, 65)
     arguments = (head.bias, labels, 1.0, None, -100, False, False, 1)
     with ops.forced("cpu", name):
@@ -121,7 +123,7 @@ def test_tiles_lie_in_the_memory_of_the_gradient(name):
 @needs_library
 @pytest.mark.parametrize("kept_bytes", [3001 * 300 * 2, None], ids=["half", "all"])
 def test_rows_without_a_gradient_are_left_out_of_kept_tiles(kept_bytes):
-    """Kept tiles hold every labelled row: the rows that still count are picked from between those that do not."""
+    """Kept tiles hold every labelled row. Backward uses only the rows whose upstream gradient is not zero."""
     hidden, head, labels = make_inputs((300,), 3001, 65, bias=True, scale=0.7, softcap=5.0)
     counts = (torch.arange(300) % 3 == 0).float()
     grads = []
@@ -137,7 +139,7 @@ def test_rows_without_a_gradient_are_left_out_of_kept_tiles(kept_bytes):
 
 @needs_library
 def test_gradients_keep_the_layout_of_what_they_belong_to():
-    """As the fakes promise, for a compiler that plans strides from them: transposed tensors straight into the ops."""
+    """Transposed inputs get gradients with the strides that the fakes report, because torch.compile relies on them."""
     hidden, weight, labels = torch.randn(8, 30).T, torch.randn(8, 50).T, torch.arange(30)
     labels[::3] = -100
     arguments = (hidden, weight, None, labels, 1.0, None, -100, False, False, 0, 0)
@@ -159,7 +161,7 @@ PRODUCTS = ["torch.mm", "avx512", "avx512bf16"]  # in the order of gemm.h
 
 @pytest.fixture(params=range(len(PRODUCTS)), ids=PRODUCTS)
 def products(request):
-    """What a head's products run on: each of the processor's instruction sets, and torch's products."""
+    """The implementation of a head's matrix products: torch.mm, or ours for an instruction set of this processor."""
     limit = ctypes.CDLL(str(library.PATH)).cwdpo_limit_gemm
     if limit(request.param) != request.param:
         limit(len(PRODUCTS) - 1)
@@ -168,14 +170,14 @@ def products(request):
     limit(len(PRODUCTS) - 1)
 
 
-# Blocks of 6 rows, panels of 64 columns, vectors, pairs: they end everywhere. Several tiles, blocks, parts of a sum.
+# Sizes that are no multiples of 6-row blocks, 64-column panels, vectors or pairs; several tiles, blocks, partial sums.
 SHAPES = [(1, 1, 1), (1, 2, 3), (5, 17, 2), (7, 507, 123), (65, 129, 64), (70, 400, 2048), (1100, 700, 33)]
 
 
 @needs_library
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bfloat16(shape, products):
-    """Log-probs and statistics as exact as in float32; gradients as far off as rounding them to bfloat16 explains."""
+    """Log-probs and statistics are as accurate as in float32; gradients are off by one rounding to bfloat16."""
     tokens, vocab, dim = shape
     hidden, head, labels = make_inputs((tokens,), vocab, dim, torch.bfloat16, labelled=1.0)
     hidden64, head64 = as_float64(hidden, head)
@@ -191,14 +193,14 @@ def test_bfloat16(shape, products):
     head.weight.requires_grad_(False)
     logp, grad = step(hidden, head, labels)
     assert relative_error(logp, truth) < 1e-6
-    assert relative_error(grad, expected[0]) < 3e-3  # rounded twice: once as the direction, once scaled
+    assert relative_error(grad, expected[0]) < 3e-3  # rounded twice: the direction, then its scaled value
 
 
 @needs_library
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_products_of_floats(shape, dtype, products):
-    """As exact as float32 sums are; half-precision gradients are rounded once."""
+    """As accurate as float32 sums; half-precision gradients are rounded once."""
     tokens, vocab, dim = shape
     hidden, head, labels = make_inputs((tokens,), vocab, dim, dtype, labelled=1.0)
     hidden64, head64 = as_float64(hidden, head)
@@ -228,7 +230,7 @@ def test_weights_of_any_layout(dtype, products):
 @needs_library
 @pytest.mark.parametrize("p_label", [0.9, 0.9999])
 def test_confident_labels_keep_their_gradient(p_label, products):
-    """Within 5 % of the error that rounding the exact gradient to bfloat16 makes: no operand's rounding is seen."""
+    """The error is within 5 % of that of rounding the exact gradient to bfloat16: no operand was rounded before."""
     hidden, head, labels = confident_inputs(p_label, 64, 2000, 256, torch.bfloat16)
     hidden64, head64 = as_float64(hidden, head)
     exact = torch.autograd.grad(reference.linear_logprob(hidden64, head64, labels).sum(), leaves(hidden64, head64))
@@ -237,16 +239,29 @@ def test_confident_labels_keep_their_gradient(p_label, products):
         assert relative_error(actual, expected) < 1.05 * relative_error(expected.bfloat16(), expected)
 
 
-def test_installs_without_a_compiler(tmp_path, monkeypatch):
-    """The wheel is made all the same, without the library."""
-    source = tmp_path / "source"
-    ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "runs", "*.egg-info")
-    shutil.copytree(ROOT, source, ignore=ignored)
-    monkeypatch.setenv("CC", "/bin/false")
-    monkeypatch.setenv("CXX", "/bin/false")
-    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", tmp_path]
-    subprocess.run([*command, source], check=True, capture_output=True)
-    (wheel,) = tmp_path.glob("cwdpo_kernels-*-py3-none-*.whl")
-    names = zipfile.ZipFile(wheel).namelist()
+@pytest.fixture(scope="module")
+def wheel_without_library(tmp_path_factory):
+    """The wheel as it is built on a machine whose compiler fails."""
+    folder = tmp_path_factory.mktemp("wheel")
+    ignored = shutil.ignore_patterns("*.so", "__pycache__", ".*", "build", "dist", "runs", "*.egg-info")
+    shutil.copytree(ROOT, folder / "source", ignore=ignored)
+    command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "-w", folder]
+    environment = {**os.environ, "CC": "/bin/false", "CXX": "/bin/false"}
+    subprocess.run([*command, folder / "source"], check=True, capture_output=True, env=environment)
+    (wheel,) = folder.glob("cwdpo_kernels-*-py3-none-*.whl")
+    return wheel
+
+
+def test_installs_without_a_compiler(wheel_without_library):
+    names = zipfile.ZipFile(wheel_without_library).namelist()
     assert "cwdpo_kernels/ops/library.py" in names
     assert not [name for name in names if name.endswith(".so")]
+
+
+def test_make_wheel_refuses_what_is_built_without_a_compiler(wheel_without_library):
+    require_library = runpy.run_path(str(ROOT / "tools" / "wheel.py"))["require_library"]
+    message = (
+        r"expected cwdpo_kernels-.*\.whl to contain cwdpo_kernels/libcwdpo_cpu.so, got none: install a C\+\+ compiler"
+    )
+    with pytest.raises(SystemExit, match=message):
+        require_library(wheel_without_library)
