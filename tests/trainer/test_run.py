@@ -115,8 +115,8 @@ def test_a_run_leaves_its_results_and_is_not_repeated(config, settings, capsys):
         "exact match of captions",
         "CIDEr",
         "ECE, chosen",
-        "TV against reference",
-        f"found drift (stage dpo, step 6): {finding['evidence']}; {finding['advice']}",
+        "TV, chosen",
+        f"found drift (stage dpo, step 6): {finding['evidence']}. Try this: {finding['advice']}.",
         str(folder / "dynamics.png"),
     ):
         assert text in table
