@@ -1,7 +1,7 @@
-"""One of two gloo processes: trains a tiny model in every layout, and rank 0 writes what came out.
+"""One of two gloo processes. Trains a tiny model in every layout; rank 0 writes the results.
 
-Called by test_distributed.py: `python layout_worker.py OUT`, with RANK, WORLD_SIZE and the address in the
-environment. Each process has one pair of a batch of two.
+test_distributed.py calls `python layout_worker.py OUT`, with RANK, WORLD_SIZE and the address in the environment. Each
+process has one pair of a batch of two.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def _head_in_the_root(model: nn.Module) -> None:
 
 
 def _head_with_the_norm(model: nn.Module) -> None:
-    """As accelerate lays out a model: tied embeddings go with the head."""
+    """The layout of accelerate: tied embeddings share the unit of the head."""
     head, embedding = model.get_output_embeddings(), model.get_input_embeddings()
     shared = [embedding] if head.weight is embedding.weight else []
     fully_shard([model.model.language_model.norm, *shared, head], reshard_after_forward=False)
@@ -66,7 +66,7 @@ LAYOUTS = {
 
 
 def batch(name: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
-    """A model, and 2 pairs: chosen rows first. Rows 0 and 2 are process 0's."""
+    """A model and 2 pairs, chosen rows first. Process 0 has rows 0 and 2."""
     torch.manual_seed(1)
     model, inputs = MODELS[name]()
     inputs = {key: torch.cat([value, value]) for key, value in inputs.items()}
@@ -77,7 +77,7 @@ def batch(name: str) -> tuple[nn.Module, dict[str, Tensor], Tensor]:
 
 
 def share(inputs: dict[str, Tensor], labels: Tensor, rank: int) -> tuple[dict[str, Tensor], Tensor]:
-    """The rows of one process; rows of patches go with their image."""
+    """The rows of one process. Image patches belong to the row of their image."""
 
     def rows(value: Tensor) -> Tensor:
         per_row = value.unflatten(0, (4, -1))
@@ -87,7 +87,7 @@ def share(inputs: dict[str, Tensor], labels: Tensor, rank: int) -> tuple[dict[st
 
 
 def train(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, references: Tensor) -> dict:
-    """20 steps; the loss of each, the gradients of the first, the weights after the last."""
+    """Train `STEPS` steps. Returns the loss of each, the gradients of the first and the weights after the last."""
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
     losses, grads = [], {}
     for step in range(STEPS):
@@ -129,7 +129,7 @@ def main(out: Path) -> None:
         model, inputs, labels = batch(name)
         attach_head(model)
         mine = share(inputs, labels, rank)
-        # Some towers have a layer that the language model never sees.
+        # Some vision towers have a layer whose output the language model never uses.
         wrapped = nn.parallel.DistributedDataParallel(copy.deepcopy(model), find_unused_parameters=True)
         found = train(wrapped, *mine, REFERENCES[:, rank : rank + 1])
         for key in ("grads", "weights"):

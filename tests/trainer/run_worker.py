@@ -1,7 +1,7 @@
 """One process of a distributed run on CPUs: `python run_worker.py {ddp,fsdp} CONFIG [STOP]`, ranks in the environment.
 
-With STOP both processes end without a word before step STOP of stage 2.
-accelerate shards on accelerators only: its check of the device is what is changed here, and nothing of how it shards.
+With STOP, both processes exit abruptly before step STOP of stage 2. accelerate shards on accelerators only, so this
+worker replaces its device check; how it shards is unchanged.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""No answer sees its own future; with PaliGemma, which tells prompts from answers by token types, one easily would."""
+"""Answers do not attend to later tokens. PaliGemma would, if token types marked its answers as part of the prompt."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:__array__ implementation:Depreca
 
 @pytest.fixture
 def paligemma(tmp_path):
-    """(model, collator, pairs) of two rows."""
+    """(model, collator, pairs), with two rows."""
     collator = PairCollator(PROCESSORS["paligemma"]())
     tokenizer = collator.tokenizer
     config = hf.PaliGemmaConfig(
@@ -54,7 +54,7 @@ def test_the_prompt_is_a_prefix_and_the_answer_its_suffix(paligemma):
     assert check_causal(model, *batch) < 1e-4
 
 
-def test_a_model_that_sees_both_sides_is_refused(paligemma):
+def test_a_bidirectional_model_is_refused(paligemma):
     model, _, pairs = paligemma
     batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
     assert check_head(model, *batch) < 1e-4  # which cannot see it

@@ -1,4 +1,4 @@
-"""The head call on the model classes that people train, with peft around them, and on classes that it refuses."""
+"""The fused head on the model classes that people train, also under peft, and on classes that it refuses."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def fused_logp(model, inputs, labels):
 
 
 def compare(model, inputs, labels, expected_from=None):
-    """Values and the gradient of every parameter, beside those of the model's own logits."""
+    """Compare values and the gradient of every parameter with those of the model's own logits."""
     twin = copy.deepcopy(model) if expected_from is None else expected_from
     weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(3))
     fused, own = fused_logp(model, inputs, labels), own_logp(twin, inputs, labels)
@@ -62,7 +62,7 @@ def compare(model, inputs, labels, expected_from=None):
     assert compared
 
 
-def test_fused_logp_and_gradients_are_the_models_own(tiny):
+def test_fused_logp_and_gradients_equal_the_models_own(tiny):
     name, model, inputs, labels = tiny
     info = attach_head(model)
     expected = EXPECTED.get(name, (1.0, None))
@@ -101,7 +101,7 @@ def test_lora(make, targets, order):
 
 
 @pytest.mark.parametrize("order", ["attached first", "peft first"])
-def test_a_head_that_is_trained_beside_lora(order):
+def test_a_fully_trained_head_with_lora_elsewhere(order):
     model, inputs = llava()
     labels = answer_labels(inputs)
     if order == "attached first":
@@ -119,7 +119,7 @@ def test_a_head_that_is_trained_beside_lora(order):
 
 
 @pytest.mark.filterwarnings("ignore:`lora_bias=True` was passed:peft.utils.warning.PeftWarning")
-def test_a_bias_of_lora():
+def test_lora_with_a_bias():
     model, inputs = llama()
     wrapped = lora(model, ["lm_head"], lora_bias=True)
     with torch.no_grad():
@@ -134,7 +134,7 @@ def test_dora_on_the_head_is_refused():
         attach_head(wrapped)
 
 
-def test_lora_dropout_is_that_of_the_layer():
+def test_lora_dropout_equals_the_layers():
     model, inputs = llama()
     labels = answer_labels(inputs)
     wrapped = lora(model, ["lm_head"], lora_dropout=0.5).train()
@@ -148,7 +148,7 @@ def test_lora_dropout_is_that_of_the_layer():
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_short_dtypes(dtype):
+def test_half_precision(dtype):
     for make in (llava, functools.partial(qwen2_5_vl, tied=True), *(CLASSES[name] for name in EXPECTED)):
         model, inputs = make()
         inputs = {key: value.to(dtype) if value.is_floating_point() else value for key, value in inputs.items()}
@@ -176,7 +176,7 @@ def llama4():
 
 
 @pytest.mark.parametrize("make", [blip2, llama4])
-def test_a_model_that_does_not_keep_its_backbone_below_its_head_is_refused(make):
+def test_a_model_whose_head_is_not_on_top_of_its_backbone_is_refused(make):
     model = make()
     with pytest.raises(HeadError, match=r"attach_head: expected \w+ to have .*, got "):
         attach_head(model)

@@ -1,5 +1,5 @@
-"""Two gloo processes give the gradients and the trajectory of one, whatever unit of FSDP2 the head is in; whole runs
-too, full and with LoRA, over an interruption."""
+"""Two gloo processes give the gradients and the trajectory of one, whichever FSDP2 unit holds the head. So do whole
+runs, with and without LoRA, that are interrupted and resumed."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ import run_worker
 
 
 def launch(*command: str, processes: int = 2, timeout: float = 300) -> None:
-    """`command` in `processes` processes that find one another; the output of one that fails is the message."""
+    """Run `command` in `processes` connected processes. If one fails, the assertion shows the output of all."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -39,7 +39,7 @@ def launch(*command: str, processes: int = 2, timeout: float = 300) -> None:
     finally:
         for process in started:
             process.kill()
-    # The first to fail takes the others along: all outputs are needed to see which it was.
+    # The first failure makes the others fail too, so show all outputs.
     assert [process.returncode for process in started] == [0] * processes, "\n".join(out[-3000:] for out in outputs)
 
 
@@ -52,7 +52,7 @@ def results(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def expected() -> dict:
-    """The same training in one process, with both pairs in its batch."""
+    """The same training in one process, with both pairs in one batch."""
     found = {}
     for name in worker.MODELS:
         model, inputs, labels = worker.batch(name)
@@ -65,7 +65,7 @@ LAYOUTS = [(name, "ddp") for name in worker.MODELS] + list(worker.LAYOUTS)
 
 
 @pytest.mark.parametrize(("name", "layout"), LAYOUTS)
-def test_two_processes_are_one(results, expected, name, layout):
+def test_two_processes_equal_one(results, expected, name, layout):
     found, one = results[name, layout], expected[name]
     assert found["losses"] == pytest.approx(one["losses"], rel=1e-4)
     assert one["losses"][-1] < 0.7 * one["losses"][0]
@@ -77,22 +77,22 @@ def test_two_processes_are_one(results, expected, name, layout):
 
 
 def logged(folder: Path) -> dict[str, list[float]]:
-    """Every figure that the two stages logged, training and probes, without the timing."""
-    figures: dict[str, list[float]] = {}
+    """All metrics that both stages logged, from training and probes, except timings."""
+    metrics: dict[str, list[float]] = {}
     for stage in ("sft", "cwdpo"):
         history = json.loads((folder / stage / "trainer_state.json").read_text())["log_history"]
         for entry in history:
             for name, value in entry.items():
                 if isinstance(value, float) and not name.startswith("train_"):
-                    figures.setdefault(f"{stage}/{name}", []).append(value)
-    return figures
+                    metrics.setdefault(f"{stage}/{name}", []).append(value)
+    return metrics
 
 
 @pytest.mark.parametrize(("kind", "lora"), [("ddp", True), ("fsdp", False)])
-def test_a_run_of_two_processes_is_a_run_of_one(settings, write_config, tmp_path, kind, lora):
+def test_a_run_of_two_processes_equals_a_run_of_one(settings, write_config, tmp_path, kind, lora):
     if lora:
         settings["lora"] = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"]}
-    settings["sft"]["nll_floor"] = 6.5  # above some batches' mean and below others'
+    settings["sft"]["nll_floor"] = 6.5  # between the means of the batches
     settings["dpo"].update(onpolicy_fraction=0.0, drop_below=-4.2)
     for stage in ("sft", "dpo"):
         settings[stage].update(max_steps=10, eval_steps=5, logging_steps=1, use_cpu=True)
@@ -107,16 +107,16 @@ def test_a_run_of_two_processes_is_a_run_of_one(settings, write_config, tmp_path
     assert found.keys() == expected.keys()
     assert max(expected["sft/penalty"]) > 0
     assert min(expected["cwdpo/kept"]) < 1
-    for figures in (expected, found):
-        del figures["cwdpo/accuracy"][0]  # of margins that are 0 but for a rounding
+    for metrics in (expected, found):
+        del metrics["cwdpo/accuracy"][0]  # margins are 0 up to rounding
     for name, values in expected.items():
-        # Calibration error counts tokens in bins, whose edges a rounding can cross.
+        # Rounding can move a token across the edge of a bin of the calibration error.
         tolerance = {"rel": 2e-3, "abs": 2e-2 if "ece" in name else 1e-4}
         assert found[name] == pytest.approx(values, **tolerance), name
 
 
-def test_processes_of_a_sharded_model_draw_together(settings, write_config):
-    """Only some of them need answers at a step, and not equally many: the others must take part in each forward."""
+def test_processes_of_a_sharded_model_sample_together(settings, write_config):
+    """At a step, processes need different numbers of answers, or none, but all must take part in each forward."""
     del settings["sft"]
     settings["dpo"].update(
         max_steps=8, eval_steps=8, use_cpu=True, per_device_train_batch_size=1, onpolicy_fraction=0.5,

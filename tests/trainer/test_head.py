@@ -1,4 +1,4 @@
-"""The head is called, not read: same values and gradients, every key forwarded, wrong models refused."""
+"""`attach_head`: same values and gradients, all inputs forwarded, unsupported models refused."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_every_key_reaches_the_backbone(model, batch):
     assert seen.keys() == {*batch.inputs, "mm_token_type_ids", "use_cache"}
 
 
-def test_generate_save_and_plain_forward_are_as_before(model, batch, collator, rows, tmp_path):
+def test_generate_save_and_plain_forward_are_unchanged(model, batch, collator, rows, tmp_path):
     prompts = collator.prompts(rows[:2], padding_side="left")
     before = model.generate(**prompts, max_new_tokens=4, do_sample=False)
     logits = model(**batch.inputs).logits
@@ -81,7 +81,7 @@ def test_a_copy_calls_its_own_head(model, batch):
     torch.testing.assert_close(fused_logp(twin, batch).double(), own_logp(twin, batch), rtol=1e-4, atol=1e-4)
 
 
-def test_autocast_casts_hidden_states_and_head_alike(model, batch):
+def test_autocast_casts_hidden_states_and_head(model, batch):
     attach_head(model)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         dtypes = model(**batch.inputs, head_op=lambda hidden, head: (hidden.dtype, head.weight.dtype))
@@ -97,7 +97,7 @@ def test_check_head_accepts_the_model_and_keeps_its_mode(model, batch):
 
 
 class Changed(LlavaForConditionalGeneration):
-    """Does to its logits what `change` says."""
+    """A model that applies `change` to its logits."""
 
     change = staticmethod(lambda logits: logits)
 
@@ -140,7 +140,7 @@ def masked(logits):
     [masked, lambda z: z + 1, lambda z: -z, lambda z: z.clamp(-50, 50), lambda z: z[..., :-1], lambda z: z.relu()],
     ids=["masked", "shifted", "negated", "clamped", "cut", "relu"],
 )
-def test_attach_refuses_logits_of_another_function(model, change):
+def test_attach_refuses_other_transforms_of_the_logits(model, change):
     changed = Changed(model.config)
     changed.change = change
     with pytest.raises(HeadError, match=r"attach_head: Changed: expected its logits to"):
@@ -149,7 +149,7 @@ def test_attach_refuses_logits_of_another_function(model, change):
     assert "forward" not in vars(changed.lm_head)
 
 
-def test_check_head_refuses_a_model_that_changed_its_mind(model, batch):
+def test_check_head_refuses_a_model_that_changed_later(model, batch):
     changed = Changed(model.config)
     attach_head(changed)
     changed.change = lambda logits: logits * 1.5

@@ -1,4 +1,4 @@
-"""Runs with LoRA: the reference is the same model with another adapter, and what a stage saves goes on."""
+"""Runs with LoRA: the reference is the same model with another adapter, and saved adapters can be trained further."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def base_weights(folder):
     return load_model(ModelArguments(str(folder)), str(folder), None).state_dict()
 
 
-def test_a_run_trains_the_adapters_and_nothing_else(lora_settings, write_config, task):
+def test_a_run_trains_only_the_adapters(lora_settings, write_config, task):
     assert main(["run", str(write_config(lora_settings))]) == 0
     folder = Path(lora_settings["output_dir"])
     probes = results(folder)["after_cwdpo"]["probes"]
@@ -84,7 +84,7 @@ def test_the_reference_of_stage_two_is_the_adapter_of_stage_one(lora_settings, w
     assert any(not torch.equal(before[name], after[name]) for name in trained)
 
 
-def test_a_run_that_was_stopped_between_checkpoints_goes_on(lora_settings, write_config, tmp_path, monkeypatch):
+def test_a_run_stopped_between_checkpoints_resumes(lora_settings, write_config, tmp_path, monkeypatch):
     whole = write_config({**lora_settings, "output_dir": str(tmp_path / "whole")})
     assert main(["run", str(whole)]) == 0
     config = write_config(lora_settings)
@@ -117,8 +117,8 @@ def logits(model, collator, rows):
     return model(**collator.prompts(rows[:2])).logits.detach()
 
 
-def test_references_have_names_of_their_own(adapted, collator):
-    """Of the base, and of the adapter in place if there is one, but never of the one in training."""
+def test_references_have_distinct_fingerprints(adapted, collator):
+    """A fingerprint covers the base model and the reference's adapter, but not the adapter in training."""
 
     def name(reference):
         return fingerprint(reference, collator.processor, "weights")
@@ -144,8 +144,8 @@ def test_references_have_names_of_their_own(adapted, collator):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_reference_is_computed_in_the_precision_of_training_from_the_start(adapted, collator, rows, dtype):
-    """Cooling and curriculum ask it before the library prepares the policy, and the cache keeps what it says."""
+def test_a_reference_has_the_precision_of_training_from_the_start(adapted, collator, rows, dtype):
+    """Cooling and curriculum call it before the library prepares the policy, and the cache stores its log-probs."""
     attach_head(adapted)
     AcceleratorState._reset_state(reset_partial_state=True)  # one precision a process, else
     accelerator = Accelerator(mixed_precision="no" if dtype == torch.float32 else "bf16", cpu=True)
@@ -168,7 +168,7 @@ def test_a_new_adapter_needs_no_copy(adapted, collator, rows):
     assert freeze_reference(adapted).adapter == "reference"
 
 
-def test_the_policy_is_as_it_was_after_a_call_of_its_reference(adapted, collator, rows):
+def test_a_call_of_the_reference_leaves_the_policy_unchanged(adapted, collator, rows):
     reference = freeze_reference(adapted.train())
     trainable = {name for name, parameter in adapted.named_parameters() if parameter.requires_grad}
     reference(**collator.prompts(rows[:2]))
@@ -179,7 +179,7 @@ def test_the_policy_is_as_it_was_after_a_call_of_its_reference(adapted, collator
     assert list(reference.parameters()) == []
 
 
-def test_a_pretrained_adapter_is_the_start_and_the_reference(adapted, collator, rows, task, tmp_path):
+def test_a_pretrained_adapter_is_both_start_and_reference(adapted, collator, rows, task, tmp_path):
     with torch.no_grad():
         for name, parameter in adapted.named_parameters():
             if "lora_B" in name:
@@ -204,13 +204,13 @@ def test_a_frozen_tower_is_not_trained(task):
         load_model(ModelArguments(settings.path, freeze=["tower"]), settings.path, None)
 
 
-def test_wrong_targets_are_refused_by_name(task):
+def test_unknown_target_modules_are_named(task):
     settings = ModelArguments(str(task / "model"))
     with pytest.raises(InputError, match=r"lora: expected options that fit the model, got .*no_such_layer"):
         load_model(settings, settings.path, LoraArguments(target_modules=["no_such_layer"]))
 
 
-def test_checkpoints_of_activations_change_nothing(lora_settings, write_config, tmp_path):
+def test_gradient_checkpointing_changes_nothing(lora_settings, write_config, tmp_path):
     lora_settings["dpo"]["onpolicy_fraction"] = 0.0
     assert main(["run", str(write_config(lora_settings))]) == 0
     plain = results(Path(lora_settings["output_dir"]))
@@ -225,7 +225,7 @@ def test_checkpoints_of_activations_change_nothing(lora_settings, write_config, 
 
 @pytest.fixture
 def wide(task, tmp_path) -> Path:
-    """A LLaVA whose layers have the sizes that quantised ones need, with the processor of the tiny one."""
+    """A LLaVA with layers large enough to be quantized, and the processor of the tiny model."""
     sizes = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 1, "num_attention_heads": 2}
     vision = hf.CLIPVisionConfig(**sizes, image_size=8, patch_size=4, projection_dim=64)
     text = hf.LlamaConfig(**sizes, num_key_value_heads=2, vocab_size=17, max_position_embeddings=64, pad_token_id=0)
@@ -235,7 +235,7 @@ def wide(task, tmp_path) -> Path:
     return tmp_path / "wide"
 
 
-def test_quantised_weights_are_loaded_and_their_logp_is_the_models_own(wide, collator, rows):
+def test_fused_logp_of_quantized_weights_equals_the_models_own(wide, collator, rows):
     settings = ModelArguments(str(wide), quantization="4bit", dtype="bfloat16")
     policy = load_model(settings, settings.path, LoraArguments(r=4))
     assert {type(module).__name__ for module in policy.modules()} >= {"Linear4bit", "PeftModelForCausalLM"}
@@ -250,13 +250,13 @@ def test_quantised_weights_are_loaded_and_their_logp_is_the_models_own(wide, col
     assert check_head(policy, *collator.join(inputs["prompts"], inputs["chosen"], inputs["rejected"])) < 1e-2
 
 
-def test_quantised_weights_are_not_trained_themselves(wide):
+def test_quantized_weights_are_frozen(wide):
     settings = ModelArguments(str(wide), quantization="4bit", dtype="float32")
     with pytest.raises(InputError, match=r"model.quantization: expected null without a section lora, got 4bit"):
         load_model(settings, settings.path, None)
 
 
-def test_training_quantised_weights_on_a_cpu_is_refused(wide, settings, write_config, capsys):
+def test_training_quantized_weights_on_a_cpu_is_refused(wide, settings, write_config, capsys):
     settings["model"] = {"path": str(wide), "quantization": "4bit", "dtype": "float32"}
     for stage in ("sft", "dpo"):
         settings[stage]["use_cpu"] = True

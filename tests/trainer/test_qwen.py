@@ -1,6 +1,6 @@
-"""Whole runs of a tiny Qwen2.5-VL, whose images become as many tokens as they have pixels, with LoRA and without.
+"""Whole runs of a tiny Qwen2.5-VL, whose number of image tokens depends on the image size, with and without LoRA.
 
-The library's processor for it wants torchvision, for videos; this one has its image processor and tokenizer.
+The library's processor needs torchvision, for videos. The one here has only its image processor and tokenizer.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ PROMPT = "<|vision_start|> <|image_pad|> <|vision_end|> describe"
 
 
 class ImageProcessor(hf.ProcessorMixin):
-    """Qwen2.5-VL's, without videos."""
+    """The processor of Qwen2.5-VL without videos."""
 
     return_mm_token_type_ids = True
 
@@ -43,11 +43,11 @@ hf.AutoProcessor.register(hf.Qwen2_5_VLConfig, ImageProcessor, exist_ok=True)
 
 @pytest.fixture(scope="module")
 def qwen(tmp_path_factory) -> Path:
-    """A folder with the model, its processor and rows whose images differ in size."""
+    """A folder with the model, its processor, and rows with images of different sizes."""
     folder = tmp_path_factory.mktemp("qwen")
     special = ["<pad>", "<s>", "</s>", "<unk>", "<pad4>", "<|image_pad|>", "<|video_pad|>", "<|vision_start|>",
                "<|vision_end|>"]  # fmt: skip
-    vocab = {word: place for place, word in enumerate([*special, *WORDS])}
+    vocab = {word: index for index, word in enumerate([*special, *WORDS])}
     backend = Tokenizer(models.WordLevel(vocab, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = hf.PreTrainedTokenizerFast(
@@ -60,13 +60,13 @@ def qwen(tmp_path_factory) -> Path:
     ImageProcessor(pictures, tokenizer).save_pretrained(folder / "model")
     for name, count in (("train", 16), ("heldout", 6)):
         lines = []
-        for place in range(count):
-            color = ["red", "green", "blue"][place % 3]
-            size = [(16, 16), (32, 16), (16, 24)][place // 3 % 3]
-            Image.new("RGB", size, color=color).save(folder / f"{name}{place}.png")
-            wrong = ["red", "green", "blue"][(place + 1) % 3]
+        for index in range(count):
+            color = ["red", "green", "blue"][index % 3]
+            size = [(16, 16), (32, 16), (16, 24)][index // 3 % 3]
+            Image.new("RGB", size, color=color).save(folder / f"{name}{index}.png")
+            wrong = ["red", "green", "blue"][(index + 1) % 3]
             lines.append({"prompt": PROMPT, "chosen": f"a {color} square", "rejected": f"a {wrong} square and",
-                          "images": [f"{name}{place}.png"]})  # fmt: skip
+                          "images": [f"{name}{index}.png"]})  # fmt: skip
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     return folder
 
@@ -91,7 +91,7 @@ def test_a_run(qwen, settings, write_config, lora):
 
 
 def test_a_run_with_smaller_images(qwen, settings, write_config, capsys):
-    """Of 16, 12 and 14 tokens only the first are too long for 14: their images get 6 tokens instead of 8."""
+    """Rows have 16, 12 or 14 tokens. At max_length 14, the images of the longest get 6 tokens instead of 8."""
     settings["model"] = {"path": str(qwen / "model")}
     settings["data"] = {"train": str(qwen / "train.jsonl"), "heldout": str(qwen / "heldout.jsonl")}
     settings["data"] |= {"max_length": 14, "over_length": "shrink"}
@@ -113,6 +113,6 @@ def test_a_check(qwen, settings, write_config, capsys):
     assert "tokens, images: 4 to 8, median 6" in out
     assert "self-test: Qwen2_5_VLForConditionalGeneration: head 40 x 32" in out
     names = [line.split(":")[0] for line in out.splitlines() if line.startswith(("error ", "warning "))]
-    # Its images are of one colour, so that rows of one size and colour are the same.
+    # Images have a single color, so rows of the same size and color are duplicates.
     warnings = ["warning repeated_pairs", "warning longer_than_max_length"]
     assert names == ["error train_and_heldout_share_pairs", *warnings]

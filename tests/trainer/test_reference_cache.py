@@ -1,4 +1,4 @@
-"""The reference's log-probs on disk: found again bit for bit, or computed again, whatever happens to the files."""
+"""Cached log-probs of the reference are read back bit for bit. Damaged files are detected."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from cwdpo_trainer.models.reference_cache import PairLogp, ReferenceCache, finge
 
 def some_pairs(seed: int, count: int = 4) -> dict[str, PairLogp]:
     values = torch.rand(count, 2, generator=torch.Generator().manual_seed(seed)) * -40
-    return {pair_key([], [seed, place], [1], [2]): PairLogp(*pair) for place, pair in enumerate(values.tolist())}
+    return {pair_key([], [seed, index], [1], [2]): PairLogp(*pair) for index, pair in enumerate(values.tolist())}
 
 
-def test_pairs_are_found_again_bit_for_bit(tmp_path):
+def test_pairs_are_read_back_bit_for_bit(tmp_path):
     pairs = some_pairs(0) | {"tiny": PairLogp(float(np.float32(-1e-38)), -0.0)}
     first = ReferenceCache(tmp_path / "cache")
     assert first.get(["tiny"]) == [None]
@@ -33,12 +33,12 @@ def test_pairs_are_found_again_bit_for_bit(tmp_path):
     assert len(list((tmp_path / "cache").iterdir())) == 1  # who adds nothing leaves no file
 
 
-def test_processes_see_what_the_others_add(tmp_path):
+def test_processes_see_pairs_that_others_add(tmp_path):
     caches = [ReferenceCache(tmp_path) for _ in range(4)]
 
-    def work(place):
-        for seed in range(place, 200, 4):
-            caches[place].add(some_pairs(seed))
+    def work(index):
+        for seed in range(index, 200, 4):
+            caches[index].add(some_pairs(seed))
 
     with ThreadPoolExecutor(4) as threads:
         list(threads.map(work, range(4)))
@@ -48,23 +48,23 @@ def test_processes_see_what_the_others_add(tmp_path):
             assert cache.get(list(pairs)) == list(pairs.values())
 
 
-def damage(path, place):
+def damage(path, offset):
     data = bytearray(path.read_bytes())
-    data[place] ^= 1
+    data[offset] ^= 1
     path.write_bytes(data)
 
 
-def test_a_damaged_line_is_found_wherever_the_damage_is(tmp_path, caplog):
+def test_damage_anywhere_in_a_line_is_detected(tmp_path, caplog):
     cache = ReferenceCache(tmp_path)
     for seed in range(3):
         cache.add(some_pairs(seed, count=1))
     (path,) = tmp_path.iterdir()
     whole = path.read_bytes()
     lines = whole.splitlines(keepends=True)
-    places = range(len(lines[0]), len(lines[0]) + len(lines[1]) - 1)
-    for place in random.Random(0).sample(places, 20):
+    offsets = range(len(lines[0]), len(lines[0]) + len(lines[1]) - 1)
+    for offset in random.Random(0).sample(offsets, 20):
         path.write_bytes(whole)
-        damage(path, place)
+        damage(path, offset)
         caplog.clear()
         known = ReferenceCache(tmp_path)
         found = [known.get(list(some_pairs(seed, count=1)))[0] for seed in range(3)]
@@ -75,7 +75,7 @@ def test_a_damaged_line_is_found_wherever_the_damage_is(tmp_path, caplog):
         assert caplog.records
 
 
-def test_a_line_that_was_cut_off_is_told_and_does_not_hide_the_next_file(tmp_path, caplog):
+def test_an_incomplete_line_is_reported_and_other_files_are_read(tmp_path, caplog):
     ReferenceCache(tmp_path).add(some_pairs(0))
     (path,) = tmp_path.iterdir()
     path.write_bytes(path.read_bytes()[:-9])
@@ -102,7 +102,7 @@ def test_a_key_depends_on_images_prompt_and_answers():
     assert len(keys) == 5
 
 
-def test_images_are_known_by_their_bytes_and_pixels(rows, tmp_path):
+def test_images_are_identified_by_bytes_and_pixel_limit(rows, tmp_path):
     copied = tmp_path / "copy.png"
     copied.write_bytes(rows[0].images[0].read_bytes())
     same = dataclasses.replace(rows[0], images=(FileImage(copied),))
@@ -112,7 +112,7 @@ def test_images_are_known_by_their_bytes_and_pixels(rows, tmp_path):
     assert len({tuple(key) for key in keys}) == 3
 
 
-def test_a_fingerprint_depends_on_weights_settings_and_precision_alone(model, collator, tmp_path):
+def test_a_fingerprint_depends_only_on_weights_settings_and_precision(model, collator, tmp_path):
     name = fingerprint(model, collator.processor, "weights")
     model.save_pretrained(tmp_path / "model")
     loaded = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")

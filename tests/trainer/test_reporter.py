@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import ast
 import io
+from pathlib import Path
 
+import pytest
 from tqdm.auto import tqdm
 
+import cwdpo_trainer
 from cwdpo_trainer.reporter import say, say_error
 
 
@@ -32,3 +36,14 @@ def test_messages_appear_above_a_progress_bar(capsys):
         say("a message")
     assert capsys.readouterr().out == "a message\n"
     assert bar_output.getvalue().endswith("\n")
+
+
+PACKAGE = Path(cwdpo_trainer.__file__).parent
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_nothing_else_prints(path):
+    if path.name == "reporter.py":
+        return
+    calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
+    assert not [call.lineno for call in calls if ast.unparse(call) in ("print", "tqdm.write")]

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: the files they leave, and going on after a kill."""
+"""Whole runs through the command line: the files they write, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def run_killed(config: Path, step: int, program: str = KILLED_IN_A_SAVE) -> None
 
 
 def cache_lines(folder: Path) -> int:
-    """Complete lines, one for each forward of the reference."""
+    """Complete lines: one for each forward of the reference."""
     return sum(path.read_bytes().count(b"\n") for path in folder.glob("reference_cache/*/*.jsonl"))
 
 
@@ -82,7 +82,7 @@ def config(settings, write_config) -> Path:
     return write_config(settings)
 
 
-def test_a_run_leaves_its_results_and_is_not_repeated(config, settings, capsys):
+def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
     folder = Path(settings["output_dir"])
     assert main(["run", str(config)]) == 0
     metrics = results(folder)
@@ -129,7 +129,7 @@ def test_a_run_leaves_its_results_and_is_not_repeated(config, settings, capsys):
     assert (folder / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_a_killed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp_path):
     whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
     assert main(["run", str(whole)]) == 0
     config = write_config(settings)
@@ -146,8 +146,10 @@ def test_a_killed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["last step", "stopped early"])
-def test_a_run_killed_before_its_model_is_saved_trains_no_further(settings, write_config, tmp_path, monkeypatch, early):
-    """Its last checkpoint is of the middle of an epoch, where the library's resume would take one step more."""
+def test_a_stopped_stage_whose_model_is_not_saved_trains_no_further(
+    settings, write_config, tmp_path, monkeypatch, early
+):
+    """Its last checkpoint is in the middle of an epoch, where the library's resume would take another step."""
 
     def interrupted(self, output_dir=None, _internal_call=False):
         if not _internal_call:  # as those of checkpoints are
@@ -176,8 +178,8 @@ def test_a_run_killed_before_its_model_is_saved_trains_no_further(settings, writ
     ).read_bytes()
 
 
-def test_a_run_killed_in_a_cache_write_loses_nothing(settings, write_config, tmp_path, caplog):
-    """Stage 2 goes through its data more than once: a second epoch finds what the first one left, to the last bit."""
+def test_a_kill_during_a_cache_write_loses_nothing(settings, write_config, tmp_path, caplog):
+    """Stage 2 runs more than one epoch; the second epoch finds the log-probs of the first one, bit for bit."""
     settings["dpo"] |= {"max_steps": 5, "logp_floor": "auto", "tau": "auto", "auto_rows": 2}
     settings["data"]["sft_fraction"] = 0.6
     settings["sft"] |= {"max_steps": 1}
@@ -192,11 +194,11 @@ def test_a_run_killed_in_a_cache_write_loses_nothing(settings, write_config, tmp
     assert results(folder) == results(tmp_path / "whole")
     for name in ("cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
-    # Nothing that was on disk has been computed again.
+    # Nothing on disk was computed again.
     assert cache_lines(folder) == cache_lines(tmp_path / "whole") > 3
 
 
-def test_stages_one_by_one_are_the_whole_run(config, settings, write_config, tmp_path, capsys):
+def test_separate_stages_equal_the_whole_run(config, settings, write_config, tmp_path, capsys):
     assert main(["dpo", str(config)]) == 2
     assert "expected a finished stage sft" in capsys.readouterr().err
     assert main(["sft", str(config)]) == 0
@@ -217,7 +219,7 @@ def test_stage_two_alone_starts_from_the_model(settings, write_config, capsys):
     assert "after_sft" not in metrics
 
 
-def test_a_folder_continues_its_own_run_only(config, settings, task, capsys):
+def test_a_folder_refuses_another_run(config, settings, task, capsys):
     folder = Path(settings["output_dir"])
     assert main(["sft", str(config), "sft.max_steps=1"]) == 0
     before = sorted(path.name for path in folder.iterdir())
@@ -230,7 +232,7 @@ def test_a_folder_continues_its_own_run_only(config, settings, task, capsys):
     assert sorted(path.name for path in folder.iterdir()) == before
 
 
-def test_a_folder_of_something_else_is_left_alone(config, settings, capsys):
+def test_a_folder_with_other_files_is_left_alone(config, settings, capsys):
     folder = Path(settings["output_dir"])
     folder.mkdir()
     (folder / "thesis.tex").touch()

@@ -61,8 +61,7 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
             current.train(stages)
             current.write_report()
     metrics = read_json(current.folder.metrics_file)
-    if args.should_save:
-        print_table(metrics, current.folder, was_finished)
+    print_table(metrics, current.folder, was_finished)
     return metrics
 
 
