@@ -1,4 +1,4 @@
-"""Inputs and error budgets that tests and benchmarks share. float64 is the truth."""
+"""Inputs and error budgets shared by tests and benchmarks. Errors are measured against float64."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ def make_inputs(
     shape: tuple[int, ...], vocab: int, dim: int, dtype: torch.dtype = torch.float32, *, bias: bool = False,
     scale: float = 1.0, softcap: float | None = None, labelled: float = 0.7, logit_std: float = 3.0, seed: int = 0,
 ) -> tuple[Tensor, Head, Tensor]:  # fmt: skip
-    """hidden [*shape, D], a head whose raw logits have standard deviation `logit_std`, labels with some ignored.
+    """Random hidden [*shape, D], a head whose raw logits have standard deviation `logit_std`, and labels.
 
-    Everything that can take a gradient requires one. Drawn on the CPU, returned on the default device.
+    A share of `1 - labelled` of the labels is ignored. All floating-point tensors require a gradient. The values are
+    drawn on the CPU, the same for every device, and returned on the default device.
     """
     random, device = torch.Generator().manual_seed(seed), torch.get_default_device()
 
@@ -36,7 +37,7 @@ def confident_inputs(
 ) -> tuple[Tensor, Head, Tensor]:
     """Tokens whose label has probability `p_label` (up to the rounding of the inputs to `dtype`).
 
-    Each hidden state points along its label's row of the head, as far as bisection finds that it has to.
+    Each hidden state points roughly along its label's row of the head. Bisection finds its length.
     """
     random, device = torch.Generator().manual_seed(seed), torch.get_default_device()
 
@@ -57,7 +58,7 @@ def confident_inputs(
 
 
 def as_float64(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
-    """The same values as float64 leaves: the truth is computed from the rounded inputs."""
+    """The same, already rounded, values as float64 leaves."""
 
     def leaf(tensor: Tensor | None) -> Tensor | None:
         return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
@@ -66,7 +67,7 @@ def as_float64(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
 
 
 def leaves(hidden: Tensor, head: Head) -> list[Tensor]:
-    """What gradients are asked of: hidden, weight and bias, as far as they exist and require one."""
+    """Those of hidden, weight and bias that exist and require a gradient."""
     return [x for x in (hidden, head.weight, head.bias) if x is not None and x.requires_grad]
 
 
@@ -80,9 +81,9 @@ def relative_error(actual: Tensor, truth: Tensor) -> float:
 
 
 def check_budget(name: str, actual: Tensor, eager: Tensor, truth: Tensor) -> None:
-    """Raise unless the error is at most twice that of the same-dtype eager computation, plus rounding.
+    """Raise unless the error is at most twice that of the eager computation in the same dtype, plus rounding.
 
-    Rounding is that of the result's dtype and that of the float64 truth itself.
+    Rounding is that of the result's dtype plus that of the float64 truth.
     """
     rounding = 4 * torch.finfo(actual.dtype).eps + 1e-13
     error, allowed = relative_error(actual, truth), 2 * relative_error(eager, truth) + rounding

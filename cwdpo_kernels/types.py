@@ -1,4 +1,4 @@
-"""The values that go in and out of the public functions: frozen options and named results.
+"""Options and results of the public functions: frozen dataclasses and named tuples.
 
 Shapes: N tokens, S sequences, P pairs, D hidden, V vocabulary. Log-probabilities are in nats.
 """
@@ -21,8 +21,8 @@ IGNORE_INDEX = -100
 class Head:
     """The output head: logits = softcap(scale * (hidden @ weight.T + bias)), softcap(z) = cap * tanh(z / cap).
 
-    weight [V, D]; bias [V] or None; `scale` multiplies the logits (1 / temperature goes here); `softcap` is the
-    cap of Gemma-like models, in logits, or None. Tensors are used as they are: gradients flow into them.
+    weight [V, D]; bias [V] or None; `scale` multiplies the logits (use it for 1 / temperature); `softcap` is the cap
+    of Gemma-like models, in logits, or None. The tensors are not copied, so gradients flow into them.
     """
 
     weight: Tensor
@@ -32,25 +32,19 @@ class Head:
 
     @classmethod
     def of(cls, module: torch.nn.Module, scale: float = 1.0, softcap: float | None = None) -> Head:
-        """The head of a linear-like module: its `weight` [V, D] and, if it has one, its `bias` [V]."""
+        """The head of a linear module: its `weight` [V, D] and its `bias` [V], if it has one."""
         weight = getattr(module, "weight", None)
-        expect(
-            isinstance(weight, Tensor),
-            "Head.of",
-            "module",
-            "attribute weight of type",
-            "Tensor",
-            type(weight).__name__,
-        )
+        ok = isinstance(weight, Tensor)
+        expect(ok, "Head.of", "module", "attribute weight of type", "Tensor", type(weight).__name__)
         return cls(weight, getattr(module, "bias", None), scale, softcap)
 
 
 @dataclass(frozen=True)
 class Cooling:
-    """How hard a rejected answer pushes: w_c = sigmoid((mean_logp - logp_floor) / temperature), without gradient.
+    """The cooling weight of a rejected answer: w_c = sigmoid((mean_logp - logp_floor) / temperature), no gradient.
 
-    `logp_floor` and `temperature` (tau > 0) are in nats per token. `constant` replaces w_c by a fixed weight
-    in [0, 1]; 1.0 is vanilla DPO. Pairs whose rejected mean log-prob lies below `drop_below` leave the loss.
+    `logp_floor` and `temperature` (tau > 0) are in nats per token. `constant` replaces w_c with a fixed weight in
+    [0, 1]; 1.0 is vanilla DPO. Pairs whose rejected mean log-prob is below `drop_below` are left out of the loss.
     Source: CW-DPO, arXiv 2510.11978.
     """
 
@@ -71,13 +65,13 @@ class Cooling:
 
 @dataclass(frozen=True)
 class GentleNegatives:
-    """The second term of stage 1: what supervised fine-tuning does with the rejected answers.
+    """The second term of the stage-1 loss, on the rejected answers.
 
-    mode "hinge":     weight * relu(nll_floor - mean_batch NLL(rejected)): keeps rejected answers from becoming
-                      likely, and stops pushing once their mean NLL reaches `nll_floor` (lambda and C of the paper).
+    mode "hinge":     weight * relu(nll_floor - mean_batch NLL(rejected)). It keeps rejected answers unlikely, and is
+                      zero once their mean NLL reaches `nll_floor` (lambda and C of the paper).
     mode "smoothed":  weight * label-smoothed cross-entropy of the rejected answers, with mass `smoothing` spread
-                      uniformly: low-weight smoothed supervision, as in the paper's abstract.
-    `normalize` "token": an answer's NLL is per token (nats per token); "sequence": its sum.
+                      uniformly: the low-weight smoothed supervision of the paper's abstract.
+    normalize "token": an answer's NLL is in nats per token; "sequence": it is the sum over the answer.
     """
 
     weight: float = 0.1
@@ -99,16 +93,16 @@ class GentleNegatives:
 
 @dataclass(frozen=True)
 class MemoryBudget:
-    """Bytes a linear op may use beyond its inputs, outputs and gradients; changes speed, never the result.
+    """Bytes that a linear op may use beyond its inputs, outputs and gradients. Affects speed, not the result.
 
-    `workspace_bytes` bounds the vocabulary tiles that are alive at a time (at least one tile is); None is what the
-    device's backend works best with: a cache-sized 2 or 4 MiB on a CPU, at most 256 MiB on a GPU.
+    workspace_bytes: limit for the vocabulary tiles that exist at one time (at least one does). None: the default of the
+        device's backend, `default_workspace_bytes(device)`.
 
-    `kept_bytes` is what forward of a trainable head may keep for backward so that those tiles are not recomputed; 0
-    recomputes everything. None is what fits the memory of the head's gradient, which forward takes and a call then
-    holds until its backward: nearly all tiles of as many tokens as there are hidden dimensions (on a CPU of half as
-    many in half precision), and nothing beyond the gradient. Nothing is kept by default in a compiled graph, in
-    float64, of a weight that is frozen or not contiguous, and on a GPU under a soft cap.
+    kept_bytes: limit for the tiles that forward of a trainable head keeps for backward; 0 recomputes all of them. None:
+        as many as fit in the memory of the head's gradient, which forward then allocates and backward overwrites.
+        They cost no memory beyond the gradient. Nearly all tiles fit if there are no more labelled tokens than hidden
+        dimensions (half as many in half precision on a CPU). In these cases None keeps nothing: in a compiled graph,
+        in float64, if the weight is frozen or not contiguous, and with a soft cap on a GPU.
     """
 
     workspace_bytes: int | None = None
@@ -126,7 +120,7 @@ DEFAULT_BUDGET = MemoryBudget()
 
 
 class SequenceLogprob(NamedTuple):
-    """Per sequence [S]: `total` (nats), `mean` (nats per token; 0 for an empty sequence), `count` (tokens, int64)."""
+    """Per sequence [S]: `total` (nats), `mean` (nats per token; 0 if empty), `count` (labelled tokens, int64)."""
 
     total: Tensor
     mean: Tensor
@@ -151,11 +145,11 @@ class Divergence(NamedTuple):
 
 
 class CWDPOOutput(NamedTuple):
-    """`loss` (scalar, differentiable) and, detached and per pair [P], what a trainer logs.
+    """`loss` (scalar, differentiable) and metrics per pair [P], detached.
 
-    `chosen_reward` = beta * D_w, `rejected_reward` = beta * D_l, `margin` = their difference (not cooled),
-    `accuracy` = 1.0 where margin > 0, `cooling_weight` = w_c, `chosen_logp` / `rejected_logp` of the policy,
-    `kept` = False where the pair left the mean (an empty answer, or below `Cooling.drop_below`).
+    `chosen_reward` = beta * D_w, `rejected_reward` = beta * D_l, `margin` = their difference (without the cooling
+    weight), `accuracy` = 1.0 where margin > 0, `cooling_weight` = w_c, `chosen_logp` and `rejected_logp` of the policy,
+    `kept` = False where the pair is left out of the mean (an empty answer, or below `Cooling.drop_below`).
     """
 
     loss: Tensor
@@ -170,10 +164,10 @@ class CWDPOOutput(NamedTuple):
 
 
 class ConstrainedSFTOutput(NamedTuple):
-    """`loss` (scalar, differentiable) and, detached, the scalars it is made of and the policy's log-probs.
+    """`loss` (scalar, differentiable) and, detached, its terms and the policy's log-probs.
 
-    `chosen_nll`, `rejected_nll`: batch means in nats per token (or per sequence); `penalty`: the second term,
-    weight included.
+    `chosen_nll`, `rejected_nll`: batch means in nats per token (or per sequence); `penalty`: the second term, with its
+    weight.
     """
 
     loss: Tensor

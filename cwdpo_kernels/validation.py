@@ -1,4 +1,4 @@
-"""Checks of public arguments, with one error template. Nothing here waits for a device."""
+"""Checks of public arguments, with one error template. None of them syncs with a device."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 def expect(condition: bool, op: str, arg: str, prop: str, expected: Any, actual: Any) -> None:
-    """Raise the package's ValueError unless `condition` holds: which argument, what was expected, what came."""
+    """Raise the package's ValueError unless `condition` holds: the argument, what was expected, what it got."""
     if not condition:
         raise ValueError(f"{op}: expected {arg} to have {prop} {expected}, got {actual}")
 
@@ -27,7 +27,7 @@ def check_device(op: str, arg: str, tensor: Tensor, like: Tensor, like_name: str
 
 
 def check_head(op: str, hidden: Tensor, head: Any, hidden_name: str = "hidden", head_name: str = "head") -> None:
-    """A head that fits `hidden` [..., D]: shapes, one dtype, one device, a finite transform."""
+    """Check that `head` fits `hidden` [..., D]: shapes, dtype, device, a positive soft cap."""
     check_dtype(op, hidden_name, hidden, FLOAT_DTYPES)
     expect(hidden.dim() >= 1, op, hidden_name, "dimensions", ">= 1", hidden.dim())
     weight, bias = head.weight, head.bias
@@ -44,30 +44,18 @@ def check_head(op: str, hidden: Tensor, head: Any, hidden_name: str = "hidden", 
         expect(tensor.dtype == hidden.dtype, op, arg, "dtype", f"{hidden.dtype} (as {hidden_name})", tensor.dtype)
         check_device(op, arg, tensor, hidden, hidden_name)
     if bias is not None:
-        expect(
-            bias.shape == weight.shape[:1],
-            op,
-            f"{head_name}.bias",
-            "shape",
-            [weight.shape[0]],
-            list(bias.shape),
-        )
+        ok = bias.shape == weight.shape[:1]
+        expect(ok, op, f"{head_name}.bias", "shape", [weight.shape[0]], list(bias.shape))
     softcap = head.softcap
     expect(softcap is None or softcap > 0, op, f"{head_name}.softcap", "value", "None or > 0", softcap)
 
 
 def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: int, ignore_index: int) -> None:
-    """Labels that fit `like` [..., X]. Their values are read on the CPU only, where that costs no device sync."""
+    """Check that labels fit `like` [..., X]; their values only on the CPU, where reading them needs no device sync."""
     check_dtype(op, "labels", labels, INDEX_DTYPES)
     expected = list(like.shape[:-1])
-    expect(
-        list(labels.shape) == expected,
-        op,
-        "labels",
-        "shape",
-        f"{expected} (as {like_name})",
-        list(labels.shape),
-    )
+    ok = list(labels.shape) == expected
+    expect(ok, op, "labels", "shape", f"{expected} (as {like_name})", list(labels.shape))
     check_device(op, "labels", labels, like, like_name)
     if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
@@ -83,7 +71,7 @@ def check_rows(op: str, rows: Tensor, labels: Tensor) -> None:
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
-    """Offsets [S + 1] of packed sequences; on the CPU also that they rise from 0 to the number of tokens."""
+    """Check the offsets [S + 1] of packed sequences; on the CPU also that they rise from 0 to the number of tokens."""
     check_dtype(op, "cu_seqlens", cu_seqlens, INDEX_DTYPES)
     ok = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
     expect(ok, op, "cu_seqlens", "shape", "[S + 1]", list(cu_seqlens.shape))
@@ -96,7 +84,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
 
 
 def check_pairs(op: str, arg: str, sequences: int) -> int:
-    """The number of pairs P in 2P sequences, chosen first."""
+    """The number of pairs P in 2P sequences. Errors if `sequences` is odd."""
     expect(sequences % 2 == 0, op, arg, "number of sequences", "even (chosen first, rejected second)", sequences)
     return sequences // 2
 

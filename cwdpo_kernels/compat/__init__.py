@@ -1,1 +1,1 @@
-"""Functions with the names and signatures of other projects, on this package's ops."""
+"""Drop-in replacements: functions with the names and signatures of other projects, on this package's ops."""

@@ -1,8 +1,11 @@
-"""The signature of apple/ml-cross-entropy's `linear_cross_entropy`, for any device, with logits never below float32.
+"""apple/ml-cross-entropy's `linear_cross_entropy`, for any device, with logits never rounded below float32.
 
-before:
+Before:
+
     from cut_cross_entropy import linear_cross_entropy
-after:
+
+After:
+
     from cwdpo_kernels.compat.cut_cross_entropy import linear_cross_entropy
 """
 
@@ -33,13 +36,16 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross entropy of softmax(softcap(e @ c.T + bias)), in nats: e [..., D], c [V, D], targets [...], bias [V].
 
-    `shift` s (True: 1): e[..., t, :] predicts targets[..., t + s], and unreduced results are s shorter in their last
-    dimension. float32 (float64 for float64). Unreduced losses are 0 where the target is `ignore_index`; "mean" is over
-    the others, NaN if there are none.
+    The result is float32 (float64 for float64). Unreduced losses are 0 where the target is `ignore_index`; "mean"
+    averages the others (NaN if there are none).
 
-    Versions up to 25.1 have no `bias`: pass what comes after `targets` by name. Gradients are exact, so what tunes
-    their filtering (`filter_eps`, `accum_e_fp32`, ...) and `impl` raise NotImplementedError, by name, unless None. So
-    does `return_lse`: as a difference of the label's logit and log-prob its gradient would lose digits at the label.
+    shift: s (True means 1): e[..., t, :] predicts targets[..., t + s]. Unreduced results are s shorter in the last
+        dimension.
+    bias: versions up to 25.1 lack this argument, so pass everything after `targets` by name.
+
+    NotImplementedError: `impl` and the options of gradient filtering (`filter_eps`, `accum_e_fp32`, ...) unless None,
+    because gradients are exact here; `return_lse`, because the gradient of the difference between the label's logit and
+    its log-prob would lose digits at the label.
     """
     if return_lse:
         raise NotImplementedError(f"{OP}: return_lse=True is not supported")

@@ -1,8 +1,11 @@
-"""Liger's fused linear DPO loss (liger-kernel 0.8), for any device, with logits never below float32.
+"""Liger's fused linear DPO loss (liger-kernel 0.8), for any device, with logits never rounded below float32.
 
-before:
+Before:
+
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
-after:
+
+After:
+
     from cwdpo_kernels.compat.liger import LigerFusedLinearDPOLoss
 """
 
@@ -22,10 +25,11 @@ OP = "LigerFusedLinearDPOLoss"
 
 
 class DPOMetrics(NamedTuple):
-    """What comes beside the loss, in Liger's order, without gradient: [P] per pair, scalars for the batch.
+    """What the loss returns besides the scalar, in Liger's order, detached: [P] per pair, or a scalar per batch.
 
-    Log-probs in nats (per token with `average_log_prob`); mean logits over all positions, ignored ones too; the
-    chosen answers' NLL in nats per labelled token (0 unless asked for); rewards beta * (policy - reference log-prob).
+    Log-probs are in nats (per token with `average_log_prob`). Mean logits average all positions, including ignored
+    ones. `nll_loss` is the chosen answers' NLL in nats per labelled token (0 without `compute_nll_loss`). Rewards are
+    beta * (policy - reference log-prob).
     """
 
     chosen_logps: Tensor
@@ -38,7 +42,7 @@ class DPOMetrics(NamedTuple):
 
 
 class _Pairs(NamedTuple):
-    """What the losses are functions of: rewards w and l and d = w - l [P], and the options."""
+    """The arguments of the losses: rewards w and l, d = w - l [P], and the options."""
 
     w: Tensor
     l: Tensor  # noqa: E741
@@ -63,7 +67,8 @@ def _robust(p: _Pairs) -> Tensor:
 def _discopop(p: _Pairs) -> Tensor:
     """(1 - m) * -log sigmoid(d) + m * exp(-d), m = sigmoid(d / tau).
 
-    m * exp(-d) is one exponential: with d = -100 nats its factors are 0 and infinite, and it is exp(100 - 100 / tau).
+    m * exp(-d) is computed as one exponential, because its factors can be 0 and infinity: at d = -100 nats it is
+    exp(100 - 100 / tau).
     """
     return torch.sigmoid(-p.d / p.tau) * -logsigmoid(p.d) + torch.exp(logsigmoid(p.d / p.tau) - p.d)
 
@@ -87,15 +92,17 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
 
         d = beta * ((log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l)));  "sigmoid": -log sigmoid(d)
 
-    `loss_type`: a key of `LOSSES`. `average_log_prob`: means over an answer's tokens instead of sums.
-    `use_ref_model=False`: log ref = 0, the reference's arguments are not looked at. `label_smoothing` counts for
-    "exo_pair" and "robust", `discopop_tau` for "discopop". `compiled` and `chunk_size` tune Liger's chunks and have
-    no effect: the vocabulary is tiled.
+    loss_type: a key of `LOSSES`.
+    average_log_prob: use means over an answer's tokens instead of sums.
+    use_ref_model: False sets log ref = 0 and ignores the reference's arguments.
+    label_smoothing: used by "exo_pair" and "robust".
+    discopop_tau: used by "discopop".
+    compiled, chunk_size: accepted for compatibility; they tune Liger's chunking and have no effect here.
 
-    An answer without labelled tokens has log-prob 0, also as a mean, and no gradient; the NLL of no token is 0. (In
-    Liger the mean of no token, and any loss where no chosen token is labelled, is NaN.)
+    An answer without labelled tokens has log-prob 0 (sum and mean) and no gradient, and the NLL of no token is 0. In
+    Liger the mean of no token is NaN, and so is any loss without labelled chosen tokens.
 
-    ValueError: unknown loss types and "ipo", smoothing outside a loss's range, an odd batch, a missing reference.
+    ValueError: an unknown loss type (also "ipo"), smoothing outside a loss's range, an odd batch, a missing reference.
     """
 
     def __init__(
@@ -121,9 +128,11 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         self, lin_weight: Tensor, _input: Tensor, target: Tensor, bias: Tensor | None = None,
         ref_input: Tensor | None = None, ref_weight: Tensor | None = None, ref_bias: Tensor | None = None,
     ) -> tuple[Tensor, DPOMetrics]:  # fmt: skip
-        """_input [2P, T, D] (P chosen rows, then P rejected), lin_weight [V, D], bias [V], aligned target [2P, T].
+        """(loss, metrics) of _input [2P, T, D] (P chosen rows, then P rejected), lin_weight [V, D], bias [V], and
+        aligned target [2P, T].
 
-        The reference's likewise, of any width, never differentiated. float32 results (float64 for float64).
+        ref_input, ref_weight and ref_bias are the reference's; its hidden size may differ, and it gets no gradient.
+        Results are float32 (float64 for float64).
         """
         shape = list(target.shape)
         ok = len(shape) == 2 and shape[0] > 0 and shape[0] % 2 == 0
@@ -167,7 +176,7 @@ def liger_fused_linear_dpo(
     chunk_size: int = 1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, discopop_tau: float = 0.05,
     alpha: float = 1.0,
 ) -> tuple[Tensor, DPOMetrics]:  # fmt: skip
-    """`LigerFusedLinearDPOLoss` as one function, in the order of Liger's functional."""
+    """`LigerFusedLinearDPOLoss` as a function, with the argument order of Liger's functional."""
     loss = LigerFusedLinearDPOLoss(
         ignore_index, beta, alpha, compute_nll_loss, compiled, use_ref_model, average_log_prob, chunk_size, loss_type,
         label_smoothing, discopop_tau,
@@ -176,13 +185,13 @@ def liger_fused_linear_dpo(
 
 
 class LigerFusedLinearDPOFunction:
-    """Liger's name for the function; of an autograd function it has what callers use, `apply`."""
+    """Liger's name for the function. Callers use only `apply`."""
 
     apply = staticmethod(liger_fused_linear_dpo)
 
 
 def _check_options(loss_type: str, beta: float, label_smoothing: float, discopop_tau: float) -> None:
-    """The first words of the first three errors are what callers of Liger match."""
+    """Check the options. The first three errors begin like Liger's, because callers match them."""
     if loss_type not in LOSSES:
         raise ValueError(f"{OP}: Unsupported loss_type: expected one of {', '.join(LOSSES)}, got {loss_type!r}")
     if loss_type == "exo_pair" and not 0 < label_smoothing < 1:
@@ -195,13 +204,13 @@ def _check_options(loss_type: str, beta: float, label_smoothing: float, discopop
 
 @torch.no_grad()
 def _mean_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """[2]: the mean logit of the chosen rows, and of the rejected ones, over positions and vocabulary.
+    """[2]: the mean logit of the chosen rows and of the rejected rows, over positions and vocabulary.
 
-    mean(z) = mean(hidden) . mean(weight) + mean(bias): no vocabulary pass.
+    mean(z) = mean(hidden) . mean(weight) + mean(bias), which needs no logits.
     """
     dtype = torch.promote_types(hidden.dtype, torch.float32)
     halves = hidden.reshape(2, -1, hidden.shape[-1]).mean(1, dtype=dtype)
-    # In parts, because torch's sum of half precision on a CPU copies its input to float32 first.
+    # Sum in blocks: torch's half-precision sum on a CPU first copies its input to float32.
     mean_row = sum(rows.sum(0, dtype=dtype) for rows in weight.split(4096)) / weight.shape[0]
     means = (halves * mean_row).sum(-1)
     return means if bias is None else means + bias.mean(dtype=dtype)

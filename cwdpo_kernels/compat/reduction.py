@@ -1,4 +1,4 @@
-"""What cross-entropy functions call `reduction`."""
+"""The `reduction` argument of cross-entropy functions."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ REDUCTIONS = ("none", "mean", "sum")
 
 
 def check_reduction(op: str, reduction: str) -> None:
+    """Check that `reduction` is a known one."""
     expect(reduction in REDUCTIONS, op, "reduction", "a value in", ", ".join(REDUCTIONS), repr(reduction))
 
 
 def reduced(loss: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    """`loss` [...], 0 where `counts` [...] is False: itself, its sum, or its mean over what counts (NaN for none)."""
+    """Reduce `loss` [...], which is 0 where the mask `counts` [...] is False. "mean" of no token is NaN."""
     if reduction == "none":
         return loss
     return loss.sum() if reduction == "sum" else loss.sum() / counts.sum()

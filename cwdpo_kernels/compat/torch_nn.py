@@ -1,8 +1,11 @@
-"""The signature of `torch.nn.functional.linear_cross_entropy` (torch 2.13), without logits and with exact gradients.
+"""`torch.nn.functional.linear_cross_entropy` (torch 2.13), without logits and with exact gradients.
 
-before:
+Before:
+
     from torch.nn.functional import linear_cross_entropy
-after:
+
+After:
+
     from cwdpo_kernels.compat.torch_nn import linear_cross_entropy
 """
 
@@ -10,7 +13,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .. import Head, linear_logprob
+from .. import IGNORE_INDEX, Head, linear_logprob
 from .._smoothing import lead_over_mean_logit
 from ..validation import expect
 from .reduction import check_reduction, reduced
@@ -32,29 +35,30 @@ def linear_cross_entropy(
 ) -> Tensor:
     """Cross entropy of softmax(input @ linear_weight.T + linear_bias) with class indices, in nats.
 
-    input [D] or [N, D], linear_weight [V, D], target [] or [N] (int64), linear_bias [V] -> [] or, unreduced, as target;
-    float32 (float64 for float64 inputs), also where torch would round to the input's dtype. 0 where target is
-    `ignore_index` (None: -100), which "mean" leaves out; the mean of no token is NaN, as torch's is.
+    input [D] or [N, D], linear_weight [V, D], target [] or [N] (int64), linear_bias [V] -> [], or target's shape if
+    unreduced. The result is float32 (float64 for float64 inputs), also where torch rounds to the input's dtype. Losses
+    are 0 where target is `ignore_index` (None: -100); "mean" leaves them out, and is NaN if no token is left, as in
+    torch. The loss is
 
         -log p_y + label_smoothing * (z_y - mean_v z_v),  mean_v z_v = input . mean(linear_weight) + mean(linear_bias)
 
-    With smoothing, half-precision gradients of the head are sums of two rounded terms, which cancel at the label as
-    `label_smoothing` nears 1.
+    With smoothing, the head's gradient in half precision is the sum of two rounded terms, which cancel at the label if
+    `label_smoothing` is close to 1.
 
-    NotImplementedError: `options` (chunks of tokens; here the vocabulary is tiled), class weights, targets that
-    are probabilities, a K-dimensional loss.
+    NotImplementedError: `options` (torch's chunking), class weights, targets that are probabilities, a K-dimensional
+    loss.
     """
     if options is not None:
-        raise NotImplementedError(f"{OP}: options (torch's chunking) are not supported, memory is bounded without them")
+        raise NotImplementedError(f"{OP}: options are not supported (memory is bounded without torch's chunking)")
     if weight is not None:
         raise NotImplementedError(f"{OP}: weight (a factor for each class) is not supported")
     if target.is_floating_point():
-        raise NotImplementedError(f"{OP}: target with class probabilities is not supported, class indices are")
+        raise NotImplementedError(f"{OP}: target must hold class indices; class probabilities are not supported")
     if linear_weight.dim() > 2:
         raise NotImplementedError(f"{OP}: linear_weight with more than 2 dimensions is not supported")
     check_reduction(OP, reduction)
     expect(0.0 <= label_smoothing <= 1.0, OP, "label_smoothing", "a value", "between 0 and 1", label_smoothing)
-    ignored = -100 if ignore_index is None else ignore_index
+    ignored = IGNORE_INDEX if ignore_index is None else ignore_index
     head = Head(linear_weight, linear_bias)
     loss = -linear_logprob(input, head, target, ignore_index=ignored)
     counts = target != ignored

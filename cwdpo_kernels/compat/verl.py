@@ -1,8 +1,11 @@
-"""verl's fused linear cross entropy (0.4.1 and newer), for any device, with logits never below float32.
+"""verl's fused linear cross entropy (0.4.1 and newer), for any device, with logits never rounded below float32.
 
-before:
+Before:
+
     from verl.utils.kernel.linear_cross_entropy import linear_cross_entropy
-after:
+
+After:
+
     from cwdpo_kernels.compat.verl import linear_cross_entropy
 """
 
@@ -32,16 +35,16 @@ def linear_cross_entropy(
     """(log-probs of the labels, entropies) of softmax(hidden @ weight.T / temperature), in nats.
 
     hidden [..., D], weight [V, D], labels [...], already aligned -> [N] each, flattened; float32 (float64 for
-    float64). `reduction` "sum" or "mean" is over the N log-probs; the entropy is never reduced. No label is ignored.
+    float64). `reduction` applies to the N log-probs, never to the entropies. No label is ignored.
 
-    Gradients of the log-probs are exact; the entropy has none. It costs a forward pass of its own, except where nothing
-    needs a gradient: then one pass gives both.
+    Gradients of the log-probs are exact; the entropy has no gradient. If no gradient is needed, one forward pass
+    computes both; otherwise the entropy costs a second one.
 
     NotImplementedError: backward through the entropy (verl's `entropy_coeff` other than 0), a `dist_process_group` of
     more than one process (the weight must hold the whole vocabulary).
     """
     if dist_process_group is not None and dist_process_group.size() > 1:
-        raise NotImplementedError(f"{OP}: dist_process_group (a head split over processes) is not supported")
+        raise NotImplementedError(f"{OP}: dist_process_group (a head sharded over processes) is not supported")
     expect(isinstance(temperature, (int, float)), OP, "temperature", "type", "float", type(temperature).__name__)
     expect(temperature > 0, OP, "temperature", "a value", "> 0", temperature)
     check_reduction(OP, reduction)
@@ -54,7 +57,7 @@ def linear_cross_entropy(
 
 
 class _Entropy(torch.autograd.Function):
-    """The entropy as a function of hidden and weight, so that backward comes by here and is refused."""
+    """The entropy as a function of hidden and weight, whose backward raises an error instead of returning zero."""
 
     @staticmethod
     def forward(ctx: Any, entropy: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:

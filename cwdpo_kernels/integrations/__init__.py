@@ -1,1 +1,1 @@
-"""This package's ops inside Hugging Face models and TRL trainers."""
+"""The package's ops inside Hugging Face models and TRL trainers."""

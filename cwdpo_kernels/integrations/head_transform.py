@@ -1,10 +1,11 @@
-"""What a model does to its logits after its head: measured, since configurations lie.
+"""Measures what a model does to its logits after the head, because configs can be wrong.
 
-The backbone is replaced by one that returns a given hidden state, and the head by one that returns given logits
-z; what the model's forward makes of them is then f(z) itself, in float32 whatever the weights are, and neither
-weights nor data are touched. f must be softcap(scale * z), softcap(x) = cap * tanh(x / cap).
-(Cohere2Vision's configuration has a logit_scale that its forward does not apply; Gemma3's conditional-generation
-class applies no soft cap although its causal class does.)
+A stub replaces the backbone and returns a given hidden state; another replaces the head and returns given logits z.
+The model's forward then returns f(z), in float32 for any dtype of the weights. f must be softcap(scale * z) with
+softcap(x) = cap * tanh(x / cap).
+
+Two examples of wrong configs: Cohere2Vision's has a logit_scale that its forward does not apply. Gemma3's
+conditional-generation class applies no soft cap, although its causal class does.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_TINY, _HUGE = 1e-4, 1e7  # logits at which no cap shows, and at which every cap is all that shows
-_TOLERANCE = 1e-5  # relative, of a float32 computation
+_TINY, _HUGE = 1e-4, 1e7  # a logit too small for any cap to matter, and one that any cap saturates
+_TOLERANCE = 1e-5  # relative; the computation is in float32
 
 
 @dataclass(frozen=True)
 class Transform:
-    """logits = softcap(scale * z) for z = hidden W^T + b; `softcap` None: no cap."""
+    """logits = softcap(scale * z) for z = hidden W^T + b; no cap if `softcap` is None."""
 
     scale: float = 1.0
     softcap: float | None = None
@@ -34,10 +35,11 @@ class Transform:
 
 
 def measure_transform(model: nn.Module, head: nn.Module) -> Transform:
-    """The transform of a model over a `base_model`, with the output head `head`.
+    """The transform of a model with a `base_model` and the output head `head`.
 
-    A factor between backbone and head counts as scale where the head has no bias. Raises ValueError where no
-    transform of this form fits: masked columns, an added term, another function, other hidden states.
+    A factor on the hidden states between backbone and head is counted as scale; this requires a head without bias.
+    Raises ValueError if no transform of this form fits: masked columns, an added term, another function, or a head that
+    gets other hidden states.
     """
     vocab, bias = _shape(head)
     z = _probe_logits(vocab)
@@ -64,7 +66,10 @@ def _shape(head: nn.Module) -> tuple[int, bool]:
 
 
 def _probe_logits(vocab: int) -> Tensor:
-    """Both signs, all magnitudes, in an order that a mask of columns cannot follow; its own random numbers."""
+    """Logits of both signs and all magnitudes, shuffled, so that masked or shifted columns are noticed.
+
+    The generator is local: the global random state does not change.
+    """
     generator = torch.Generator().manual_seed(0)
     exponents = torch.linspace(-4, 7, vocab, dtype=torch.float64)[torch.randperm(vocab, generator=generator)]
     signs = torch.randint(0, 2, (vocab,), generator=generator) * 2 - 1
@@ -74,16 +79,16 @@ def _probe_logits(vocab: int) -> Tensor:
 
 
 def _factor(received: list[Tensor], hidden: Tensor, bias: bool) -> float:
-    """By what the hidden states were multiplied on their way from the backbone to the head."""
+    """The factor by which the model multiplied the hidden states between backbone and head."""
     if len(received) != 1 or received[0].shape[-1] != hidden.shape[-1]:
-        raise ValueError(f"expected one call of its head with the hidden states of its backbone, got {len(received)}")
+        raise ValueError(f"expected one call of its head with its backbone's hidden states, got {len(received)}")
     ratio = received[0][0, -1].double() / hidden[0, -1].double()
     factor = ratio.median().item()
     rounding = 4 * torch.finfo(hidden.dtype).eps
     if not bool(((ratio - factor).abs() <= rounding * abs(factor)).all()):
-        raise ValueError("expected its head to get the hidden states of its backbone, got others")
+        raise ValueError("expected its head to get its backbone's hidden states, got different ones")
     if bias and factor != 1:
-        raise ValueError(f"expected a head with a bias to get hidden states as they are, got them times {factor:.6g}")
+        raise ValueError(f"expected a head with bias to get unscaled hidden states, got a factor of {factor:.6g}")
     return factor
 
 
@@ -94,31 +99,31 @@ def _fit(z: Tensor, logits: Tensor) -> Transform:
     top = logits[huge].item()
     capped = abs(top - linear) > _TOLERANCE * abs(linear)
     cap = abs(top) if capped else None
-    # The scale was read where a cap takes (scale * tiny / cap)^2 / 3 of it, far below float32's rounding.
+    # At `tiny`, a cap changes the logit by a relative (scale * tiny / cap)^2 / 3, far below float32's rounding.
     expected = scale * z if cap is None else cap * torch.tanh(scale * z / cap)
     fits = (logits - expected).abs() <= _TOLERANCE * expected.abs() + 1e-9
     if not (scale > 0 and cap != 0 and bool(fits.all())):
         share = 1 - fits.double().mean().item()
         raise ValueError(
-            "expected its logits to be softcap(scale * z) of its head's output z, got another function "
+            "expected its logits to be softcap(scale * z) of its head's output z, got a different function "
             f"({share:.1%} of the vocabulary differs from scale {scale:.4g}, cap {cap})"
         )
     return Transform(_rounded(scale), None if cap is None else _rounded(cap))
 
 
 def _rounded(value: float) -> float:
-    """Without the last digits, which are float32's rounding: 0.0625, not 0.06250000001."""
+    """Drop the digits that are only float32's rounding: 0.0625 instead of 0.06250000001."""
     return float(f"{value:.6g}") if abs(float(f"{value:.6g}") - value) <= 1e-7 * abs(value) else value
 
 
 class _Output:
-    """What a backbone returns, to every model: its hidden states, and nothing else."""
+    """The stub's output. Its only content is the hidden states; every other attribute is None."""
 
     def __init__(self, hidden: Tensor) -> None:
         self.last_hidden_state = hidden
 
-    def __getitem__(self, place: int) -> Tensor:
-        return (self.last_hidden_state,)[place]
+    def __getitem__(self, index: int) -> Tensor:
+        return (self.last_hidden_state,)[index]
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):
@@ -127,8 +132,10 @@ class _Output:
 
 @contextlib.contextmanager
 def stubbed(model: nn.Module, tokens: int = 4) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """`model` with a backbone that returns random hidden states [1, tokens, D], which are given, with the inputs
-    to call the model with."""
+    """Replace the backbone of `model` by a stub; yield the stub's hidden states and the inputs to call `model` with.
+
+    The hidden states are random, [1, tokens, D]. On exit the backbone is restored.
+    """
     embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(1)
     dim = _hidden_size(model)

@@ -1,17 +1,17 @@
-"""Hugging Face models: call the output head instead of reading it.
+"""Hugging Face models: call the output head instead of reading its weight.
 
-`attach_head(model)` gives a model the argument `head_op`: with it, the model's forward hands its hidden
-states and its own head to that function, and returns what the function returns:
+`attach_head(model)` adds the argument `head_op` to a model's forward. The forward then calls this function with its
+hidden states and its head, and returns the result:
 
     attach_head(model)
     loss = model(**inputs, head_op=lambda hidden, head: linear_cwdpo_loss(hidden, head, labels, ...).loss)
 
-The call runs inside the forward of the head module, which runs inside the forward of the (wrapped) model. So
-the hooks of DDP, FSDP and ZeRO that gather weights and reduce gradients fire. Reading `lm_head.weight` from
-outside skips them, and the head's gradient is then wrong without a word.
+The call runs inside the forward of the head module, which runs inside the forward of the (wrapped) model. Therefore the
+hooks of DDP, FSDP and ZeRO fire, which gather weights and reduce gradients. Reading `lm_head.weight` from outside skips
+them, and the head's gradient is then silently wrong.
 
-What a model does to its logits after the head (scale, soft cap) is measured, not read from its configuration:
-see head_transform.py. Peft may wrap the model before or after the call; see lora_head.py for LoRA on the head.
+The transform of the logits after the head (scale, soft cap) is measured, not read from the config; see
+head_transform.py. Peft may wrap the model before or after the call; see lora_head.py for LoRA on the head.
 """
 
 from __future__ import annotations
@@ -35,17 +35,20 @@ from .head_transform import Transform, measure_transform, stubbed
 __all__ = ["HeadError", "HeadInfo", "attach_head", "check_head", "evaluating"]
 
 HeadOp = Callable[[Tensor, Head], Any]
-_INFO, _PREVIOUS = "_cwdpo_head_info", "_cwdpo_previous_forward"  # in a module's __dict__
+_INFO, _PREVIOUS = "_cwdpo_head_info", "_cwdpo_previous_forward"  # attributes set on modules
 
 
 class HeadError(ValueError):
-    """A model whose head cannot be fused, or whose fused log-probs are not the model's own."""
+    """The model's head cannot be fused, or the fused log-probs differ from the model's own."""
 
 
 @dataclass(frozen=True)
 class HeadInfo:
-    """What `attach_head` found: the head, the transform of its logits, and how far the fused log-probs of probes
-    lie from those of the model's own logits (`difference`, in nats)."""
+    """What `attach_head` found: the head, the transform of its logits, and `difference`.
+
+    `difference` is the largest distance, in nats, between fused log-probs of random tokens and those of the model's own
+    logits.
+    """
 
     model: str
     vocab: int
@@ -65,20 +68,21 @@ class HeadInfo:
 
 
 def attach_head(model: nn.Module) -> HeadInfo:
-    """Teach `model` and its head module the argument `head_op`; without it both do what they always did.
+    """Add the argument `head_op` to the forward of `model`. Without that argument the forward does what it did before.
 
-    `model` is a `transformers.PreTrainedModel` with an output head over a backbone, or a peft model of one. The
-    patched forwards are bound methods, so that `copy.deepcopy(model)` calls its own head; `save_pretrained` and
-    `generate` see the same signatures as before. A second call returns the result of the first.
-    Raises `HeadError` where the head is not linear, where a forward is patched already, or where the logits are
-    not softcap(scale * (hidden W^T + b)); the model is then as it was.
+    `model` is a `transformers.PreTrainedModel` with a backbone and an output head, or a peft model of one. The patched
+    forwards are bound methods, so a `copy.deepcopy(model)` calls its own head; `save_pretrained` and `generate` see the
+    same signatures as before. A second call returns the result of the first.
+
+    Raises `HeadError` if the head is not linear, if a forward is patched already, or if the logits are not
+    softcap(scale * (hidden W^T + b)). The model is then unchanged.
     """
     model = model.get_base_model() if hasattr(model, "get_base_model") else model
     if _INFO in vars(model):
         return vars(model)[_INFO]
     name, head = type(model).__name__, model.get_output_embeddings()
     _expect(head is not None, name, "an output head", "None from get_output_embeddings()")
-    _expect(model.base_model is not model, name, "a backbone below the head", "no base_model but itself")
+    _expect(model.base_model is not model, name, "a backbone below the head", "itself as base_model")
     layers = _layers(name, head)
     for module in (model, *layers):
         _expect(_may_patch(module), name, "forwards that are not patched", f"a patched {type(module).__name__}.forward")
@@ -124,14 +128,14 @@ def _layers(model: str, head: nn.Module) -> list[nn.Module]:
 
 
 def _take_op(layers: list[nn.Module]) -> None:
-    """Give the layers of a head the argument `op`, those that have it not. Peft may have put in others since."""
+    """Add the argument `op` to those of a head's layers that lack it. Peft may have replaced layers since."""
     for layer in layers:
         if getattr(layer.forward, "__func__", None) is not _head_forward:
             _patch(layer, _head_forward)
 
 
 def _may_patch(module: nn.Module) -> bool:
-    # accelerate's hooks (of a quantised model, say) are called for what the new forward does not do itself.
+    # accelerate's hooks (of a quantized model, say) also patch forward. Calls without `head_op` still run them.
     return "forward" not in vars(module) or hasattr(module, "_hf_hook")
 
 
@@ -158,13 +162,13 @@ def _head_forward(self: nn.Module, hidden: Tensor, *args: Any, op: HeadOp | None
 
 
 def _with_head_op(plain: Callable[..., Any], transform: Transform) -> Callable[..., Any]:
-    """The forward of a model with one more argument; it keeps the signature of `plain`, which `generate` reads."""
+    """A model's forward with the argument `head_op`. It keeps the signature of `plain`, which `generate` inspects."""
 
     @functools.wraps(plain)
     def forward(self: nn.Module, *args: Any, head_op: HeadOp | None = None, **kwargs: Any) -> Any:
         if head_op is None:
             return _plain_forward(self)(*args, **kwargs)
-        # Wrappers (peft's) pass on options that were not given as None.
+        # Peft's wrappers pass options that the caller did not give as None.
         given = {key: value for key, value in kwargs.items() if value is not None}
         hidden = self.base_model(*args, **given, use_cache=False).last_hidden_state
         head = self.get_output_embeddings()
@@ -180,7 +184,7 @@ def _with_head_op(plain: Callable[..., Any], transform: Transform) -> Callable[.
 
 @torch.no_grad()
 def _compare(model: nn.Module, transform: Transform) -> HeadInfo:
-    """Fused log-probs of random tokens beside those of the model's logits, over a backbone that is stubbed."""
+    """Compare fused log-probs of random tokens with those of the model's logits, over a stubbed backbone."""
     found: dict[str, Any] = {}
     with stubbed(model) as (hidden, inputs), evaluating(model):
         labels = torch.randint(0, 2**31, hidden.shape[:-1], generator=torch.Generator().manual_seed(2))
@@ -198,8 +202,10 @@ def _compare(model: nn.Module, transform: Transform) -> HeadInfo:
 
 
 def _difference(name: str, fused: Tensor, own: Tensor, labels: Tensor, dtype: torch.dtype) -> float:
-    """The largest difference between fused log-probs and those of the model's own logits, in nats: within 1e-4,
-    or the rounding of logits in a shorter dtype; `HeadError` if not."""
+    """The largest difference between fused log-probs and those of the model's own logits, in nats.
+
+    `HeadError` if it exceeds 1e-4, or the rounding of the logits if their dtype is shorter than float32.
+    """
     mask = labels >= 0
     own = own[mask].float()
     expected = own.log_softmax(-1).gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1)
@@ -215,12 +221,11 @@ def _difference(name: str, fused: Tensor, own: Tensor, labels: Tensor, dtype: to
 
 @torch.no_grad()
 def check_head(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> float:
-    """Compare the fused log-probs of `labels` [S, T] with those of the model's own logits on one batch; returns the
-    largest difference, in nats.
+    """The largest difference, in nats, between fused log-probs of `labels` [S, T] and those of the model's own logits.
 
-    What `attach_head` measured over a stubbed backbone is seen here over the real one, wrappers and all.
-    Raises `HeadError` with the figures where the two differ by more than 1e-4 nats, or than the rounding of
-    logits in a shorter dtype. Projects only the positions from the first label on, where the model can.
+    `attach_head` compares them over a stubbed backbone; this function uses one batch and the real model with its
+    wrappers. Raises `HeadError` if they differ by more than 1e-4 nats, or by more than the rounding of the logits if
+    their dtype is shorter than float32. If the model can, it projects only the positions from the first label on.
     """
     first = int((labels >= 0).any(dim=0).int().argmax())
     keep = labels.shape[1] - first
@@ -238,6 +243,6 @@ def check_head(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> f
 
 
 def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model whose signature DDP, FSDP 1 and peft hide."""
+    """The model inside DDP, FSDP 1 and peft wrappers, which hide its signature."""
     model = getattr(model, "module", model)
     return model.get_base_model() if hasattr(model, "get_base_model") else model

@@ -1,9 +1,10 @@
-"""Output heads as fused ops need them: plain linear layers, and peft's LoRA on one.
+"""The output head as (hidden, Head) for fused ops: plain linear layers, and peft's LoRA on one.
 
-LoRA adds s * B A h to the logits. That is a wider product, [h, s A h] [W, B]^T, with r more columns, so the fused
-ops compute it as any other head and B and A get exact gradients; W is never merged with B A.
-The wide weight is a copy of W, V x (D + r), for the time of a step.
-Nothing here imports peft: its layers are known by their attributes.
+LoRA of rank r adds s * B A h to the logits. This equals a product with r more columns, [h, s A h] [W, B]^T, so the
+fused ops compute it like any other head and give exact gradients to A and B. W is never merged with B A. During a step
+the wide weight is a copy, V x (D + r).
+
+This module does not import peft; it recognizes peft's layers by their attributes.
 """
 
 from __future__ import annotations
@@ -18,15 +19,18 @@ from .._inputs import autocast
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:
-    """The layers that a head's call may end in: itself, or the original and the trained copies that peft's
-    `modules_to_save` holds. Empty where one of them is not linear."""
+    """The layers that may compute the head's output; empty if one of them is not linear.
+
+    The head itself, or the original and the trained copies under peft's `modules_to_save`.
+    """
     copies = getattr(head, "modules_to_save", None)
     found = [head.original_module, *copies.values()] if hasattr(head, "original_module") and copies else [head]
     return found if all(_is_plain(layer) or is_lora(layer) for layer in found) else []
 
 
 def _is_plain(layer: nn.Module) -> bool:
-    # Other subclasses may compute something else (quantised weights). FSDP changes the class, not the forward.
+    # A subclass with its own forward may compute something else (quantized weights). FSDP swaps the class, but keeps
+    # the forward.
     return isinstance(layer, nn.Linear) and type(layer).forward is nn.Linear.forward and _is_float(layer.weight)
 
 
@@ -35,17 +39,17 @@ def _is_float(weight: Tensor) -> bool:
 
 
 def is_lora(layer: nn.Module) -> bool:
-    """Whether a layer is peft's LoRA of a plain linear layer, without a variant (DoRA and others)."""
+    """Whether a layer is peft's LoRA on a plain linear layer, and not a variant such as DoRA."""
     has_parts = all(hasattr(layer, name) for name in ("base_layer", "lora_A", "lora_B", "scaling", "active_adapters"))
     return has_parts and _is_plain(layer.base_layer) and not getattr(layer, "lora_variant", None)
 
 
 def head_of(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Head]:
-    """Hidden states [..., D'] and head [V, D'] whose product is what `layer` makes of `hidden` [..., D]."""
+    """Hidden states [..., D'] and head [V, D'] whose product equals `layer(hidden)` for `hidden` [..., D]."""
     if not is_lora(layer):
         return autocast(hidden, Head.of(layer))
     if layer.disable_adapters and layer.merged:
-        layer.unmerge()  # as its own forward does
+        layer.unmerge()  # as the layer's own forward does
     hidden, head = autocast(hidden, Head.of(layer.base_layer))
     if layer.disable_adapters or layer.merged:
         return hidden, head

@@ -24,10 +24,10 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from .. import Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob, shift_labels
+from .. import IGNORE_INDEX, Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob, shift_labels
 from .hugging_face import attach_head
 
-# Options of DPOConfig that another loss or another forward than this one's would read: the only value of each.
+# Options of DPOConfig that CoolingDPOTrainer does not implement, and the only value of each that it accepts.
 ONLY = {
     "loss_type": ["sigmoid"], "loss_weights": None, "ld_alpha": None, "label_smoothing": 0.0, "use_weighting": False,
     "f_divergence_type": "reverse_kl", "padding_free": False, "use_liger_kernel": False, "parallelism_config": None,
@@ -37,18 +37,20 @@ ONLY = {
 class CoolingDPOTrainer(DPOTrainer):
     """TRL's DPOTrainer with the loss -log sigmoid(beta * (D_w - w_c * D_l)), D = policy - reference log-prob.
 
-    `cooling`: what w_c is (`Cooling(constant=1.0)`: DPO, as TRL computes it); `normalize`: "sequence" for D of total
-    log-probs, "token" for D of means. Everything else is TRL's and as TRL documents it: models by name or loaded,
-    data sets with and without images, the reference (adapter off, precomputed, `ref_model`, or the policy's name loaded
-    again: a policy that has been trained since it was loaded needs `ref_model`).
+    cooling: defines w_c; `Cooling(constant=1.0)` is DPO as TRL computes it.
+    normalize: "sequence" for D of total log-probs, "token" for D of means.
 
-    The head is called inside the model's forward (`attach_head`), so that hooks of wrappers see it. Logged: TRL's
-    `rewards/*`, `logps/*` (sums, nats) and `num_tokens`; `cooling_weight` (mean over the kept pairs), `kept` (their
-    share), mean_logps/chosen and /rejected (nats per token). TRL's entropy, logits/* and mean_token_accuracy would
-    cost another pass over the vocabulary: they are not logged.
+    Everything else works as TRL documents it: models by name or loaded, datasets with and without images, and the
+    reference (adapter off, precomputed, `ref_model`, or the policy reloaded by name). A policy that has been trained
+    since it was loaded needs `ref_model`.
 
-    NotImplementedError, by name: options outside `ONLY`, router losses of mixtures of experts, and what needs logits
-    (`compute_metrics`, `predict`). HeadError: a head that cannot be called (see `attach_head`).
+    The head is called inside the model's forward (`attach_head`), so wrappers' hooks fire. It logs TRL's `rewards/*`,
+    `logps/*` (sums, nats) and `num_tokens`, and also `cooling_weight` (mean over the kept pairs), `kept` (their share),
+    `mean_logps/chosen` and `mean_logps/rejected` (nats per token). It does not log TRL's `entropy`, `logits/*` and
+    `mean_token_accuracy`, which would cost another pass over the vocabulary.
+
+    NotImplementedError: options that differ from `ONLY`, router losses of mixtures of experts, `compute_metrics` and
+    `predict` (they need logits). HeadError: the head is not supported (see `attach_head`).
     """
 
     def __init__(
@@ -67,7 +69,7 @@ class CoolingDPOTrainer(DPOTrainer):
             )
 
     def __setattr__(self, name: str, value: Any) -> None:
-        # The one moment when a model is loaded, by TRL or by the caller, and not yet wrapped by TRL or accelerate.
+        # Attach here: the model is loaded (by TRL or the caller), but not wrapped by TRL or accelerate yet.
         if name in ("model", "ref_model") and (isinstance(value, PreTrainedModel) or hasattr(value, "get_base_model")):
             attach_head(value)
         super().__setattr__(name, value)
@@ -88,7 +90,7 @@ class CoolingDPOTrainer(DPOTrainer):
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         if return_outputs:
-            raise NotImplementedError("CoolingDPOTrainer: compute_metrics and predict need logits, which never exist")
+            raise NotImplementedError("CoolingDPOTrainer: compute_metrics and predict need logits: not supported")
         if self.precompute_ref_logps:
             reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
@@ -103,17 +105,17 @@ class CoolingDPOTrainer(DPOTrainer):
 
     def _record(self, output: CWDPOOutput, attention_mask: Tensor) -> None:
         mode = "train" if self.model.training else "eval"
-        figures = {
+        metrics = {
             "rewards/chosen": output.chosen_reward, "rewards/rejected": output.rejected_reward,
             "rewards/accuracies": output.accuracy, "rewards/margins": output.margin,
             "logps/chosen": output.chosen_logp.total, "logps/rejected": output.rejected_logp.total,
             "mean_logps/chosen": output.chosen_logp.mean, "mean_logps/rejected": output.rejected_logp.mean,
             "kept": output.kept, "cooling_weight": output.cooling_weight * output.kept,
         }  # fmt: skip
-        table = self.accelerator.gather(torch.stack([figure.float() for figure in figures.values()], dim=1))
-        means = dict(zip(figures, table.mean(0).tolist(), strict=True))
+        table = self.accelerator.gather(torch.stack([metric.float() for metric in metrics.values()], dim=1))
+        means = dict(zip(metrics, table.mean(0).tolist(), strict=True))
         weight = means.pop("cooling_weight")
-        if means["kept"]:  # else there is no cooling weight
+        if means["kept"]:  # without a kept pair there is no mean weight
             means["cooling_weight"] = weight / means["kept"]
         for name, mean in means.items():
             self._metrics[mode][name].append(mean)
@@ -123,10 +125,10 @@ class CoolingDPOTrainer(DPOTrainer):
 
 
 def _labels(inputs: dict[str, Any]) -> Tensor:
-    return shift_labels(inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, -100))
+    return shift_labels(inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX))
 
 
 def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """Every key that is not TRL's own, whatever the processor put in."""
+    """The model's inputs: all keys but TRL's own, because processors may add any."""
     own = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
     return {name: value for name, value in inputs.items() if name not in own}

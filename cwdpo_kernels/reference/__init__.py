@@ -1,4 +1,4 @@
-"""Eager truth: full logits and plain autograd, any dtype including float64. For tests and benchmarks only."""
+"""Eager reference: full logits and plain autograd, in any dtype including float64. For tests and benchmarks only."""
 
 from .constrained_sft_loss import constrained_sft_loss
 from .cwdpo_loss import cwdpo_loss

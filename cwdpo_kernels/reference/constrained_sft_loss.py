@@ -1,15 +1,15 @@
-"""constrained_sft_loss from full logits, answer by answer."""
+"""constrained_sft_loss from full logits, one answer at a time."""
 
 import torch
 from torch import Tensor
 
-from ..types import GentleNegatives
+from ..types import IGNORE_INDEX, GentleNegatives
 
 
 def constrained_sft_loss(
-    logits: Tensor, labels: Tensor, negatives: GentleNegatives, ignore_index: int = -100
+    logits: Tensor, labels: Tensor, negatives: GentleNegatives, ignore_index: int = IGNORE_INDEX
 ) -> Tensor:
-    """The scalar loss of logits [2P, T, V], chosen first; label-smoothed cross-entropy by its definition."""
+    """The scalar loss of logits [2P, T, V], chosen first, with torch's own label-smoothed cross-entropy."""
     pairs = labels.shape[0] // 2
 
     def batch_nll(rows: range, smoothing: float = 0.0) -> tuple[Tensor, int]:

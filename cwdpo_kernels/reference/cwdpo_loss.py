@@ -1,4 +1,4 @@
-"""cwdpo_loss by a loop over the pairs, as the paper writes it."""
+"""cwdpo_loss with a loop over the pairs, as in the paper."""
 
 import torch
 from torch import Tensor
@@ -10,7 +10,7 @@ def cwdpo_loss(
     chosen: SequenceLogprob, rejected: SequenceLogprob, ref_chosen: Tensor, ref_rejected: Tensor, beta: float,
     cooling: Cooling, normalize: str = "sequence",
 ) -> Tensor:  # fmt: skip
-    """The scalar loss; 0 if no pair is left."""
+    """The scalar loss; 0 if no pair is kept."""
     losses = []
     for pair in range(chosen.total.shape[0]):
         n_chosen, n_rejected = chosen.count[pair].item(), rejected.count[pair].item()

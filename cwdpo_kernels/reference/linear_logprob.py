@@ -1,9 +1,9 @@
-"""linear_logprob by full logits."""
+"""linear_logprob from full logits."""
 
 import torch
 from torch import Tensor
 
-from ..types import Head
+from ..types import IGNORE_INDEX, Head
 from .logits_logprob import logits_logprob
 
 
@@ -13,5 +13,5 @@ def head_logits(hidden: Tensor, head: Head) -> Tensor:
     return logits if head.softcap is None else head.softcap * torch.tanh(logits / head.softcap)
 
 
-def linear_logprob(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = -100) -> Tensor:
+def linear_logprob(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> Tensor:
     return logits_logprob(head_logits(hidden, head), labels, ignore_index)

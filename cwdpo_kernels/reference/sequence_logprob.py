@@ -1,13 +1,13 @@
-"""sequence_logprob by a loop over the sequences."""
+"""sequence_logprob with a loop over the sequences."""
 
 import torch
 from torch import Tensor
 
-from ..types import SequenceLogprob
+from ..types import IGNORE_INDEX, SequenceLogprob
 
 
 def sequence_logprob(
-    token_logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = -100
+    token_logp: Tensor, labels: Tensor, cu_seqlens: Tensor | None = None, ignore_index: int = IGNORE_INDEX
 ) -> SequenceLogprob:
     if cu_seqlens is None:
         rows = list(zip(token_logp, labels, strict=True))

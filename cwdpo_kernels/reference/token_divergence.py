@@ -1,4 +1,4 @@
-"""token_divergence by full probabilities."""
+"""token_divergence from full probabilities."""
 
 import torch
 from torch import Tensor

@@ -1,14 +1,14 @@
-"""token_stats by full probabilities."""
+"""token_stats from full probabilities."""
 
 import torch
 from torch import Tensor
 
-from ..types import Head, TokenStats
+from ..types import IGNORE_INDEX, Head, TokenStats
 from .linear_logprob import head_logits
 from .logits_logprob import logits_logprob
 
 
-def token_stats(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = -100) -> TokenStats:
+def token_stats(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> TokenStats:
     logits = head_logits(hidden, head)
     log_p = torch.log_softmax(logits, -1)
     entropy = -(log_p.exp() * log_p).sum(-1)
