@@ -114,5 +114,5 @@ def test_a_check(qwen, settings, write_config, capsys):
     assert "self-test: Qwen2_5_VLForConditionalGeneration: head 40 x 32" in out
     names = [line.split(":")[0] for line in out.splitlines() if line.startswith(("error ", "warning "))]
     # Images have a single color, so rows of the same size and color are duplicates.
-    warnings = ["warning repeated_pairs", "warning longer_than_max_length"]
-    assert names == ["error train_and_heldout_share_pairs", *warnings]
+    warnings = ["warning duplicate_pairs", "warning longer_than_max_length"]
+    assert names == ["error heldout_pairs_in_train", *warnings]
