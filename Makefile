@@ -28,12 +28,16 @@ help:
 	@echo "                      make test TORCH=torch==2.15.0 VENV=.venv-2.15"
 	@echo "WHEEL_ENVS=3.12:2.15.0   a list of PYTHON:TORCH for make wheel"
 
-# Any Python can run the version check; the script needs 3.11.
-$(READY): pyproject.toml setup.py constraints.txt tools/set_up.py $(shell find csrc -name "*.cpp" -o -name "*.h")
+# Any Python can run this; the set-up scripts need 3.11.
+define CHECK_PYTHON
 	@command -v "$(PYTHON)" > /dev/null || { \
 		echo "set-up: $(PYTHON) was not found. Install Python 3.11 or newer, or name yours: make PYTHON=..." >&2; exit 1; }
 	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "set-up: expected Python 3.11 or newer,\
  got %d.%d. Name another one: make PYTHON=python3.12" % sys.version_info[:2])'
+endef
+
+$(READY): pyproject.toml setup.py constraints.txt tools/set_up.py $(shell find csrc -name "*.cpp" -o -name "*.h")
+	$(CHECK_PYTHON)
 	@rm -f $(VENV)/ready*
 	@"$(PYTHON)" tools/set_up.py --venv "$(VENV)" --torch "$(TORCH)"
 	@touch $(VENV)/ready $@
@@ -77,14 +81,17 @@ format: $(READY)
 # Reads the docstrings without importing the packages, so neither torch nor a compiler is needed.
 DOCS := build/docs
 $(DOCS)/ready: pyproject.toml constraints.txt
-	$(PYTHON) -m venv $(DOCS)
-	$(DOCS)/bin/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
-	$(DOCS)/bin/pip install --quiet --constraint constraints.txt --requirement $(DOCS)/requirements.txt
-	touch $@
+	$(CHECK_PYTHON)
+	@echo "set-up: mkdocs and its theme in $(DOCS) (about 40 MB to download)"
+	@"$(PYTHON)" -m venv $(DOCS)
+	@"$(PYTHON)" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]\
+["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
+	@$(DOCS)/bin/pip install --quiet --constraint constraints.txt --requirement $(DOCS)/requirements.txt
+	@touch $@
 
 docs: $(DOCS)/ready
-	NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
-	@echo "build/site/index.html"
+	@NO_MKDOCS_2_WARNING=1 $(DOCS)/bin/mkdocs build --strict --quiet
+	@echo "docs: build/site/index.html"
 
 bench: $(READY)
 	$(BIN)/python -m benchmarks.run
