@@ -13,7 +13,8 @@ from cwdpo_trainer.config.loader import load_config
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
 GUIDE, ADAPTERS, TRAINER = DOCS / "guide.md", DOCS / "adapters.md", DOCS / "trainer.md"
-DOCUMENTS = sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")])
+TEMPLATE = ROOT / "CARD.md"  # a Jinja template that Hugging Face's kernel-builder fills in
+DOCUMENTS = sorted({*ROOT.glob("*.md"), *DOCS.rglob("*.md")} - {TEMPLATE})
 LOSS = DOCS / "contributing" / "loss.md"
 GENERATED_ANCHORS = {DOCS / "options.md", *(DOCS / "api").glob("*.md")}  # headings from docstrings
 
