@@ -1,12 +1,14 @@
 import os
 import runpy
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
-# Kernels are interpreted where there is no GPU. Triton reads this once, when it is first imported.
+# Without a GPU, Triton's interpreter runs the kernels. Triton reads the variable once, when it is first imported.
 if not os.path.exists("/dev/nvidiactl") and not os.path.exists("/dev/kfd"):
     os.environ["TRITON_INTERPRET"] = "1"
-os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # cuBLAS is deterministic with it
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS deterministic
 
 import pytest
 import torch
@@ -15,30 +17,30 @@ from cwdpo_kernels import ops
 
 
 @pytest.fixture(autouse=True)
-def _two_threads():
+def _two_threads() -> None:
     torch.set_num_threads(2)
 
 
 @pytest.fixture(params=["portable", "csrc", "triton"])
-def backend(request):
-    """Each op test runs once for every backend: Triton on a GPU where there is one, else on its interpreter."""
+def backend(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Run the test once per backend. Triton runs on the GPU if there is one, else in its interpreter."""
     interpreted = request.param == "triton" and not torch.cuda.is_available()
     if interpreted and request.node.get_closest_marker("slow_interpreted"):
-        pytest.skip("too large for the interpreter")
-    if request.param == "csrc" and ops.missing_backend("cpu"):
-        pytest.skip(ops.missing_backend("cpu"))  # tests/test_library.py fails if there was a compiler
+        pytest.skip("too slow in the interpreter")
+    if request.param == "csrc" and (reason := ops.missing_backend("cpu")):
+        pytest.skip(reason)  # tests/test_library.py fails if a compiler is installed
     device = "cuda" if request.param == "triton" and not interpreted else "cpu"
     with torch.device(device), ops.forced(device, request.param):
         yield request.param
 
 
 @pytest.fixture(scope="session")
-def load_example():
-    """Run a file of docs/examples, as a script or for its functions, and return its names."""
+def load_example() -> Callable[..., dict[str, Any]]:
+    """A function that runs a file of docs/examples and returns its global names."""
     folder = Path(__file__).parents[1] / "docs" / "examples"
 
     def load(name: str, run_name: str = "example") -> dict:
-        sys.path.insert(0, str(folder))  # as Python does for a script
+        sys.path.insert(0, str(folder))  # Python does the same for a script
         try:
             return runpy.run_path(str(folder / f"{name}.py"), run_name=run_name)
         finally:

@@ -1,4 +1,4 @@
-"""The benchmarks and the tuner for a GPU do run: their steps, at a tiny size, on whatever is here."""
+"""The GPU benchmarks and the tuner run: every step at a tiny size, on the GPU or in the interpreter."""
 
 import re
 from dataclasses import replace
@@ -25,7 +25,7 @@ def test_every_step_runs_and_has_a_cost(make):
             step()
 
 
-def test_peers_run_and_one_that_fails_is_named(monkeypatch):
+def test_peers_run_and_a_failing_one_is_reported(monkeypatch):
     def broken(*args):
         raise RuntimeError("no kernel\nfor this chip")
 
@@ -51,7 +51,7 @@ def test_values_are_checked_before_anything_is_timed(monkeypatch):
             gpu.check_values()
 
 
-def test_the_tuner_tries_a_candidate_and_rejects_a_wrong_one(monkeypatch):
+def test_the_tuner_rejects_a_candidate_with_wrong_results(monkeypatch):
     monkeypatch.setattr(tune, "milliseconds", lambda step: step() is None or 1.0)
     with torch.device(DEVICE):
         arguments = torch.randn(40, 64), torch.randn(300, 64), torch.randint(300, (40,))
@@ -64,7 +64,7 @@ def test_the_tuner_tries_a_candidate_and_rejects_a_wrong_one(monkeypatch):
 
 
 def test_cost_of_a_7b_model():
-    """By hand: 2 N D V operations a product, N 8192, V 151936, D 4096."""
+    """Worked out by hand: 2 N D V operations per product, with N 8192, V 151936, D 4096."""
     product = 2 * 8192 * 151936 * 4096
     for mode, products in (("no_grad", 1), ("frozen", 2), ("trainable", 4)):
         assert cost.linear_logprob(8192, 4096, 151936, 2, mode).flops == products * product
@@ -75,7 +75,7 @@ def test_cost_of_a_7b_model():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_commands_say_so(monkeypatch):
+def test_without_a_gpu_the_commands_exit_with_an_error(monkeypatch):
     for module in (gpu, tune):
         monkeypatch.setattr("sys.argv", ["benchmark", *(["--out", "unused"] if module is gpu else [])])
         with pytest.raises(SystemExit, match="expected a GPU"):

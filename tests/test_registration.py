@@ -112,7 +112,7 @@ CALLS, HIDDEN = public_calls()
 
 
 @pytest.mark.parametrize("name", CALLS)
-def test_compiles_as_one_graph(name):
+def test_compiles_without_graph_breaks(name):
     torch._dynamo.reset()
     function = CALLS[name]
     compiled = torch.compile(function, fullgraph=True, backend="aot_eager")

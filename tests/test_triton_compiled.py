@@ -1,4 +1,4 @@
-"""Every Triton kernel, at every shipped configuration, compiles for its chip: no GPU is needed to know."""
+"""Every Triton kernel compiles for its chips with every shipped configuration. No GPU is needed for that."""
 
 import json
 import os
@@ -18,7 +18,7 @@ CHIPS = {"sm_80", "sm_90", "sm_100", "gfx942"}
 
 @pytest.fixture(scope="module")
 def report(tmp_path_factory):
-    """Compiled anew, in a process of its own: this one may be running the interpreter."""
+    """A new report, from a separate process: this one may use the interpreter."""
     out = tmp_path_factory.mktemp("compiled") / "report.json"
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "benchmarks.compiled", "--out", str(out)]
@@ -27,13 +27,13 @@ def report(tmp_path_factory):
 
 
 def test_every_requirement_is_met(report):
-    """No spills and the chip's matrix instructions in the GEMM kernels, shared memory within its limit."""
+    """Shared memory within the chip's limit; GEMM kernels use its matrix instructions and do not spill."""
     result, _ = report
     assert result.returncode == 0, result.stderr
 
 
 def test_every_kernel_on_every_chip(report):
-    """The recorder met every kernel there is: none is left out of the report."""
+    """The report has all kernels that the sources define."""
     kernels = {
         line.split("(")[0].removeprefix("def ")
         for path in (ROOT / "cwdpo_kernels" / "triton").glob("*.py")
@@ -48,8 +48,8 @@ def test_every_kernel_is_compiled_with_the_options_of_a_launch(report):
     assert all(row["enable_fp_fusion"] is True for row in report[1]["kernels"])
 
 
-def test_the_committed_report_is_of_these_kernels(report):
-    """Registers may move with the compiler; which kernels are compiled, and with which constants, may not."""
+def test_the_committed_report_has_the_same_kernels(report):
+    """Register counts may change with the compiler, but not the kernels and their constants."""
 
     def shapes(document):
         return [(row["chip"], row["precision"], row["kernel"], row["constants"]) for row in document["kernels"]]

@@ -59,8 +59,8 @@ def test_the_same_bits_every_time(dtype):
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_label_outside_the_vocabulary_shows_as_nan():
-    """The device is never asked about label values: a wrong one gives NaN, not a plausible number."""
+def test_a_label_outside_the_vocabulary_gives_nan():
+    """Labels are not checked, because that would sync the device. A wrong one gives NaN, not a plausible number."""
     with ops.forced(DEVICE, "triton"):
         hidden, weight = torch.randn(3, 16, device=DEVICE), torch.randn(50, 16, device=DEVICE)
         labels = torch.tensor([3, 50, -7], device=DEVICE)
@@ -71,18 +71,18 @@ def test_a_label_outside_the_vocabulary_shows_as_nan():
 
 
 @needs_gpu
-def test_offsets_pass_two_to_the_31():
-    """3e9 entries lie between the two rows of these logits."""
+def test_offsets_beyond_32_bits():
+    """The two rows of these logits are 3e9 entries apart."""
     storage = torch.zeros(3_000_000_064, dtype=torch.bfloat16, device=DEVICE)
     logits = storage.as_strided((2, 64), (3_000_000_000, 1))
     logits.copy_(torch.randn(2, 64))
     labels = torch.tensor([1, 2], device=DEVICE)
-    truth = torch.log_softmax(logits.double(), 1).gather(1, labels[:, None]).squeeze(1)
-    torch.testing.assert_close(ck.logits_logprob(logits, labels).double(), truth)
+    expected = torch.log_softmax(logits.double(), 1).gather(1, labels[:, None]).squeeze(1)
+    torch.testing.assert_close(ck.logits_logprob(logits, labels).double(), expected)
 
 
 @needs_gpu
-def test_no_wait_for_the_device():
+def test_no_device_sync():
     arguments = inputs()
     step(*arguments)  # compiles
     torch.cuda.set_sync_debug_mode("error")
@@ -93,7 +93,7 @@ def test_no_wait_for_the_device():
 
 
 @needs_gpu
-def test_captured_in_a_cuda_graph():
+def test_cuda_graph_gives_the_same_bits():
     arguments = inputs()
     expected = step(*arguments)
     stream = torch.cuda.Stream()

@@ -70,10 +70,10 @@ def pinned_torch(constraints: str) -> str:
 
 
 def constraints_for(requested: str, constraints: str) -> str:
-    """The constraints without torch and Triton if the user asked for another torch: Triton follows torch."""
+    """The constraints, without what depends on torch's version if the user asked for another torch."""
     if not requested or pinned_torch(constraints) in requested:
         return constraints
-    return re.sub(r"^(torch|triton)==.*\n", "", constraints, flags=re.MULTILINE)
+    return re.sub(r"^(torch|triton|setuptools)==.*\n", "", constraints, flags=re.MULTILINE)
 
 
 def requirements() -> list[str]:
