@@ -1,11 +1,12 @@
-"""The direction of imports, read from the code: each part stands on the parts below it, and on nothing above.
+"""The direction of imports, read from the source: each part imports only from parts below it.
 
     trainer -> {compat, integrations} -> functional -> ops -> {portable | triton | csrc}
 
-The rooms of the trainer have an order of their own (`ROOMS`). `python tests/test_layering.py` prints the picture.
+`ROOMS` is the order of the trainer's subpackages. `python tests/test_layering.py` prints an overview.
 """
 
 import ast
+import re
 import subprocess
 import sys
 from graphlib import TopologicalSorter
@@ -18,7 +19,7 @@ PACKAGE = ROOT / "cwdpo_kernels"
 TRAINER = ROOT / "trainer" / "cwdpo_trainer"
 BACKENDS = {"portable", "triton"}
 ADAPTERS = {"compat", "integrations"}
-# What each part of the package may import from it. `reference` and `testing` are for tests and benchmarks only.
+# What each part of cwdpo_kernels may import from it. Only tests and benchmarks import `reference` and `testing`.
 ALLOWED = {
     "__init__": {"functional", "losses", "ops", "types"},
     "losses": {"functional", "_inputs", "_ops", "_smoothing", "types", "validation"},
@@ -29,16 +30,16 @@ ALLOWED = {
     "types": {"validation"},
     "validation": set(),
     "testing": {"types"},
-    # The public names of the package, and what its own functions share.
+    # The package's public names, and helpers of its own functions.
     **{group: {group, "__init__", "_inputs", "_smoothing", "validation"} for group in ADAPTERS},
     "ops": {"ops", "_ops", *BACKENDS},
     "reference": {"reference", "types"},
     **{backend: {backend} for backend in BACKENDS},
 }
-# Other projects' packages: an adapter may import one only to subclass its classes. Signatures are copied.
+# An adapter may import another project only to subclass its classes. Function signatures are copied.
 PEERS = {"transformers", "accelerate", "peft", "datasets", "trl", "lightning", "liger_kernel", "verl"}
 PEERS_OF = {"integrations/trl.py": {"trl", "transformers", "accelerate"}}
-# The trainer's rooms (and the files beside them) from the ground up. A room imports only from rooms before it.
+# The trainer's rooms and top-level files, lowest first. A room imports only from rooms before it.
 ROOMS = (
     "errors", "files", "reporter", "config", "run_folder", "data", "models", "negatives", "evaluation", "stages",
     "preflight", "run", "recipes", "cli",
@@ -47,7 +48,7 @@ LARGEST_ROOM = 10  # modules
 
 
 def imported_modules(path: Path) -> set[str]:
-    """Absolute names of what a file imports, `package.module.name` for `from package.module import name`."""
+    """The absolute names that a file imports; `package.module.name` for `from package.module import name`."""
     package = path.relative_to(ROOT if PACKAGE in path.parents else ROOT / "trainer").parts[:-1]
     modules = set()
     for node in ast.walk(ast.parse(path.read_text())):
@@ -77,8 +78,9 @@ def test_kernels(path):
 
 
 @pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda p: str(p.relative_to(PACKAGE)))
-def test_kernels_are_imported_by_relative_names(path):
-    """So that the package can be loaded under another name, as the `kernels` library does."""
+def test_the_kernels_do_not_name_their_package(path):
+    """The `kernels` library loads the package under another name, with another namespace of its ops."""
+    assert path.name == "_ops.py" or not re.search(r"ops\.cwdpo\b|cwdpo::", path.read_text())
     names = [
         node.module if isinstance(node, ast.ImportFrom) else alias.name
         for node in ast.walk(ast.parse(path.read_text()))
@@ -100,7 +102,7 @@ def test_trainer_uses_the_public_names_only(path):
 
 
 def trainer_modules() -> dict[str, set[str]]:
-    """Each module of the trainer, and the modules of the trainer that it imports."""
+    """The trainer's modules, and which of them each one imports."""
     names = {}
     for path in TRAINER.rglob("*.py"):
         parts = path.relative_to(TRAINER).with_suffix("").parts
@@ -119,14 +121,14 @@ def room_of(module: str) -> str:
 
 
 def floors(modules: dict[str, set[str]]) -> int:
-    """The longest chain of imports. Raises `graphlib.CycleError` where imports form a circle."""
+    """The length of the longest import chain. Raises `graphlib.CycleError` if imports are circular."""
     level: dict[str, int] = {}
     for module in TopologicalSorter(modules).static_order():
         level[module] = 1 + max((level[below] for below in modules.get(module, ())), default=0)
     return max(level.values())
 
 
-def test_no_circle_in_the_trainer():
+def test_no_circular_imports_in_the_trainer():
     modules = trainer_modules()
     assert floors(modules) <= 16
     rooms: dict[str, set[str]] = {room: set() for room in ROOMS}
@@ -137,8 +139,8 @@ def test_no_circle_in_the_trainer():
 
 @pytest.mark.parametrize("module", sorted(trainer_modules()))
 def test_rooms_import_only_from_rooms_below(module):
-    place = ROOMS.index(room_of(module))
-    upward = {each for each in trainer_modules()[module] if ROOMS.index(room_of(each)) > place}
+    index = ROOMS.index(room_of(module))
+    upward = {each for each in trainer_modules()[module] if ROOMS.index(room_of(each)) > index}
     assert not upward
 
 
@@ -153,7 +155,7 @@ def room_sizes() -> dict[str, int]:
 
 
 def test_importing_needs_neither_triton_nor_transformers():
-    """And no GPU: the kernels package alone, with both imports blocked."""
+    """Import cwdpo_kernels with both packages blocked."""
     code = "import sys; sys.modules.update(triton=None, transformers=None); import cwdpo_kernels"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 

@@ -4,6 +4,8 @@ import pytest
 import torch
 
 import cwdpo_kernels as ck
+from cwdpo_kernels import ops
+from cwdpo_kernels.ops import registry
 from cwdpo_kernels.testing import make_inputs
 
 OPS = torch.ops.cwdpo
@@ -138,6 +140,26 @@ def test_compiles_with_inductor_and_dynamic_shapes():
         grads = (torch.autograd.grad(x, [hidden, head.weight]) for x in (loss, eager))
         for actual, expected in zip(*grads, strict=True):
             torch.testing.assert_close(actual, expected)
+
+
+def test_a_backend_is_one_call(monkeypatch):
+    monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
+    reason = "no driver: install one"
+    ops.register_backend("drummer", "xpu", lambda: reason, workspace_bytes=lambda: 1 << 20, compiled=True)
+    assert ck.backend("xpu") == "portable"
+    assert ck.missing_backend("xpu") == reason
+    with pytest.raises(RuntimeError, match=f"expected the backend drummer on xpu, got none: {reason}"):
+        ops.forced("xpu", "drummer").__enter__()
+    ops.register_backend("drummer", "xpu", lambda: None, workspace_bytes=lambda: 1 << 20, compiled=True)
+    assert ck.backend("xpu") == "drummer"
+    assert ck.missing_backend("xpu") is None
+    assert ck.default_workspace_bytes("xpu") == 1 << 20
+
+
+def test_backends_report_their_workspace():
+    assert ck.default_workspace_bytes("cuda") > ck.default_workspace_bytes("meta") > 0
+    with ops.forced("cpu", "portable"):
+        assert ck.default_workspace_bytes("cpu") == ck.default_workspace_bytes("meta")
 
 
 def test_backend_names():

@@ -1,4 +1,4 @@
-"""cut-cross-entropy's linear_cross_entropy and ours, called alike."""
+"""cut-cross-entropy's linear_cross_entropy and ours, called with the same arguments."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_only_the_import_changes(reduction, shift):
     ],
     ids=["filter", "lse", "impl", "reduction", "negative", "too-far", "positional"],
 )
-def test_refusals_name_the_argument(options, error, message):
+def test_errors_name_the_argument(options, error, message):
     (e, c, _), targets = make((3, 11), torch.float32)
     with pytest.raises(error, match=message):
         linear_cross_entropy(e, c, targets, **options)

@@ -1,4 +1,4 @@
-"""Liger's fused linear DPO loss and ours, called alike; both against the formulas in float64."""
+"""Liger's fused linear DPO loss and ours, called with the same arguments and compared with float64."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ SMOOTHING = {"exo_pair": 0.1, "robust": 0.2}
 
 
 def make(dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor, list[Tensor]]:
-    """Policy [hidden, weight, bias], targets, reference; a reference not far from the policy."""
+    """Policy [hidden, weight, bias], targets, and a reference that is close to the policy."""
     generator = torch.Generator().manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
@@ -34,7 +34,7 @@ def make(dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor, list[
 
 
 def eager_losses(c: Tensor, r: Tensor, beta: float, e: float, tau: float) -> dict[str, Tensor]:
-    """Per pair, of the log-ratios c (chosen) and r (rejected), as the papers write them."""
+    """The loss per pair as in the papers, from the log-ratios c (chosen) and r (rejected)."""
     s, d = torch.sigmoid, beta * (c - r)
     m = s(d / tau)
     return {
@@ -52,7 +52,7 @@ def eager_losses(c: Tensor, r: Tensor, beta: float, e: float, tau: float) -> dic
 
 
 def eager(policy: list[Tensor], target: Tensor, reference: list[Tensor] | None, options: dict) -> list[Tensor]:
-    """Loss and metrics from full logits, in the dtype of the inputs; `policy` and `reference`: hidden, weight, bias."""
+    """Loss and metrics from full logits, in the inputs' dtype. `policy` and `reference` are (hidden, weight, bias)."""
     labelled = target != IGNORED
 
     def answers(model: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
@@ -80,7 +80,7 @@ def choose(loss_type: str, **changed) -> dict:
 
 
 def check(policy, target, reference, options, tolerance: float, with_bias: bool = True) -> None:
-    """Ours against float64: every value and gradient."""
+    """Compare every value and gradient of ours with float64."""
     count = 3 if with_bias else 2
     hidden, weight, *bias = policy[:count]
     ref_hidden, ref_weight, *ref_bias = reference[:count]
@@ -110,7 +110,7 @@ def check(policy, target, reference, options, tolerance: float, with_bias: bool 
 )
 def test_values_and_gradients(loss_type, average, use_ref_model, full, dtype, tolerance):
     policy, target, reference = make(dtype)
-    # Without a reference log-ratios are log-probs, tens of nats: a small beta keeps the losses off their asymptotes.
+    # Without a reference, log-ratios are tens of nats. A small beta keeps the losses away from their asymptotes.
     beta = 0.3 if use_ref_model or average else 0.03
     options = choose(loss_type, average_log_prob=average, use_ref_model=use_ref_model, compute_nll_loss=full, beta=beta)
     check(policy, target, reference, options, tolerance, with_bias=full)
@@ -145,7 +145,7 @@ def test_only_the_import_changes(loss_type, average, use_ref_model):
     torch.testing.assert_close(results[1], results[0], rtol=2e-4, atol=2e-5)
 
 
-def test_function_and_functional_take_ligers_order():
+def test_functions_have_ligers_argument_order():
     functional = pytest.importorskip("liger_kernel.chunked_loss.functional")
     (hidden, weight, bias), target, reference = make(torch.float32)
     options = (IGNORED, 0.2, True, False, True, True, 2, "robust", 0.1, 0.05, 0.5)
@@ -155,7 +155,7 @@ def test_function_and_functional_take_ligers_order():
         torch.testing.assert_close((loss, *metrics), (theirs[0], *theirs[1]), rtol=2e-4, atol=2e-5)
 
 
-def test_the_reference_is_never_differentiated():
+def test_the_reference_gets_no_gradient():
     (hidden, weight, bias), target, reference = make(torch.float32)
     trainable = [tensor.requires_grad_() for tensor in reference]
     loss, _ = LigerFusedLinearDPOLoss(ignore_index=IGNORED)(weight, hidden, target, bias, *trainable)
@@ -163,8 +163,8 @@ def test_the_reference_is_never_differentiated():
     assert [tensor.grad for tensor in trainable] == [None] * 3
 
 
-def test_nothing_of_the_vocabularys_size_is_saved():
-    """Of a frozen head; a trainable one may keep tiles, within its budget."""
+def test_saved_tensors_are_smaller_than_the_vocabulary():
+    """With a frozen head. A trainable head may keep tiles within its budget."""
     (hidden, weight, bias), target, reference = make(torch.float32)
     sizes = []
 
@@ -178,7 +178,7 @@ def test_nothing_of_the_vocabularys_size_is_saved():
 
 
 def test_discopop_far_from_the_reference():
-    """d = -200: exp(-d) alone is infinite, and 0 times it no number."""
+    """At d = -200, exp(-d) alone would be infinite, and 0 times infinity NaN."""
     hidden = torch.tensor([2000.0, 50.0]).view(2, 1, 1).requires_grad_()
     weight, target = torch.tensor([[0.0], [1.0]]), torch.tensor([[0], [1]])
     loss, _ = LigerFusedLinearDPOLoss(loss_type="discopop", use_ref_model=False)(weight, hidden, target)
@@ -200,13 +200,13 @@ def test_discopop_far_from_the_reference():
     ],
     ids=["ipo", "unknown", "exo", "exo-one", "robust", "robust-negative", "beta", "tau"],
 )
-def test_refused_options(options, message):
+def test_unsupported_options(options, message):
     with pytest.raises(ValueError, match=message):
         LigerFusedLinearDPOLoss(**options)
 
 
 @pytest.mark.parametrize("rows", [0, 5])
-def test_odd_and_empty_batches_are_refused(rows):
+def test_odd_and_empty_batches_raise(rows):
     (hidden, weight, _), target, _ = make(torch.float32)
     message = rf"expected target to have shape \[2P, T\], an even number of rows: .* got \[{rows}, {TOKENS}\]"
     with pytest.raises(ValueError, match=message):
@@ -214,7 +214,7 @@ def test_odd_and_empty_batches_are_refused(rows):
 
 
 @pytest.mark.parametrize("missing", ["ref_input", "ref_weight"])
-def test_a_missing_reference_is_refused(missing):
+def test_a_missing_reference_raises(missing):
     (hidden, weight, _), target, (ref_input, ref_weight, _) = make(torch.float32)
     reference = {"ref_input": ref_input, "ref_weight": ref_weight} | {missing: None}
     message = rf"expected {missing} to have type Tensor \(as use_ref_model is True\), got NoneType"

@@ -1,4 +1,4 @@
-"""torch's linear_cross_entropy and ours, called alike."""
+"""torch's linear_cross_entropy and ours, called with the same arguments."""
 
 from __future__ import annotations
 
@@ -35,7 +35,9 @@ def float64_truth(leaves: list[torch.Tensor], target: torch.Tensor, **options) -
     [
         *((torch.float64, smoothing, 1e-12) for smoothing in (0.0, 0.1, 1.0)),
         *((torch.float32, smoothing, 2e-6) for smoothing in (0.0, 0.1, 1.0)),
-        *((torch.bfloat16, smoothing, 8e-3) for smoothing in (0.0, 0.1)),  # 1.0: see the docstring
+        *(
+            (torch.bfloat16, smoothing, 8e-3) for smoothing in (0.0, 0.1)
+        ),  # not 1.0: see the docstring
     ],
     ids=str,
 )
@@ -66,7 +68,7 @@ def test_only_the_import_changes(ignore_index):
     torch.testing.assert_close(linear_cross_entropy(hidden, weight, target, **options), theirs)
 
 
-def test_the_mean_of_no_token_is_no_number():
+def test_the_mean_of_no_token_is_nan():
     (hidden, weight), target = make((4,), torch.float32, bias=False)
     assert linear_cross_entropy(hidden, weight, torch.full_like(target, -100)).isnan()
 
@@ -83,7 +85,7 @@ def test_the_mean_of_no_token_is_no_number():
     ],
     ids=["class-weight", "options", "probabilities", "dimensions", "reduction", "smoothing"],
 )
-def test_refusals_name_the_argument(change, error, message):
+def test_errors_name_the_argument(change, error, message):
     (hidden, weight), target = make((4,), torch.float32, bias=False)
     arguments = {"input": hidden, "linear_weight": weight, "target": target} | change
     with pytest.raises(error, match=message):

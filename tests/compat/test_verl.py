@@ -1,4 +1,4 @@
-"""verl's linear_cross_entropy and ours: values and gradients against float64, refusals, and an actor's step."""
+"""Our version of verl's linear_cross_entropy: values and gradients against float64, errors, and an actor's step."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_values_and_gradients(reduction, temperature, tokens, dtype):
 
 
 @pytest.mark.parametrize("frozen", ["nothing", "weight", "hidden", "both", "no_grad"])
-def test_what_needs_no_gradient_gets_none(frozen):
+def test_frozen_inputs_get_no_gradient(frozen):
     hidden, weight, labels = make((5,), torch.float32)
     expected = eager(hidden, weight, labels, 1.0, "none")
     hidden.requires_grad_(frozen not in ("hidden", "both"))
@@ -61,7 +61,7 @@ def test_what_needs_no_gradient_gets_none(frozen):
     assert logp.requires_grad == entropy.requires_grad == (frozen not in ("both", "no_grad"))
 
 
-def test_backward_through_the_entropy_is_refused():
+def test_backward_through_the_entropy_raises():
     hidden, weight, labels = make((5,), torch.float32)
     logp, entropy = linear_cross_entropy(hidden, weight, labels)
     with pytest.raises(NotImplementedError, match="the gradient of entropy is not supported"):
@@ -75,7 +75,7 @@ def ppo_loss(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: 
 
 
 def test_an_actors_step():
-    """As verl's actor: packed [1, N, D], labels rolled by one, old log-probs first, the loss on response tokens."""
+    """Call it like verl's actor: packed [1, N, D], labels rolled by one, old log-probs, loss on response tokens."""
     hidden, weight, tokens = make((1, 23), torch.float32)
     labels = torch.roll(tokens, shifts=-1, dims=-1)
     mask = torch.zeros(23).index_fill(0, torch.tensor([4, 5, 6, 15, 16, 17, 18]), 1.0)
@@ -93,7 +93,7 @@ def test_an_actors_step():
         check_budget(name, *values)
 
 
-def test_a_group_of_one_process_is_none():
+def test_a_group_of_one_process_is_accepted():
     hidden, weight, labels = make((5,), torch.float32)
     alone = linear_cross_entropy(hidden, weight, labels, 1.0, "none", SimpleNamespace(size=lambda: 1))
     torch.testing.assert_close(alone, linear_cross_entropy(hidden, weight, labels), rtol=0, atol=0)
@@ -111,7 +111,7 @@ def test_a_group_of_one_process_is_none():
     ],
     ids=["group", "order", "temperature", "reduction", "ignored", "labels"],
 )
-def test_refusals_name_the_argument(change, error, message):
+def test_errors_name_the_argument(change, error, message):
     hidden, weight, labels = make((5,), torch.float32)
     arguments = {"hidden": hidden, "weight": weight, "labels": labels} | change
     with pytest.raises(error, match=message):

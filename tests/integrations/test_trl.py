@@ -1,4 +1,4 @@
-"""TRL's DPOTrainer and ours, driven alike: pictures, text, peft, precomputed references, its log."""
+"""TRL's DPOTrainer and CoolingDPOTrainer with the same inputs: images, text, peft, precomputed references, logs."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from trl import DPOConfig, DPOTrainer
 from cwdpo_kernels import Cooling
 from cwdpo_kernels.integrations.trl import CoolingDPOTrainer
 
-# Names that transformers renamed, which TRL 1.16 still uses.
+# TRL 1.16 still uses names that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
 BETA = 0.3
 COOLING = Cooling(logp_floor=-2.8, temperature=0.5)
@@ -62,7 +62,7 @@ def task(request, tiny, tmp_path):
 
 
 def moved(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """The model with every weight a little elsewhere: a policy that is not its reference."""
+    """The model with every weight perturbed: a policy that differs from its reference."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
@@ -95,8 +95,8 @@ def first_batch(trainer):
 
 
 def float64_sequences(task, model, batch):
-    """Total and mean log-probs [2P] of the completions from full logits, in float64, by definition."""
-    twin = copy.deepcopy(task.model)  # a copy of `model` itself would call `model`: TRL's patch is bound to it
+    """Total and mean log-probs [2P] of the completions, from full logits in float64."""
+    twin = copy.deepcopy(task.model)  # not of `model`: TRL's patched forward would still call `model`
     twin.load_state_dict(model.state_dict())
     twin = twin.double().eval()
     mask = batch["completion_mask"][:, 1:].bool()
@@ -109,7 +109,7 @@ def float64_sequences(task, model, batch):
 
 
 def float64_loss(task, policy, reference, batch):
-    """-log sigmoid(beta * (D_w - w_c * D_l)) by definition, and the mean of w_c."""
+    """-log sigmoid(beta * (D_w - w_c * D_l)), and the mean of w_c."""
     total, mean = float64_sequences(task, policy, batch)
     chosen, rejected = (total - float64_sequences(task, reference, batch)[0]).chunk(2)
     weight = ((mean.chunk(2)[1] - COOLING.logp_floor) / COOLING.temperature).sigmoid()
@@ -130,7 +130,7 @@ def test_five_steps_with_models_by_name(task):
     trainer.train()
     steps = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["step"] for entry in steps] == [1, 2, 3, 4, 5]
-    assert steps[0]["loss"] == pytest.approx(0.6931, abs=2e-3)  # the policy is its reference
+    assert steps[0]["loss"] == pytest.approx(0.6931, abs=2e-3)  # log 2: policy and reference are equal
     assert steps[-1]["loss"] < steps[0]["loss"] - 0.05
     assert steps[-1]["rewards/margins"] > 0.1
     assert all(0 < entry["cooling_weight"] < 1 and entry["kept"] == 1 for entry in steps)
@@ -148,14 +148,14 @@ def test_first_step_equals_float64(task):
     trainer = make(CoolingDPOTrainer, task, policy, ref_model=reference, args={"max_steps": 1})
     batch = first_batch(trainer)
     loss, weight = float64_loss(task, policy, reference, batch)
-    assert abs(loss - 0.6931) > 0.02  # else the reference would not matter
+    assert abs(loss - 0.6931) > 0.02  # otherwise the reference would not be tested
     trainer.train()
     entry = trainer.state.log_history[0]
     assert entry["loss"] == pytest.approx(loss, rel=2e-5)
     assert entry["cooling_weight"] == pytest.approx(weight, rel=2e-5)
 
 
-def test_weight_one_is_what_trl_computes(task):
+def test_weight_one_equals_trl(task):
     found = []
     for kind in (CoolingDPOTrainer, DPOTrainer):
         policy, reference = moved(copy.deepcopy(task.model)), copy.deepcopy(task.model)
@@ -178,7 +178,7 @@ LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM
 
 @pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
 def test_lora_reference(task, trained):
-    """A new adapter's reference is the model without it; that of one with a past is a copy of it, as TRL has it."""
+    """As in TRL: the reference of a new adapter is the base model; that of a trained adapter is a copy of it."""
     policy, reference = copy.deepcopy(task.model), task.model
     if trained:
         policy = get_peft_model(policy, LORA)
@@ -251,13 +251,13 @@ def test_every_key_of_the_processor_reaches_the_model(task):
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_options_of_other_losses_are_refused_by_name(task, name, value):
+def test_unsupported_options_are_named(task, name, value):
     with pytest.raises(NotImplementedError, match=rf"CoolingDPOTrainer: {name}=.* is not supported, only .* is"):
         make(CoolingDPOTrainer, task, args={name: value})
 
 
 @pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_router_losses_are_refused_by_name(task):
+def test_router_losses_are_named(task):
     config = MixtralConfig(
         vocab_size=task.model.config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
         num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, pad_token_id=0,
@@ -269,7 +269,7 @@ def test_router_losses_are_refused_by_name(task):
 
 
 @pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_what_needs_logits_is_refused(task):
+def test_calls_that_need_logits_raise(task):
     trainer = make(CoolingDPOTrainer, task)
     with pytest.raises(NotImplementedError, match="compute_metrics and predict need logits"):
         trainer.compute_loss(trainer.model, first_batch(trainer), return_outputs=True)

@@ -1,4 +1,4 @@
-"""After supervised fine-tuning most tokens are confident: the regime in which rounded logits lose the gradient."""
+"""Confident tokens, which most tokens are after supervised fine-tuning: rounded logits lose their gradient."""
 
 import pytest
 import torch
@@ -22,7 +22,7 @@ def test_half_precision_gradients(p_label, dtype, frozen):
 
     logp = ck.linear_logprob(hidden, head, labels)
     assert relative_error(logp, truth) < 1e-5
-    # A loss scale, as fp16 training has: without it the gradient itself lies among fp16's subnormals.
+    # A loss scale, as in fp16 training: without it the gradient would be subnormal in fp16.
     scale = 1.0 / (1 - p_label)
     ours = torch.autograd.grad((logp * scale).sum(), leaves(hidden, head))
     exact = torch.autograd.grad((truth * scale).sum(), leaves(hidden64, head64))

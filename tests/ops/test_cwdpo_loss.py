@@ -16,7 +16,7 @@ COOLINGS = [
 
 
 def make_pairs(dtype):
-    """Five pairs; one has an empty chosen answer, one an empty rejected answer."""
+    """Five pairs, one with an empty chosen answer and one with an empty rejected answer."""
     hidden, head, labels = make_inputs((10, 9), 101, 12, dtype)
     labels[1], labels[7] = -100, -100
     refs = -20 * torch.rand(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -29,7 +29,7 @@ def split(sequences):
 
 @pytest.mark.parametrize("normalize", ["sequence", "token"])
 @pytest.mark.parametrize("cooling", COOLINGS)
-def test_every_entrance_gives_the_paper_loss(cooling, normalize, exact_dtype, close):
+def test_every_entry_point_gives_the_paper_loss(cooling, normalize, exact_dtype, close):
     hidden, head, labels, ref_chosen, ref_rejected = make_pairs(exact_dtype)
     options = {"beta": 0.1, "cooling": cooling, "normalize": normalize}
     chosen, rejected = split(reference.sequence_logprob(reference.linear_logprob(hidden, head, labels), labels))
@@ -51,7 +51,7 @@ def test_every_entrance_gives_the_paper_loss(cooling, normalize, exact_dtype, cl
         assert not any(x.requires_grad for x in (*out[1:6], *out.chosen_logp, *out.rejected_logp, out.kept))
         assert out.kept[[1, 2]].tolist() == [False, False]
         assert out.kept[[0, 3]].all()
-        assert out.kept[4] == (cooling.drop_below is None)  # mean logp of its rejected answer: -8.65
+        assert out.kept[4] == (cooling.drop_below is None)  # the mean log-prob of its rejected answer is -8.65
 
 
 def test_metrics():
@@ -78,7 +78,7 @@ def test_metrics():
     assert torch.equal(with_references.loss, out.loss)
 
 
-def test_the_cooling_weight_is_a_constant_of_the_gradient():
+def test_the_gradient_treats_the_cooling_weight_as_a_constant():
     rejected = torch.tensor([-3.0], requires_grad=True)
     chosen = ck.SequenceLogprob(torch.tensor([-1.0]), torch.tensor([-1.0]), torch.tensor([1]))
     cooling = ck.Cooling(logp_floor=-3.0, temperature=0.1)
@@ -138,8 +138,8 @@ def test_filtered_batches_without_a_label(tokens):
 
 
 @pytest.mark.slow_interpreted
-def test_a_step_of_an_embedded_model_within_1e5_of_float64():
-    """2 pairs, T 1024, 128 response tokens, V 49152, D 576, float32: value and gradients against full logits."""
+def test_a_realistic_step_within_1e5_of_float64():
+    """Loss and gradients of 2 pairs, T 1024, 128 response tokens, V 49152, D 576, float32, against full logits."""
     hidden, head, labels = make_inputs((4, 1024), 49152, 576, labelled=1.0, logit_std=2.0)
     labels[:, :-128] = -100
     hidden64, head64 = as_float64(hidden, head)

@@ -13,7 +13,7 @@ HEADS = [
     pytest.param({"bias": True}, id="bias"),
     pytest.param({"bias": True, "scale": 0.5, "softcap": 5.0}, id="softcap"),
 ]
-# Tiny workspaces and kept tiles of part of the vocabulary take every branch of the tiling.
+# Tiny workspaces, and tiles kept of a part of the vocabulary, reach every branch of the tiling.
 BUDGETS = [
     pytest.param(ck.MemoryBudget(), id="default"),
     pytest.param(ck.MemoryBudget(workspace_bytes=1), id="kept_in_gradient"),
@@ -68,7 +68,7 @@ def test_odd_sizes(tokens, vocab, dim, exact_dtype, close):
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("spread", [1e2, 1e4])
 def test_any_finite_logits(spread, frozen):
-    """Logits up to +-spread, targets at the very top and at the very bottom: exact, finite, no overflow."""
+    """Logits up to +-spread, with targets at the very top and the very bottom, are exact and do not overflow."""
     vocab, dim = 507, 16
     weight = torch.zeros(vocab, dim)
     weight[:, 0] = torch.linspace(-spread, spread, vocab)
@@ -86,7 +86,7 @@ def test_any_finite_logits(spread, frozen):
         assert relative_error(actual, expected) < 1e-6
 
 
-def test_garbage_targets_among_random_logits():
+def test_unlikely_targets_among_random_logits():
     hidden, head, labels = make_inputs((40,), 507, 123, logit_std=3000.0, labelled=1.0)
     ours = value_and_grads(ck.linear_logprob, hidden, head, labels, torch.ones(40))
     eager = value_and_grads(reference.linear_logprob, hidden, head, labels, torch.ones(40))
@@ -109,7 +109,7 @@ def test_nothing_labelled(shape, frozen):
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64], ids=str)
 def test_layouts_and_label_dtypes(dtype):
-    """Non-contiguous hidden and weight, int32 labels: the same bits as their contiguous int64 twins."""
+    """Non-contiguous hidden and weight and int32 labels give the same bits as contiguous ones and int64 labels."""
     hidden, head, labels = make_inputs((6, 10), 50, 12)
     plain = value_and_grads(ck.linear_logprob, hidden, head, labels, torch.ones(6, 10))
     strided = hidden.detach().transpose(0, 1).contiguous().transpose(0, 1).requires_grad_()
@@ -121,18 +121,18 @@ def test_layouts_and_label_dtypes(dtype):
         torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_rows_are_a_speed_option():
+def test_rows_change_no_result():
     hidden, head, labels = make_inputs((4, 9), 50, 12)
     rows = (labels.flatten() != -100).nonzero().squeeze(1)
     expected = ck.linear_logprob(hidden, head, labels)
     for chosen in (rows, rows.int()):
         assert torch.equal(ck.linear_logprob(hidden, head, labels, rows=chosen), expected)
-    # Among other rows a BLAS may add up a row's product in another order.
+    # With other rows beside it, a BLAS may sum a row's product in another order.
     everything = ck.linear_logprob(hidden, head, labels, rows=torch.arange(36))
     torch.testing.assert_close(everything, expected, rtol=1e-6, atol=1e-6)
 
 
-def test_a_bare_weight_is_a_head():
+def test_a_bare_weight_is_accepted_as_head():
     hidden, head, labels = make_inputs((7,), 50, 12)
     assert torch.equal(ck.linear_logprob(hidden, head.weight, labels), ck.linear_logprob(hidden, head, labels))
 
@@ -165,10 +165,10 @@ def test_gradcheck(options, frozen):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("budget", BUDGETS)
-def test_one_backward_after_another(budget, dtype, backend):
-    """Of some gradients and of all, in any order: the same bits, and none changes what was given before.
+def test_repeated_backward(budget, dtype, backend):
+    """Repeated backwards, of some gradients or all, give the same bits and do not change earlier gradients.
 
-    Triton keeps exponentials in the inputs' dtype: what it recomputes later differs by their rounding.
+    Triton keeps exponentials in the inputs' dtype, so tiles recomputed later differ by their rounding.
     """
     hidden, head, labels = make_inputs((9,), 500, 12, dtype)
     wanted = leaves(hidden, head)
@@ -187,7 +187,7 @@ def test_one_backward_after_another(budget, dtype, backend):
 
 
 def test_checkpointed():
-    """Whose first forward is thrown away, and what it saved with it."""
+    """Checkpointing discards the first forward and what it saved."""
     hidden, head, labels = make_inputs((9,), 500, 12)
     budget = ck.MemoryBudget(workspace_bytes=1)
 
@@ -201,7 +201,7 @@ def test_checkpointed():
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_ignored_tokens_with_huge_logits(budget):
-    """Among the tokens of `rows`, as in a compiled graph: what they would be is nobody's business."""
+    """Ignored tokens among `rows`, as in a compiled graph, do not affect the result, whatever their logits."""
     hidden, head, labels = make_inputs((40,), 500, 12, labelled=1.0)
     labels[::2] = -100
     wanted = leaves(hidden, head)
@@ -213,7 +213,7 @@ def test_ignored_tokens_with_huge_logits(budget):
 
 
 def test_a_backward_that_is_differentiated_or_batched(backend):
-    """Writes over nothing. There are no second derivatives: none is given silently, either."""
+    """Such a backward overwrites nothing. Second derivatives raise an error, because they are not implemented."""
     hidden, head, labels = make_inputs((5,), 300, 12, labelled=1.0)
     logp = ck.linear_logprob(hidden, head, labels, budget=ck.MemoryBudget(workspace_bytes=1))
     batched = torch.autograd.grad(logp, head.weight, torch.eye(5), is_grads_batched=True, retain_graph=True)[0]
@@ -230,14 +230,14 @@ def test_a_backward_that_is_differentiated_or_batched(backend):
 
 
 def test_autocast_follows_torch():
-    """Inputs in autocast's dtype, log-probs in float32 from unrounded logits, gradients in the parameters' dtype."""
+    """Inputs are cast to autocast's dtype, logits are not rounded, gradients have the parameters' dtype."""
     hidden, head, labels = make_inputs((20,), 507, 123)
     with torch.autocast("cpu", torch.bfloat16):
         inside = ck.linear_logprob(hidden, head, labels)
     rounded = ck.linear_logprob(hidden.bfloat16(), ck.Head(head.weight.bfloat16()), labels)
     assert inside.dtype == torch.float32
     assert torch.equal(inside, rounded)
-    with torch.autocast("cpu", torch.bfloat16):  # a backward inside the region keeps its own precision
+    with torch.autocast("cpu", torch.bfloat16):  # backward keeps its precision inside the region
         inside.sum().backward()
     expected = torch.autograd.grad(rounded.sum(), [hidden, head.weight])
     for actual, truth in zip((hidden.grad, head.weight.grad), expected, strict=True):
@@ -257,8 +257,7 @@ def test_inference_mode_and_no_grad():
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("dead", [slice(0, 0), slice(40, 200), slice(0, 250)], ids=["none", "some", "all"])
-def test_rows_foretold_to_have_no_gradient(dead, dtype, transposed):
-    """`sparse_grad` of the op changes speed, never the result."""
+def test_sparse_grad_changes_no_result(dead, dtype, transposed):
     hidden, head, labels = make_inputs((250,), 507, 123, dtype, bias=True)
     if transposed:
         head = ck.Head(head.weight.detach().T.contiguous().T.requires_grad_(), head.bias)

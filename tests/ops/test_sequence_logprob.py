@@ -11,7 +11,7 @@ LENGTHS = [0, 5, 1, 0, 7, 3]
 def packed(dtype):
     logp = -torch.rand(sum(LENGTHS), dtype=dtype, generator=torch.Generator().manual_seed(0))
     labels = torch.arange(sum(LENGTHS))
-    labels[[0, 3, 5]] = -100  # the sequence of length 1 has no label left
+    labels[[0, 3, 5]] = -100  # the sequence of length 1 has no label
     return logp.requires_grad_(), labels, torch.tensor([0, *LENGTHS]).cumsum(0)
 
 
@@ -38,7 +38,7 @@ def test_padded_equals_packed(exact_dtype):
     assert all(torch.equal(a, b) for a, b in zip(padded, flat, strict=True))
 
 
-def test_garbage_under_ignored_labels_stays_out():
+def test_values_of_ignored_tokens_do_not_matter():
     logp = torch.tensor([[-1.0, float("nan"), float("-inf"), -2.0]], requires_grad=True)
     out = ck.sequence_logprob(logp, torch.tensor([[1, -100, -100, 2]]))
     assert (out.total.item(), out.mean.item(), out.count.item()) == (-3.0, -1.5, 2)
@@ -65,7 +65,7 @@ def test_empty_batches(shape):
 
 
 def test_fused_layouts_agree(exact_dtype, close):
-    """linear_ and logits_sequence_logprob, padded and packed, against the reference."""
+    """linear_sequence_logprob and logits_sequence_logprob, padded and packed, equal the reference."""
     hidden, head, labels = make_inputs((4, 6), 50, 12, exact_dtype)
     truth = reference.sequence_logprob(reference.linear_logprob(hidden, head, labels), labels)
     logits = reference.head_logits(hidden, head)

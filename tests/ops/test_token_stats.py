@@ -35,7 +35,7 @@ def test_confident_tokens(p_label):
 
 
 def test_known_values():
-    """Uniform, certain and two-way distributions; a vocabulary of one; ignored tokens."""
+    """Uniform, certain and two-way distributions, a vocabulary of one, and ignored tokens."""
     weight = torch.zeros(8, 1)
     uniform = ck.token_stats(torch.ones(3, 1), weight, torch.tensor([0, 7, -100]))
     torch.testing.assert_close(uniform.entropy, torch.tensor([math.log(8), math.log(8), 0.0]))
