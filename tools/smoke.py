@@ -12,14 +12,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cwdpo_kernels as ck
 from cwdpo_kernels import reference
-from cwdpo_kernels.ops.registry import NAMESPACE
+from cwdpo_kernels._ops import add_op_namespace_prefix
 from cwdpo_kernels.testing import as_float64, leaves, make_inputs, relative_error
 
-PREFIX = f"{NAMESPACE}::"
+PREFIX = add_op_namespace_prefix("")  # of this package's ops
 TOLERANCE = 2e-6  # relative, float32 against float64
 VOCAB, DIM = 507, 123
-DPO = {"beta": 0.1, "cooling": ck.Cooling(logp_floor=-6.0)}
-REF_CHOSEN, REF_REJECTED = torch.tensor([-40.0, -60.0]), torch.tensor([-50.0, -70.0])
+BETA, COOLING = 0.1, ck.Cooling(logp_floor=-6.0)
+REFS = torch.tensor([-40.0, -60.0]), torch.tensor([-50.0, -70.0])  # the reference's log-probs: chosen, rejected
+REFS64 = REFS[0].double(), REFS[1].double()
 
 
 class UsedOps(TorchDispatchMode):
@@ -29,7 +30,7 @@ class UsedOps(TorchDispatchMode):
         super().__init__()
         self.names: set[str] = set()
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None) -> object:
         if func._schema.name.startswith(PREFIX):
             self.names.add(func._schema.name)
         return func(*args, **(kwargs or {}))
@@ -68,8 +69,8 @@ def linear_ops() -> None:
         compare("linear_logprob", logp, logp64, inputs, inputs64)
     mean = ck.linear_sequence_logprob(hidden, head, labels).mean
     compare("linear_sequence_logprob", mean, reference.sequence_logprob(logp64, labels).mean, inputs, inputs64)
-    loss = ck.linear_cwdpo_loss(hidden, head, labels, REF_CHOSEN, REF_REJECTED, **DPO).loss
-    loss64 = reference.cwdpo_loss(*sequences(logp64, labels), REF_CHOSEN.double(), REF_REJECTED.double(), **DPO)
+    loss = ck.linear_cwdpo_loss(hidden, head, labels, *REFS, beta=BETA, cooling=COOLING).loss
+    loss64 = reference.cwdpo_loss(*sequences(logp64, labels), *REFS64, BETA, COOLING)
     compare("linear_cwdpo_loss", loss, loss64, inputs, inputs64)
     for negatives in (ck.GentleNegatives(nll_floor=9.0), ck.GentleNegatives(mode="smoothed")):
         plain, plain64 = ck.Head(head.weight, head.bias), ck.Head(head64.weight, head64.bias)
@@ -77,8 +78,9 @@ def linear_ops() -> None:
         logits64 = reference.head_logits(hidden64, plain64)
         loss64 = reference.constrained_sft_loss(logits64, labels, negatives)
         compare(f"linear_constrained_sft_loss, {negatives.mode}", loss, loss64, inputs, inputs64)
-    frozen = ck.Head(head.weight.detach(), head.bias.detach(), head.scale, head.softcap)
-    compare("linear_logprob, frozen", ck.linear_logprob(hidden, frozen, labels), logp64, inputs[:1], inputs64[:1])
+    for tensor in inputs[1:]:
+        tensor.requires_grad_(False)
+    compare("linear_logprob, frozen", ck.linear_logprob(hidden, head, labels), logp64, inputs[:1], inputs64[:1])
 
 
 def logits_ops() -> None:
@@ -90,8 +92,8 @@ def logits_ops() -> None:
     for reuse_logits in (False, True):
         logp = ck.logits_logprob(logits * 1.0, labels, reuse_logits=reuse_logits)
         compare("logits_logprob", logp, logp64, [logits], [logits64])
-    loss = ck.logits_cwdpo_loss(logits, labels, REF_CHOSEN, REF_REJECTED, **DPO).loss
-    loss64 = reference.cwdpo_loss(*sequences(logp64, labels), REF_CHOSEN.double(), REF_REJECTED.double(), **DPO)
+    loss = ck.logits_cwdpo_loss(logits, labels, *REFS, beta=BETA, cooling=COOLING).loss
+    loss64 = reference.cwdpo_loss(*sequences(logp64, labels), *REFS64, BETA, COOLING)
     compare("logits_cwdpo_loss", loss, loss64, [logits], [logits64])
 
 

@@ -103,11 +103,13 @@ def build() -> Path:
 def find_python(version: str) -> str:
     """A Python of this version on PATH or among pyenv's."""
     pyenv = Path(os.environ.get("PYENV_ROOT", Path.home() / ".pyenv")) / "versions"
-    candidates = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
-    for candidate in filter(None, candidates):
+    on_path = shutil.which(f"python{version}")
+    candidates = [] if on_path is None else [on_path]
+    candidates += map(str, sorted(pyenv.glob(f"{version}.*/bin/python")))
+    for candidate in candidates:  # one of pyenv's on PATH may refuse to run
         works = subprocess.run([candidate, "-c", "import venv, ensurepip"], capture_output=True, check=False)
         if works.returncode == 0:
-            return str(candidate)
+            return candidate
     sys.exit(
         f"wheel: expected Python {version} on PATH, got none: install it, or name the environments to test, "
         "for example: make wheel WHEEL_ENVS=3.12:2.15.0"
