@@ -100,8 +100,8 @@ def test_a_run_with_smaller_images(qwen, settings, write_config, capsys):
     assert main(["run", str(write_config(settings))]) == 0
     lines = [line.split(" (")[0] for line in capsys.readouterr().out.splitlines() if "max_length" in line]
     assert [line.split(": ")[1] for line in lines] == [
-        "of 16 rows 6 have smaller images",
-        "of 6 rows 3 have smaller images",
+        "6 of 16 rows have smaller images",
+        "3 of 6 rows have smaller images",
     ]
 
 
