@@ -35,9 +35,7 @@ def float64_truth(leaves: list[torch.Tensor], target: torch.Tensor, **options) -
     [
         *((torch.float64, smoothing, 1e-12) for smoothing in (0.0, 0.1, 1.0)),
         *((torch.float32, smoothing, 2e-6) for smoothing in (0.0, 0.1, 1.0)),
-        *(
-            (torch.bfloat16, smoothing, 8e-3) for smoothing in (0.0, 0.1)
-        ),  # not 1.0: see the docstring
+        *((torch.bfloat16, smoothing, 8e-3) for smoothing in (0.0, 0.1)),  # not 1.0: see the docstring
     ],
     ids=str,
 )
