@@ -6,6 +6,7 @@
 """
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -101,6 +102,7 @@ def test_trainer_uses_the_public_names_only(path):
     assert used <= public, f"{path}: {used - public}"
 
 
+@functools.cache
 def trainer_modules() -> dict[str, set[str]]:
     """The trainer's modules, and which of them each one imports."""
     names = {}
