@@ -17,6 +17,6 @@ def _load_triton() -> str | None:
 
 def register() -> None:
     register_backend("portable", None, lambda: None, workspace_bytes=lambda: portable.WORKSPACE_BYTES)
-    # float64 always runs on `portable`, the reference.
+    # The Triton kernels compute in float32, so float64 runs on `portable`.
     register_backend("triton", "cuda", _load_triton, workspace_bytes=lambda: triton.WORKSPACE_BYTES, float64=False)
     register_backend("csrc", "cpu", library.load, workspace_bytes=library.workspace_bytes, compiled=True)

@@ -39,7 +39,7 @@ def results(op: str) -> tuple[str, ...]:
 
 
 def call(op: str, values: Mapping[str, Any]) -> Values:
-    """Call an op with those of `values` that its schema names; its results by name."""
+    """Call an op with the `values` that its schema names; return its results by name."""
     output = getattr(ops, op).default(*(values[name] for name in arguments(op)))
     return _named(results(op), output)
 
