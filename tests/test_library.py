@@ -46,6 +46,13 @@ def test_without_the_library(monkeypatch, tmp_path):
         assert ck.backend("cpu") == "portable"
 
 
+def test_a_library_of_another_version(monkeypatch):
+    """A library without the symbols that the package calls is reported like a broken one."""
+    monkeypatch.setattr(library, "PATH", Path(torch.__file__).parent / "lib" / "libc10.so")
+    with pytest.warns(RuntimeWarning, match="cannot be loaded .*cwdpo_register"):
+        assert ck.backend("cpu") == "portable"
+
+
 def test_there_is_no_csrc_on_a_gpu():
     with pytest.raises(RuntimeError, match="expected the backend csrc on cuda, got none: CPU only"):
         ops.forced("cuda", "csrc").__enter__()

@@ -37,10 +37,8 @@ def load() -> str | None:
 def _load(path: Path) -> str | None:
     try:
         torch.ops.load_library(path)
-        register = getattr(ctypes.CDLL(str(path)), "cwdpo_register", None)
-        if register is not None:
-            register(NAMESPACE.encode())
-    except OSError as error:
+        ctypes.CDLL(str(path)).cwdpo_register(NAMESPACE.encode())
+    except (OSError, AttributeError) as error:  # AttributeError: built from another version's sources
         reason = f"the C++ backend was built but cannot be loaded ({error}): {HOW_TO_BUILD}"
         warnings.warn(f"cwdpo_kernels: {reason}", RuntimeWarning, stacklevel=3)
         return reason
