@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from accelerate import PartialState
@@ -160,7 +159,7 @@ class Run:
         """Train `policy` in place and save it. A frozen copy of what it is now is the stage's reference."""
         trainer = self._trainer(stage, policy, freeze_reference(policy))
         say(f"{stage}: {trainer.head_info}")
-        trainer.train(resume_from_checkpoint=newest_checkpoint(Path(trainer.args.output_dir)))
+        trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.folder))
         policy.zero_grad()  # or the next reference would copy the gradients
         self._save(stage, trainer)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeGuard
 
 import torch
@@ -235,6 +236,11 @@ class StageArguments(TrainingArguments):
         installed = get_available_reporting_integrations()
         for name in self.report_to or ():
             _check(name in installed, "report_to", f"installed trackers, out of {installed}", name)
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the stage's checkpoints."""
+        return Path(self.output_dir or "")
 
 
 @dataclass

@@ -127,7 +127,7 @@ Fine-tuned from `{base}` with {METHODS[stage]}
 def changed_settings(args: TrainingArguments) -> dict[str, Any]:
     """The options of a stage that differ from their defaults, for a card without a config file."""
     defaults = {
-        spec.name: spec.default if spec.default is not MISSING else spec.default_factory()
+        spec.name: spec.default_factory() if spec.default_factory is not MISSING else spec.default
         for spec in fields(args)
         if spec.default is not MISSING or spec.default_factory is not MISSING
     }

@@ -85,11 +85,13 @@ class EvalTarget:
         done = folder.done_stages()
         require(bool(done), str(folder), "", "at least 1 finished stage", "none")
         stage = done[-1]
-        sections = [read_section(where, name, raw) for name in ("model", "data", "probes", "sampling")]
+        model, data, probes, sampling = (
+            read_section(where, name, raw) for name in ("model", "data", "probes", "sampling")
+        )
         path = folder.model(stage)
         reference = reference or _start_of(folder, stage, raw)
-        options = raw.get(stage) or {}
-        return cls(str(path), reference, stage, *sections, _cooling_of(path), options, raw.get("seed", 0))
+        cooling, options, seed = _cooling_of(path), raw.get(stage) or {}, raw.get("seed", 0)
+        return cls(str(path), reference, stage, model, data, probes, sampling, cooling, options, seed)
 
 
 def _start_of(folder: RunFolder, stage: str, raw: dict[str, Any]) -> str | None:
@@ -189,7 +191,7 @@ def _cooling_of(folder: Path) -> Cooling:
 
 
 def _load(target: EvalTarget, path: str, device: torch.device) -> Model:
-    return load_model(target.model, path, None, trainable=False).to(device).eval()
+    return load_model(target.model, path, None, trainable=False).to(device).eval()  # type: ignore[arg-type]  # its stub
 
 
 def _findings(target: EvalTarget, probes: Sequence[dict[str, float]]) -> list[Finding]:
@@ -208,8 +210,9 @@ def _print_table(metrics: dict[str, dict[str, float]], sets: list[str]) -> None:
         for name in sets:
             value = model.get(f"{name}_{key}")
             cell = "-" if value is None else f"{value:.3f}"
-            both = value is not None and reference is not None and f"_{key}" not in AGAINST_REFERENCE
-            cells.append(f"{reference[f'{name}_{key}']:.3f} -> {cell}" if both else cell)
+            if value is not None and reference is not None and f"_{key}" not in AGAINST_REFERENCE:
+                cell = f"{reference[f'{name}_{key}']:.3f} -> {cell}"
+            cells.append(cell)
         if set(cells) != {"-"}:
             say(f"{title:30}" + "".join(f"{cell:>20}" for cell in cells))
     say("reference -> model\n" if reference is not None else "no reference to compare with (--reference)\n")

@@ -58,7 +58,8 @@ def draw_dynamics(path: Path, histories: dict[str, History]) -> None:
     sets = list(dict.fromkeys(name for probe in probes for name in sets_of(probe)))
     figure = Figure(figsize=(12 + 6 * len(histories), 9), layout="constrained")
     FigureCanvasAgg(figure)
-    for index, (field, panel) in enumerate(zip(figure.subfigures(2, 5).flat, PANELS, strict=True)):
+    fields = np.array(figure.subfigures(2, 5)).flat
+    for index, (field, panel) in enumerate(zip(fields, PANELS, strict=True)):
         _draw_panel(field, panel, histories, sets, last_row=index >= 5)
     figure.savefig(path, dpi=100)
 
@@ -145,7 +146,8 @@ def _cooling_histogram(ax: Axes, history: History, sets: list[str]) -> None:
     # Each probe's column reaches half-way to the next probe.
     edges = [0, *((one + other) / 2 for one, other in pairwise(steps)), steps[-1]]
     mesh = ax.pcolormesh(edges, np.linspace(0, 1, COOLING_BINS + 1), shares, cmap="cividis", norm=PowerNorm(0.5, 0, 1))
-    if ax.get_subplotspec().is_last_col():
+    spec = ax.get_subplotspec()
+    if spec is not None and spec.is_last_col():
         ax.figure.colorbar(mesh, ax=ax, label="share of answers")
 
 

@@ -29,7 +29,6 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 from torchmetrics.functional.classification import binary_calibration_error
-from transformers import PreTrainedModel
 
 from cwdpo_kernels import (
     IGNORE_INDEX,
@@ -46,7 +45,7 @@ from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row
-from cwdpo_trainer.negatives.sampling import batched, sample_answers
+from cwdpo_trainer.negatives.sampling import GeneratingModel, batched, sample_answers
 
 ECE_BINS = 15
 COOLING_BINS = 10
@@ -95,7 +94,7 @@ class Probes:
         self.rows = list(rows[: settings.rows])
         self.sets = self._dataset_answers()
 
-    def draw_onpolicy(self, reference: PreTrainedModel, title: str | None = None) -> None:
+    def draw_onpolicy(self, reference: GeneratingModel, title: str | None = None) -> None:
         """Fill the set `onpolicy` with wrong answers sampled from `reference`. If all samples are right, there is no
         such set. With a `title`, shows a progress bar."""
         rows = [row for row, _ in self.sets["chosen"]]
@@ -111,7 +110,7 @@ class Probes:
         """The names of all metrics of all sets."""
         cooling = ("cooling", *(f"cooling_bin{index}" for index in range(COOLING_BINS)))
         return [
-            f"{name}_{key}" for name in self.sets for key in (*METRICS, *(cooling if self._has_cooling(name) else ()))
+            f"{name}_{key}" for name in self.sets for key in (*METRICS, *(cooling if self._cooling_of(name) else ()))
         ]
 
     @torch.no_grad()
@@ -126,13 +125,14 @@ class Probes:
                 parts = [_measure_batch(policy, reference, batch) for batch in batches]
                 measured = _Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
                 summary = _summarise(measured)
-                if self._has_cooling(name):
-                    summary |= _summarise_cooling(cooling_weight(measured.mean_logp, self.cooling))
+                cooling = self._cooling_of(name)
+                if cooling is not None:
+                    summary |= _summarise_cooling(cooling_weight(measured.mean_logp, cooling))
                 metrics |= {f"{name}_{key}": value for key, value in summary.items()}
         return metrics
 
-    def _has_cooling(self, name: str) -> bool:
-        return name != "chosen" and self.cooling is not None
+    def _cooling_of(self, name: str) -> Cooling | None:
+        return None if name == "chosen" else self.cooling
 
     def _dataset_answers(self) -> dict[str, list[Answer]]:
         sets: dict[str, dict[tuple[object, ...], Answer]] = {"chosen": {}}

@@ -33,7 +33,7 @@ class Results:
     scenes: list[Row]
     captions: dict[str, list[str]]
     histories: dict[str, History]
-    settings: dict[str, Mapping[str, Any]]
+    settings: Mapping[str, Mapping[str, Any]]
     origin: Origin
     seed: int
     device: str

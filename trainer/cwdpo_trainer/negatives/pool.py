@@ -119,8 +119,11 @@ class OnPolicyPool:
 
     def _draw(self, rows: Sequence[int], step: int, policy: Policy) -> None:
         answers = policy.draw(rows, int(uniform(self.seed, step, "draw", *rows) * 2**31))
-        logp = policy.mean_logp(rows, answers) if self.max_staleness is not None else [[] for _ in rows]
-        self.drawn.update((row, Drawn(step, *entry)) for row, *entry in zip(rows, answers, logp, strict=True))
+        logp: list[list[float]] = [[] for _ in rows]
+        if self.max_staleness is not None:
+            logp = policy.mean_logp(rows, answers)
+        for row, of_row, logp_of_row in zip(rows, answers, logp, strict=True):
+            self.drawn[row] = Drawn(step, of_row, logp_of_row)
 
     def save(self, path: Path) -> None:
         """Write the pool as JSON, for a checkpoint."""

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from tqdm.auto import tqdm
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import SamplingArguments
@@ -15,10 +15,11 @@ from cwdpo_trainer.data.collator import PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row, answer_text
 
 Item = TypeVar("Item")
+GeneratingModel = Any  # what `freeze_reference` and `load_model` return, maybe wrapped: has `generate` and `device`
 
 
 def sample_answers(
-    model: PreTrainedModel,
+    model: GeneratingModel,
     collator: PairCollator,
     rows: Sequence[Row],
     settings: SamplingArguments,
@@ -66,7 +67,7 @@ def wrong_answers(collator: PairCollator, rows: Sequence[Row], drawn: Sequence[S
 
 
 def caption(
-    model: PreTrainedModel, collator: PairCollator, rows: Sequence[Row], max_new_tokens: int, batch_size: int,
+    model: GeneratingModel, collator: PairCollator, rows: Sequence[Row], max_new_tokens: int, batch_size: int,
     title: str | None = None,
 ) -> list[str]:  # fmt: skip
     """The greedy answer to each row's prompt, as text. With a `title`, shows a progress bar."""
@@ -93,7 +94,7 @@ def normalise(text: str) -> str:
 
 @torch.no_grad()
 def _generate(
-    model: PreTrainedModel,
+    model: GeneratingModel,
     collator: PairCollator,
     rows: Sequence[Row],
     max_new_tokens: int,
@@ -114,7 +115,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> set[int]:
     return {token_id for token_id, token in tokenizer.added_tokens_decoder.items() if token.special}
 
 
-def _end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
+def _end_tokens(model: GeneratingModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     """Tokens that end an answer: the end of sequence first, then the model's other special ones (such as the end of a
     turn in Gemma 3)."""
     eos = tokenizer.eos_token_id

@@ -24,7 +24,7 @@ from PIL import Image
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator, Tokens
 from cwdpo_trainer.data.rows import Row
-from cwdpo_trainer.errors import describe, require, shorten
+from cwdpo_trainer.errors import InputError, describe, require, shorten
 
 WHERE = "sampling.server"
 PAUSES = (1.0, 5.0, 20.0)  # seconds before each retry, if the server is unreachable or busy
@@ -80,15 +80,20 @@ def chat_messages(row: Row) -> list[dict[str, Any]]:
 
     return [
         {**message, "content": [part(value) for value in content] if isinstance(content, list) else content}
-        for message in row.prompt
+        for message in _messages(row)
         for content in [message["content"]]
     ]
 
 
+def _messages(row: Row) -> list[dict[str, Any]]:
+    if isinstance(row.prompt, str):
+        raise InputError(row.where, "prompt", f"a list of messages, as {WHERE} is set", "text")
+    return row.prompt
+
+
 def _check(row: Row) -> None:
-    is_chat = isinstance(row.prompt, list)
-    require(is_chat, row.where, "prompt", f"a list of messages, as {WHERE} is set", "text")
-    contents = [message["content"] for message in row.prompt if isinstance(message["content"], list)]
+    """Raise `InputError` unless the prompt is chat messages with one image part per image."""
+    contents = [message["content"] for message in _messages(row) if isinstance(message["content"], list)]
     parts = sum(part["type"] == "image" for content in contents for part in content)
     expected = f"one image part per image, as {WHERE} is set"
     require(parts == len(row.images), row.where, "prompt", expected, f"{parts} for {len(row.images)} images")

@@ -54,6 +54,10 @@ class StageTrainer(Trainer):
     Subclasses implement `_loss_output` and `_metrics`, and may override `_pairs_in_mean` and `_save_stage_files`.
     """
 
+    args: StageArguments
+    model: Model
+    model_wrapped: nn.Module
+
     def __init__(
         self,
         model: Model,
@@ -71,16 +75,18 @@ class StageTrainer(Trainer):
         super().__init__(
             model=model,
             args=args,
-            train_dataset=rows,  # type: ignore[arg-type]  # a list is a map-style dataset
-            eval_dataset=probes.rows,  # type: ignore[arg-type]
+            train_dataset=rows,  # a list is a map-style dataset
+            eval_dataset=probes.rows,
             data_collator=collator,
             processing_class=collator.processor,
         )
         check_distribution(self.accelerator, model)
+        self.rows = rows
         self.collator = collator
         self.probes = probes
         self.origin = origin
-        self.reference = prepare_reference(self.accelerator, reference.eval().requires_grad_(False).to(args.device))
+        frozen = reference.eval().requires_grad_(False).to(args.device)
+        self.reference: Any = prepare_reference(self.accelerator, frozen)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
         self._recorded: dict[str, list[Tensor]] = defaultdict(list)  # metrics of the batches since the last log
         self._is_first_batch = True
@@ -92,7 +98,7 @@ class StageTrainer(Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """Train, from `resume_from_checkpoint` if given. The last probe measures the final weights."""
         self.probes.draw_onpolicy(self.reference)
         self._check_metric_name()
@@ -180,11 +186,13 @@ class StageTrainer(Trainer):
         for name, value in metrics.items():
             self._recorded[name].append(value)
 
-    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:
+    def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the model card that `push_to_hub` uploads, from the stage's log so far, instead of the library's."""
         if self.is_world_process_zero():
-            folder, args = Path(self.args.output_dir), self.args
-            origin = self.origin or Origin(self.model.config.name_or_path, {args.stage: changed_settings(args)}, {})
+            folder, args = self.args.folder, self.args
+            origin = self.origin or Origin(
+                str(self.model.config.name_or_path), {args.stage: changed_settings(args)}, {}
+            )
             name, history = model_name or folder.name, self.state.log_history
             write_stage_card(folder, args.stage, name, history, vars(args), origin, str(args.device))
 
@@ -196,12 +204,12 @@ class StageTrainer(Trainer):
             super()._save_checkpoint(model, trial)
         finally:
             args.save_total_limit = limit
-        folder = Path(args.output_dir) / f"checkpoint-{self.state.global_step}"
+        folder = args.folder / f"checkpoint-{self.state.global_step}"
         self._save_stage_files(folder)
         self.accelerator.wait_for_everyone()
         if args.should_save:
             mark_complete(folder)
-            rotate_checkpoints(args.output_dir, limit, self.state.best_model_checkpoint, use_mtime=True)
+            rotate_checkpoints(str(args.folder), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, resume_from_checkpoint)
@@ -211,14 +219,15 @@ class StageTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        self._load_from_checkpoint(self.state.best_model_checkpoint)
+        if self.state.best_model_checkpoint is not None:
+            self._load_from_checkpoint(self.state.best_model_checkpoint)
 
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Check that the fused log-probs are the model's own, and that no answer token sees later ones.
 
         One pair is enough, and its full logits fit into memory.
         """
-        batch = self._dataset_batch(self._collate([self.train_dataset[0]]))
+        batch = self._dataset_batch(self._collate([self.rows[0]]))
         check_head(model, *batch)
         check_causal(model, *batch)
 

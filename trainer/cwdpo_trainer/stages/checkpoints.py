@@ -12,6 +12,8 @@ from pathlib import Path
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_callback import TrainerState
 
+from cwdpo_trainer.files import read_json
+
 COMPLETE = "COMPLETE"
 
 
@@ -37,4 +39,5 @@ def state_of(checkpoint: str) -> TrainerState:
 
 def had_stopped(checkpoint: str) -> bool:
     """Whether the stage had already stopped, early or at its last step, when the checkpoint was written."""
-    return bool(state_of(checkpoint).stateful_callbacks["TrainerControl"]["args"]["should_training_stop"])
+    state = read_json(Path(checkpoint) / TRAINER_STATE_NAME)
+    return bool(state["stateful_callbacks"]["TrainerControl"]["args"]["should_training_stop"])

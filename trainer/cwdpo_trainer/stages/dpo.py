@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
+from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels import Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob
 from cwdpo_trainer.config.arguments import DPOArguments, SamplingArguments
@@ -47,11 +48,12 @@ from cwdpo_trainer.stages.reference import CachedReference, check_handover, open
 class CWDPOTrainer(StageTrainer):
     """Stage 2: DPO that weights the push on a negative by how likely the policy still finds it.
 
-    `cooling` holds logp_floor and tau; None until they are measured. `order` lists the row indices of every epoch;
-    None is random order.
+    `cooling` holds logp_floor and tau. If they are `auto`, `train` measures and sets them. `order` lists the row
+    indices of every epoch; None is random order.
     """
 
     args: DPOArguments
+    cooling: Cooling
 
     def __init__(
         self, model: Model, reference: nn.Module, args: DPOArguments, rows: list[Row],
@@ -63,8 +65,9 @@ class CWDPOTrainer(StageTrainer):
         self.server = None if sampling.server is None else AnswerServer.open(sampling.server, rows)
         self.rows_by_id = {row.id: row for row in rows}
         self.pool = OnPolicyPool(args.refresh_steps, args.onpolicy_staleness, args.seed)
-        self.negatives_log = NegativesLog(Path(args.output_dir) / f"negatives_{args.process_index}.jsonl")
-        self.cooling = args.fixed_cooling
+        self.negatives_log = NegativesLog(args.folder / f"negatives_{args.process_index}.jsonl")
+        if args.fixed_cooling is not None:
+            self.cooling = args.fixed_cooling
         self.order: list[int] | None = None
         self.cached_reference = None
         if cache is not None:
@@ -72,7 +75,7 @@ class CWDPOTrainer(StageTrainer):
                 cache, self._reference_logp, self.rows_by_id, collator, self.accelerator
             )
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> Any:
+    def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         if resume_from_checkpoint is None:
             self._start()
         else:
@@ -88,7 +91,7 @@ class CWDPOTrainer(StageTrainer):
         if self.args.is_cooling_measured:
             self.cooling = self._measure_cooling()
         if self.args.curriculum is not None:
-            self.order = hardest_first(self._rejected_mean_logp(self.train_dataset, "curriculum"))
+            self.order = hardest_first(self._rejected_mean_logp(self.rows, "curriculum"))
         self.negatives_log.start(0)
 
     def _restore(self, checkpoint: str) -> None:
@@ -97,7 +100,7 @@ class CWDPOTrainer(StageTrainer):
         self.pool.load(self._pool_path(folder))
         self.cooling = Cooling(**read_json(folder / COOLING_FILE))
         if self.args.curriculum is not None:
-            self.order = load_order(folder, len(self.train_dataset))
+            self.order = load_order(folder, len(self.rows))
         self.negatives_log.start(state_of(checkpoint).global_step)
 
     def _save_stage_files(self, folder: Path) -> None:
@@ -112,7 +115,7 @@ class CWDPOTrainer(StageTrainer):
 
     def _measure_cooling(self) -> Cooling:
         """The cooling with `auto` values measured on the first `auto_rows` pairs."""
-        mean_logp = self._rejected_mean_logp(self.train_dataset[: self.args.auto_rows], "cooling")
+        mean_logp = self._rejected_mean_logp(self.rows[: self.args.auto_rows], "cooling")
         return self.args.cooling_with(*broadcast_object_list(list(measure_cooling(mean_logp))))
 
     def _rejected_mean_logp(self, rows: list[Row], title: str) -> Tensor:
@@ -162,7 +165,8 @@ class CWDPOTrainer(StageTrainer):
         if self.cached_reference is not None:
             return self.cached_reference(inputs, negatives)
         batch = self.collator.join(inputs["prompts"], inputs["chosen"], negatives.answers)
-        return self._reference_logp(batch).chunk(2)
+        chosen, rejected = self._reference_logp(batch).chunk(2)
+        return chosen, rejected
 
     def _reference_logp(self, batch: Batch) -> Tensor:
         """The summed log-prob [S] of each answer of a batch under the reference, in nats."""

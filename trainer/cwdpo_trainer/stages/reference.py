@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -72,7 +71,8 @@ class CachedReference:
                 self.cache.add({keys[index]: pair for index, pair in zip(missing, pairs, strict=True)})
                 cached = self.cache.get(keys)
         device = self._accelerator.device
-        return tuple(torch.tensor(column, device=device) for column in zip(*cached, strict=True))
+        chosen, rejected = (torch.tensor(column, device=device) for column in zip(*cached, strict=True))
+        return chosen, rejected
 
     def _compute(self, inputs: dict[str, Any], indices: list[int], *answers: Sequence[Tokens]) -> Tensor:
         """`forward` on the batch's prompts at `indices`, with a list of one answer per index for each of `answers`."""
@@ -103,7 +103,7 @@ def open_cache(args: DPOArguments, reference: nn.Module, collator: PairCollator)
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "weights"
     names = [fingerprint(reference, collator.processor, precision) if args.process_index == 0 else None]
     (name,) = broadcast_object_list(names)
-    return ReferenceCache(Path(args.output_dir) / args.reference_cache / name)
+    return ReferenceCache(args.folder / args.reference_cache / name)
 
 
 @torch.no_grad()
