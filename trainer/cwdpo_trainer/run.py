@@ -13,11 +13,11 @@ from typing import Any
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
-from torch import nn
 from torch.distributed.fsdp import FSDPModule
 from transformers import set_seed
 
 from cwdpo_kernels import Cooling
+from cwdpo_trainer.config.arguments import DPOArguments
 from cwdpo_trainer.config.loader import STAGES, RunConfig, prepare
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
@@ -28,8 +28,8 @@ from cwdpo_trainer.evaluation.card import Origin
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.evaluation.report import Results, print_table, write_report
 from cwdpo_trainer.files import read_json, replacing_folder, write_json
-from cwdpo_trainer.models.loading import Model, load_model, load_processor, model_path
-from cwdpo_trainer.models.reference import freeze_reference
+from cwdpo_trainer.models.loading import Model, load_model, load_processor, model_path, move
+from cwdpo_trainer.models.reference import Reference, freeze_reference
 from cwdpo_trainer.negatives.sampling import caption
 from cwdpo_trainer.negatives.server import AnswerServer
 from cwdpo_trainer.reporter import say
@@ -178,14 +178,14 @@ class Run:
         after_sft = stage == "dpo" and self.config.sft is not None
         return str(self.folder.model("sft")) if after_sft else self.inputs.model_path
 
-    def _trainer(self, stage: str, policy: Model, reference: nn.Module) -> StageTrainer:
+    def _trainer(self, stage: str, policy: Model, reference: Reference) -> StageTrainer:
         config, inputs = self.config, self.inputs
         cooling = config.dpo.fixed_cooling if config.dpo is not None else Cooling()
         probes = Probes(inputs.heldout, inputs.collator, config.probes, config.sampling, cooling, config.seed)
-        common = (policy, reference, config.stage(stage), inputs.rows[stage], inputs.collator, probes)
-        if stage == "sft":
-            return ConstrainedSFTTrainer(*common, origin=self._origin())
-        return CWDPOTrainer(*common, origin=self._origin(), sampling=config.sampling)
+        args, data = config.stage(stage), (inputs.rows[stage], inputs.collator, probes)
+        if isinstance(args, DPOArguments):
+            return CWDPOTrainer(policy, reference, args, *data, sampling=config.sampling, origin=self._origin())
+        return ConstrainedSFTTrainer(policy, reference, args, *data, origin=self._origin())
 
     def write_report(self) -> None:
         """Write the report on all finished stages, including those of earlier processes."""
@@ -205,7 +205,8 @@ class Run:
         scenes = distinct_prompts(inputs.heldout)[: config.probes.caption_rows]
         captions = {}
         for label, path in models.items():
-            model = load_model(config.model, path, config.lora, trainable=False).to(device)
+            model = load_model(config.model, path, config.lora, trainable=False)
+            move(model, device)
             captions[label] = caption(
                 model, inputs.collator, scenes, config.sampling.max_new_tokens, config.probes.batch_size
             )

@@ -60,7 +60,7 @@ def saving_policy_only(policy: PeftModel) -> PeftModel:
     By default, peft also saves the reference's adapter. With an adapter on the head it also saves the whole head, in
     case the vocabulary has grown; it never grows here.
     """
-    policy.save_pretrained = functools.partial(
+    policy.save_pretrained = functools.partial(  # type: ignore[method-assign]  # peft has no setting for these defaults
         policy.save_pretrained, save_embedding_layers=False, selected_adapters=[POLICY]
     )
     return policy

@@ -53,7 +53,7 @@ def check_distribution(accelerator: Accelerator, model: nn.Module) -> None:
     if plugin.transformer_cls_names_to_wrap is None:
         # accelerate would take every module that the class names, and fail for those that this model lacks.
         present = {type(module).__name__ for module in model.modules()}
-        plugin.transformer_cls_names_to_wrap = sorted(present & set(model._no_split_modules or ()))
+        plugin.transformer_cls_names_to_wrap = sorted(present & set(getattr(model, "_no_split_modules", None) or ()))
 
 
 def prepare_reference(accelerator: Accelerator, reference: nn.Module) -> nn.Module:

@@ -47,6 +47,11 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     return model if lora is None else with_adapter(model, settings, lora)
 
 
+def move(model: nn.Module, device: torch.device) -> None:
+    """Move `model` to `device`, in place. (The type of `PreTrainedModel.to` is lost in its decorator.)"""
+    model.to(device)
+
+
 def load_processor(path: str) -> ProcessorMixin:
     """The processor of the model at `path`. Raises `InputError` if there is none for text and images."""
     try:
@@ -124,7 +129,8 @@ def load_weights(model: Model, folder: str) -> None:
         require(not different, folder, "", expected, f"other weights: {', '.join(different[:5])}")
         set_peft_model_state_dict(model, stored, adapter_name=POLICY)
         return
-    plain = next(kind for kind in type(model).__mro__ if not issubclass(kind, FSDPModule))
+    kinds = type(model).__mro__  # FSDP2 puts a class of its own in front of the model's
+    plain = next(kind for kind in kinds if issubclass(kind, PreTrainedModel) and not issubclass(kind, FSDPModule))
     weights = plain.from_pretrained(folder, dtype=model.dtype).state_dict()
     if isinstance(model, FSDPModule):
         set_model_state_dict(model, weights, options=StateDictOptions(full_state_dict=True))

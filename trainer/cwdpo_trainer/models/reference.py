@@ -16,14 +16,14 @@ import torch
 from peft import PeftModel
 from peft.utils import set_peft_model_state_dict
 from torch import Tensor, nn
-from transformers import GenerationConfig
+from transformers import GenerationConfig, PreTrainedModel
 
 from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.models.adapters import POLICY, REFERENCE, adapter_weights, changes_nothing, switched_adapter
 from cwdpo_trainer.models.loading import Model
 
 
-def freeze_reference(policy: Model) -> nn.Module:
+def freeze_reference(policy: Model) -> Reference:
     """A frozen copy of `policy` as it is now, in evaluation mode: the reference of the stage that begins."""
     if not isinstance(policy, PeftModel):
         return copy.deepcopy(policy).eval().requires_grad_(False)
@@ -84,14 +84,21 @@ class AdapterReference(nn.Module):
             yield self.policy
 
 
-def describe_reference(reference: nn.Module) -> tuple[dict[str, Any], dict[str, Tensor]]:
+Reference = PreTrainedModel | AdapterReference
+
+
+def describe_reference(reference: Reference) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """What the log-probs of a reference depend on: its settings, and its weights by name without other adapters."""
     if not isinstance(reference, AdapterReference):
-        return {"model": type(reference).__name__, "config": reference.config.to_dict()}, reference.state_dict()
+        return _settings(reference), reference.state_dict()
     policy, adapter = reference.policy, reference.adapter
-    settings = {"model": type(policy.get_base_model()).__name__, "config": policy.get_base_model().config.to_dict()}
+    settings = _settings(policy.get_base_model())  # type: ignore[arg-type]  # peft's annotation says nn.Module
     if adapter is not None:
         settings["adapter"] = policy.peft_config[adapter].to_dict()
     others = policy.peft_config.keys() - {adapter}
     weights = {name: value for name, value in policy.state_dict().items() if others.isdisjoint(name.split("."))}
     return settings, weights
+
+
+def _settings(model: PreTrainedModel) -> dict[str, Any]:
+    return {"model": type(model).__name__, "config": model.config.to_dict()}

@@ -22,12 +22,11 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import nn
 from transformers import ProcessorMixin
 
 from cwdpo_trainer.data.collator import Tokens
 from cwdpo_trainer.data.rows import Row
-from cwdpo_trainer.models.reference import describe_reference
+from cwdpo_trainer.models.reference import Reference, describe_reference
 
 # Settings that differ between a model in memory and the same model loaded from a file.
 _VOLATILE = {
@@ -119,7 +118,7 @@ def pair_key(images: Sequence[str], prompt: Tokens, chosen: Tokens, rejected: To
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def fingerprint(reference: nn.Module, processor: ProcessorMixin, precision: str) -> str:
+def fingerprint(reference: Reference, processor: ProcessorMixin, precision: str) -> str:
     """Identify a reference, in 128 bits, by the bytes of its weights, its settings, the processor's settings and the
     `precision` it is computed in. Reads every weight once (1 to 2 GB/s on one core)."""
     settings, weights = describe_reference(reference)
@@ -127,7 +126,7 @@ def fingerprint(reference: nn.Module, processor: ProcessorMixin, precision: str)
     digest = hashlib.sha256(json.dumps(_stable(settings), sort_keys=True, default=str).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 

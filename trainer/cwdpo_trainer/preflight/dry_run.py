@@ -18,7 +18,7 @@ from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError, describe, require, shorten
 from cwdpo_trainer.models.adapters import base_model
 from cwdpo_trainer.models.causality import check_causal
-from cwdpo_trainer.models.loading import load_model, load_processor, model_path
+from cwdpo_trainer.models.loading import load_model, load_processor, model_path, move
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
 
@@ -106,11 +106,11 @@ def _model(preview: RunPreview, rows: int) -> Iterator[Problem]:
     require(head is not None, path, type(model).__name__, "an output head over the vocabulary", "none")
     vocab, dim = head.weight.shape
     dtype = preview.config.model.torch_dtype
-    if dtype == "auto":
-        dtype = config.dtype or text.dtype or torch.float32
+    # A string is `auto`: the dtype of the saved weights.
+    loaded: torch.dtype = (config.dtype or text.dtype or torch.float32) if isinstance(dtype, str) else dtype
     parameters = sum(parameter.numel() for parameter in model.parameters())
     positions = getattr(text, "max_position_embeddings", None)
-    preview.model = ModelFacts(type(model).__name__, vocab, dim, positions, dtype, parameters)
+    preview.model = ModelFacts(type(model).__name__, vocab, dim, positions, loaded, parameters)
     yield from ()
 
 
@@ -143,7 +143,8 @@ def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch
     whatever the model raises.
     """
     model = load_model(config.model, model_path(config), config.lora)
-    model = model if config.model.quantization else model.to(device)  # quantized weights are on their device already
+    if config.model.quantization is None:  # quantized weights are on their device already
+        move(model, device)
     head_info = attach_head(model)
     pair = collator([row])
     inputs, labels = collator.join(pair["prompts"], pair["chosen"], pair["rejected"])

@@ -286,6 +286,8 @@ def exceeds_model_positions(preview: RunPreview) -> Diagnosis | None:
 @_rule(WARNING)
 def longer_than_max_length(preview: RunPreview) -> Diagnosis | None:
     limit, policy = preview.config.data.max_length, preview.config.data.over_length
+    if limit is None:
+        return None
     reports = [
         fit.report(f"data.{name}", limit)
         for name, fit in preview.fits.items()
