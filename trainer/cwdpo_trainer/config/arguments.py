@@ -373,7 +373,7 @@ class DPOArguments(StageArguments):
 
     def cooling_with(self, measured_floor: float, measured_tau: float) -> Cooling:
         """The cooling with measured values in place of `auto`."""
-        floor = measured_floor if self.logp_floor == AUTO else self.logp_floor
-        tau = measured_tau if self.tau == AUTO else self.tau
+        floor = measured_floor if isinstance(self.logp_floor, str) else self.logp_floor  # the only string is `auto`
+        tau = measured_tau if isinstance(self.tau, str) else self.tau
         weight = 1.0 if self.cooling == "off" else self.constant_weight
         return Cooling(floor, tau, weight, self.drop_below)

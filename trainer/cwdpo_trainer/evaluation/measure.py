@@ -25,7 +25,7 @@ from cwdpo_trainer.evaluation.history import PREFIX
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.evaluation.summary import environment
 from cwdpo_trainer.files import read_json, write_json
-from cwdpo_trainer.models.loading import Model, load_model, load_processor
+from cwdpo_trainer.models.loading import Model, load_model, load_processor, move
 from cwdpo_trainer.negatives.sampling import caption
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import COOLING_FILE, RunFolder
@@ -191,7 +191,9 @@ def _cooling_of(folder: Path) -> Cooling:
 
 
 def _load(target: EvalTarget, path: str, device: torch.device) -> Model:
-    return load_model(target.model, path, None, trainable=False).to(device).eval()  # type: ignore[arg-type]  # its stub
+    model = load_model(target.model, path, None, trainable=False)
+    move(model, device)
+    return model.eval()
 
 
 def _findings(target: EvalTarget, probes: Sequence[dict[str, float]]) -> list[Finding]:

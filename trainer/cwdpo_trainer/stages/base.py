@@ -39,8 +39,8 @@ from cwdpo_trainer.evaluation.doctor import Doctor
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.distributed import check_distribution, prepare_reference, saved_parameters_only
-from cwdpo_trainer.models.loading import Model, check_quantization, load_weights
-from cwdpo_trainer.models.reference import AdapterReference
+from cwdpo_trainer.models.loading import Model, check_quantization, load_weights, move
+from cwdpo_trainer.models.reference import AdapterReference, Reference
 from cwdpo_trainer.stages.checkpoints import had_stopped, mark_complete, state_of
 from cwdpo_trainer.stages.progress import CompactProgress
 
@@ -61,7 +61,7 @@ class StageTrainer(Trainer):
     def __init__(
         self,
         model: Model,
-        reference: nn.Module,
+        reference: Reference,
         args: StageArguments,
         rows: list[Row],
         collator: PairCollator,
@@ -85,8 +85,9 @@ class StageTrainer(Trainer):
         self.collator = collator
         self.probes = probes
         self.origin = origin
-        frozen = reference.eval().requires_grad_(False).to(args.device)
-        self.reference: Any = prepare_reference(self.accelerator, frozen)
+        reference.eval().requires_grad_(False)
+        move(reference, args.device)
+        self.reference: Any = prepare_reference(self.accelerator, reference)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
         self._recorded: dict[str, list[Tensor]] = defaultdict(list)  # metrics of the batches since the last log
         self._is_first_batch = True
@@ -98,6 +99,7 @@ class StageTrainer(Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
+    # Narrower than the library's method: a path or None, never True.
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """Train, from `resume_from_checkpoint` if given. The last probe measures the final weights."""
         self.probes.draw_onpolicy(self.reference)
@@ -186,6 +188,7 @@ class StageTrainer(Trainer):
         for name, value in metrics.items():
             self._recorded[name].append(value)
 
+    # Narrower than the library's method, whose first parameter is another: callers use keywords.
     def create_model_card(self, model_name: str | None = None, **kwargs: Any) -> None:  # type: ignore[override]
         """Write the model card that `push_to_hub` uploads, from the stage's log so far, instead of the library's."""
         if self.is_world_process_zero():

@@ -32,6 +32,7 @@ from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.files import read_json, write_json
 from cwdpo_trainer.models.loading import Model
+from cwdpo_trainer.models.reference import Reference
 from cwdpo_trainer.negatives.log import NegativesLog
 from cwdpo_trainer.negatives.policy import PolicyInTraining
 from cwdpo_trainer.negatives.pool import BatchNegatives, OnPolicyPool
@@ -56,7 +57,7 @@ class CWDPOTrainer(StageTrainer):
     cooling: Cooling
 
     def __init__(
-        self, model: Model, reference: nn.Module, args: DPOArguments, rows: list[Row],
+        self, model: Model, reference: Reference, args: DPOArguments, rows: list[Row],
         collator: PairCollator, probes: Probes, *, sampling: SamplingArguments, **options: Any,
     ) -> None:  # fmt: skip
         cache = open_cache(args, reference, collator)  # before any weight is sharded
@@ -75,6 +76,7 @@ class CWDPOTrainer(StageTrainer):
                 cache, self._reference_logp, self.rows_by_id, collator, self.accelerator
             )
 
+    # Narrower than the library's method, as in `StageTrainer`.
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         if resume_from_checkpoint is None:
             self._start()

@@ -17,6 +17,7 @@ from cwdpo_trainer.config.arguments import DPOArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.models.distributed import largest
+from cwdpo_trainer.models.reference import Reference
 from cwdpo_trainer.models.reference_cache import PairLogp, ReferenceCache, fingerprint, image_keys, pair_key
 from cwdpo_trainer.negatives.pool import BatchNegatives
 
@@ -93,7 +94,7 @@ class CachedReference:
         return keys
 
 
-def open_cache(args: DPOArguments, reference: nn.Module, collator: PairCollator) -> ReferenceCache | None:
+def open_cache(args: DPOArguments, reference: Reference, collator: PairCollator) -> ReferenceCache | None:
     """The cache folder that belongs to `reference`, or None if `args` turn caching off.
 
     The folder's name is a hash of all weights, so call this before they are sharded.
