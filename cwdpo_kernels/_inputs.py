@@ -6,6 +6,7 @@ Shapes as in `functional`; M labelled tokens of N.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -14,6 +15,8 @@ from . import validation as check
 from ._ops import ops
 from .ops import kept_bytes
 from .types import Head, MemoryBudget
+
+MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
@@ -126,6 +129,6 @@ def at_least_float32(tensor: Tensor) -> Tensor:
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 
-def detached(tensor: Tensor | None) -> Tensor | None:
+def detached(tensor: MaybeTensor) -> MaybeTensor:
     """`tensor` without its graph; anything else as it is."""
     return tensor.detach() if isinstance(tensor, Tensor) else tensor

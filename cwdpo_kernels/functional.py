@@ -105,7 +105,7 @@ def token_divergence(
     shape, vocab = list(hidden_p.shape[:-1]), head_p.weight.shape[0]
     check.expect(list(hidden_q.shape[:-1]) == shape, op, "hidden_q", "leading shape", shape, list(hidden_q.shape[:-1]))
     check.expect(head_q.weight.shape[0] == vocab, op, "head_q.weight", "V", vocab, head_q.weight.shape[0])
-    sides = {}
+    sides: dict[str, Tensor | float | None] = {}
     for side, hidden, head in (("p", hidden_p, head_p), ("q", hidden_q, head_q)):
         sides[f"hidden_{side}"] = hidden.reshape(-1, hidden.shape[-1])
         sides[f"weight_{side}"], sides[f"bias_{side}"] = detached(head.weight), detached(head.bias)

@@ -162,13 +162,14 @@ def _cwdpo(
         check.check_per_pair(op, arg, ref, pairs, logp)
         references.append(ref.detach())
     _check_cooling(op, cooling)
-    loss, *per_pair, kept, total, mean, count, _ = ops.cwdpo_loss(
+    loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean, count, _ = ops.cwdpo_loss(
         logp=logp, labels=labels, count=count, cu_seqlens=offsets, ref_chosen=references[0],
         ref_rejected=references[1], beta=float(beta), logp_floor=cooling.logp_floor, temperature=cooling.temperature,
         constant=cooling.constant, drop_below=cooling.drop_below, per_token=normalize == "token",
         ignore_index=ignore_index,
     )  # fmt: skip
-    return CWDPOOutput(loss, *per_pair, *_split_pairs(total, mean, count), kept)
+    chosen, rejected = _split_pairs(total, mean, count)
+    return CWDPOOutput(loss, chosen_reward, rejected_reward, margin, accuracy, weight, chosen, rejected, kept)
 
 
 def _constrained_sft(
@@ -178,20 +179,21 @@ def _constrained_sft(
     _check_negatives(op, negatives)
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
     hinge, per_token = negatives.mode == "hinge", negatives.normalize == "token"
-    loss, chosen_nll, rejected_nll, penalty, total, mean, count, _ = ops.constrained_sft_loss(
+    loss, chosen_nll, rejected_nll, penalty, total, mean, counts, _ = ops.constrained_sft_loss(
         logp=logp, labels=labels, count=count, cu_seqlens=offsets, weight=float(negatives.weight),
         nll_floor=float(negatives.nll_floor), hinge=hinge, per_token=per_token, ignore_index=ignore_index,
     )  # fmt: skip
     if not hinge:
-        kind = type(rejected_smoothing).__name__
-        ok = isinstance(rejected_smoothing, Tensor)
-        check.expect(ok, op, "rejected_smoothing", "type", "Tensor [P] (mode 'smoothed')", kind)
+        if not isinstance(rejected_smoothing, Tensor):
+            kind = type(rejected_smoothing).__name__
+            check.fail(op, "rejected_smoothing", "type", "Tensor [P] (mode 'smoothed')", kind)
         check.check_per_pair(op, "rejected_smoothing", rejected_smoothing, pairs, logp)
-        length = count[pairs:].clamp_min(1) if per_token else 1
-        spread = (rejected_smoothing / length).sum() / (count[pairs:] > 0).sum().clamp_min(1)
+        lengths = counts[pairs:]
+        smoothing = rejected_smoothing / lengths.clamp_min(1) if per_token else rejected_smoothing
+        spread = smoothing.sum() / (lengths > 0).sum().clamp_min(1)
         extra = negatives.weight * negatives.smoothing * spread
         loss, penalty = loss + extra, penalty + extra.detach()
-    return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *_split_pairs(total, mean, count))
+    return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *_split_pairs(total, mean, counts))
 
 
 def _check_negatives(op: str, negatives: GentleNegatives) -> None:

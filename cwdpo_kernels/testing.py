@@ -60,10 +60,11 @@ def confident_inputs(
 def as_float64(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     """The same, already rounded, values as float64 leaves."""
 
-    def leaf(tensor: Tensor | None) -> Tensor | None:
-        return None if tensor is None else tensor.detach().double().requires_grad_(tensor.requires_grad)
+    def leaf(tensor: Tensor) -> Tensor:
+        return tensor.detach().double().requires_grad_(tensor.requires_grad)
 
-    return leaf(hidden), Head(leaf(head.weight), leaf(head.bias), head.scale, head.softcap)
+    bias = None if head.bias is None else leaf(head.bias)
+    return leaf(hidden), Head(leaf(head.weight), bias, head.scale, head.softcap)
 
 
 def leaves(hidden: Tensor, head: Head) -> list[Tensor]:

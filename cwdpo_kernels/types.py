@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .validation import expect
+from .validation import expect, fail
 
 IGNORE_INDEX = -100
 
@@ -34,8 +34,8 @@ class Head:
     def of(cls, module: torch.nn.Module, scale: float = 1.0, softcap: float | None = None) -> Head:
         """The head of a linear module: its `weight` [V, D] and its `bias` [V], if it has one."""
         weight = getattr(module, "weight", None)
-        ok = isinstance(weight, Tensor)
-        expect(ok, "Head.of", "module", "attribute weight of type", "Tensor", type(weight).__name__)
+        if not isinstance(weight, Tensor):
+            fail("Head.of", "module", "attribute weight of type", "Tensor", type(weight).__name__)
         return cls(weight, getattr(module, "bias", None), scale, softcap)
 
 
@@ -124,7 +124,7 @@ class SequenceLogprob(NamedTuple):
 
     total: Tensor
     mean: Tensor
-    count: Tensor
+    count: Tensor  # type: ignore[assignment]  # hides tuple.count on purpose
 
 
 class TokenStats(NamedTuple):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -11,10 +11,15 @@ FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
 
 
+def fail(op: str, arg: str, prop: str, expected: Any, actual: Any) -> NoReturn:
+    """Raise the package's ValueError."""
+    raise ValueError(f"{op}: expected {arg} to have {prop} {expected}, got {actual}")
+
+
 def expect(condition: bool, op: str, arg: str, prop: str, expected: Any, actual: Any) -> None:
     """Raise the package's ValueError unless `condition` holds: the argument, what was expected, what it got."""
     if not condition:
-        raise ValueError(f"{op}: expected {arg} to have {prop} {expected}, got {actual}")
+        fail(op, arg, prop, expected, actual)
 
 
 def check_dtype(op: str, arg: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:
@@ -61,7 +66,7 @@ def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: i
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         if wrong.any():
             value = labels[wrong][0].item()
-            expect(False, op, "labels", "values", f"in [0, {vocab}) or {ignore_index}", value)
+            fail(op, "labels", "values", f"in [0, {vocab}) or {ignore_index}", value)
 
 
 def check_rows(op: str, rows: Tensor, labels: Tensor) -> None:
@@ -79,7 +84,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
     expect(tokens.dim() == 1, op, "labels", "shape", "[N] (packed, as cu_seqlens is given)", list(tokens.shape))
     if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
         expected = f"0 <= ... <= {tokens.numel()}, rising from 0 to the number of tokens"
-        ok = cu_seqlens[0] == 0 and cu_seqlens[-1] == tokens.numel() and bool((cu_seqlens.diff() >= 0).all())
+        ok = bool(cu_seqlens[0] == 0 and cu_seqlens[-1] == tokens.numel() and (cu_seqlens.diff() >= 0).all())
         expect(ok, op, "cu_seqlens", "values", expected, cu_seqlens.tolist())
 
 

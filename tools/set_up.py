@@ -66,7 +66,10 @@ def torch_sources(requested: str, pinned: str, cpu_only: bool) -> list[TorchSour
 
 
 def pinned_torch(constraints: str) -> str:
-    return re.search(r"^torch==\S+", constraints, re.MULTILINE)[0]
+    found = re.search(r"^torch==\S+", constraints, re.MULTILINE)
+    if found is None:
+        sys.exit("set-up: expected constraints.txt to pin torch, got no line torch==...")
+    return found[0]
 
 
 def constraints_for(requested: str, constraints: str) -> str:

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import Head, linear_sequence_logprob
-from ..validation import expect
+from ..validation import expect, fail
 
 OP = "LigerFusedLinearDPOLoss"
 
@@ -151,8 +151,9 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         if self.compute_nll_loss:
             nll = -policy.total[:pairs].sum() / policy.count[:pairs].sum().clamp_min(1)
             loss = loss + self.alpha * nll
-        mean_logits = _mean_logits(_input, lin_weight, bias)
-        metrics = DPOMetrics(*logp.split(pairs), *mean_logits, nll, terms.w, terms.l)
+        chosen_logp, rejected_logp = logp.split(pairs)
+        chosen_mean, rejected_mean = _mean_logits(_input, lin_weight, bias)
+        metrics = DPOMetrics(chosen_logp, rejected_logp, chosen_mean, rejected_mean, nll, terms.w, terms.l)
         return loss, DPOMetrics(*(metric.detach() for metric in metrics))
 
     @torch.no_grad()
@@ -162,10 +163,8 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         """The reference's log-probs [2P], 0 without a reference."""
         if not self.use_ref_model:
             return 0.0
-        for name, value in (("ref_input", ref_input), ("ref_weight", ref_weight)):
-            ok = isinstance(value, Tensor)
-            expect(ok, OP, name, "type", "Tensor (as use_ref_model is True)", type(value).__name__)
-        logp = linear_sequence_logprob(ref_input, Head(ref_weight, ref_bias), target, ignore_index=self.ignore_index)
+        hidden, weight = _required("ref_input", ref_input), _required("ref_weight", ref_weight)
+        logp = linear_sequence_logprob(hidden, Head(weight, ref_bias), target, ignore_index=self.ignore_index)
         return logp.mean if self.average_log_prob else logp.total
 
 
@@ -200,6 +199,13 @@ def _check_options(loss_type: str, beta: float, label_smoothing: float, discopop
         raise ValueError(f"{OP}: label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {label_smoothing}")
     expect(beta > 0, OP, "beta", "a value", "> 0", beta)
     expect(discopop_tau > 0, OP, "discopop_tau", "a value", "> 0", discopop_tau)
+
+
+def _required(name: str, value: Tensor | None) -> Tensor:
+    """An argument that a loss with a reference needs."""
+    if not isinstance(value, Tensor):
+        fail(OP, name, "type", "Tensor (as use_ref_model is True)", type(value).__name__)
+    return value
 
 
 @torch.no_grad()

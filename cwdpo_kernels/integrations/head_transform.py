@@ -18,6 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .module_types import LanguageModel, SizedLayer, is_sized
+
 _TINY, _HUGE = 1e-4, 1e7  # a logit too small for any cap to matter, and one that any cap saturates
 _TOLERANCE = 1e-5  # relative; the computation is in float32
 
@@ -34,14 +36,15 @@ class Transform:
         return f"scale {self.scale:.6g}, {cap}"
 
 
-def measure_transform(model: nn.Module, head: nn.Module) -> Transform:
+def measure_transform(model: LanguageModel, head: nn.Module) -> Transform:
     """The transform of a model with a `base_model` and the output head `head`.
 
     A factor on the hidden states between backbone and head is counted as scale; this requires a head without bias.
     Raises ValueError if no transform of this form fits: masked columns, an added term, another function, or a head that
     gets other hidden states.
     """
-    vocab, bias = _shape(head)
+    layer = _sized(head)
+    vocab, bias = layer.out_features, getattr(getattr(layer, "base_layer", layer), "bias", None) is not None
     z = _probe_logits(vocab)
     received: list[Tensor] = []
 
@@ -49,7 +52,7 @@ def measure_transform(model: nn.Module, head: nn.Module) -> Transform:
         received.append(hidden)
         return z.to(hidden.device).expand(*hidden.shape[:-1], vocab).clone()  # some models scale in place
 
-    with stubbed(model) as (hidden, inputs), _replaced(head, fake_head), torch.no_grad():
+    with stubbed(model, head) as (hidden, inputs), _replaced(head, fake_head), torch.no_grad():
         logits = model(**inputs).logits
     if logits.shape[-1] != vocab:
         raise ValueError(f"expected its logits to have {vocab} columns (as its head), got {logits.shape[-1]}")
@@ -58,11 +61,12 @@ def measure_transform(model: nn.Module, head: nn.Module) -> Transform:
     return Transform(fitted.scale * before, fitted.softcap)
 
 
-def _shape(head: nn.Module) -> tuple[int, bool]:
+def _sized(head: nn.Module) -> SizedLayer:
+    """`head`, or the original layer inside if peft's wrapper of a fully trained module hides the sizes."""
     layer = head
-    while not hasattr(layer, "out_features") and hasattr(layer, "original_module"):
-        layer = layer.original_module  # peft's copy of a module that is trained as a whole
-    return layer.out_features, getattr(getattr(layer, "base_layer", layer), "bias", None) is not None
+    while not is_sized(layer):
+        layer = layer.get_submodule("original_module")
+    return layer
 
 
 def _probe_logits(vocab: int) -> Tensor:
@@ -131,26 +135,19 @@ class _Output:
 
 
 @contextlib.contextmanager
-def stubbed(model: nn.Module, tokens: int = 4) -> Iterator[tuple[Tensor, dict[str, Any]]]:
-    """Replace the backbone of `model` by a stub; yield the stub's hidden states and the inputs to call `model` with.
+def stubbed(model: LanguageModel, head: nn.Module, tokens: int = 4) -> Iterator[tuple[Tensor, dict[str, Any]]]:
+    """Replace the backbone below `head` by a stub; yield the stub's hidden states and the inputs to call `model` with.
 
     The hidden states are random, [1, tokens, D]. On exit the backbone is restored.
     """
     embedding = model.get_input_embeddings().weight
     generator = torch.Generator().manual_seed(1)
-    dim = _hidden_size(model)
+    dim = _sized(head).in_features
     hidden = torch.randn(1, tokens, dim, generator=generator).to(embedding.device, embedding.dtype)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=embedding.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with _replaced(model.base_model, lambda *args, **kwargs: _Output(hidden)):
         yield hidden, inputs
-
-
-def _hidden_size(model: nn.Module) -> int:
-    layer = model.get_output_embeddings()
-    while not hasattr(layer, "in_features"):
-        layer = layer.original_module
-    return layer.in_features
 
 
 @contextlib.contextmanager

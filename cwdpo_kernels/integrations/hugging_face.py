@@ -23,7 +23,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from .. import Head, linear_logprob
 from . import lora_head
 from .head_transform import Transform, measure_transform, stubbed
+from .module_types import LanguageModel, is_language_model, is_peft_model
 
 __all__ = ["HeadError", "HeadInfo", "attach_head", "check_head", "evaluating"]
 
@@ -77,11 +78,13 @@ def attach_head(model: nn.Module) -> HeadInfo:
     Raises `HeadError` if the head is not linear, if a forward is patched already, or if the logits are not
     softcap(scale * (hidden W^T + b)). The model is then unchanged.
     """
-    model = model.get_base_model() if hasattr(model, "get_base_model") else model
+    model = model.get_base_model() if is_peft_model(model) else model
     if _INFO in vars(model):
         return vars(model)[_INFO]
-    name, head = type(model).__name__, model.get_output_embeddings()
-    _expect(head is not None, name, "an output head", "None from get_output_embeddings()")
+    name = type(model).__name__
+    if not is_language_model(model):
+        _fail(name, "an output head", "no get_output_embeddings()")
+    head = _output_head(model)
     _expect(model.base_model is not model, name, "a backbone below the head", "itself as base_model")
     layers = _layers(name, head)
     for module in (model, *layers):
@@ -90,7 +93,7 @@ def attach_head(model: nn.Module) -> HeadInfo:
         transform = measure_transform(model, head)
         _take_op(layers)
         _patch(model, _with_head_op(type(model).forward, transform))
-        info = _compare(model, transform)
+        info = _compare(model, head, transform)
     except ValueError as error:
         for module in (model, *layers):
             _restore(module)
@@ -115,9 +118,20 @@ def evaluating(model: nn.Module) -> Iterator[None]:
             module.training = training
 
 
+def _fail(model: str, expected: str, actual: str) -> NoReturn:
+    raise HeadError(f"attach_head: expected {model} to have {expected}, got {actual}")
+
+
 def _expect(condition: bool, model: str, expected: str, actual: str) -> None:
     if not condition:
-        raise HeadError(f"attach_head: expected {model} to have {expected}, got {actual}")
+        _fail(model, expected, actual)
+
+
+def _output_head(model: LanguageModel) -> nn.Module:
+    head = model.get_output_embeddings()
+    if head is None:
+        _fail(type(model).__name__, "an output head", "None from get_output_embeddings()")
+    return head
 
 
 def _layers(model: str, head: nn.Module) -> list[nn.Module]:
@@ -165,13 +179,13 @@ def _with_head_op(plain: Callable[..., Any], transform: Transform) -> Callable[.
     """A model's forward with the argument `head_op`. It keeps the signature of `plain`, which `generate` inspects."""
 
     @functools.wraps(plain)
-    def forward(self: nn.Module, *args: Any, head_op: HeadOp | None = None, **kwargs: Any) -> Any:
+    def forward(self: LanguageModel, *args: Any, head_op: HeadOp | None = None, **kwargs: Any) -> Any:
         if head_op is None:
             return _plain_forward(self)(*args, **kwargs)
         # Peft's wrappers pass options that the caller did not give as None.
         given = {key: value for key, value in kwargs.items() if value is not None}
         hidden = self.base_model(*args, **given, use_cache=False).last_hidden_state
-        head = self.get_output_embeddings()
+        head = _output_head(self)
         _take_op(_layers(type(self).__name__, head))
 
         def op(hidden: Tensor, head: Head) -> Any:
@@ -183,10 +197,10 @@ def _with_head_op(plain: Callable[..., Any], transform: Transform) -> Callable[.
 
 
 @torch.no_grad()
-def _compare(model: nn.Module, transform: Transform) -> HeadInfo:
+def _compare(model: LanguageModel, head: nn.Module, transform: Transform) -> HeadInfo:
     """Compare fused log-probs of random tokens with those of the model's logits, over a stubbed backbone."""
     found: dict[str, Any] = {}
-    with stubbed(model) as (hidden, inputs), evaluating(model):
+    with stubbed(model, head) as (hidden, inputs), evaluating(model):
         labels = torch.randint(0, 2**31, hidden.shape[:-1], generator=torch.Generator().manual_seed(2))
 
         def op(hidden: Tensor, head: Head) -> Tensor:
@@ -245,4 +259,4 @@ def check_head(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> f
 def _unwrapped(model: nn.Module) -> nn.Module:
     """The model inside DDP, FSDP 1 and peft wrappers, which hide its signature."""
     model = getattr(model, "module", model)
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
+    return model.get_base_model() if is_peft_model(model) else model

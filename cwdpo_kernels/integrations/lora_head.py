@@ -10,12 +10,14 @@ This module does not import peft; it recognizes peft's layers by their attribute
 from __future__ import annotations
 
 import dataclasses
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
 
 from .. import Head
 from .._inputs import autocast
+from .module_types import LoraLinear
 
 
 def linear_layers(head: nn.Module) -> list[nn.Module]:
@@ -24,7 +26,9 @@ def linear_layers(head: nn.Module) -> list[nn.Module]:
     The head itself, or the original and the trained copies under peft's `modules_to_save`.
     """
     copies = getattr(head, "modules_to_save", None)
-    found = [head.original_module, *copies.values()] if hasattr(head, "original_module") and copies else [head]
+    found = [head]
+    if hasattr(head, "original_module") and copies:
+        found = [head.get_submodule("original_module"), *copies.values()]
     return found if all(_is_plain(layer) or is_lora(layer) for layer in found) else []
 
 
@@ -38,10 +42,12 @@ def _is_float(weight: Tensor) -> bool:
     return weight.is_floating_point()
 
 
-def is_lora(layer: nn.Module) -> bool:
+def is_lora(layer: nn.Module) -> TypeGuard[LoraLinear]:
     """Whether a layer is peft's LoRA on a plain linear layer, and not a variant such as DoRA."""
     has_parts = all(hasattr(layer, name) for name in ("base_layer", "lora_A", "lora_B", "scaling", "active_adapters"))
-    return has_parts and _is_plain(layer.base_layer) and not getattr(layer, "lora_variant", None)
+    if not has_parts or getattr(layer, "lora_variant", None):
+        return False
+    return _is_plain(layer.get_submodule("base_layer"))
 
 
 def head_of(layer: nn.Module, hidden: Tensor) -> tuple[Tensor, Head]:

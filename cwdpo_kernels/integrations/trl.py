@@ -24,7 +24,7 @@ from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from .. import IGNORE_INDEX, Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob, shift_labels
+from .. import IGNORE_INDEX, Cooling, CWDPOOutput, Head, linear_cwdpo_loss, linear_sequence_logprob, shift_labels
 from .hugging_face import attach_head
 
 # Options of DPOConfig that CoolingDPOTrainer does not implement, and the only value of each that it accepts.
@@ -53,6 +53,8 @@ class CoolingDPOTrainer(DPOTrainer):
     `predict` (they need logits). HeadError: the head is not supported (see `attach_head`).
     """
 
+    model: PreTrainedModel  # or a peft model, which forwards attributes to it; never None after __init__
+
     def __init__(
         self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, *more: Any,
         cooling: Cooling, normalize: str = "sequence", **options: Any,
@@ -74,32 +76,39 @@ class CoolingDPOTrainer(DPOTrainer):
             attach_head(value)
         super().__setattr__(name, value)
 
-    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, ...]:
+    def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Total log-probs of the chosen [P] and the rejected [P] answers under the reference, in nats."""
-        labels, adapter = _labels(inputs), contextlib.nullcontext()
+        labels = _labels(inputs)
+        adapter: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         if self.ref_model is None and is_peft_model(self.model):
             policy = self.accelerator.unwrap_model(self.model)
             adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        checkpointing = disable_gradient_checkpointing(self.model, self.args.gradient_checkpointing_kwargs)
+        options = self.args.gradient_checkpointing_kwargs
+        options = None if isinstance(options, str) else options  # never a string: DPOConfig has parsed it
+        checkpointing = disable_gradient_checkpointing(self.model, options)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             logp = model(
                 **_model_inputs(inputs),
                 head_op=lambda hidden, head: linear_sequence_logprob(hidden, head, labels).total,
             )
-        return logp.chunk(2)
+        chosen, rejected = logp.chunk(2)
+        return chosen, rejected
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         if return_outputs:
             raise NotImplementedError("CoolingDPOTrainer: compute_metrics and predict need logits: not supported")
         if self.precompute_ref_logps:
-            reference = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+            chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            reference = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
-        labels, options = _labels(inputs), {"cooling": self.cooling, "normalize": self.normalize}
-        output = model(
-            **_model_inputs(inputs),
-            head_op=lambda hidden, head: linear_cwdpo_loss(hidden, head, labels, *reference, beta=self.beta, **options),
-        )
+            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+        labels, beta, cooling, normalize = _labels(inputs), self.beta, self.cooling, self.normalize
+
+        def head_op(hidden: Tensor, head: Head) -> CWDPOOutput:
+            return linear_cwdpo_loss(
+                hidden, head, labels, chosen, rejected, beta=beta, cooling=cooling, normalize=normalize
+            )
+
+        output = model(**_model_inputs(inputs), head_op=head_op)
         self._record(output, inputs["attention_mask"])
         return output.loss
 

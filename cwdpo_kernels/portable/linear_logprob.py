@@ -50,19 +50,18 @@ def linear_logprob(
     logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
     anchor, sum_exp = torch.zeros_like(logp), torch.zeros_like(logp)
     direction = torch.zeros_like(hidden) if with_direction else hidden.new_empty(0, hidden.shape[1])
-    in_gradient = kept_bytes is None
-    kept = torch.empty_like(weight) if in_gradient else hidden.new_empty(kept_bytes, dtype=torch.uint8)
+    kept = torch.empty_like(weight) if kept_bytes is None else hidden.new_empty(kept_bytes, dtype=torch.uint8)
 
     rows = rows_where(labels != ignore_index)
     labels_N = labels[rows].long()
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
     target_N = head.target_logits(labels_N)
     kept_tiles = KeptTiles(kept, head)
-    if not in_gradient:  # zero the unused bytes; backward overwrites a gradient anyway
+    if kept_bytes is not None:  # zero the unused bytes; backward overwrites a gradient anyway
         kept_tiles.zero_the_rest()
     anchor_N, sum_exp_N, direction_ND = _forward(head, labels_N, target_N, with_direction, kept_tiles)
     logp[rows], anchor[rows], sum_exp[rows] = logp_of(target_N, anchor_N, sum_exp_N), anchor_N, sum_exp_N
-    if with_direction:
+    if direction_ND is not None:
         direction[rows] = direction_ND.to(hidden.dtype)
     return logp, anchor, sum_exp, direction, kept
 
@@ -94,12 +93,12 @@ def _forward(
             anchor_N[rows] = anchor_R
             tile_RB.sub_(anchor_R[:, None]).exp_()
             sum_exp_N[rows] = sum_exp_N[rows] * decay_R + tile_RB.sum(1)
-            if with_direction:
+            if pushed_ND is not None:
                 if slope_RB is not None:
                     tile_RB.mul_(slope_RB)
                 pushed_ND[rows].mul_(decay_R[:, None]).addmm_(tile_RB, weight_BD)
 
-    if with_direction:
+    if pushed_ND is not None:
         # Without competitors (V = 1) sum_exp is 0. The clamp avoids 0 / 0; backward multiplies by 1 - p_y = 0.
         pushed_ND.div_(sum_exp_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
         _pull_to_label(head, labels_N, target_N, pushed_ND)
@@ -140,7 +139,7 @@ def linear_logprob_backward(
     pull_N = grad_logp[rows].to(dtype) * -torch.expm1(logp[rows]) * scale  # 1 - p_y = -expm1(logp)
     push_N = -pull_N / sum_exp_N
     grad_hidden_ND = pull_N.new_zeros(head.hidden.shape) if needs_hidden else None
-    grad_bias = torch.empty_like(bias) if needs_bias else weight.new_empty(0)
+    grad_bias = weight.new_empty(0) if bias is None or not needs_bias else torch.empty_like(bias)
 
     for columns in head.columns():
         weight_BD = head.weight_tile(columns)
@@ -155,19 +154,19 @@ def linear_logprob_backward(
             fill_target(grad_RB, labels_N[block], columns, pull_N[block, None])  # replaces exp(c - anchor), maybe inf
             if slope_RB is not None:
                 grad_RB.mul_(slope_RB)
-            if needs_hidden:
+            if grad_hidden_ND is not None:
                 grad_hidden_ND[block].addmm_(grad_RB, weight_BD)
-            if needs_weight:
+            if grad_weight_BD is not None:
                 grad_weight_BD.addmm_(grad_RB.T, head.hidden_block(block))
-            if needs_bias:
+            if grad_bias_B is not None:
                 grad_bias_B.add_(grad_RB.sum(0))
-        if needs_weight and grad_weight.dtype != dtype:
+        if grad_weight_BD is not None and grad_weight.dtype != dtype:
             grad_weight[columns] = grad_weight_BD
-        if needs_bias:
+        if grad_bias_B is not None:
             grad_bias[columns] = grad_bias_B
 
     grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-    if needs_hidden:
+    if grad_hidden_ND is not None:
         grad_hidden[rows] = grad_hidden_ND.to(hidden.dtype)
     return grad_hidden, grad_weight, grad_bias
 

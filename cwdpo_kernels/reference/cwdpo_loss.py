@@ -23,8 +23,10 @@ def cwdpo_loss(
         d_rejected = rejected.total[pair] - ref_rejected[pair]
         if normalize == "token":
             d_chosen, d_rejected = d_chosen / n_chosen, d_rejected / n_rejected
-        weight = cooling.constant
-        if weight is None:
+        weight: Tensor | float
+        if cooling.constant is None:
             weight = torch.sigmoid((mean_rejected - cooling.logp_floor) / cooling.temperature)
+        else:
+            weight = cooling.constant
         losses.append(-torch.nn.functional.logsigmoid(beta * (d_chosen - weight * d_rejected)))
     return torch.stack(losses).mean() if losses else chosen.total.sum() * 0.0
