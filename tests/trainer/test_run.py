@@ -106,9 +106,10 @@ def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
     with Image.open(folder / "dynamics.png") as picture:
         assert picture.width > 1000
         assert len(picture.convert("RGB").resize((200, 80)).getcolors(maxcolors=16000)) > 50
-    (finding,) = metrics["findings"]  # so high a learning rate takes the model far from its reference
+    (finding,) = metrics["findings"]  # the high learning rate makes the model drift
     assert (finding["stage"], finding["step"], finding["name"]) == ("dpo", 6, "drift")
     training, _, table = capsys.readouterr().out.partition("after CW-DPO")
+    assert training.startswith(f"run in {folder}: 24 pairs for sft, 8 pairs for dpo, 12 held-out pairs\n")
     assert training.count("found drift (stage dpo, step 3): ") == 1
     assert f"reference cache: 8 pairs, 1 KiB in {folder / 'reference_cache'}" in training
     for text in (
@@ -124,12 +125,12 @@ def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
     before = (folder / "metrics.json").stat().st_mtime_ns
     assert main(["run", str(config)]) == 0
     again = capsys.readouterr().out
-    assert "this run is finished" in again
+    assert "this run is already finished" in again
     assert table.strip() in again
     assert (folder / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp_path):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp_path, capsys):
     whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
     assert main(["run", str(whole)]) == 0
     config = write_config(settings)
@@ -138,7 +139,11 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(settings, write_config, tm
     assert not (folder / "checkpoints" / "dpo" / "checkpoint-4" / "COMPLETE").exists()
     assert not (folder / "cwdpo").exists()
     sft = (folder / "sft" / "model.safetensors").stat().st_mtime_ns
+    capsys.readouterr()
     assert main(["run", str(config)]) == 0
+    out = capsys.readouterr().out
+    assert f"sft: finished before, in {folder / 'sft'}\n" in out
+    assert f"dpo: resumes from {folder / 'checkpoints/dpo/checkpoint-2'}\n" in out
     assert (folder / "sft" / "model.safetensors").stat().st_mtime_ns == sft
     assert results(folder) == results(tmp_path / "whole")
     for name in ("probes.csv", "predictions.jsonl", "cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):

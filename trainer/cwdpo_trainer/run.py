@@ -56,6 +56,7 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     current.check(stages)
     was_finished = current.folder.is_reported(stages)
     if not was_finished:
+        say(current.describe(stages))
         with current.locked():
             current.train(stages)
             current.write_report()
@@ -120,6 +121,11 @@ class Run:
         if server is not None and "dpo" in stages and not self.folder.is_reported(stages):
             AnswerServer.open(server, self.inputs.rows["dpo"])  # now rather than after stage 1
 
+    def describe(self, stages: Sequence[str]) -> str:
+        """One line: the pairs of each stage and where the results go."""
+        training = ", ".join(f"{len(self.inputs.rows[stage])} pairs for {stage}" for stage in stages)
+        return f"run in {self.folder}: {training}, {len(self.inputs.heldout)} held-out pairs"
+
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder. The main process holds the lock; if it is refused, all processes raise."""
@@ -147,6 +153,7 @@ class Run:
         policy: Model | None = None
         for stage in stages:
             if self.folder.is_done(stage):
+                say(f"{stage}: finished before, in {self.folder.model(stage)}")
                 continue
             if policy is None:
                 set_seed(self.config.seed)  # a new adapter is random
@@ -159,7 +166,10 @@ class Run:
         """Train `policy` in place and save it. A frozen copy of what it is now is the stage's reference."""
         trainer = self._trainer(stage, policy, freeze_reference(policy))
         say(f"{stage}: {trainer.head_info}")
-        trainer.train(resume_from_checkpoint=newest_checkpoint(trainer.args.folder))
+        checkpoint = newest_checkpoint(trainer.args.folder)
+        if checkpoint is not None:
+            say(f"{stage}: resumes from {checkpoint}")
+        trainer.train(resume_from_checkpoint=checkpoint)
         policy.zero_grad()  # or the next reference would copy the gradients
         self._save(stage, trainer)
 

@@ -48,8 +48,9 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
 
 
 def move(model: nn.Module, device: torch.device) -> None:
-    """Move `model` to `device`, in place. (The type of `PreTrainedModel.to` is lost in its decorator.)"""
-    model.to(device)
+    """Move `model` to `device`, in place. Quantized weights stay on the device that they were loaded on."""
+    if _quantization_method(model) is None:
+        model.to(device)
 
 
 def load_processor(path: str) -> ProcessorMixin:
@@ -100,10 +101,14 @@ def check_quantization(model: Model, device: torch.device) -> None:
     After a forward in evaluation mode, bitsandbytes uses a CPU kernel without a gradient, and training would continue
     with wrong gradients.
     """
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    kind = getattr(base, "quantization_method", None)
+    kind = _quantization_method(model)
     supported = kind is None or device.type != "cpu"
     require(supported, "config", "model.quantization", "null on a CPU", getattr(kind, "value", kind))
+
+
+def _quantization_method(model: nn.Module) -> Any:
+    base = model.get_base_model() if isinstance(model, PeftModel) else model
+    return getattr(base, "quantization_method", None)
 
 
 def _freeze(model: nn.Module, prefixes: list[str]) -> None:

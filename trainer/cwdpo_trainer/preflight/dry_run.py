@@ -143,8 +143,7 @@ def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch
     whatever the model raises.
     """
     model = load_model(config.model, model_path(config), config.lora)
-    if config.model.quantization is None:  # quantized weights are on their device already
-        move(model, device)
+    move(model, device)
     head_info = attach_head(model)
     pair = collator([row])
     inputs, labels = collator.join(pair["prompts"], pair["chosen"], pair["rejected"])
