@@ -115,7 +115,7 @@ def print_table(metrics: dict[str, Any], folder: RunFolder, finished: bool) -> N
     """Print the main metrics of a run and the doctor's findings. `finished`: this call had nothing left to train."""
     labels = labels_of(metrics)
     if finished:
-        say(f"{folder}: this run is already finished")
+        say(f"{folder}: this run is finished, nothing is left to train")
     say(f"\n{'':38}" + "".join(f"{TITLES[label]:>14}" for label in labels))
     for line in table(metrics):
         say(f"{line.title:<38}" + "".join(f"{line.text(label):>14}" for label in labels))
