@@ -164,7 +164,7 @@ def _add_probe(commands: Commands) -> None:
 def _probe(parsed: argparse.Namespace) -> int:
     from cwdpo_trainer.evaluation.measure import EvalTarget, probe
 
-    probe(EvalTarget.find(parsed.subject, parsed.reference), parsed.data, parsed.rows, parsed.json)
+    probe(EvalTarget.find(parsed.target, parsed.reference), parsed.data, parsed.rows, parsed.json)
     return 0
 
 
@@ -183,13 +183,13 @@ def _add_eval(commands: Commands) -> None:
 def _eval(parsed: argparse.Namespace) -> int:
     from cwdpo_trainer.evaluation.measure import EvalTarget, evaluate
 
-    evaluate(EvalTarget.find(parsed.subject), parsed.data, parsed.rows, parsed.json)
+    evaluate(EvalTarget.find(parsed.target), parsed.data, parsed.rows, parsed.json)
     return 0
 
 
 def _add_measurement(command: argparse.ArgumentParser, rows: str) -> None:
     text = "a run folder, the folder of a model, or the name of a model on the Hub"
-    command.add_argument("subject", metavar="RUN_OR_MODEL", help=text)
+    command.add_argument("target", metavar="RUN_OR_MODEL", help=text)
     text = "preference pairs: a file, a folder, or hub:owner/name[:split]"
     command.add_argument("data", metavar="DATA", help=text)
     command.add_argument("--rows", type=_positive, metavar="N", help=rows)

@@ -44,7 +44,7 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     """Train the stages of `config`, or only the one named `only`. Returns the content of metrics.json.
 
     An existing run folder is continued: finished stages are not repeated, and an interrupted stage resumes from its
-    newest whole checkpoint. Raises `InputError` on wrong input, before anything is written to the run folder.
+    newest complete checkpoint. Raises `InputError` on wrong input, before anything is written to the run folder.
     """
     stages = [only] if only else config.stages
     args = config.stage(stages[0])

@@ -5,15 +5,15 @@
     run.lock            locked by the main process while it trains (`RunFolder.acquire`)
     checkpoints/STAGE/checkpoint-STEP/
                         stages/base.py: a checkpoint of transformers.Trainer and the stage's own state. The file
-                        COMPLETE, written last, declares it whole (stages/checkpoints.py); a run resumes from the
-                        newest whole checkpoint.
+                        COMPLETE, written last, marks it as complete (stages/checkpoints.py); a run resumes from
+                        the newest complete checkpoint.
     checkpoints/dpo/negatives_RANK.jsonl
                         negatives/log.py: the negative of each pair at each step
     reference_cache/    models/reference_cache.py: log-probs under the reference of stage 2, unless
                         dpo.reference_cache names another folder
     sft/, cwdpo/        run.py: the model after each stage, its processor, trainer_state.json and cooling.json;
-                        evaluation/card.py: README.md. A folder gets its name once it is whole, so a stage is done if
-                        its folder exists (`RunFolder.is_done`).
+                        evaluation/card.py: README.md. A folder gets its name once all files are in it, so a stage is
+                        done if its folder exists (`RunFolder.is_done`).
     probes.csv, predictions.jsonl, dynamics.png
                         evaluation/report.py: the report
     metrics.json        evaluation/report.py, written last: the stages in it are finished (`RunFolder.is_reported`)

@@ -35,7 +35,7 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model was made from.
+    """Where a model comes from.
 
     `base_model`: a name on the Hub, or a folder. `settings`: the run's config as in its YAML file. `digests`: hashes
     of the training and the held-out data, by name.

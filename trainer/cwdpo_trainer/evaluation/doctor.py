@@ -1,4 +1,4 @@
-"""The doctor: looks for known problems in a stage's metrics and says in plain words what it sees and what may help.
+"""The doctor: looks for known problems in a stage's metrics, and reports the evidence and what may help.
 
 Each rule is a function of a `StageHistory`. It returns (evidence, advice), or None if all is well. A missing or NaN
 metric makes every comparison false, so a rule without data finds nothing; `not_finite` finds metrics that are NaN. A
@@ -279,8 +279,8 @@ def entropy_collapse(history: StageHistory) -> Diagnosis | None:
 
 @_rule
 def onpolicy_empty(history: StageHistory) -> Diagnosis | None:
-    """Samples that equal a reference answer are no negatives. If nearly all do, training falls back on the dataset's
-    negatives."""
+    """Samples that equal a reference answer cannot be negatives. If nearly all of them do, training falls back to the
+    dataset's negatives."""
     wanted, drawn = history.recent("onpolicy_fraction"), history.recent("onpolicy")
     if not (wanted > 0 and drawn < ONPOLICY_SHARE * wanted):
         return None
@@ -309,7 +309,7 @@ def past_best(history: StageHistory) -> Diagnosis | None:
     values = [probe["chosen_mean_logp"] for probe in history.probes]
     best = max(range(len(values)), key=values.__getitem__)
     loss = values[best] - values[-1]
-    # If the start was best, the stage never helped. That is for squeezing and its like to find.
+    # If the first probe was the best, the stage never helped. Other rules, such as squeezing, report that.
     if not (0 < best <= len(values) - 1 - PAST_BEST and loss >= FALL):
         return None
     return (

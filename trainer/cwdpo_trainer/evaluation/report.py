@@ -91,7 +91,7 @@ def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Pat
         line: dict[str, Any] = {
             "row": Path(row.where).name,
             "prompt": row.prompt,
-            "images": [picture.name_from(folder) for picture in row.images],
+            "images": [image.name_from(folder) for image in row.images],
             "references": row.references,
         }
         for label, texts in results.captions.items():

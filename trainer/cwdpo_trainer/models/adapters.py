@@ -72,7 +72,7 @@ def adapter_weights(policy: PeftModel) -> dict[str, Tensor]:
 
 
 def changes_nothing(policy: PeftModel) -> bool:
-    """Whether the adapter is as good as none: every B is zero, and no module is trained as a whole."""
+    """Whether the adapter has no effect yet: every B is zero, and no module is trained in full."""
     weights = adapter_weights(policy)
     ups = {name: value for name, value in weights.items() if "lora_B" in name or "lora_embedding_B" in name}
     downs = {name for name in weights if "lora_A" in name or "lora_embedding_A" in name}

@@ -124,8 +124,8 @@ def load_weights(model: Model, folder: str) -> None:
     """Load the weights of a checkpoint into `model`. Raises if any are missing.
 
     Some models, LLaVA among them, are saved under the weight names of earlier releases, which `from_pretrained`
-    converts. The library's own resume does not: it skips names that it does not find, and trains on with the weights
-    that the model happens to have.
+    converts. The library's own resume does not: it skips names that it does not find, and silently continues with the
+    weights that the model already has.
     """
     if isinstance(model, PeftModel):
         stored = load_peft_weights(folder, device="cpu")

@@ -39,7 +39,7 @@ def freeze_reference(policy: Model) -> Reference:
 
 
 class AdapterReference(nn.Module):
-    """`policy` with another of its adapters active (None: with none), without gradients and dropout.
+    """`policy` with a different adapter active (None: with no adapter), without gradients and dropout.
 
     It shares the policy's weights without owning them: `parameters()` is empty. Calls and `generate` switch the adapter
     for their duration, under the autocast context `precision()`, which is to be the one that the policy trains in.

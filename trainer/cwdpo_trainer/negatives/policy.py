@@ -1,4 +1,4 @@
-"""The model in training as a `pool.Policy`: it draws answers, and says how likely answers are."""
+"""The model in training as a `pool.Policy`: it draws answers and computes their log-probs."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from cwdpo_trainer.negatives.server import AnswerServer
 
 @dataclass
 class PolicyInTraining:
-    """A `pool.Policy`; `rows` by id. With a `server`, that draws the answers.
+    """A `pool.Policy`; `rows` by id. If there is a `server`, it draws the answers.
 
     Ranks without work run a dummy row, because forwards of a sharded model are collective.
     """

@@ -21,7 +21,7 @@ def unreadable_image(meter: LengthMeter, row: Row) -> str | None:
     try:
         row.load_images()
     except InputError as error:
-        return _without_place(error)
+        return _without_where(error)
     return None
 
 
@@ -50,7 +50,7 @@ def template_changes_prompt(meter: LengthMeter, row: Row) -> str | None:
         for answer in (row.chosen, row.rejected):
             meter.collator.answer_tokens(row, answer)
     except InputError as error:
-        return _without_place(error)
+        return _without_where(error)
     return None
 
 
@@ -116,6 +116,6 @@ def list_evidence(summary: str, evidence: Sequence[str]) -> str:
     return "\n    ".join([summary, *evidence[:SHOWN], *more])
 
 
-def _without_place(error: InputError) -> str:
+def _without_where(error: InputError) -> str:
     """The error without `where`, which the report prints before it."""
     return shorten(f"expected {error.expected}, got {error.got}")

@@ -1,7 +1,7 @@
 """Checks of a run as a whole for `cwdpo check`: its config, its datasets and its model.
 
 A rule is a function of the `RunPreview`. It returns (evidence, advice), or None if it finds nothing or lacks what it
-needs (an unreadable model is a problem of its own). An error stops the run or makes it train on something unintended. A
+needs (an unreadable model is reported separately). An error stops the run or makes it train on something unintended. A
 warning is a reason to look. Rules about single rows are in row_rules.py.
 """
 
@@ -28,8 +28,8 @@ from cwdpo_trainer.negatives.sampling import normalise
 from cwdpo_trainer.run_folder import RunFolder
 
 ERROR, WARNING = "error", "warning"
-SHOWN = 5  # places that a problem names
-LARGE_MODEL = 100_000_000  # parameters; smaller models are trained from scratch, at any rate
+SHOWN = 5  # rows that a problem lists
+LARGE_MODEL = 100_000_000  # parameters; smaller models are often trained from scratch, with higher learning rates
 # Published full fine-tuning of vision-language models uses 1e-6 to 2e-5 for SFT and 5e-7 to 5e-6 for DPO; LoRA uses 10
 # to 20 times as much. Ten times the upper end mostly diverges.
 HIGHEST_RATE = {"sft": 2e-4, "dpo": 5e-5}
@@ -119,8 +119,8 @@ def run_problems(preview: RunPreview) -> Iterator[Problem]:
             yield Problem(severity, name, *diagnosis)
 
 
-def list_places(rows: Sequence[Row | str]) -> str:
-    """The places of the first `SHOWN` rows, and the number of the others."""
+def list_rows(rows: Sequence[Row | str]) -> str:
+    """Where the first `SHOWN` rows are, and how many more there are."""
     shown = [row if isinstance(row, str) else row.where for row in rows[:SHOWN]]
     more = len(rows) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
@@ -216,7 +216,7 @@ def heldout_pairs_in_train(preview: RunPreview) -> Diagnosis | None:
     shared = [(row, train[_contents(row)]) for row in heldout if train and _contents(row) in train]
     if not shared:
         return None
-    where = list_places([f"{row.where} = {twin.where}" for row, twin in shared])
+    where = list_rows([f"{row.where} = {twin.where}" for row, twin in shared])
     return f"{len(shared)} pairs are in both datasets: {where}", "remove them from one of the two"
 
 
@@ -234,7 +234,7 @@ def duplicate_pairs(preview: RunPreview) -> Diagnosis | None:
             seen.add(contents)
     if not repeated:
         return None
-    return f"{len(repeated)} pairs of data.train repeat earlier ones: {list_places(repeated)}", "remove the copies"
+    return f"{len(repeated)} pairs of data.train repeat earlier ones: {list_rows(repeated)}", "remove the copies"
 
 
 def _texts(row: Row) -> str:
@@ -243,9 +243,9 @@ def _texts(row: Row) -> str:
 
 def _contents(row: Row) -> tuple[object, ...]:
     """What identifies a pair: its texts and the digests of its images. A row with an unreadable image equals no other
-    row; the image is a problem of its own."""
+    row; the image is reported separately."""
     try:
-        return (_texts(row), *(hashlib.sha256(picture.read_bytes()).digest() for picture in row.images))
+        return (_texts(row), *(hashlib.sha256(image.read_bytes()).digest() for image in row.images))
     except IMAGE_ERRORS:
         return (row.where,)
 
@@ -261,7 +261,7 @@ def rejected_is_a_reference(preview: RunPreview) -> Diagnosis | None:
     ]
     if not swapped:
         return None
-    evidence = f"the rejected answer is among the references in {len(swapped)} rows: {list_places(swapped)}"
+    evidence = f"the rejected answer is among the references in {len(swapped)} rows: {list_rows(swapped)}"
     return evidence, "swap chosen and rejected if they are swapped, else remove the pairs"
 
 
@@ -280,7 +280,7 @@ def exceeds_model_positions(preview: RunPreview) -> Diagnosis | None:
     if not long or (limit is not None and limit <= positions):
         return None
     evidence = f"{len(long)} rows are longer than the {positions} positions of the model: "
-    return evidence + list_places(long), f"set data.max_length to {positions} or less"
+    return evidence + list_rows(long), f"set data.max_length to {positions} or less"
 
 
 @_rule(WARNING)

@@ -70,7 +70,7 @@ class StageTrainer(Trainer):
     ) -> None:
         check_quantization(model, args.device)
         self.head_info = attach_head(model)
-        if not isinstance(reference, AdapterReference):  # that is `model` with another adapter, and has its head
+        if not isinstance(reference, AdapterReference):  # an AdapterReference shares the head of `model`
             attach_head(reference)
         super().__init__(
             model=model,
@@ -117,7 +117,7 @@ class StageTrainer(Trainer):
         return output
 
     def _finish_stopped_stage(self, checkpoint: str) -> TrainOutput:
-        """Resume a stage that was killed after its last checkpoint and before its model was saved: no step is left.
+        """Resume a stage that was killed after its last checkpoint but before its model was saved. No steps are left.
 
         The library's resume would train on, because it does not restore `should_training_stop` and takes one step
         before it checks `max_steps`.
