@@ -2,7 +2,7 @@
 
     trainer -> {compat, integrations} -> functional -> ops -> {portable | triton | csrc}
 
-`ROOMS` is the order of the trainer's subpackages. `python tests/test_layering.py` prints an overview.
+`PARTS` is the order of the trainer's parts. `python tests/test_layering.py` prints an overview.
 """
 
 import ast
@@ -40,12 +40,12 @@ ALLOWED = {
 # An adapter may import another project only to subclass its classes. Function signatures are copied.
 PEERS = {"transformers", "accelerate", "peft", "datasets", "trl", "lightning", "liger_kernel", "verl"}
 PEERS_OF = {"integrations/trl.py": {"trl", "transformers", "accelerate"}}
-# The trainer's rooms and top-level files, lowest first. A room imports only from rooms before it.
-ROOMS = (
+# The parts of the trainer (subpackages and top-level modules), lowest first. Each imports only from those before it.
+PARTS = (
     "errors", "files", "reporter", "config", "run_folder", "data", "models", "negatives", "evaluation", "stages",
     "preflight", "run", "recipes", "cli",
 )  # fmt: skip
-LARGEST_ROOM = 10  # modules
+LARGEST_PART = 10  # modules
 
 
 def imported_modules(path: Path) -> set[str]:
@@ -118,11 +118,11 @@ def trainer_modules() -> dict[str, set[str]]:
     return found
 
 
-def room_of(module: str) -> str:
+def part_of(module: str) -> str:
     return module.split(".")[0]
 
 
-def floors(modules: dict[str, set[str]]) -> int:
+def levels(modules: dict[str, set[str]]) -> int:
     """The length of the longest import chain. Raises `graphlib.CycleError` if imports are circular."""
     level: dict[str, int] = {}
     for module in TopologicalSorter(modules).static_order():
@@ -132,28 +132,28 @@ def floors(modules: dict[str, set[str]]) -> int:
 
 def test_no_circular_imports_in_the_trainer():
     modules = trainer_modules()
-    assert floors(modules) <= 16
-    rooms: dict[str, set[str]] = {room: set() for room in ROOMS}
+    assert levels(modules) <= 16
+    groups: dict[str, set[str]] = {name: set() for name in PARTS}
     for module, below in modules.items():
-        rooms[room_of(module)] |= {room_of(each) for each in below} - {room_of(module)}
-    assert floors(rooms) <= len(ROOMS)
+        groups[part_of(module)] |= {part_of(each) for each in below} - {part_of(module)}
+    assert levels(groups) <= len(PARTS)
 
 
 @pytest.mark.parametrize("module", sorted(trainer_modules()))
-def test_rooms_import_only_from_rooms_below(module):
-    index = ROOMS.index(room_of(module))
-    upward = {each for each in trainer_modules()[module] if ROOMS.index(room_of(each)) > index}
+def test_parts_import_only_from_those_below(module):
+    index = PARTS.index(part_of(module))
+    upward = {each for each in trainer_modules()[module] if PARTS.index(part_of(each)) > index}
     assert not upward
 
 
-def test_rooms_stay_small():
-    sizes = room_sizes()
-    assert max(sizes.values()) <= LARGEST_ROOM, sizes
+def test_parts_stay_small():
+    sizes = part_sizes()
+    assert max(sizes.values()) <= LARGEST_PART, sizes
 
 
-def room_sizes() -> dict[str, int]:
+def part_sizes() -> dict[str, int]:
     modules = [module for module in trainer_modules() if "." in module]
-    return {room: sum(room_of(module) == room for module in modules) for room in ROOMS}
+    return {name: sum(part_of(module) == name for module in modules) for name in PARTS}
 
 
 def test_importing_needs_neither_triton_nor_transformers():
@@ -164,7 +164,7 @@ def test_importing_needs_neither_triton_nor_transformers():
 
 if __name__ == "__main__":
     found = trainer_modules()
-    print(f"{len(found)} modules, {sum(map(len, found.values()))} imports, {floors(found)} floors, 0 circles")
-    for room, size in room_sizes().items():
-        below = {room_of(each) for module, each_of in found.items() if room_of(module) == room for each in each_of}
-        print(f"{room:12} {size or 1:2} modules, on: {', '.join(sorted(below - {room}, key=ROOMS.index)) or '-'}")
+    print(f"{len(found)} modules, {sum(map(len, found.values()))} imports, {levels(found)} levels, 0 cycles")
+    for name, size in part_sizes().items():
+        below = {part_of(each) for module, each_of in found.items() if part_of(module) == name for each in each_of}
+        print(f"{name:12} {size or 1:2} modules, imports: {', '.join(sorted(below - {name}, key=PARTS.index)) or '-'}")
