@@ -212,17 +212,17 @@ class Run:
         models = {LABEL_OF_STAGE[stage]: str(self.folder.model(stage)) for stage in stages}
         if config.sft is None:
             models = {"start": inputs.model_path, **models}
-        scenes = distinct_prompts(inputs.heldout)[: config.probes.caption_rows]
+        prompts = distinct_prompts(inputs.heldout)[: config.probes.caption_rows]
         captions = {}
         for label, path in models.items():
             model = load_model(config.model, path, config.lora, trainable=False)
             move(model, device)
             captions[label] = caption(
-                model, inputs.collator, scenes, config.sampling.max_new_tokens, config.probes.batch_size
+                model, inputs.collator, prompts, config.sampling.max_new_tokens, config.probes.batch_size
             )
         histories = {stage: read_json(self.folder.model(stage) / STATE_FILE)["log_history"] for stage in stages}
         settings = {stage: vars(config.stage(stage)) for stage in stages}
-        return Results(scenes, captions, histories, settings, self._origin(), config.seed, str(device))
+        return Results(prompts, captions, histories, settings, self._origin(), config.seed, str(device))
 
     def _origin(self) -> Origin:
         return Origin(self.inputs.model_path, self.config.raw, self.inputs.digests)

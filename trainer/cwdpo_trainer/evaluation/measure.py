@@ -149,15 +149,15 @@ def evaluate(target: EvalTarget, data: str, rows: int | None, json_file: Path | 
     """
     source, device = open_source(data), _device()
     collator = PairCollator(load_processor(target.path))
-    scenes = distinct_prompts(_load_rows(target, collator, source))[:rows]
+    prompts = distinct_prompts(_load_rows(target, collator, source))[:rows]
     model = _load(target, target.path, device)
     limit, size = target.sampling.max_new_tokens, target.probes.batch_size
-    texts = caption(model, collator, scenes, limit, size, "captions")
-    scores = score_captions(texts, scenes)
-    say(f"{target.path}: {len(scenes)} captions, exact match {scores.exact_match:.3f}, CIDEr {scores.cider:.1f}")
+    texts = caption(model, collator, prompts, limit, size, "captions")
+    scores = score_captions(texts, prompts)
+    say(f"{target.path}: {len(prompts)} captions, exact match {scores.exact_match:.3f}, CIDEr {scores.cider:.1f}")
     captions = [
         {"row": Path(row.where).name, "caption": text, "references": row.references, "match": match}
-        for row, text, match in zip(scenes, texts, scores.matches, strict=True)
+        for row, text, match in zip(prompts, texts, scores.matches, strict=True)
     ]
     result = {
         **_header(target, source, device),

@@ -26,11 +26,11 @@ from cwdpo_trainer.run_folder import LABEL_OF_STAGE, RunFolder
 class Results:
     """What a run has measured.
 
-    `captions` by model label (start, after_sft, after_cwdpo), one for each row in `scenes`; log histories and settings
+    `captions` by model label (start, after_sft, after_cwdpo), one for each row in `prompts`; log histories and settings
     by stage.
     """
 
-    scenes: list[Row]
+    prompts: list[Row]
     captions: dict[str, list[str]]
     histories: dict[str, History]
     settings: Mapping[str, Mapping[str, Any]]
@@ -41,7 +41,7 @@ class Results:
 
 def write_report(folder: RunFolder, results: Results) -> None:
     """Write all result files into the run folder. metrics.json comes last: its presence means that all are there."""
-    scores = {label: score_captions(texts, results.scenes) for label, texts in results.captions.items()}
+    scores = {label: score_captions(texts, results.prompts) for label, texts in results.captions.items()}
     probes = {stage: probe_entries(history) for stage, history in results.histories.items()}
     write_text(folder.predictions_file, _predictions(results, scores, folder.path))
     write_text(folder.probes_file, _probes_csv(probes))
@@ -57,7 +57,7 @@ def write_report(folder: RunFolder, results: Results) -> None:
 
 def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[str, History]) -> dict[str, Any]:
     metrics: dict[str, Any] = {
-        label: {"exact_match": score.exact_match, "cider": score.cider, "captions": len(results.scenes)}
+        label: {"exact_match": score.exact_match, "cider": score.cider, "captions": len(results.prompts)}
         for label, score in scores.items()
     }
     for stage, entries in probes.items():
@@ -87,7 +87,7 @@ def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[st
 
 def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Path) -> str:
     lines = []
-    for index, row in enumerate(results.scenes):
+    for index, row in enumerate(results.prompts):
         line: dict[str, Any] = {
             "row": Path(row.where).name,
             "prompt": row.prompt,
