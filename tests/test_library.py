@@ -145,7 +145,7 @@ def test_rows_without_a_gradient_are_left_out_of_kept_tiles(kept_bytes):
 
 
 @needs_library
-def test_gradients_keep_the_layout_of_what_they_belong_to():
+def test_gradients_have_the_layout_of_their_inputs():
     """Transposed inputs get gradients with the strides that the fakes report, because torch.compile relies on them."""
     hidden, weight, labels = torch.randn(8, 30).T, torch.randn(8, 50).T, torch.arange(30)
     labels[::3] = -100

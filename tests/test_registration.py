@@ -142,16 +142,16 @@ def test_compiles_with_inductor_and_dynamic_shapes():
             torch.testing.assert_close(actual, expected)
 
 
-def test_a_backend_is_one_call(monkeypatch):
+def test_one_call_registers_a_backend(monkeypatch):
     monkeypatch.setattr(registry, "_BACKENDS", dict(registry._BACKENDS))
     reason = "no driver: install one"
-    ops.register_backend("drummer", "xpu", lambda: reason, workspace_bytes=lambda: 1 << 20, compiled=True)
+    ops.register_backend("new", "xpu", lambda: reason, workspace_bytes=lambda: 1 << 20, compiled=True)
     assert ck.backend("xpu") == "portable"
     assert ck.missing_backend("xpu") == reason
-    with pytest.raises(RuntimeError, match=f"expected the backend drummer on xpu, got none: {reason}"):
-        ops.forced("xpu", "drummer").__enter__()
-    ops.register_backend("drummer", "xpu", lambda: None, workspace_bytes=lambda: 1 << 20, compiled=True)
-    assert ck.backend("xpu") == "drummer"
+    with pytest.raises(RuntimeError, match=f"expected the backend new on xpu, got none: {reason}"):
+        ops.forced("xpu", "new").__enter__()
+    ops.register_backend("new", "xpu", lambda: None, workspace_bytes=lambda: 1 << 20, compiled=True)
+    assert ck.backend("xpu") == "new"
     assert ck.missing_backend("xpu") is None
     assert ck.default_workspace_bytes("xpu") == 1 << 20
 

@@ -100,14 +100,14 @@ def train(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, reference
         loss.backward()
         losses.append(mean_over_processes(loss.detach()))
         if step == 0:
-            grads = {name: whole(value.grad) for name, value in model.named_parameters() if value.grad is not None}
+            grads = {name: gathered(value.grad) for name, value in model.named_parameters() if value.grad is not None}
         optimizer.step()
         optimizer.zero_grad()
-    weights = {name: whole(value.detach()) for name, value in model.named_parameters()}
+    weights = {name: gathered(value.detach()) for name, value in model.named_parameters()}
     return {"losses": losses, "grads": grads, "weights": weights}
 
 
-def whole(value: Tensor) -> Tensor:
+def gathered(value: Tensor) -> Tensor:
     return (value.full_tensor() if isinstance(value, DTensor) else value).clone()
 
 

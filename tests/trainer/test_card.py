@@ -41,8 +41,8 @@ def test_the_card_shows_the_metrics_of_the_run(finished, name, label):
         if line.values[label] is not None:
             assert shown[line.title] == format(line.values[label], line.format)
     assert ("after CW-DPO" in card.text) == (name == "cwdpo")
-    with Image.open(finished / name / "dynamics.png") as picture:
-        assert picture.width > 1000
+    with Image.open(finished / name / "dynamics.png") as plot:
+        assert plot.width > 1000
     assert "](dynamics.png)" in card.text
 
 

@@ -39,8 +39,8 @@ def paligemma(tmp_path):
     model.get_output_embeddings().weight.data.normal_(std=0.5)
     attach_head(model)
     Image.new("RGB", (8, 8), "red").save(tmp_path / "red.png")
-    picture = FileImage(tmp_path / "red.png")
-    rows = [Row(0, "f:1", "<image> describe", chosen, "blue", (picture,), ("x",), "d") for chosen in ("a red", "red")]
+    image = FileImage(tmp_path / "red.png")
+    rows = [Row(0, "f:1", "<image> describe", chosen, "blue", (image,), ("x",), "d") for chosen in ("a red", "red")]
     return model, collator, collator(rows)
 
 
@@ -57,7 +57,7 @@ def test_the_prompt_is_a_prefix_and_the_answer_its_suffix(paligemma):
 def test_a_bidirectional_model_is_refused(paligemma):
     model, _, pairs = paligemma
     batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
-    assert check_head(model, *batch) < 1e-4  # which cannot see it
+    assert check_head(model, *batch) < 1e-4  # this check cannot detect it
     model.train()
     with pytest.raises(
         InputError, match=r"PaliGemma.*: log-probs of answers: expected a change <= .* attends to later tokens"

@@ -167,7 +167,7 @@ def image_in_answer(case: Case) -> None:
 def truncated_image(case: Case) -> None:
     path = case.folder / case.train[7]["images"][0]
     Image.effect_noise((64, 64), 90).save(path)
-    path.write_bytes(path.read_bytes()[:2000])  # the header is whole
+    path.write_bytes(path.read_bytes()[:2000])  # the header is complete
 
 
 def html_instead_of_image(case: Case) -> None:

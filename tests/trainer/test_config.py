@@ -201,9 +201,9 @@ def test_invalid_rows_stop_a_run_or_are_skipped_and_counted(settings, write_conf
     assert main(command) == 2
     assert f"cwdpo: {bad}: 2 of 4 rows are invalid:\n  {bad}:1: expected valid JSON" in capsys.readouterr().err
     assert main([*command, "data.skip_bad_rows=true"]) == 2
-    said = capsys.readouterr()
-    assert said.out.startswith(f"{bad}: 2 of 4 rows are invalid and are skipped:\n  {bad}:1: expected valid JSON")
-    assert "model.path: expected an existing folder" in said.err  # the data did not stop the run
+    printed = capsys.readouterr()
+    assert printed.out.startswith(f"{bad}: 2 of 4 rows are invalid and are skipped:\n  {bad}:1: expected valid JSON")
+    assert "model.path: expected an existing folder" in printed.err  # the data did not stop the run
     assert not Path(settings["output_dir"]).exists()
 
 

@@ -75,13 +75,13 @@ def test_without_a_curriculum_the_order_is_random(make):
 
 
 def test_a_resumed_stage_keeps_the_order_and_the_trajectory(make, tmp_path, monkeypatch):
-    whole = make(curriculum="hardest_first")
-    whole.train()
+    uninterrupted = make(curriculum="hardest_first")
+    uninterrupted.train()
     monkeypatch.setattr(CWDPOTrainer, "_rejected_mean_logp", None)  # a resumed stage must not measure again
     resumed = make(curriculum="hardest_first")
     resumed.train(resume_from_checkpoint=str(tmp_path / "stage" / "checkpoint-3"))
-    assert resumed.seen == whole.seen[3:]
-    for name, value in whole.model.state_dict().items():
+    assert resumed.seen == uninterrupted.seen[3:]
+    for name, value in uninterrupted.model.state_dict().items():
         assert torch.equal(resumed.model.state_dict()[name], value), name
 
 

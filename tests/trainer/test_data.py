@@ -157,7 +157,7 @@ def test_split_is_seeded_disjoint_and_complete(rows):
     assert split_rows(rows, 0.75, seed=4)[1] != second
 
 
-def test_distinct_prompts_keeps_the_first_row_of_a_scene(tmp_path):
+def test_distinct_prompts_keeps_the_first_row_of_each(tmp_path):
     other = {**GOOD, "prompt": "another"}
     rows = load_rows(write(tmp_path, GOOD, {**GOOD, "rejected": "c"}, other))
     assert [row.id for row in distinct_prompts(rows)] == [0, 2]

@@ -1,4 +1,4 @@
-"""Two gloo processes give the gradients and the trajectory of one, whichever FSDP2 unit holds the head. So do whole
+"""Two gloo processes give the gradients and the trajectory of one, whichever FSDP2 unit holds the head. So do complete
 runs, with and without LoRA, that are interrupted and resumed."""
 
 from __future__ import annotations

@@ -170,9 +170,9 @@ def test_a_finding_in_stop_on_ends_the_stage(stop_on, stops, capsys):
     control = SimpleNamespace(should_training_stop=False)
     Doctor().on_evaluate(args, state, control)
     assert control.should_training_stop is stops
-    said = capsys.readouterr().out
-    assert "found drift (stage dpo, step 20): " in said
-    assert ("stage dpo stops at step 20, because stop_on names drift" in said) is stops
+    printed = capsys.readouterr().out
+    assert "found drift (stage dpo, step 20): " in printed
+    assert ("stage dpo stops at step 20, because stop_on names drift" in printed) is stops
 
 
 # Probes of stage 2 of the digits recipe, from the same SFT model: with `cooling: off` (DPO), and unchanged (CW-DPO).

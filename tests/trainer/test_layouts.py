@@ -29,18 +29,18 @@ TEMPLATE = (
 )
 
 
-def said(text: str) -> dict:
+def reply(text: str) -> dict:
     return {"role": "assistant", "content": text}
 
 
 TEXT_LAYOUTS = {
-    "trl": {"prompt": [ASK], "chosen": [said("left")], "rejected": [said("up")]},
-    "trl, implicit": {"chosen": [ASK, said("left")], "rejected": [ASK, said("up")]},
-    "trl, prompt repeated": {"prompt": "where", "chosen": [ASK, said("left")], "rejected": [ASK, said("up")]},
-    "swift": {"messages": [ASK, said("left")], "rejected_response": "up"},
-    "swift, messages": {"messages": [ASK, said("left")], "rejected_messages": [ASK, said("up")]},
+    "trl": {"prompt": [ASK], "chosen": [reply("left")], "rejected": [reply("up")]},
+    "trl, implicit": {"chosen": [ASK, reply("left")], "rejected": [ASK, reply("up")]},
+    "trl, prompt repeated": {"prompt": "where", "chosen": [ASK, reply("left")], "rejected": [ASK, reply("up")]},
+    "swift": {"messages": [ASK, reply("left")], "rejected_response": "up"},
+    "swift, messages": {"messages": [ASK, reply("left")], "rejected_messages": [ASK, reply("up")]},
     "sharegpt": {"conversations": [QUESTION], "chosen": GOOD, "rejected": BAD},
-    "sharegpt, openai": {"messages": [ASK], "chosen": said("left"), "rejected": said("up")},
+    "sharegpt, openai": {"messages": [ASK], "chosen": reply("left"), "rejected": reply("up")},
     "alpaca": {"instruction": "where", "input": "", "chosen": "left", "rejected": "up"},
 }
 
@@ -120,7 +120,7 @@ def test_alpaca_has_system_history_and_input():
     values = {"instruction": "where", "input": "the dog", "system": "be brief", "history": [["who", "me"]]}
     row = canonical("f:1", {**values, "chosen": "a", "rejected": "b"})
     asked = {"role": "user", "content": "where\nthe dog"}
-    assert row["prompt"] == [SYSTEM, {"role": "user", "content": "who"}, said("me"), asked]
+    assert row["prompt"] == [SYSTEM, {"role": "user", "content": "who"}, reply("me"), asked]
 
 
 SHARE, SWIFT = TEXT_LAYOUTS["sharegpt"], TEXT_LAYOUTS["swift"]
@@ -133,16 +133,16 @@ ALPACA = TEXT_LAYOUTS["alpaca"]
         ({"question": "x", "answer": "y"}, "columns: expected prompt, chosen, rejected (TRL), or messages"),
         ({"question": "x", "answer": "y"}, "got answer, question"),
         ({}, "got none"),
-        ({"messages": [ASK, said("a")]}, "got messages"),
+        ({"messages": [ASK, reply("a")]}, "got messages"),
         (
-            {"chosen": "a", "rejected": [said("b")]},
+            {"chosen": "a", "rejected": [reply("b")]},
             "chosen and rejected: expected two texts or two lists of messages, got str and list",
         ),
-        ({"chosen": [said("a")], "rejected": [said("b")]}, "prompt: expected a value, or a common start"),
+        ({"chosen": [reply("a")], "rejected": [reply("b")]}, "prompt: expected a value, or a common start"),
         ({"chosen": [], "rejected": []}, "prompt: expected a value, or a common start"),
         ({**SWIFT, "tools": "[]"}, "columns: expected only messages, rejected_response, rejected_messages"),
         ({**SWIFT, "messages": [ASK]}, "messages: expected a last message with role 'assistant', got role 'user'"),
-        ({**SWIFT, "messages": [said("a")]}, "messages: expected at least 2"),
+        ({**SWIFT, "messages": [reply("a")]}, "messages: expected at least 2"),
         ({**SWIFT, "messages": []}, "messages: expected a non-empty list of messages, got []"),
         ({**SWIFT, "messages": ["x"]}, "messages: expected messages with role and content, or with from and value"),
         ({**SWIFT, "rejected_response": 3}, "rejected_response: expected text, got int"),
@@ -177,6 +177,6 @@ def test_a_row_that_fits_no_layout_is_an_error(values, message):
 
 
 def test_equal_conversations_are_refused(tmp_path: Path):
-    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": [ASK, said("a")], "rejected": [ASK, said("a")]}))
+    (tmp_path / "a.jsonl").write_text(json.dumps({"chosen": [ASK, reply("a")], "rejected": [ASK, reply("a")]}))
     with pytest.raises(InputError, match=r"a.jsonl:1: rejected: expected an answer that differs from chosen"):
         load_rows(tmp_path / "a.jsonl")

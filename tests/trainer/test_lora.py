@@ -85,8 +85,8 @@ def test_the_reference_of_stage_two_is_the_adapter_of_stage_one(lora_settings, w
 
 
 def test_a_run_stopped_between_checkpoints_resumes(lora_settings, write_config, tmp_path, monkeypatch):
-    whole = write_config({**lora_settings, "output_dir": str(tmp_path / "whole")})
-    assert main(["run", str(whole)]) == 0
+    uninterrupted = write_config({**lora_settings, "output_dir": str(tmp_path / "uninterrupted")})
+    assert main(["run", str(uninterrupted)]) == 0
     config = write_config(lora_settings)
     plain = dpo.CWDPOTrainer._loss_output
 
@@ -101,9 +101,9 @@ def test_a_run_stopped_between_checkpoints_resumes(lora_settings, write_config, 
     monkeypatch.setattr(dpo.CWDPOTrainer, "_loss_output", plain)
     assert main(["run", str(config)]) == 0
     folder = Path(lora_settings["output_dir"])
-    assert results(folder) == results(tmp_path / "whole")
+    assert results(folder) == results(tmp_path / "uninterrupted")
     for name in ("probes.csv", "predictions.jsonl", "cwdpo/adapter_model.safetensors"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes(), name
     assert len(list((folder / "reference_cache").iterdir())) == 1  # the adapter from disk is the one that was there
 
 

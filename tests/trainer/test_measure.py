@@ -24,10 +24,10 @@ def test_probe_reproduces_the_metrics_of_a_run(finished, task, tmp_path, capsys)
     found = {finding["name"] for finding in metrics["findings"] if finding["stage"] == "dpo"}
     assert {finding["name"] for finding in result["findings"]} == found != set()
     assert result["answers"] == {"chosen": 12, "near": 6, "easy": 6, "onpolicy": result["answers"]["onpolicy"]}
-    said = capsys.readouterr().out
-    assert f"{before:.3f} -> {after:.3f}" in said
-    assert all(f"found {name}: " in said for name in found)
-    assert str(target) in said
+    printed = capsys.readouterr().out
+    assert f"{before:.3f} -> {after:.3f}" in printed
+    assert all(f"found {name}: " in printed for name in found)
+    assert str(target) in printed
 
 
 def test_probe_of_a_model_with_and_without_a_reference(finished, task, tmp_path, capsys):

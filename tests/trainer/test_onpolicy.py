@@ -135,14 +135,14 @@ def test_the_log_of_negatives_continues_from_a_checkpoint(tmp_path):
     log.start(0)
     for step in range(3):
         log.write(step, ["a:1", "a:2"], [False, True], ["from the dataset", f"wrong {step}"])
-    whole = log.path.read_bytes()
+    content = log.path.read_bytes()
     with log.path.open("a") as file:
         file.write('{"step": 3, "ro')
     log.start(2)
     log.write(2, ["a:1", "a:2"], [False, True], ["from the dataset", "wrong 2"])
-    assert log.path.read_bytes() == whole
-    assert json.loads(whole.splitlines()[1]) == {"step": 0, "row": "a:2", "origin": "onpolicy", "answer": "wrong 0"}
-    assert json.loads(whole.splitlines()[2]) == {"step": 1, "row": "a:1", "origin": "dataset"}
+    assert log.path.read_bytes() == content
+    assert json.loads(content.splitlines()[1]) == {"step": 0, "row": "a:2", "origin": "onpolicy", "answer": "wrong 0"}
+    assert json.loads(content.splitlines()[2]) == {"step": 1, "row": "a:1", "origin": "dataset"}
     log.start(0)
     assert log.path.read_bytes() == b""
 

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny Qwen2.5-VL, whose number of image tokens depends on the image size, with and without LoRA.
+"""Complete runs of a tiny Qwen2.5-VL, whose number of image tokens depends on the image size, with and without LoRA.
 
 The library's processor needs torchvision, for videos. The one here has only its image processor and tokenizer.
 """
@@ -54,10 +54,10 @@ def qwen(tmp_path_factory) -> Path:
         tokenizer_object=backend, pad_token="<pad>", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
         additional_special_tokens=special[5:],
     )  # fmt: skip
-    pictures = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=64, max_pixels=1024)
+    image_processor = Qwen2VLImageProcessorPil(patch_size=4, min_pixels=64, max_pixels=1024)
     model, _ = tiny_models.qwen2_5_vl()
     model.save_pretrained(folder / "model")
-    ImageProcessor(pictures, tokenizer).save_pretrained(folder / "model")
+    ImageProcessor(image_processor, tokenizer).save_pretrained(folder / "model")
     for name, count in (("train", 16), ("heldout", 6)):
         lines = []
         for index in range(count):

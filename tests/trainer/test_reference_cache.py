@@ -59,11 +59,11 @@ def test_damage_anywhere_in_a_line_is_detected(tmp_path, caplog):
     for seed in range(3):
         cache.add(some_pairs(seed, count=1))
     (path,) = tmp_path.iterdir()
-    whole = path.read_bytes()
-    lines = whole.splitlines(keepends=True)
+    content = path.read_bytes()
+    lines = content.splitlines(keepends=True)
     offsets = range(len(lines[0]), len(lines[0]) + len(lines[1]) - 1)
     for offset in random.Random(0).sample(offsets, 20):
-        path.write_bytes(whole)
+        path.write_bytes(content)
         damage(path, offset)
         caplog.clear()
         known = ReferenceCache(tmp_path)

@@ -1,4 +1,4 @@
-"""Whole runs through the command line: the files they write, and resuming after a kill."""
+"""Complete runs through the command line: the files they write, and resuming after a kill."""
 
 from __future__ import annotations
 
@@ -103,9 +103,9 @@ def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
     share = sum(line["match_after_cwdpo"] for line in predictions) / 12
     assert share == metrics["after_cwdpo"]["exact_match"]
     assert (folder / predictions[0]["images"][0]).is_file()
-    with Image.open(folder / "dynamics.png") as picture:
-        assert picture.width > 1000
-        assert len(picture.convert("RGB").resize((200, 80)).getcolors(maxcolors=16000)) > 50
+    with Image.open(folder / "dynamics.png") as plot:
+        assert plot.width > 1000
+        assert len(plot.convert("RGB").resize((200, 80)).getcolors(maxcolors=16000)) > 50
     (finding,) = metrics["findings"]  # the high learning rate makes the model drift
     assert (finding["stage"], finding["step"], finding["name"]) == ("dpo", 6, "drift")
     training, _, table = capsys.readouterr().out.partition("after CW-DPO")
@@ -131,8 +131,8 @@ def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
 
 
 def test_a_resumed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp_path, capsys):
-    whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
-    assert main(["run", str(whole)]) == 0
+    uninterrupted = write_config({**settings, "output_dir": str(tmp_path / "uninterrupted")})
+    assert main(["run", str(uninterrupted)]) == 0
     config = write_config(settings)
     run_killed(config, step=4)
     folder = Path(settings["output_dir"])
@@ -145,9 +145,9 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(settings, write_config, tm
     assert f"sft: finished before, in {folder / 'sft'}\n" in out
     assert f"dpo: resumes from {folder / 'checkpoints/dpo/checkpoint-2'}\n" in out
     assert (folder / "sft" / "model.safetensors").stat().st_mtime_ns == sft
-    assert results(folder) == results(tmp_path / "whole")
+    assert results(folder) == results(tmp_path / "uninterrupted")
     for name in ("probes.csv", "predictions.jsonl", "cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes(), name
 
 
 @pytest.mark.parametrize("early", [False, True], ids=["last step", "stopped early"])
@@ -166,8 +166,8 @@ def test_a_stopped_stage_whose_model_is_not_saved_trains_no_further(
     settings["dpo"] |= {"max_steps": 3, "save_steps": 3, "onpolicy_fraction": 0.0}
     if early:
         settings["dpo"] |= {"max_steps": 9, "stop_on": ["nothing_kept"], "drop_below": 0.0}
-    whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
-    assert main(["run", str(whole)]) == 0
+    uninterrupted = write_config({**settings, "output_dir": str(tmp_path / "uninterrupted")})
+    assert main(["run", str(uninterrupted)]) == 0
     config = write_config(settings)
     with monkeypatch.context() as patch:
         patch.setattr(CWDPOTrainer, "save_model", interrupted)
@@ -177,9 +177,9 @@ def test_a_stopped_stage_whose_model_is_not_saved_trains_no_further(
     assert not (folder / "cwdpo").exists()
     assert main(["run", str(config)]) == 0
     assert results(folder)["after_cwdpo"]["probes"]["step"] == 3
-    assert results(folder) == results(tmp_path / "whole")
+    assert results(folder) == results(tmp_path / "uninterrupted")
     assert (folder / "cwdpo/model.safetensors").read_bytes() == (
-        tmp_path / "whole/cwdpo/model.safetensors"
+        tmp_path / "uninterrupted/cwdpo/model.safetensors"
     ).read_bytes()
 
 
@@ -188,31 +188,31 @@ def test_a_kill_during_a_cache_write_loses_nothing(settings, write_config, tmp_p
     settings["dpo"] |= {"max_steps": 5, "logp_floor": "auto", "tau": "auto", "auto_rows": 2}
     settings["data"]["sft_fraction"] = 0.6
     settings["sft"] |= {"max_steps": 1}
-    whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
-    assert main(["run", str(whole)]) == 0
+    uninterrupted = write_config({**settings, "output_dir": str(tmp_path / "uninterrupted")})
+    assert main(["run", str(uninterrupted)]) == 0
     config = write_config(settings)
     run_killed(config, step=4, program=KILLED_IN_A_CACHE_WRITE)
     folder = Path(settings["output_dir"])
     assert cache_lines(folder) == 3
     assert main(["run", str(config)]) == 0
     assert "the last line was cut off; its pairs are computed again" in caplog.text
-    assert results(folder) == results(tmp_path / "whole")
+    assert results(folder) == results(tmp_path / "uninterrupted")
     for name in ("cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):
-        assert (folder / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+        assert (folder / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes(), name
     # Nothing on disk was computed again.
-    assert cache_lines(folder) == cache_lines(tmp_path / "whole") > 3
+    assert cache_lines(folder) == cache_lines(tmp_path / "uninterrupted") > 3
 
 
-def test_separate_stages_equal_the_whole_run(config, settings, write_config, tmp_path, capsys):
+def test_separate_stages_equal_a_run_of_both(config, settings, write_config, tmp_path, capsys):
     assert main(["dpo", str(config)]) == 2
     assert "expected a finished stage sft" in capsys.readouterr().err
     assert main(["sft", str(config)]) == 0
     kept = {"after_sft", "findings", "environment", "base_model", "data", "seed"}
     assert set(results(Path(settings["output_dir"]))) == kept
     assert main(["dpo", str(config)]) == 0
-    whole = write_config({**settings, "output_dir": str(tmp_path / "whole")})
-    assert main(["run", str(whole)]) == 0
-    assert results(Path(settings["output_dir"])) == results(tmp_path / "whole")
+    uninterrupted = write_config({**settings, "output_dir": str(tmp_path / "uninterrupted")})
+    assert main(["run", str(uninterrupted)]) == 0
+    assert results(Path(settings["output_dir"])) == results(tmp_path / "uninterrupted")
 
 
 def test_stage_two_alone_starts_from_the_model(settings, write_config, capsys):

@@ -74,8 +74,12 @@ def test_image_paths_are_checked_when_rows_are_read(tmp_path):
 
 def test_nulls_that_arrow_adds_to_messages_are_removed(tmp_path):
     asked = {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "describe"}]}
-    said = [{"role": "assistant", "content": [{"type": "text", "text": "a red square"}]}]
-    row = {"prompt": [asked], "chosen": said, "rejected": [{**said[0], "content": [{"type": "text", "text": "no"}]}]}
+    answer = [{"role": "assistant", "content": [{"type": "text", "text": "a red square"}]}]
+    row = {
+        "prompt": [asked],
+        "chosen": answer,
+        "rejected": [{**answer[0], "content": [{"type": "text", "text": "no"}]}],
+    }
     Dataset.from_list([{**row, "images": [RED]}]).save_to_disk(tmp_path / "set")
     (loaded,) = load_rows(open_source("set", tmp_path))
     assert loaded.prompt == [asked]

@@ -273,9 +273,9 @@ def test_a_finding_in_stop_on_ends_a_stage(make, capsys):
     trainer = make(CWDPOTrainer, max_steps=20, drop_below=0.0, stop_on=["nothing_kept"])
     trainer.train()
     assert trainer.state.global_step == 2
-    said = capsys.readouterr().out
-    assert said.count("found nothing_kept (stage dpo, step 2): drop_below = 0.0 leaves 0.0% of the pairs") == 1
-    assert "stage dpo stops at step 2, because stop_on names nothing_kept" in said
+    printed = capsys.readouterr().out
+    assert printed.count("found nothing_kept (stage dpo, step 2): drop_below = 0.0 leaves 0.0% of the pairs") == 1
+    assert "stage dpo stops at step 2, because stop_on names nothing_kept" in printed
 
 
 @pytest.mark.parametrize(("kind", "name"), [(DPOArguments, "squezing"), (SFTArguments, "squeezing")])

@@ -35,7 +35,7 @@ CONFIG = {
     "probes": {"rows": 12, "batch_size": 8, "caption_rows": 4},
     "sampling": {"max_new_tokens": 6},
 }  # fmt: skip
-# Left out: times, metrics that jump when rounding changes (bins, signs), and totals of a whole run.
+# Left out: times, metrics that jump when rounding changes (bins, signs), and totals of a run.
 LEFT_OUT = ("runtime", "per_second", "ece", "bin", "accuracy", "epoch", "flos", "train_loss")
 
 
