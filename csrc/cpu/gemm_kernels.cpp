@@ -105,13 +105,13 @@ CWDPO_AVX512 void round_pair(const float* low, const float* high, uint32_t* out,
 
 namespace cwdpo {
 
-[[noreturn]] static void missing() { throw std::logic_error("cwdpo_kernels was compiled without AVX-512 products"); }
+[[noreturn]] static void not_compiled() { throw std::logic_error("cwdpo_kernels was compiled without AVX-512 products"); }
 template <class E>
 MicroKernel micro_kernel(int64_t, int64_t) {
-  missing();
+  not_compiled();
 }
-void round_row(const float*, Bf16*, int64_t) { missing(); }
-void round_pair(const float*, const float*, uint32_t*, int64_t) { missing(); }
+void round_row(const float*, Bf16*, int64_t) { not_compiled(); }
+void round_pair(const float*, const float*, uint32_t*, int64_t) { not_compiled(); }
 
 #endif
 

@@ -24,7 +24,7 @@ HOW_TO_BUILD = (
 
 
 def load() -> str | None:
-    """Load the library, once; return None, or the reason why it cannot be loaded and what helps.
+    """Load the library, once; return None, or why it cannot be loaded and how to fix that.
 
     A library that exists but cannot be loaded also raises a RuntimeWarning, because the installation is broken.
     """

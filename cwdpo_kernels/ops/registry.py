@@ -53,7 +53,7 @@ def register_backend(
     """Let the backend `name` serve `device`, after all ops are defined.
 
     device: a device type such as "cuda", or None for the fallback, which serves every device.
-    loader: loads what the backend needs; returns None, or the reason why it cannot run and what helps.
+    loader: loads what the backend needs; returns None, or why it cannot run and how to fix that.
     workspace_bytes: returns the default of `MemoryBudget.workspace_bytes`; called only if `loader` succeeded.
     float64: False sends float64 tensors to the fallback.
     compiled: the loaded library registers its own kernels with torch, so there is no Python subpackage.
@@ -77,7 +77,7 @@ def backend(device: str | torch.device = "cpu") -> str:
 
 
 def missing_backend(device: str | torch.device = "cpu") -> str | None:
-    """Why the faster backend for `device` is unavailable and what helps; None if it is available or none exists."""
+    """Why the faster backend for `device` is unavailable, and how to fix that. None if it runs or none exists."""
     faster = _faster(torch.device(device).type)
     return None if faster is None else faster.loader()
 

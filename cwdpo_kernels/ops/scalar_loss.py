@@ -1,4 +1,4 @@
-"""Autograd of a loss op whose forward also returns d loss / d logp as `grad_logp`: backward is a scaling."""
+"""Autograd of a loss op whose forward also returns d loss / d logp as `grad_logp`, which backward only scales."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Ops by the names in their schemas: a new argument changes the schema and the kernels, and no position elsewhere.
+"""Registers and calls ops by argument name, so that a new argument changes only the schema and the kernels.
 
-Torch passes arguments and results by position. The functions here map positions to names and back, by the schema.
+Torch passes arguments and results by position. The functions here use the schema to map positions to names and back.
 """
 
 from __future__ import annotations

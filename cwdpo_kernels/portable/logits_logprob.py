@@ -20,7 +20,7 @@ BLOCK_BYTES = 4 << 20
 def logits_logprob(
     logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """logp, anchor and sum_exp [N]; 0 where ignored. `reuse_logits` matters to backward only."""
+    """logp, anchor and sum_exp [N]; 0 where ignored. Only backward reads `reuse_logits`."""
     dtype = compute_dtype(logits.dtype)
     logp, anchor, sum_exp = (torch.zeros(labels.shape, dtype=dtype, device=logits.device) for _ in range(3))
     for rows in _row_blocks(labels != ignore_index, logits.shape[1], dtype):

@@ -46,10 +46,10 @@ class TiledHead:
         self.hidden, self.weight, self.bias, self.scale, self.softcap = hidden, weight, bias, scale, softcap
         self.dtype = compute_dtype(hidden.dtype)
         rows, vocab = hidden.shape[0] if max_rows is None else max_rows, weight.shape[0]
-        tiles_alive = 1 if softcap is None else 2  # the soft cap's slope is a second tile
-        entries = max((workspace_bytes or WORKSPACE_BYTES) // self.dtype.itemsize // tiles_alive, MIN_TILE * MIN_TILE)
+        tiles_in_use = 1 if softcap is None else 2  # the soft cap's slope is a second tile
+        entries = max((workspace_bytes or WORKSPACE_BYTES) // self.dtype.itemsize // tiles_in_use, MIN_TILE * MIN_TILE)
         self.tile_rows = max(min(rows, entries // MIN_TILE), 1)
-        # A converted tile of a half-precision weight takes workspace, too: as much as D more rows.
+        # The float32 copy of a half-precision weight tile also takes workspace: as much as D more rows.
         converted = 0 if weight.dtype == self.dtype else weight.shape[1]
         columns = entries // (self.tile_rows + converted)
         self.tile_columns = min(max(columns // MIN_TILE, 1) * MIN_TILE, vocab)

@@ -28,7 +28,7 @@ def token_divergence(
     half = (workspace_bytes or WORKSPACE_BYTES) // 2
     head_p = TiledHead(hidden_p, weight_p, bias_p, scale_p, softcap_p, half)
     head_q = TiledHead(hidden_q, weight_q, bias_q, scale_q, softcap_q, half)
-    # Both heads walk the same tiles, the narrower of the two plans, which fit both buffers.
+    # Both heads use the same tiles: the narrower ones of the two, which fit both buffers.
     head_p.tile_columns = head_q.tile_columns = min(head_p.tile_columns, head_q.tile_columns)
     norm_p_N, norm_q_N = _log_normalizer(head_p), _log_normalizer(head_q)
 
