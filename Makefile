@@ -1,16 +1,16 @@
-# Every target sets up what it needs; a second call finds it done. `make help` lists the targets and the variables.
+# Every target sets up what it needs; a second call skips that. `make help` lists the targets and the variables.
 PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 BIN := $(VENV)/bin
-# A set-up leaves the file `ready`; one with TORCH=... also leaves a file named after TORCH, so that another TORCH sets up
-# again and no TORCH keeps what is there.
+# This file marks a finished set-up. With TORCH=... its name has a checksum of TORCH, so another TORCH sets up again.
+# Without TORCH any finished set-up will do.
 READY := $(VENV)/ready$(if $(TORCH),-$(shell printf %s "$(TORCH)" | cksum | cut -d ' ' -f 1))
 
 .PHONY: help demo test sanitize lint typecheck format docs wheel bench gpu clean
 
 help:
-	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics land in runs/digits"
+	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics go to runs/digits"
 	@echo "make test      run the test suite"
 	@echo "make sanitize  run the op tests on a C++ backend built with ASan and UBSan"
 	@echo "make lint      ruff: check and format"
@@ -18,7 +18,7 @@ help:
 	@echo "make typecheck  mypy"
 	@echo "make docs      build the documentation site in build/site; any warning is an error"
 	@echo "make wheel     build sdist and wheel in dist/, test the wheel in the environments of WHEEL_ENVS"
-	@echo "make bench     run the CPU benchmarks; results land in benchmarks/results"
+	@echo "make bench     run the CPU benchmarks; results go to benchmarks/results"
 	@echo "make gpu       on a machine with a GPU: tests and benchmarks into runs/gpu; installs nothing"
 	@echo "make clean     remove everything that make created, runs included"
 	@echo

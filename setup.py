@@ -1,4 +1,6 @@
-"""Builds csrc/ into cwdpo_kernels/libcwdpo_cpu.so if torch and a C++ compiler are there. All else is in pyproject.toml.
+"""Builds csrc/ into cwdpo_kernels/libcwdpo_cpu.so if torch and a C++ compiler are available.
+
+pyproject.toml configures everything else.
 
 The library uses PyTorch's stable ABI and no Python API, so one file serves every Python version and every torch from
 2.11 on, and the wheel is tagged py3-none. If it cannot be built, the installation succeeds without it: CPU ops then

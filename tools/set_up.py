@@ -2,8 +2,8 @@
 
     python tools/set_up.py --venv .venv [--torch "torch==2.15.0"]
 
-Prints one line per step; pip's output is shown only if a step fails. VENV/build.log has the compiler's. Needs Python
-3.11.
+Prints one line per step; pip's output is shown only if a step fails. The compiler's output is in VENV/build.log.
+Needs Python 3.11.
 """
 
 from __future__ import annotations
@@ -34,13 +34,13 @@ FAIL_FAST = ("--timeout", "10", "--retries", "0")
 NOT_FOUND = ("No matching distribution found for torch", "ResolutionImpossible")
 CUDA_NOTE = (
     "found no CPU build of torch. PyPI's wheel brings the CUDA libraries: 2.6 GB to download, 6.5 GB on disk. To avoid "
-    "that, stop here (Ctrl-C) and set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a place that has CPU builds."
+    "that, stop here (Ctrl-C) and set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a source that has CPU builds."
 )
 
 
 @dataclass(frozen=True)
 class TorchSource:
-    """One way to get torch: what to install, how to call it in the output, options for pip, a note to print first."""
+    """One way to get torch: what to install, its name in the output, options for pip, and a note to print first."""
 
     requirements: tuple[str, ...]
     title: str
@@ -177,7 +177,7 @@ def library_is_current() -> bool:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--venv", type=Path, default=Path(".venv"), help="folder of the virtual environment")
-    parser.add_argument("--torch", default="", help="requirements for torch, separated by spaces (default: chosen)")
+    parser.add_argument("--torch", default="", help="requirements for torch, separated by spaces (default: pinned)")
     options = parser.parse_args()
     if problem := missing_module():
         sys.exit(f"set-up: {problem}")
