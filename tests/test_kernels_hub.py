@@ -17,7 +17,7 @@ from cwdpo_kernels.testing import make_inputs
 kernels = pytest.importorskip("kernels", reason="the `kernels` package is not installed")
 
 ROOT = Path(__file__).parents[1]
-# What kernel-builder writes into a build in place of cwdpo_kernels/_ops.py.
+# What kernel-builder writes into a build instead of cwdpo_kernels/_ops.py.
 OPS = """import torch
 
 ops = torch.ops.{namespace}

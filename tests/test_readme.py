@@ -1,4 +1,4 @@
-"""The code in the documents runs, their config file loads, and their links lead somewhere."""
+"""The code in the documents runs, their config file loads, and their links resolve."""
 
 from __future__ import annotations
 

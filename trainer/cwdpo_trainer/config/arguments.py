@@ -372,7 +372,7 @@ class DPOArguments(StageArguments):
         return None if self.is_cooling_measured else self.cooling_with(Cooling.logp_floor, Cooling.temperature)
 
     def cooling_with(self, measured_floor: float, measured_tau: float) -> Cooling:
-        """The cooling with measured values in place of `auto`."""
+        """The cooling with measured values instead of `auto`."""
         floor = measured_floor if isinstance(self.logp_floor, str) else self.logp_floor  # the only string is `auto`
         tau = measured_tau if isinstance(self.tau, str) else self.tau
         weight = 1.0 if self.cooling == "off" else self.constant_weight

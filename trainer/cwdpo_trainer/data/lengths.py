@@ -133,7 +133,7 @@ class _OncePerShape:
 
 
 def _without_content(value: Any) -> Any:
-    """Zeros of the same shape that share one element of memory, in place of pixels. Grids and masks are kept."""
+    """Zeros of the same shape that share one element of memory, instead of pixels. Grids and masks are kept."""
     if isinstance(value, torch.Tensor) and value.is_floating_point():
         return value.new_zeros(()).expand(value.shape)
     if isinstance(value, np.ndarray) and value.dtype.kind == "f":

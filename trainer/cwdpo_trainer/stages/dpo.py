@@ -97,7 +97,7 @@ class CWDPOTrainer(StageTrainer):
         self.negatives_log.start(0)
 
     def _restore(self, checkpoint: str) -> None:
-        """Take what `_save_stage_files` wrote, so that the stage continues exactly."""
+        """Restore what `_save_stage_files` saved, so that the stage continues exactly."""
         folder = Path(checkpoint)
         self.pool.load(self._pool_path(folder))
         self.cooling = Cooling(**read_json(folder / COOLING_FILE))
