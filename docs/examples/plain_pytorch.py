@@ -21,7 +21,7 @@ class TinyLanguageModel(nn.Module):
         self.lm_head = nn.Linear(48, VOCAB, bias=False)
 
     def forward(self, tokens, head_op):
-        """Returns `head_op(hidden, head)` in place of logits.
+        """Returns `head_op(hidden, head)` instead of logits.
 
         Call it inside forward, so that it also works under DDP and FSDP. Reading the weight from outside does not.
         """

@@ -1,6 +1,6 @@
 """A LLaVA with 30 thousand random weights, its processor, and preference pairs about coloured squares. No download.
 
-Examples and tests use it in place of `AutoModelForImageTextToText.from_pretrained(...)` and your data.
+Examples and tests use it instead of `AutoModelForImageTextToText.from_pretrained(...)` and your data.
 """
 
 import torch
