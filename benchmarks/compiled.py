@@ -1,9 +1,11 @@
-"""What the compiler makes of every Triton kernel at every shipped configuration, without a GPU.
+"""Compiles every Triton kernel with every shipped configuration and reports the resources it uses. No GPU is needed.
 
-The ops are called on meta tensors of a real size with each chip's configurations; their launches are recorded instead
-of run, and what was recorded is compiled for the chip. For each: registers and stack a thread (a stack means spills),
-shared memory, tensor-core and TMA instructions. `python -m benchmarks.compiled [--out FILE] [--chip sm_90 ...]`
-writes the report and fails where a requirement below is not met.
+The ops are called on meta tensors of a realistic size, once for each chip. Their launches are recorded, not run, and
+every recorded launch is compiled for the chip. The report lists registers and spills per thread, shared memory, and the
+number of tensor-core and TMA instructions.
+
+`python -m benchmarks.compiled [--out FILE] [--chip sm_90 ...]` writes the report. It fails if a kernel misses a
+requirement (see `failures`).
 """
 
 from __future__ import annotations
@@ -46,12 +48,12 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# In half precision these must use the chip's own matrix instructions, fed by TMA, without a spill.
+# The matrix instruction of each chip.
 TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
 TMA = "cp.async.bulk.tensor"
-BY_POINTERS = ("_live_rows_kernel", "_live_sum_kernel")
-GEMM_KERNELS = ("_sweep_kernel", "_gradient_kernel", "_divergence_kernel", *BY_POINTERS)
-NO_SPILLS = ("sm_90", "sm_100")
+POINTER_KERNELS = ("_block_sparse_kernel", "_block_sparse_transposed_kernel")  # load through pointers, not TMA
+GEMM_KERNELS = ("_sweep_kernel", "_gradient_kernel", "_divergence_kernel", *POINTER_KERNELS)
+STRICT_CHIPS = ("sm_90", "sm_100")  # GEMM kernels must not spill and must load through TMA
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
     torch.uint8: "u8", torch.bool: "i1",
@@ -61,24 +63,24 @@ LAUNCH_OPTIONS = ("num_warps", "num_stages", "enable_fp_fusion")
 
 @contextlib.contextmanager
 def recorded(chip: str, precision: str) -> Iterator[list]:
-    """Launches inside are recorded as (kernel, arguments by name, launch options), and nothing runs."""
+    """Record launches as (kernel, arguments by name, launch options) instead of running them."""
     launches: list = []
 
     def record(kernel: JITFunction, *args, grid, warmup, **kwargs):
         options = {name: kwargs.pop(name) for name in LAUNCH_OPTIONS if name in kwargs}
         launches.append((kernel, dict(zip(kernel.arg_names, args, strict=False)) | kwargs, options))
 
-    torch.backends.cuda.matmul.fp32_precision = precision  # of this process: it compiles and ends
+    torch.backends.cuda.matmul.fp32_precision = precision  # not restored: this process only compiles
     with (
         mock.patch.object(JITFunction, "run", record),
         mock.patch.object(configs, "chip", return_value=chip),
-        mock.patch.object(configs, "processors", return_value=132),
+        mock.patch.object(configs, "multiprocessors", return_value=132),
     ):
         yield launches
 
 
 def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | None = None) -> None:
-    """All ops at N 8192, V 151936, D 4096 (a 7B model), on meta tensors."""
+    """Call all ops on meta tensors with N 8192, V 151936, D 4096 (a 7B model)."""
     n, v, d, pairs = 8192, 151936, 4096, 4
     with torch.device("meta"):
         hidden, weight = torch.empty(n, d, dtype=dtype), torch.empty(v, d, dtype=dtype)
@@ -98,8 +100,8 @@ def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | No
         logits = torch.empty(n, v, dtype=dtype, device="meta")
         logits_logprob.logits_logprob(logits, labels, -100, False)
         logits_logprob.logits_logprob_backward(logp, logits, labels, logp, logp, logp, -100)
-        total, _, count = sequence_logprob.sequence_logprob(logp, labels, cu_seqlens, -100)
-        sequence_logprob.sequence_logprob_backward(total, total, labels, count, cu_seqlens, -100)
+        sum_logp, _, count = sequence_logprob.sequence_logprob(logp, labels, cu_seqlens, -100)
+        sequence_logprob.sequence_logprob_backward(sum_logp, sum_logp, labels, count, cu_seqlens, -100)
         for drop, constant, per_token in ((None, None, False), (-9.0, 0.5, True)):
             cooling = (0.1, -3.0, 1.0, constant, drop, per_token, -100)
             cwdpo_loss.cwdpo_loss(logp, labels, None, cu_seqlens, refs, refs, *cooling)
@@ -107,7 +109,7 @@ def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | No
 
 
 def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
-    """The arguments specialised as a launch specialises them: multiples of 16, and ones."""
+    """The kernel with the specialisation of a launch: ones are constants, multiples of 16 are marked as divisible."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]
@@ -155,18 +157,18 @@ def _amd_resources(compiled) -> dict:
 
 
 def failures(row: dict) -> list[str]:
-    """Which requirements a compiled kernel misses."""
+    """The requirements that a compiled kernel misses: shared memory, spills, tensor-core instructions, TMA."""
     chip, name = row["chip"], f"{row['chip']} {row['precision']} {row['kernel']} {row['constants']}"
     problems = []
     if row["shared_bytes"] > SHARED_LIMIT[chip]:
         problems.append(f"{name}: {row['shared_bytes']} bytes of shared memory, the limit is {SHARED_LIMIT[chip]}")
     if row["kernel"] in GEMM_KERNELS and not row["constants"].get("KEPT"):
-        if chip in NO_SPILLS and row["spill_bytes"]:
+        if chip in STRICT_CHIPS and row["spill_bytes"]:
             problems.append(f"{name}: {row['spill_bytes']} bytes a thread spilled")
         if row["precision"] == "half" and not row["matrix_instructions"]:
             problems.append(f"{name}: no {TENSOR_CORE[chip]}")
-        by_pointers = row["kernel"] in BY_POINTERS
-        if row["precision"] == "half" and chip in NO_SPILLS and not by_pointers and not row["tma_instructions"]:
+        by_pointers = row["kernel"] in POINTER_KERNELS
+        if row["precision"] == "half" and chip in STRICT_CHIPS and not by_pointers and not row["tma_instructions"]:
             problems.append(f"{name}: no {TMA}")
     return problems
 
@@ -197,10 +199,10 @@ def main() -> None:
     options = parser.parse_args()
     with ProcessPoolExecutor(2) as pool:
         rows = [row for chip_rows in pool.map(compile_chip, options.chip) for row in chip_rows]
-    print(f"{'chip':8}{'precision':10}{'kernel':22}{'registers':>10}{'spill':>7}{'shared':>8}{'matrix':>8}{'TMA':>5}")
+    print(f"{'chip':8}{'precision':10}{'kernel':34}{'registers':>10}{'spill':>7}{'shared':>8}{'matrix':>8}{'TMA':>5}")
     for row in rows:
         print(
-            f"{row['chip']:8}{row['precision']:10}{row['kernel']:22}{row['registers']:10}{row['spill_bytes']:7}"
+            f"{row['chip']:8}{row['precision']:10}{row['kernel']:34}{row['registers']:10}{row['spill_bytes']:7}"
             f"{row['shared_bytes']:8}{row['matrix_instructions']:8}{row['tma_instructions']:5}"
         )
     options.out.parent.mkdir(parents=True, exist_ok=True)

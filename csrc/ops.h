@@ -1,8 +1,8 @@
 // The CPU ops that registration.cpp binds to the schemas of cwdpo_kernels/ops: one function per schema, with the
 // arguments in the schema's order. cwdpo_kernels/portable explains what each op computes.
 //
-// Forward saves max_logit and sum_exp per token for backward (see cpu/online_softmax.h). Other backends may store
-// something else in these two tensors, so nothing above the backends interprets them.
+// Forward saves max_logit and sum_exp per token for backward (see cpu/online_softmax.h). In the schemas max_logit is
+// called anchor: each backend has its own kind of anchor, and nothing above the backends interprets it.
 #pragma once
 
 #include <torch/csrc/stable/tensor.h>

@@ -41,7 +41,7 @@ inline void check_per_token(
     const Tensor& sum_exp) {
   expect_size(op, "grad_logp", grad_logp, 0, labels.numel());
   expect_size(op, "logp", logp, 0, labels.numel());
-  expect_size(op, "max_logit", max_logit, 0, labels.numel());
+  expect_size(op, "anchor", max_logit, 0, labels.numel());
   expect_size(op, "sum_exp", sum_exp, 0, labels.numel());
 }
 

@@ -1,3 +1,3 @@
-"""The Triton backend: GPU kernels behind the ops, one file an op. Imported at the first call on a GPU, not before."""
+"""The Triton backend: GPU kernels, one file per op. Its modules are imported at the first call on a GPU."""
 
-WORKSPACE_BYTES = 256 << 20  # tiles of gradients for the vendor's GEMM: large enough for its full rate
+WORKSPACE_BYTES = 256 << 20  # for chunks of tiles, large enough for the full rate of cuBLAS or hipBLAS

@@ -1,6 +1,9 @@
-"""What happens between sweeps: partial sums joined to one per token, tiles moved to a common anchor.
+"""Merges the partial sums of vocabulary tiles, and rescales tiles of exponentials to a common anchor.
 
-Bytes moved: 8 N T to join; a tile is read and written only where its anchor moved.
+    anchor, sum_exp [N] = those of [T, N] partial sums, merged with what is there      (anchors: see primitives.py)
+    matrix [N, C] *= 2^(from - to)
+
+Bytes moved: 8 N T to merge. A tile is read and written only in rows whose anchor changed.
 Legend: N tokens, T vocabulary tiles, C columns.
 """
 
@@ -12,92 +15,93 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
-from .primitives import NO_ANCHOR, join, logp_of, rounded
+from .primitives import NO_ANCHOR, logp_of, merge, rounded
 
 BLOCK_N, BLOCK_T, BLOCK_C = 32, 32, 128
 
 
 @triton.jit
-def _join_kernel(
-    anchor_TN_ptr, total_TN_ptr, target_ptr, labels_ptr, anchor_ptr, total_ptr, logp_ptr, N, first_tile, end_tile,
+def _merge_kernel(
+    anchor_TN_ptr, sum_exp_TN_ptr, target_ptr, labels_ptr, anchor_ptr, sum_exp_ptr, logp_ptr, N, first_tile, end_tile,
     ignore_index, FINISH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
 ):  # fmt: skip
-    """anchor, total [N] <- joined with tiles [first_tile, end_tile); FINISH: also logp, and zeros where ignored."""
+    """Merge tiles [first_tile, end_tile) into anchor, sum_exp [N]. FINISH: also write logp, and 0 where ignored."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index)
     labelled = mask_n & (labels != ignore_index)
     anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=NO_ANCHOR)
-    total = tl.load(total_ptr + offs_n, mask=mask_n, other=0.0)
+    sum_exp = tl.load(sum_exp_ptr + offs_n, mask=mask_n, other=0.0)
     for tile in range(first_tile, end_tile, BLOCK_T):
         offs_t = tile + tl.arange(0, BLOCK_T)
         offs = offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
         mask = (offs_t < end_tile)[:, None] & labelled[None, :]
         anchors = tl.load(anchor_TN_ptr + offs, mask=mask, other=NO_ANCHOR)
-        totals = tl.load(total_TN_ptr + offs, mask=mask, other=0.0)
-        best = tl.max(anchors, 0)
-        anchor, total = join(anchor, total, best, tl.sum(totals * tl.exp2(anchors - best[None, :]), 0))
+        sums_exp = tl.load(sum_exp_TN_ptr + offs, mask=mask, other=0.0)
+        max_anchor = tl.max(anchors, 0)
+        block_sum = tl.sum(sums_exp * tl.exp2(anchors - max_anchor[None, :]), 0)
+        anchor, sum_exp = merge(anchor, sum_exp, max_anchor, block_sum)
     if FINISH:
         target = tl.load(target_ptr + offs_n, mask=labelled, other=0.0)
-        logp = tl.where(labelled, logp_of(target, anchor, total), 0.0)
+        logp = tl.where(labelled, logp_of(target, anchor, sum_exp), 0.0)
         tl.store(logp_ptr + offs_n, logp, mask=mask_n)
         anchor = tl.where(labelled, anchor, 0.0)
-        total = tl.where(labelled, total, 0.0)
+        sum_exp = tl.where(labelled, sum_exp, 0.0)
     tl.store(anchor_ptr + offs_n, anchor, mask=mask_n)
-    tl.store(total_ptr + offs_n, total, mask=mask_n)
+    tl.store(sum_exp_ptr + offs_n, sum_exp, mask=mask_n)
 
 
 @triton.jit
-def _move_anchor_kernel(
-    matrix_ptr, from_ptr, to_ptr, N, columns, first_tile, stride_from, BLOCK_TILE: tl.constexpr,
+def _rescale_kernel(
+    matrix_ptr, from_ptr, to_ptr, N, C, first_tile, stride_from, BLOCK_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """matrix [N, columns] *= 2^(from - to), `from` per token and tile of BLOCK_TILE columns; nothing where equal."""
+    """matrix [N, C] *= 2^(from - to). `from` is per token and tile of BLOCK_TILE columns. Skips equal anchors."""
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
     mask_n = offs_n < N
     tile = (first_tile + tl.program_id(1) * BLOCK_C // BLOCK_TILE).to(tl.int64)
     from_anchor = tl.load(from_ptr + tile * stride_from + offs_n, mask=mask_n, other=0.0)
     to_anchor = tl.load(to_ptr + offs_n, mask=mask_n, other=0.0)
-    moved = mask_n & (from_anchor != to_anchor)
-    offs = offs_n.to(tl.int64)[:, None] * columns + offs_c[None, :]
-    mask = moved[:, None] & (offs_c < columns)[None, :]
+    changed = mask_n & (from_anchor != to_anchor)
+    offs = offs_n.to(tl.int64)[:, None] * C + offs_c[None, :]
+    mask = changed[:, None] & (offs_c < C)[None, :]
     values = tl.load(matrix_ptr + offs, mask=mask, other=0.0)
     factor = tl.exp2(from_anchor - to_anchor)[:, None]
     tl.store(matrix_ptr + offs, rounded(values.to(tl.float32) * factor, values.dtype), mask=mask)
 
 
 def empty_sums(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """(anchor, total) [N] of nothing."""
+    """anchor and sum_exp [N] of an empty sum."""
     anchor_N = torch.full((rows,), NO_ANCHOR.value, dtype=torch.float32, device=device)
     return anchor_N, torch.zeros_like(anchor_N)
 
 
-def join_tiles(
-    anchor_TN: Tensor, total_TN: Tensor, tiles: range, anchor_N: Tensor, total_N: Tensor, labels: Tensor,
+def merge_tiles(
+    anchor_TN: Tensor, sum_exp_TN: Tensor, tiles: range, anchor_N: Tensor, sum_exp_N: Tensor, labels: Tensor,
     ignore_index: int, target_N: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Join the tiles' sums to (anchor, total) [N] in place; with `target_N` also return logp [N]."""
+    """Merge the sums of `tiles` into anchor, sum_exp [N] in place. Return logp [N]; it is set only with `target_N`."""
     rows = anchor_N.shape[0]
     logp_N = torch.empty_like(anchor_N)
     if rows:
-        _join_kernel[(triton.cdiv(rows, BLOCK_N),)](
-            anchor_TN, total_TN, anchor_N if target_N is None else target_N, labels, anchor_N, total_N, logp_N, rows,
-            tiles.start, tiles.stop, ignore_index, FINISH=target_N is not None, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T,
+        _merge_kernel[(triton.cdiv(rows, BLOCK_N),)](
+            anchor_TN, sum_exp_TN, anchor_N if target_N is None else target_N, labels, anchor_N, sum_exp_N, logp_N,
+            rows, tiles.start, tiles.stop, ignore_index, FINISH=target_N is not None, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T,
             **COMPILER_OPTIONS,
         )  # fmt: skip
     return logp_N
 
 
-def move_anchor(matrix_NC: Tensor, from_TN: Tensor, to_N: Tensor, tiles: range, tile_columns: int) -> None:
-    """Multiply a contiguous matrix by 2^(from - to) in place: exact, and memory is touched only where they differ.
+def rescale(matrix_NC: Tensor, from_TN: Tensor, to_N: Tensor, tiles: range, tile_columns: int) -> None:
+    """Multiply a contiguous matrix [N, C] by 2^(from - to) in place, which is exact.
 
-    `from_TN` [T, N]: the anchor of each tile of `tile_columns` columns; the matrix starts at tile `tiles.start`.
+    `from_TN` [T, N] holds the anchors of tiles of `tile_columns` columns. The matrix starts at tile `tiles.start`.
     """
     rows, columns = matrix_NC.shape
     if rows and columns:
         block_c = min(BLOCK_C, tile_columns)
-        _move_anchor_kernel[triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, block_c)](
+        _rescale_kernel[triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, block_c)](
             matrix_NC, from_TN, to_N, rows, columns, tiles.start, from_TN.stride(0), BLOCK_TILE=tile_columns,
             BLOCK_N=BLOCK_N, BLOCK_C=block_c, **COMPILER_OPTIONS,
         )  # fmt: skip

@@ -1,6 +1,7 @@
-"""constrained_sft_loss on a GPU: totals, both terms and every token's gradient in one launch of one program.
+"""constrained_sft_loss on a GPU: sums, both terms and the gradient of every token, in one launch of one program.
 
-The formulas are those of portable/constrained_sft_loss.py. Legend: P pairs, 2P sequences (chosen first), N tokens.
+portable/constrained_sft_loss.py states the formulas. Bytes moved: 16 per token (see cwdpo_loss.py).
+Legend: P pairs, 2P sequences (chosen first), N tokens.
 """
 
 from __future__ import annotations
@@ -11,41 +12,41 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
-from .segments import BLOCK_TOKENS, all_segment_sums, spread_all
+from .segments import BLOCK_TOKENS, all_segment_sums, broadcast_all
 
 
 @triton.jit
-def _mean_nll(total_ptr, count_ptr, offs, mask, PER_TOKEN: tl.constexpr):
-    """(mean NLL over the non-empty sequences, each one's share of it, how many there are)."""
+def _mean_nll(sum_logp_ptr, count_ptr, offs, mask, PER_TOKEN: tl.constexpr):
+    """(mean NLL of the non-empty sequences, d mean NLL / d NLL of each sequence, number of non-empty sequences)."""
     count = tl.load(count_ptr + offs, mask=mask, other=0)
-    total = tl.load(total_ptr + offs, mask=mask, other=0.0)
-    used = count > 0
-    n_used = tl.sum(used.to(tl.int32), 0)
-    share = tl.where(used, 1.0, 0.0) / tl.maximum(n_used, 1).to(tl.float32)
+    sum_logp = tl.load(sum_logp_ptr + offs, mask=mask, other=0.0)
+    non_empty = count > 0
+    n_non_empty = tl.sum(non_empty.to(tl.int32), 0)
+    share = tl.where(non_empty, 1.0, 0.0) / tl.maximum(n_non_empty, 1).to(tl.float32)
     if PER_TOKEN:
         share /= tl.maximum(count, 1).to(tl.float32)
-    return tl.sum(-total * share, 0), share, n_used
+    return tl.sum(-sum_logp * share, 0), share, n_non_empty
 
 
 @triton.jit
 def _sft_kernel(
     logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, loss_ptr, chosen_nll_ptr, rejected_nll_ptr, penalty_ptr,
-    total_ptr, mean_ptr, count_out_ptr, grad_logp_ptr, grad_total_ptr, P, weight, nll_floor, ignore_index,
+    sum_logp_ptr, mean_ptr, count_out_ptr, grad_logp_ptr, grad_sum_logp_ptr, P, weight, nll_floor, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, HINGE: tl.constexpr, PER_TOKEN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     all_segment_sums(
-        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_ptr, mean_ptr, count_out_ptr, 2 * P, ignore_index,
+        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, 2 * P, ignore_index,
         HAS_LABELS, HAS_COUNT, BLOCK,
     )  # fmt: skip
     offs = tl.arange(0, BLOCK_P)
     mask = offs < P
-    chosen_nll, chosen_share, _ = _mean_nll(total_ptr, count_out_ptr, offs, mask, PER_TOKEN)
-    rejected_nll, rejected_share, n_rejected = _mean_nll(total_ptr + P, count_out_ptr + P, offs, mask, PER_TOKEN)
+    chosen_nll, chosen_share, _ = _mean_nll(sum_logp_ptr, count_out_ptr, offs, mask, PER_TOKEN)
+    rejected_nll, rejected_share, n_rejected = _mean_nll(sum_logp_ptr + P, count_out_ptr + P, offs, mask, PER_TOKEN)
     penalty = weight * rejected_nll
     slope = -weight
     if HINGE:
-        # No rejected answer at all: nothing to hold down, whatever the floor.
+        # Without a rejected answer the penalty is 0, even if the floor is positive.
         active = (n_rejected > 0) & (nll_floor > rejected_nll)
         penalty = tl.where(active, weight * (nll_floor - rejected_nll), 0.0)
         slope = tl.where(active, weight, 0.0)
@@ -53,27 +54,27 @@ def _sft_kernel(
     tl.store(chosen_nll_ptr, chosen_nll)
     tl.store(rejected_nll_ptr, rejected_nll)
     tl.store(penalty_ptr, penalty)
-    tl.store(grad_total_ptr + offs, -chosen_share, mask=mask)
-    tl.store(grad_total_ptr + P + offs, slope * rejected_share, mask=mask)
-    spread_all(grad_total_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, ignore_index, HAS_LABELS, BLOCK)
+    tl.store(grad_sum_logp_ptr + offs, -chosen_share, mask=mask)
+    tl.store(grad_sum_logp_ptr + P + offs, slope * rejected_share, mask=mask)
+    broadcast_all(grad_sum_logp_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, ignore_index, HAS_LABELS, BLOCK)
 
 
 def constrained_sft_loss(
     logp: Tensor, labels: Tensor | None, count: Tensor | None, cu_seqlens: Tensor, weight: float, nll_floor: float,
     hinge: bool, per_token: bool, ignore_index: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(loss, chosen_nll, rejected_nll, penalty, total, mean, count, grad_logp)."""
+    """(loss, chosen_nll, rejected_nll, penalty, sum_logp, mean, count, grad_logp)."""
     pairs = (cu_seqlens.shape[0] - 1) // 2
     scalars = [logp.new_zeros(()) for _ in range(4)]
-    total, mean, grad_total = (logp.new_empty(2 * pairs) for _ in range(3))
+    sum_logp, mean, grad_sum_logp = (logp.new_empty(2 * pairs) for _ in range(3))
     count_out = logp.new_empty(2 * pairs, dtype=torch.int64)
     grad_logp = torch.zeros_like(logp) if pairs == 0 else torch.empty_like(logp)
     if pairs:
         _sft_kernel[(1,)](
             logp.contiguous(), logp if labels is None else labels.contiguous(),
-            logp if count is None else count.contiguous(), cu_seqlens.contiguous(), *scalars, total, mean, count_out,
-            grad_logp, grad_total, pairs, weight, nll_floor, ignore_index, HAS_LABELS=labels is not None,
+            logp if count is None else count.contiguous(), cu_seqlens.contiguous(), *scalars, sum_logp, mean, count_out,
+            grad_logp, grad_sum_logp, pairs, weight, nll_floor, ignore_index, HAS_LABELS=labels is not None,
             HAS_COUNT=count is not None, HINGE=hinge, PER_TOKEN=per_token, BLOCK_P=triton.next_power_of_2(pairs),
             BLOCK=BLOCK_TOKENS, num_warps=8, **COMPILER_OPTIONS,
         )  # fmt: skip
-    return *scalars, total, mean, count_out, grad_logp
+    return *scalars, sum_logp, mean, count_out, grad_logp

@@ -1,7 +1,7 @@
-"""cwdpo_loss on a GPU: totals, cooling weights, loss, metrics and every token's gradient in one launch.
+"""cwdpo_loss on a GPU: sums, cooling weights, loss, metrics and the gradient of every token, in one launch.
 
-One program walks all sequences: a batch has at most some ten thousand labelled tokens, 12 bytes each to read and 4 to
-write, less than one more launch would cost. The formulas are those of portable/cwdpo_loss.py.
+portable/cwdpo_loss.py states the formulas. Bytes moved: 12 read and 4 written per token. One program handles all
+sequences: a batch has at most about ten thousand labelled tokens, which takes less time than a second launch.
 Legend: P pairs, 2P sequences (chosen first), N tokens.
 """
 
@@ -14,19 +14,19 @@ from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
 from .primitives import sigmoid, softplus
-from .segments import BLOCK_TOKENS, all_segment_sums, spread_all
+from .segments import BLOCK_TOKENS, all_segment_sums, broadcast_all
 
 
 @triton.jit
 def _cwdpo_kernel(
     logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, ref_chosen_ptr, ref_rejected_ptr,
-    loss_ptr, chosen_reward_ptr, rejected_reward_ptr, margin_ptr, accuracy_ptr, weight_ptr, kept_ptr, total_ptr,
-    mean_ptr, count_out_ptr, grad_logp_ptr, grad_total_ptr, P, beta, logp_floor, temperature, constant, drop_below,
-    ignore_index, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_CONSTANT: tl.constexpr,
+    loss_ptr, chosen_reward_ptr, rejected_reward_ptr, margin_ptr, accuracy_ptr, cooling_weight_ptr, kept_ptr,
+    sum_logp_ptr, mean_ptr, count_out_ptr, grad_logp_ptr, grad_sum_logp_ptr, P, beta, logp_floor, temperature,
+    constant, drop_below, ignore_index, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_CONSTANT: tl.constexpr,
     HAS_DROP: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     all_segment_sums(
-        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_ptr, mean_ptr, count_out_ptr, 2 * P, ignore_index,
+        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, 2 * P, ignore_index,
         HAS_LABELS, HAS_COUNT, BLOCK,
     )  # fmt: skip
     offs = tl.arange(0, BLOCK_P)
@@ -34,9 +34,9 @@ def _cwdpo_kernel(
     count_chosen = tl.load(count_out_ptr + offs, mask=mask, other=0)
     count_rejected = tl.load(count_out_ptr + P + offs, mask=mask, other=0)
     mean_rejected = tl.load(mean_ptr + P + offs, mask=mask, other=0.0)
-    ratio_chosen = tl.load(total_ptr + offs, mask=mask, other=0.0)
+    ratio_chosen = tl.load(sum_logp_ptr + offs, mask=mask, other=0.0)
     ratio_chosen -= tl.load(ref_chosen_ptr + offs, mask=mask, other=0.0).to(tl.float32)
-    ratio_rejected = tl.load(total_ptr + P + offs, mask=mask, other=0.0)
+    ratio_rejected = tl.load(sum_logp_ptr + P + offs, mask=mask, other=0.0)
     ratio_rejected -= tl.load(ref_rejected_ptr + offs, mask=mask, other=0.0).to(tl.float32)
     length_chosen = tl.zeros((BLOCK_P,), tl.float32) + 1.0
     length_rejected = length_chosen
@@ -46,27 +46,28 @@ def _cwdpo_kernel(
         ratio_chosen /= length_chosen
         ratio_rejected /= length_rejected
 
-    weight = sigmoid((mean_rejected - logp_floor) / temperature)
+    cooling_weight = sigmoid((mean_rejected - logp_floor) / temperature)
     if HAS_CONSTANT:
-        weight = tl.zeros((BLOCK_P,), tl.float32) + constant
+        cooling_weight = tl.zeros((BLOCK_P,), tl.float32) + constant
     kept = mask & (count_chosen > 0) & (count_rejected > 0)
     if HAS_DROP:
         kept &= mean_rejected >= drop_below
     kept_pairs = tl.maximum(tl.sum(kept.to(tl.int32), 0), 1).to(tl.float32)
-    logit = beta * (ratio_chosen - weight * ratio_rejected)
+    logit = beta * (ratio_chosen - cooling_weight * ratio_rejected)
     tl.store(loss_ptr, tl.sum(tl.where(kept, softplus(-logit), 0.0), 0) / kept_pairs)
-    pull = tl.where(kept, beta * sigmoid(-logit), 0.0) / kept_pairs
-    tl.store(grad_total_ptr + offs, -pull / length_chosen, mask=mask)
-    tl.store(grad_total_ptr + P + offs, pull * weight / length_rejected, mask=mask)
+    # d loss / d D_w = -coeff, d loss / d D_l = coeff * w_c
+    coeff = tl.where(kept, beta * sigmoid(-logit), 0.0) / kept_pairs
+    tl.store(grad_sum_logp_ptr + offs, -coeff / length_chosen, mask=mask)
+    tl.store(grad_sum_logp_ptr + P + offs, coeff * cooling_weight / length_rejected, mask=mask)
 
     margin = beta * ratio_chosen - beta * ratio_rejected
     tl.store(chosen_reward_ptr + offs, beta * ratio_chosen, mask=mask)
     tl.store(rejected_reward_ptr + offs, beta * ratio_rejected, mask=mask)
     tl.store(margin_ptr + offs, margin, mask=mask)
     tl.store(accuracy_ptr + offs, tl.where(margin > 0, 1.0, 0.0), mask=mask)
-    tl.store(weight_ptr + offs, weight, mask=mask)
+    tl.store(cooling_weight_ptr + offs, cooling_weight, mask=mask)
     tl.store(kept_ptr + offs, kept, mask=mask)
-    spread_all(grad_total_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, ignore_index, HAS_LABELS, BLOCK)
+    broadcast_all(grad_sum_logp_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, ignore_index, HAS_LABELS, BLOCK)
 
 
 def cwdpo_loss(
@@ -74,23 +75,23 @@ def cwdpo_loss(
     ref_rejected: Tensor, beta: float, logp_floor: float, temperature: float, constant: float | None,
     drop_below: float | None, per_token: bool, ignore_index: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
-    """(loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean, count, grad_logp)."""
+    """The outputs of the op in the order of its schema: loss, five metrics and kept [P], sums [2P], grad_logp [N]."""
     pairs = (cu_seqlens.shape[0] - 1) // 2
     loss = logp.new_zeros(())
-    rewards = [logp.new_empty(pairs) for _ in range(5)]  # chosen, rejected, margin, accuracy, weight
+    per_pair = [logp.new_empty(pairs) for _ in range(5)]  # chosen and rejected reward, margin, accuracy, cooling weight
     kept = logp.new_empty(pairs, dtype=torch.bool)
-    total, mean, grad_total = (logp.new_empty(2 * pairs) for _ in range(3))
+    sum_logp, mean, grad_sum_logp = (logp.new_empty(2 * pairs) for _ in range(3))
     count_out = logp.new_empty(2 * pairs, dtype=torch.int64)
     grad_logp = torch.zeros_like(logp) if pairs == 0 else torch.empty_like(logp)
     if pairs:
         _cwdpo_kernel[(1,)](
             logp.contiguous(), logp if labels is None else labels.contiguous(),
             logp if count is None else count.contiguous(), cu_seqlens.contiguous(), ref_chosen.contiguous(),
-            ref_rejected.contiguous(), loss, *rewards, kept, total, mean, count_out, grad_logp, grad_total, pairs,
-            beta, logp_floor, temperature, 0.0 if constant is None else constant,
+            ref_rejected.contiguous(), loss, *per_pair, kept, sum_logp, mean, count_out, grad_logp, grad_sum_logp,
+            pairs, beta, logp_floor, temperature, 0.0 if constant is None else constant,
             0.0 if drop_below is None else drop_below, ignore_index, HAS_LABELS=labels is not None,
             HAS_COUNT=count is not None, HAS_CONSTANT=constant is not None, HAS_DROP=drop_below is not None,
             PER_TOKEN=per_token, BLOCK_P=triton.next_power_of_2(pairs), BLOCK=BLOCK_TOKENS, num_warps=8,
             **COMPILER_OPTIONS,
         )  # fmt: skip
-    return loss, *rewards, kept, total, mean, count_out, grad_logp
+    return loss, *per_pair, kept, sum_logp, mean, count_out, grad_logp

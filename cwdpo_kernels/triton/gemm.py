@@ -1,8 +1,12 @@
-"""Products that are left as plain GEMMs.
+"""Matrix products outside the fused kernels: dense ones on cuBLAS or hipBLAS, and block-sparse ones of our own.
 
-The vendor's, with float32 accumulation into an output that exists; and, where many rows are known to be zeros, two of
-our own that walk only the blocks of rows that are not. Which blocks those are, and how many, stays on the device.
-Legend: N rows, K and C columns of a [N, .] matrix, D hidden, R rows of a block.
+    accumulate:  out [N, D] += a [N, K] @ b [K, D]          product:  out [C, D] = a [N, C].T @ b [N, D]
+
+Both accumulate in float32. The block-sparse kernels skip the row blocks of `a` that are all zeros. The indices and the
+number of the other blocks stay on the device, so the host never waits for it. Vendor GEMMs cannot read a size there.
+
+Bytes moved: the operands and the output, less the skipped blocks.
+Legend: N tokens (rows), K and C columns of `a`, D hidden, R rows of a block.
 """
 
 from __future__ import annotations
@@ -18,17 +22,17 @@ from .configs import COMPILER_OPTIONS, TileConfig, precision
 from .primitives import load_tile, rounded
 
 
-class AllRows:
-    """The vendor's GEMMs over every row."""
+class DenseGemm:
+    """The products over all rows, on cuBLAS or hipBLAS."""
 
     @staticmethod
     def accumulate(out: Tensor, a: Tensor, b: Tensor) -> None:
-        """out [N, D] (float32) += a [N, K] @ b [K, D]. Products of half-precision operands are never rounded."""
+        """out [N, D] (float32) += a [N, K] @ b [K, D]. Products of half-precision operands are not rounded."""
         if a.dtype == out.dtype:
             torch.addmm(out, a, b, out=out)
         elif out.is_cuda:
             torch.addmm(out, a, b, out_dtype=out.dtype, out=out)
-        else:  # under the interpreter: the CPU has no product of half-precision operands into float32
+        else:  # in the interpreter: the CPU has no float32 product of half-precision operands
             torch.addmm(out, a.to(out.dtype), b.to(out.dtype), out=out)
 
     @staticmethod
@@ -41,11 +45,11 @@ class AllRows:
 
 
 @triton.jit
-def _live_rows_kernel(
+def _block_sparse_kernel(
     a_ptr, b_ptr, out_ptr, blocks_ptr, n_blocks_ptr, N, K, D, stride_a, stride_b_k, stride_b_d,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [N, D] += a [N, K] @ b [K, D] in the live blocks of rows."""
+    """out [N, D] += a [N, K] @ b [K, D] for the row blocks in blocks[:n_blocks]."""
     if tl.program_id(0) < tl.load(n_blocks_ptr):
         row = tl.load(blocks_ptr + tl.program_id(0)).to(tl.int32) * BLOCK_R
         col = tl.program_id(1) * BLOCK_D
@@ -62,13 +66,13 @@ def _live_rows_kernel(
 
 
 @triton.jit
-def _live_sum_kernel(
+def _block_sparse_transposed_kernel(
     a_ptr, b_ptr, out_ptr, blocks_ptr, n_blocks_ptr, N, C, D, stride_a, stride_b_n, stride_b_d,
     stride_out_c, stride_out_d,
     PRECISION: tl.constexpr, BLOCK_R: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):  # fmt: skip
-    """out [C, D] = a [N, C].T @ b [N, D], summed over the live blocks of rows, BLOCK_K rows at a time."""
+    """out [C, D] = a [N, C].T @ b [N, D], summed over the row blocks in blocks[:n_blocks], BLOCK_K rows at a time."""
     row_a = tl.program_id(0) * BLOCK_C
     col = tl.program_id(1) * BLOCK_D
     acc = tl.zeros((BLOCK_C, BLOCK_D), dtype=tl.float32)
@@ -86,35 +90,36 @@ def _live_sum_kernel(
 
 
 @dataclass
-class LiveBlocks:
-    """The blocks of rows in which some row is not zero, found on the device: nothing waits for it."""
+class BlockSparseGemm:
+    """The products over the row blocks that contain a nonzero row. They are found without a device sync."""
 
-    blocks: Tensor  # [B], the live ones first, in their order
-    count: Tensor  # scalar
+    blocks: Tensor  # [B], indices of all row blocks, nonzero blocks first and in ascending order
+    count: Tensor  # number of nonzero blocks, a scalar on the device
     config: TileConfig
 
     @classmethod
-    def of(cls, live_N: Tensor, config: TileConfig) -> LiveBlocks:
-        rows, size = live_N.shape[0], config.block_n
-        padded = torch.nn.functional.pad(live_N, (0, -rows % size))
-        live_B = padded.view(triton.cdiv(rows, size), size).any(1)
-        return cls(torch.argsort(live_B, descending=True, stable=True), live_B.sum(), config)
+    def of(cls, nonzero_N: Tensor, config: TileConfig) -> BlockSparseGemm:
+        """`nonzero_N`: a bool mask of the rows that are not all zeros."""
+        rows, size = nonzero_N.shape[0], config.block_n
+        padded = torch.nn.functional.pad(nonzero_N, (0, -rows % size))
+        nonzero_B = padded.view(triton.cdiv(rows, size), size).any(1)
+        return cls(torch.argsort(nonzero_B, descending=True, stable=True), nonzero_B.sum(), config)
 
     def accumulate(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """out [N, D] (float32) += a [N, K] @ b [K, D]; rows of dead blocks stay as they are."""
+        """out [N, D] (float32) += a [N, K] @ b [K, D]. Rows of skipped blocks keep their values."""
         (rows, depth), dim = a.shape, b.shape[1]
         sizes, options = self._launch(a)
-        _live_rows_kernel[self.blocks.shape[0], triton.cdiv(dim, sizes["BLOCK_D"])](
+        _block_sparse_kernel[self.blocks.shape[0], triton.cdiv(dim, sizes["BLOCK_D"])](
             a, b, out, self.blocks, self.count, rows, depth, dim, a.stride(0), *b.stride(), **sizes, **options,
             **COMPILER_OPTIONS,
         )  # fmt: skip
 
     def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
-        """out [C, D] = a [N, C].T @ b [N, D] over the live blocks, accumulated in float32 and rounded once."""
+        """out [C, D] = a [N, C].T @ b [N, D] over the nonzero blocks, accumulated in float32 and rounded once."""
         (rows, columns), dim = a.shape, b.shape[1]
         sizes, options = self._launch(a)
         block_c = sizes["BLOCK_D"]
-        _live_sum_kernel[triton.cdiv(columns, block_c), triton.cdiv(dim, block_c)](
+        _block_sparse_transposed_kernel[triton.cdiv(columns, block_c), triton.cdiv(dim, block_c)](
             a, b, out, self.blocks, self.count, rows, columns, dim, a.stride(0), *b.stride(), *out.stride(),
             BLOCK_C=block_c, **sizes, **options, **COMPILER_OPTIONS,
         )  # fmt: skip

@@ -1,8 +1,14 @@
-"""logits_logprob on a GPU: the algebra of portable/logits_logprob.py, one program a row of logits.
+"""logits_logprob on a GPU: the algebra of portable/logits_logprob.py, with one program per row of logits in forward.
 
-Forward reads the logits once; backward reads them once and writes the gradient once, on request over the logits
-themselves. Bytes moved, b a logit's: N V b forward, 2 N V b backward; a row without a label is not read, one without
-an upstream gradient is written only. Legend: N rows, V vocabulary.
+The competitors of a label y are all v != y. With u_v = exp(z_v - anchor ln 2) and sum_exp = sum u_v over them
+(anchors: see primitives.py):
+
+    logp = -log1p(exp(anchor ln 2 - z_y) * sum_exp)
+    d logp / d z_y = 1 - p_y,   d logp / d z_v = -(1 - p_y) u_v / sum_exp
+
+Bytes moved, with b bytes per logit: N V b in forward and 2 N V b in backward, which can write the gradient over the
+logits. Forward does not read rows without a label; backward does not read rows with zero gradient.
+Legend: N rows, V vocabulary.
 """
 
 from __future__ import annotations
@@ -13,19 +19,19 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
-from .primitives import NO_ANCHOR, anchor_of, exp_anchored, join, logp_of, rounded
+from .primitives import NO_ANCHOR, anchor_of, exp_anchored, logp_of, merge, rounded
 
 FORWARD_BLOCK, BACKWARD_BLOCK, NUM_WARPS = 8192, 4096, 8
 
 
 @triton.jit
 def _forward_kernel(
-    logits_ptr, labels_ptr, logp_ptr, anchor_ptr, total_ptr, V, stride_n, ignore_index, BLOCK_V: tl.constexpr
+    logits_ptr, labels_ptr, logp_ptr, anchor_ptr, sum_exp_ptr, V, stride_n, ignore_index, BLOCK_V: tl.constexpr
 ):
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
     zero = tl.full((), 0.0, tl.float32)
-    logp, anchor, total = zero, zero, zero
+    logp, anchor, sum_exp = zero, zero, zero
     if label != ignore_index:
         logits_ptr += row * stride_n
         anchor = tl.full((), NO_ANCHOR, tl.float32)
@@ -34,79 +40,82 @@ def _forward_kernel(
             mask = (offs < V) & (offs != label)
             z = tl.load(logits_ptr + offs, mask=mask, other=float("-inf")).to(tl.float32)
             block_anchor = anchor_of(tl.max(z, 0))
-            anchor, total = join(anchor, total, block_anchor, tl.sum(exp_anchored(z, block_anchor), 0))
-        # A label outside the vocabulary gives NaN, not garbage.
+            anchor, sum_exp = merge(anchor, sum_exp, block_anchor, tl.sum(exp_anchored(z, block_anchor), 0))
+        # The log-prob of a label outside the vocabulary is NaN.
         inside = (label >= 0) & (label < V)
         target = tl.load(logits_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
-        logp = logp_of(target, anchor, total)
+        logp = logp_of(target, anchor, sum_exp)
     tl.store(logp_ptr + row, logp)
     tl.store(anchor_ptr + row, anchor)
-    tl.store(total_ptr + row, total)
+    tl.store(sum_exp_ptr + row, sum_exp)
+
+
+def logits_logprob(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: bool) -> tuple[Tensor, ...]:
+    """logp, anchor and sum_exp [N]; 0 where ignored. `reuse_logits` only matters to backward."""
+    logits, labels = _dense_rows(logits), labels.contiguous()
+    rows, vocab = logits.shape
+    logp, anchor, sum_exp = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
+    if rows:
+        block = min(FORWARD_BLOCK, triton.next_power_of_2(vocab))
+        _forward_kernel[(rows,)](
+            logits, labels, logp, anchor, sum_exp, vocab, logits.stride(0), ignore_index, BLOCK_V=block,
+            num_warps=NUM_WARPS, **COMPILER_OPTIONS,
+        )  # fmt: skip
+    return logp, anchor, sum_exp
 
 
 @triton.jit
 def _backward_kernel(
-    logits_ptr, out_ptr, labels_ptr, anchor_ptr, push_ptr, pull_ptr, V, stride_n, stride_out, BLOCK_V: tl.constexpr
-):
-    """out = push * exp(z - anchor ln 2), or pull at the label; zeros where neither pulls nor pushes."""
+    logits_ptr, out_ptr, labels_ptr, anchor_ptr, exp_factor_ptr, grad_target_ptr, V, stride_n, stride_out,
+    BLOCK_V: tl.constexpr,
+):  # fmt: skip
+    """out = grad_target at the label, exp_factor * u elsewhere."""
     row = tl.program_id(0).to(tl.int64)
     label = tl.load(labels_ptr + row)
-    push, pull = tl.load(push_ptr + row), tl.load(pull_ptr + row)
+    exp_factor, grad_target = tl.load(exp_factor_ptr + row), tl.load(grad_target_ptr + row)
     offs = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = offs < V
-    end = tl.where(tl.maximum(tl.abs(push), tl.abs(pull)) > 0, V, 0)  # of what is read
+    # A row with zero gradient reads nothing and writes zeros.
+    end = tl.where(tl.maximum(tl.abs(exp_factor), tl.abs(grad_target)) > 0, V, 0)
     z = tl.load(logits_ptr + row * stride_n + offs, mask=offs < end, other=float("-inf")).to(tl.float32)
-    gradient = push * exp_anchored(z, tl.load(anchor_ptr + row))
-    gradient = tl.where(offs == label, pull, gradient)  # over the label's own exponential: it may have overflowed
+    gradient = exp_factor * exp_anchored(z, tl.load(anchor_ptr + row))
+    gradient = tl.where(offs == label, grad_target, gradient)  # replaces the target's exponential: it may overflow
     tl.store(out_ptr + row * stride_out + offs, rounded(gradient, out_ptr.dtype.element_ty), mask=mask)
 
 
-def logits_logprob(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logits: bool) -> tuple[Tensor, ...]:
-    """logp, peak (the anchor) and total [N]; 0 where ignored."""
-    logits, labels = _rows_dense(logits), labels.contiguous()
-    rows, vocab = logits.shape
-    logp, anchor, total = (logits.new_empty(rows, dtype=torch.float32) for _ in range(3))
-    if rows:
-        block = min(FORWARD_BLOCK, triton.next_power_of_2(vocab))
-        _forward_kernel[(rows,)](
-            logits, labels, logp, anchor, total, vocab, logits.stride(0), ignore_index, BLOCK_V=block,
-            num_warps=NUM_WARPS, **COMPILER_OPTIONS,
-        )  # fmt: skip
-    return logp, anchor, total
-
-
 def logits_logprob_backward(
-    grad_logp: Tensor, logits: Tensor, labels: Tensor, logp: Tensor, peak: Tensor, total: Tensor, ignore_index: int
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, logp: Tensor, anchor: Tensor, sum_exp: Tensor, ignore_index: int
 ) -> Tensor:
-    """d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v), in new memory."""
+    """The gradient of the logits, in new memory."""
     out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _write_gradient(grad_logp, _rows_dense(logits), labels, logp, peak, total, ignore_index, out)
+    _write_gradient(grad_logp, _dense_rows(logits), labels, logp, anchor, sum_exp, ignore_index, out)
     return out
 
 
 def logits_logprob_backward_(
-    grad_logp: Tensor, logits: Tensor, labels: Tensor, logp: Tensor, peak: Tensor, total: Tensor, ignore_index: int
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, logp: Tensor, anchor: Tensor, sum_exp: Tensor, ignore_index: int
 ) -> None:
-    """The same, over the logits' own memory: each entry is read before it is overwritten, by the same thread."""
-    _write_gradient(grad_logp, logits, labels, logp, peak, total, ignore_index, logits)
+    """The same, written over the logits: the thread that reads an entry is the one that overwrites it."""
+    _write_gradient(grad_logp, logits, labels, logp, anchor, sum_exp, ignore_index, logits)
 
 
 def _write_gradient(
-    grad_logp: Tensor, logits: Tensor, labels: Tensor, logp: Tensor, peak: Tensor, total: Tensor, ignore_index: int,
+    grad_logp: Tensor, logits: Tensor, labels: Tensor, logp: Tensor, anchor: Tensor, sum_exp: Tensor, ignore_index: int,
     out: Tensor,
 ) -> None:  # fmt: skip
     rows, vocab = logits.shape
     if rows == 0:
         return
-    pull = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp), 0.0)  # 1 - p_y = -expm1(logp)
-    push = torch.where(total > 0, -pull / total, 0.0)  # without any competitor (V = 1) total is 0
+    # 1 - p_y = -expm1(logp). With V = 1 there are no competitors and sum_exp is 0.
+    grad_target = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp), 0.0)
+    exp_factor = torch.where(sum_exp > 0, -grad_target / sum_exp, 0.0)
     block = min(BACKWARD_BLOCK, triton.next_power_of_2(vocab))
     _backward_kernel[rows, triton.cdiv(vocab, block)](
-        logits, out, labels.contiguous(), peak, push, pull, vocab, logits.stride(0), out.stride(0), BLOCK_V=block,
-        num_warps=NUM_WARPS, **COMPILER_OPTIONS,
+        logits, out, labels.contiguous(), anchor, exp_factor, grad_target, vocab, logits.stride(0), out.stride(0),
+        BLOCK_V=block, num_warps=NUM_WARPS, **COMPILER_OPTIONS,
     )  # fmt: skip
 
 
-def _rows_dense(logits: Tensor) -> Tensor:
-    """Rows may lie anywhere, their entries side by side."""
+def _dense_rows(logits: Tensor) -> Tensor:
+    """The logits with contiguous rows, which may be any distance apart."""
     return logits if logits.stride(1) == 1 else logits.contiguous()

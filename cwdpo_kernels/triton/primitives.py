@@ -1,12 +1,15 @@
-"""Arithmetic that every kernel shares: anchored exponentials, the logits of one tile, the order of tiles.
+"""Device functions that the kernels share: anchored exponentials, the logits of a tile, the order of tiles.
 
-**Anchors.** A sum of exponentials is carried as (anchor, total): total = sum_v exp(z_v - anchor * ln 2), where anchor
-is an integer (kept as a float) at or just above the largest z_v / ln 2. Then no exponential overflows, however large
-the logits, and moving a partial sum, or a tile of exponentials in bfloat16, to another anchor multiplies it by a
-power of two: exact, so it rounds nothing, and it is skipped where the anchor did not move.
+**Anchors.** The kernels carry a sum of exponentials as two numbers, (anchor, sum_exp):
 
-exp(z - anchor ln 2) needs the product to more than float32's digits when |z| is large (an error of 6e-4 at 1e4):
-ln 2 = LN2_HI + LN2_LO, where anchor * LN2_HI is exact for |anchor| < 2^14.
+    sum_exp = sum_v exp(z_v - anchor ln 2)
+
+The anchor is in units of ln 2: an integer, stored as a float, equal to or just above max_v z_v / ln 2. So no
+exponential overflows, however large the logits are. Changing the anchor of a sum, or of a tile of exponentials in
+bfloat16, multiplies it by a power of two, which is exact. Nothing has to be done if the anchor stays the same.
+
+For large |z| the product anchor * ln 2 needs more digits than float32 has (at 1e4 the error would be 6e-4). So ln 2 is
+split into LN2_HI + LN2_LO, where anchor * LN2_HI is exact for |anchor| < 2^14.
 """
 
 from __future__ import annotations
@@ -18,16 +21,16 @@ LN2_HI = tl.constexpr(0.693359375)  # 355 / 512
 LN2_LO = tl.constexpr(-2.1219444005469057e-4)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
-# The interpreter (TRITON_INTERPRET=1) multiplies the bits of bfloat16 operands, and truncates where a GPU rounds to
-# bfloat16: `operand` and `rounded` give it the GPU's arithmetic.
+# The interpreter (TRITON_INTERPRET=1) multiplies the raw bits of bfloat16 operands in tl.dot, and truncates when it
+# converts to bfloat16. `operand` and `rounded` correct that, so that it computes what a GPU computes.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-NO_ANCHOR = tl.constexpr(-1e30)  # of an empty sum: below every anchor, finite so that differences are numbers
+NO_ANCHOR = tl.constexpr(-1e30)  # of an empty sum: below every anchor, but finite, so that differences are not NaN
 
 
 @triton.jit
-def anchor_of(peak):
-    """The anchor of logits whose maximum is `peak` (-inf: of none)."""
-    return tl.maximum(tl.ceil(peak * LOG2E), NO_ANCHOR)
+def anchor_of(max_logit):
+    """The anchor of logits with maximum `max_logit`; -inf stands for no logits."""
+    return tl.maximum(tl.ceil(max_logit * LOG2E), NO_ANCHOR)
 
 
 @triton.jit
@@ -38,22 +41,22 @@ def log2_anchored(z, anchor):
 
 @triton.jit
 def exp_anchored(z, anchor):
-    """exp(z - anchor ln 2), at most about 1."""
+    """exp(z - anchor ln 2): at most 1, up to rounding, if z <= anchor ln 2."""
     return tl.exp2(log2_anchored(z, anchor))
 
 
 @triton.jit
-def join(anchor_a, total_a, anchor_b, total_b):
-    """(anchor, total) of two sums together."""
+def merge(anchor_a, sum_exp_a, anchor_b, sum_exp_b):
+    """(anchor, sum_exp) of the sum of two anchored sums."""
     anchor = tl.maximum(anchor_a, anchor_b)
-    return anchor, total_a * tl.exp2(anchor_a - anchor) + total_b * tl.exp2(anchor_b - anchor)
+    return anchor, sum_exp_a * tl.exp2(anchor_a - anchor) + sum_exp_b * tl.exp2(anchor_b - anchor)
 
 
 @triton.jit
 def log1p(x):
-    """log(1 + x) for x >= 0 with full relative accuracy, which log(1 + x) loses when x is small.
+    """log1p(x) for x >= 0 with full relative accuracy: tl.log(1 + x) loses it when x is small.
 
-    2 atanh(x / (2 + x)) as a series below 1/2, where its argument is at most 1/5.
+    Below 1/2 it uses the series of 2 atanh(x / (2 + x)), whose argument is then at most 1/5.
     """
     t = x / (2.0 + x)
     s = t * t
@@ -63,29 +66,30 @@ def log1p(x):
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) for any x, -inf included, with full relative accuracy."""
+    """log(1 + exp(x)) with full relative accuracy for any x, including -inf."""
     return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
 @triton.jit
 def sigmoid(x):
+    """1 / (1 + exp(-x)); the exponential never overflows."""
     decay = tl.exp(-tl.abs(x))
     return tl.where(x >= 0, 1.0, decay) / (1.0 + decay)
 
 
 @triton.jit
-def logp_of(target, anchor, total):
-    """-log1p(s), the label's log-probability: s = exp(anchor ln 2 - target) * total, the odds against it.
+def logp_of(target, anchor, sum_exp):
+    """The label's log-prob -log1p(s), where s = exp(anchor ln 2 - target) * sum_exp is the odds against it.
 
-    NaN where the target is: comparisons would drop it.
+    `target` is the label's logit. A NaN there is returned explicitly, because the comparisons in softplus drop it.
     """
-    log_odds = (anchor * LN2_HI - target) + (tl.log(total) + anchor * LN2_LO)
+    log_odds = (anchor * LN2_HI - target) + (tl.log(sum_exp) + anchor * LN2_LO)
     return tl.where(target == target, -softplus(log_odds), target)
 
 
 @triton.jit
 def tile_position(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
-    """The tile-th tile's (row block, vocabulary block): GROUP_N row blocks share each vocabulary block in the cache."""
+    """(row block, vocabulary block) of a tile index. GROUP_N row blocks in a row share each vocabulary block in L2."""
     tiles_per_group = GROUP_N * tiles_v
     first_n = tile // tiles_per_group * GROUP_N
     group_n = tl.minimum(tiles_n - first_n, GROUP_N)
@@ -94,7 +98,7 @@ def tile_position(tile, tiles_n, tiles_v, GROUP_N: tl.constexpr):
 
 @triton.jit
 def operand(tile):
-    """A tile as tl.dot takes it."""
+    """A tile, ready for tl.dot (see INTERPRETED)."""
     if INTERPRETED and tile.dtype == tl.bfloat16:
         return tile.to(tl.float32)
     else:
@@ -103,7 +107,7 @@ def operand(tile):
 
 @triton.jit
 def rounded(x, dtype: tl.constexpr):
-    """float32 to `dtype`, to the nearest."""
+    """float32 rounded to the nearest value of `dtype` (see INTERPRETED)."""
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
@@ -116,7 +120,7 @@ def load_tile(
     matrix, row, col, end_row, end_col, stride_row, stride_col,
     BLOCK_ROW: tl.constexpr, BLOCK_COL: tl.constexpr, DESCRIPTOR: tl.constexpr,
 ):  # fmt: skip
-    """[BLOCK_ROW, BLOCK_COL] of a matrix, zeros outside: by tensor descriptor (TMA), or by pointers for any layout."""
+    """A tile of a matrix, 0 outside it. Loads with a tensor descriptor (TMA), or with pointers for any layout."""
     if DESCRIPTOR:
         tile = matrix.load([row, col])
     else:
@@ -135,7 +139,7 @@ def logits_tile(
     DESCRIPTORS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """softcap(scale * (hidden @ weight.T + bias)) [BLOCK_N, BLOCK_V] in float32. D = 0 skips the product."""
+    """softcap(scale * (hidden @ weight.T + bias)) [BLOCK_N, BLOCK_V] in float32. With D = 0 there is no product."""
     z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
         hidden_tile = load_tile(hidden, row, d, N, D, stride_hidden_n, stride_hidden_d, BLOCK_N, BLOCK_D, DESCRIPTORS)
@@ -146,7 +150,7 @@ def logits_tile(
         z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
     z *= scale
     if HAS_SOFTCAP:
-        # tanh(x) = 1 - 2 / (exp(2 x) + 1): overflow and underflow of exp give its limits.
+        # tanh(x) = 1 - 2 / (exp(2 x) + 1) has the right limits when exp overflows or underflows. It cancels near 0.
         x = z / softcap
         series = x * (1.0 - x * x * (1 / 3 - x * x * (2 / 15 - x * x * (17 / 315))))
         z = softcap * tl.where(tl.abs(x) < 0.25, series, 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0))
@@ -155,5 +159,5 @@ def logits_tile(
 
 @triton.jit
 def slope_of(z, softcap):
-    """d softcap(x) / dx where softcap(x) = z."""
+    """d softcap(x) / dx at softcap(x) = z."""
     return 1.0 - (z / softcap) * (z / softcap)

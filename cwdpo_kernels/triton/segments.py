@@ -1,4 +1,8 @@
-"""Sums over the tokens of a packed sequence, and a sequence's value back to its tokens: shared by the losses."""
+"""Device functions for packed sequences: sums over the tokens of a sequence, and broadcasts to its tokens.
+
+Sequence s holds tokens [cu_seqlens[s], cu_seqlens[s + 1]). Without labels every token counts; with a given `count`,
+each "token" is already the sum of a sequence.
+"""
 
 from __future__ import annotations
 
@@ -10,10 +14,10 @@ BLOCK_TOKENS = 1024
 
 @triton.jit
 def segment_sum(
-    logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_out_ptr, mean_out_ptr, count_out_ptr, sequence,
+    logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, sequence,
     ignore_index, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """Write total (nats), mean (0 if empty) and count of one sequence. Sums in float64, in a fixed order."""
+    """Write sum_logp (nats), mean (0 if empty) and count of one sequence. Sums in float64, in a fixed order."""
     begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
     sums = tl.zeros((BLOCK,), tl.float64)
@@ -25,18 +29,18 @@ def segment_sum(
             mask &= tl.load(labels_ptr + offs, mask=mask, other=ignore_index) != ignore_index
         sums += tl.load(logp_ptr + offs, mask=mask, other=0.0).to(tl.float64)
         counts += mask.to(tl.int64)
-    total = tl.sum(sums, 0).to(tl.float32)
+    sum_logp = tl.sum(sums, 0).to(tl.float32)
     count = tl.load(count_ptr + sequence) if HAS_COUNT else tl.sum(counts, 0)
-    tl.store(total_out_ptr + sequence, total)
-    tl.store(mean_out_ptr + sequence, total / tl.maximum(count, 1).to(tl.float32))
+    tl.store(sum_logp_ptr + sequence, sum_logp)
+    tl.store(mean_ptr + sequence, sum_logp / tl.maximum(count, 1).to(tl.float32))
     tl.store(count_out_ptr + sequence, count)
 
 
 @triton.jit
-def spread(
+def broadcast(
     value, out_ptr, labels_ptr, cu_seqlens_ptr, sequence, ignore_index, HAS_LABELS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out = value at the sequence's labelled tokens, 0 at its others."""
+    """out = value at the labelled tokens of a sequence, 0 at its other tokens."""
     begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
     for start in range(begin, end, BLOCK):
@@ -51,25 +55,25 @@ def spread(
 
 @triton.jit
 def all_segment_sums(
-    logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_out_ptr, mean_out_ptr, count_out_ptr, sequences,
+    logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, sequences,
     ignore_index, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """segment_sum of every sequence by one program, which may load the results afterwards."""
+    """segment_sum of every sequence, in one program. The program may load the results afterwards."""
     for sequence in range(sequences):
         segment_sum(
-            logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, total_out_ptr, mean_out_ptr, count_out_ptr, sequence,
+            logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, sequence,
             ignore_index, HAS_LABELS, HAS_COUNT, BLOCK,
         )  # fmt: skip
-    tl.debug_barrier()  # what one thread stored, others will load
+    tl.debug_barrier()  # other threads load what one thread stored
 
 
 @triton.jit
-def spread_all(
+def broadcast_all(
     values_ptr, out_ptr, labels_ptr, cu_seqlens_ptr, sequences, ignore_index, HAS_LABELS: tl.constexpr,
     BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """spread every sequence's value by the one program that stored them."""
-    tl.debug_barrier()  # what one thread stored, others load now
+    """broadcast of every sequence, in the program that stored the values."""
+    tl.debug_barrier()  # other threads load what one thread stored
     for sequence in range(sequences):
         value = tl.load(values_ptr + sequence)
-        spread(value, out_ptr, labels_ptr, cu_seqlens_ptr, sequence, ignore_index, HAS_LABELS, BLOCK)
+        broadcast(value, out_ptr, labels_ptr, cu_seqlens_ptr, sequence, ignore_index, HAS_LABELS, BLOCK)

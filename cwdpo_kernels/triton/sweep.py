@@ -1,14 +1,15 @@
-"""One sweep over vocabulary tiles: what the labels' competitors add up to, and on request their exponentials.
+"""One sweep over the vocabulary: partial softmax sums of every tile and, optionally, the tile's exponentials.
 
-Per token and tile, with z the logits, y the label (left out of the sum), anchors as in primitives.py:
+For a token with label y and logits z, the competitors are all v != y. With u_v = exp(z_v - anchor ln 2) (anchors: see
+primitives.py) and all sums and maxima over the competitors of one tile:
 
-    anchor, total = sum_{v != y} exp(z_v - anchor ln 2)          [T, N] each, T tiles
-    target = z_y                                                 [N], written by the tile that holds the label
-    tile   = exp(z_v - anchor ln 2) * slope                      [N, columns] in the inputs' dtype   (WRITE_TILE)
-    peak = max z_v,  moment = sum u log2(u),  u = exp(z_v - anchor ln 2)      [T, N] each            (STATISTICS)
+    anchor, sum_exp = sum u_v                              [T, N] each
+    target = z_y                                           [N], written by the tile that holds the label
+    tile = u_v * slope_v                                   [N, C] in the dtype of the inputs      (WRITE_TILE)
+    max_logit = max z_v, moment = sum u_v log2(u_v)        [T, N] each                            (STATISTICS)
 
-2 N D V floating-point operations; moves the operands, 8 N T bytes and, on request, the tiles: never logits.
-Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C columns of a tile of exponentials.
+2 N D V floating-point operations. Bytes moved: the operands, 8 N T and, with WRITE_TILE, the tiles, but never logits.
+Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C vocabulary columns of a tile of exponentials.
 """
 
 from __future__ import annotations
@@ -34,10 +35,10 @@ from .primitives import (
 
 @triton.jit
 def _sweep_kernel(
-    hidden, weight, bias_ptr, labels_ptr, running_ptr, anchor_ptr, total_ptr, target_ptr, tile_ptr, peak_ptr,
-    moment_ptr, N, V, D, first_tile_v, end_tile_v, tile_columns,
+    hidden, weight, bias_ptr, labels_ptr, min_anchor_ptr, anchor_ptr, sum_exp_ptr, target_ptr, tile_ptr,
+    max_logit_ptr, moment_ptr, N, V, D, first_tile_v, end_tile_v, tile_columns,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap, ignore_index,
-    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_RUNNING: tl.constexpr, WRITE_TILE: tl.constexpr,
+    HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_MIN_ANCHOR: tl.constexpr, WRITE_TILE: tl.constexpr,
     STATISTICS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
@@ -54,7 +55,7 @@ def _sweep_kernel(
         mask_n = offs_n < N
         labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index)
         labelled = labels != ignore_index
-        # A block without a label costs no product: a loop of zero steps, and its results are never read.
+        # A block of ignored tokens skips the product with a loop of zero steps. Its results are never read.
         depth = tl.where(tl.max(labelled.to(tl.int32), 0) > 0, D, 0)
         z = logits_tile(
             hidden, weight, bias_ptr, row, col, N, V, depth, stride_hidden_n, stride_hidden_d, stride_weight_v,
@@ -62,23 +63,23 @@ def _sweep_kernel(
             BLOCK_D,
         )  # fmt: skip
 
-        labels = labels.to(tl.int32)  # half the registers of an int64 comparison
+        labels = labels.to(tl.int32)  # an int64 comparison takes twice the registers
         is_label = offs_v[None, :] == labels[:, None]
         holds_label = labelled & (labels >= col) & (labels < tl.minimum(col + BLOCK_V, V))
         tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
         competitor = tl.where(is_label | (offs_v >= V)[None, :], float("-inf"), z)
 
-        peak = tl.max(competitor, 1)
-        anchor = anchor_of(peak)
-        if HAS_RUNNING:
-            anchor = tl.maximum(anchor, tl.load(running_ptr + offs_n, mask=mask_n, other=NO_ANCHOR))
+        max_logit = tl.max(competitor, 1)
+        anchor = anchor_of(max_logit)
+        if HAS_MIN_ANCHOR:
+            anchor = tl.maximum(anchor, tl.load(min_anchor_ptr + offs_n, mask=mask_n, other=NO_ANCHOR))
         exponent = log2_anchored(competitor, anchor[:, None])
         u = tl.exp2(exponent)
         offs_partial = tile_v.to(tl.int64) * N + offs_n
         tl.store(anchor_ptr + offs_partial, anchor, mask=mask_n)
-        tl.store(total_ptr + offs_partial, tl.sum(u, 1), mask=mask_n)
+        tl.store(sum_exp_ptr + offs_partial, tl.sum(u, 1), mask=mask_n)
         if STATISTICS:
-            tl.store(peak_ptr + offs_partial, peak, mask=mask_n)
+            tl.store(max_logit_ptr + offs_partial, max_logit, mask=mask_n)
             tl.store(moment_ptr + offs_partial, tl.sum(tl.where(u > 0, u * exponent, 0.0), 1), mask=mask_n)
         if WRITE_TILE:
             if HAS_SOFTCAP:
@@ -91,7 +92,7 @@ def _sweep_kernel(
 
 @dataclass
 class Sweep:
-    """A head and its tokens, laid out for sweeps; the partial results of every vocabulary tile."""
+    """The inputs of a sweep, its launch configuration, and the partial results of every vocabulary tile."""
 
     hidden: Tensor
     weight: Tensor
@@ -103,35 +104,37 @@ class Sweep:
     statistics: bool = False
 
     def __post_init__(self) -> None:
-        narrower = 2 if self.statistics else 1
-        self.config: TileConfig = tile_config(self.hidden, self.softcap, narrower=narrower)
+        column_divisor = 2 if self.statistics else 1
+        self.config: TileConfig = tile_config(self.hidden, self.softcap, column_divisor=column_divisor)
         self.rows, self.vocab = self.hidden.shape[0], self.weight.shape[0]
         self.tiles_v = triton.cdiv(self.vocab, self.config.block_v)
 
         def partial() -> Tensor:
             return self.hidden.new_empty(self.tiles_v, self.rows, dtype=torch.float32)
 
-        self.anchor_TN, self.total_TN = partial(), partial()
-        self.peak_TN, self.moment_TN = (partial(), partial()) if self.statistics else (self.total_TN, self.total_TN)
-        # A label outside the vocabulary is in no tile: its log-probability comes out as NaN, not as garbage.
+        self.anchor_TN, self.sum_exp_TN = partial(), partial()
+        # Without statistics the kernel writes neither: any pointer will do.
+        self.max_logit_TN, self.moment_TN = (partial(), partial()) if self.statistics else (self.sum_exp_TN,) * 2
+        # No tile writes the target of a label outside the vocabulary: its log-prob stays NaN.
         self.target_N = torch.full((self.rows,), torch.nan, dtype=torch.float32, device=self.hidden.device)
 
     def tile_arguments(self) -> dict:
-        """What every kernel that forms this head's logits takes, launch options included."""
+        """The arguments of any kernel that computes logits of this head, launch options included."""
         return tile_arguments(self.hidden, self.weight, self.bias, self.scale, self.softcap, self.config)
 
-    def run(self, tiles: range, running: Tensor | None = None, out: Tensor | None = None) -> None:
-        """Sweep over the vocabulary tiles; `out` [N, C] takes their exponentials, `running` [N] is the least anchor."""
+    def run(self, tiles: range, min_anchor: Tensor | None = None, out: Tensor | None = None) -> None:
+        """Sweep over `tiles`. Their exponentials go to `out` [N, C]; anchors are at least `min_anchor` [N]."""
         if self.rows == 0 or len(tiles) == 0:
             return
-        total = triton.cdiv(self.rows, self.config.block_n) * len(tiles)
-        _sweep_kernel[grid(self.config, total, self.hidden.device)](
+        n_tiles = triton.cdiv(self.rows, self.config.block_n) * len(tiles)
+        _sweep_kernel[grid(self.config, n_tiles, self.hidden.device)](
             **self.tile_arguments(), labels_ptr=self.labels,
-            running_ptr=self.target_N if running is None else running, anchor_ptr=self.anchor_TN,
-            total_ptr=self.total_TN, target_ptr=self.target_N, tile_ptr=self.hidden if out is None else out,
-            peak_ptr=self.peak_TN, moment_ptr=self.moment_TN, N=self.rows, V=self.vocab, D=self.hidden.shape[1],
+            min_anchor_ptr=self.target_N if min_anchor is None else min_anchor, anchor_ptr=self.anchor_TN,
+            sum_exp_ptr=self.sum_exp_TN, target_ptr=self.target_N, tile_ptr=self.hidden if out is None else out,
+            max_logit_ptr=self.max_logit_TN, moment_ptr=self.moment_TN, N=self.rows, V=self.vocab,
+            D=self.hidden.shape[1],
             first_tile_v=tiles.start, end_tile_v=tiles.stop, tile_columns=0 if out is None else out.shape[1],
-            ignore_index=self.ignore_index, HAS_RUNNING=running is not None, WRITE_TILE=out is not None,
+            ignore_index=self.ignore_index, HAS_MIN_ANCHOR=min_anchor is not None, WRITE_TILE=out is not None,
             STATISTICS=self.statistics, **COMPILER_OPTIONS,
         )  # fmt: skip
 
@@ -139,6 +142,7 @@ class Sweep:
 def tile_arguments(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None, config: TileConfig
 ) -> dict:
+    """The arguments of a kernel that computes the logits of a head, in tiles of `config`, launch options included."""
     matrices, descriptors = operands(hidden, weight, config.block_n, config.block_v, config.block_d, config.descriptors)
     return {
         **matrices, "bias_ptr": weight if bias is None else bias.contiguous(), "scale": scale,

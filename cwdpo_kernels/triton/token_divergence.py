@@ -1,7 +1,7 @@
-"""token_divergence on a GPU: two sweeps for the normalisers, then one pass over both heads' tiles side by side.
+"""token_divergence on a GPU: one sweep per head for its normaliser, then one pass over the tiles of both heads.
 
-The terms are those of portable/token_divergence.py. 2 (D_p + D_q) N V multiply-adds; moves the operands and 12 N T
-bytes. Legend: N tokens, V vocabulary, T vocabulary tiles.
+portable/token_divergence.py states the formulas. 2 (D_p + D_q) N V multiply-adds. Bytes moved: the operands, twice,
+and 12 N T. Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles; p and q are the two heads.
 """
 
 from __future__ import annotations
@@ -11,33 +11,34 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .combine import empty_sums, join_tiles
+from .combine import empty_sums, merge_tiles
 from .configs import COMPILER_OPTIONS, grid, tile_config
 from .primitives import LN2_HI, LN2_LO, logits_tile, tile_position
 from .sweep import Sweep, tile_arguments
 
-NO_LABEL = -1  # in no tile: every entry competes, so the sweep's sum is the softmax's
+NO_LABEL = -1  # in no tile, so the sweep sums over the whole vocabulary
 
 
 @triton.jit
 def _kl_term(p, log_p, q, log_q):
-    """p (log p - log q) - p + q >= 0; with d = log p - log q near 0, p (d + expm1(-d)) as a series in d."""
+    """p (log p - log q) - p + q >= 0. For small d = log p - log q it is the series of p (d + expm1(-d)) in d."""
     d = log_p - log_q
     series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720 - d * (1 / 5040 - d / 40320))))))
     return tl.where(tl.abs(d) < 0.5, p * series, tl.where(p > 0, p * d, 0.0) + (q - p))
 
 
 @triton.jit
-def _log_prob(z, anchor_ptr, total_ptr, offs_n, mask_n):
+def _log_prob(z, anchor_ptr, sum_exp_ptr, offs_n, mask_n):
+    """Log-probs of a tile of logits, given the (anchor, sum_exp) of the whole vocabulary."""
     anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
-    total = tl.load(total_ptr + offs_n, mask=mask_n, other=1.0)
-    return (z - (anchor * LN2_HI)[:, None]) - (tl.log(total) + anchor * LN2_LO)[:, None]
+    sum_exp = tl.load(sum_exp_ptr + offs_n, mask=mask_n, other=1.0)
+    return (z - (anchor * LN2_HI)[:, None]) - (tl.log(sum_exp) + anchor * LN2_LO)[:, None]
 
 
 @triton.jit
 def _divergence_kernel(
-    hidden_p, weight_p, bias_p_ptr, anchor_p_ptr, total_p_ptr, hidden_q, weight_q, bias_q_ptr, anchor_q_ptr,
-    total_q_ptr, tv_ptr, js_ptr, kl_ptr, N, V, D_p, D_q,
+    hidden_p, weight_p, bias_p_ptr, anchor_p_ptr, sum_exp_p_ptr, hidden_q, weight_q, bias_q_ptr, anchor_q_ptr,
+    sum_exp_q_ptr, tv_ptr, js_ptr, kl_ptr, N, V, D_p, D_q,
     stride_hidden_p_n, stride_hidden_p_d, stride_weight_p_v, stride_weight_p_d,
     stride_hidden_q_n, stride_hidden_q_d, stride_weight_q_v, stride_weight_q_d,
     scale_p, softcap_p, scale_q, softcap_q, HAS_BIAS_P: tl.constexpr, HAS_BIAS_Q: tl.constexpr,
@@ -56,19 +57,19 @@ def _divergence_kernel(
             stride_weight_p_v, stride_weight_p_d, scale_p, softcap_p, HAS_BIAS_P, HAS_SOFTCAP_P, PRECISION,
             DESCRIPTORS_P, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        log_p = _log_prob(z_p, anchor_p_ptr, total_p_ptr, offs_n, mask_n)
+        log_p = _log_prob(z_p, anchor_p_ptr, sum_exp_p_ptr, offs_n, mask_n)
         z_q = logits_tile(
             hidden_q, weight_q, bias_q_ptr, row, col, N, V, D_q, stride_hidden_q_n, stride_hidden_q_d,
             stride_weight_q_v, stride_weight_q_d, scale_q, softcap_q, HAS_BIAS_Q, HAS_SOFTCAP_Q, PRECISION,
             DESCRIPTORS_Q, BLOCK_N, BLOCK_V, BLOCK_D,
         )  # fmt: skip
-        log_q = _log_prob(z_q, anchor_q_ptr, total_q_ptr, offs_n, mask_n)
+        log_q = _log_prob(z_q, anchor_q_ptr, sum_exp_q_ptr, offs_n, mask_n)
 
         inside = (col + tl.arange(0, BLOCK_V) < V)[None, :]
         p = tl.where(inside, tl.exp(log_p), 0.0)
         q = tl.where(inside, tl.exp(log_q), 0.0)
         m = 0.5 * (p + q)
-        # log m = max + log((1 + exp(-gap)) / 2); m itself may have underflowed where its log has not.
+        # log m = max(log p, log q) + log((1 + exp(-gap)) / 2). log(m) would fail where m underflows.
         gap = tl.abs(log_p - log_q)
         log_m = tl.maximum(log_p, log_q) + tl.log(0.5 + 0.5 * tl.exp(-gap))
         js = _kl_term(p, log_p, m, log_m) + _kl_term(q, log_q, m, log_m)
@@ -85,16 +86,16 @@ def token_divergence(
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """tv, js, kl [N]."""
     rows, vocab = hidden_p.shape[0], weight_p.shape[0]
-    config = tile_config(hidden_p, softcap_p, softcap_q, narrower=4)  # two tiles of logits are alive at once
+    config = tile_config(hidden_p, softcap_p, softcap_q, column_divisor=4)  # a program holds two tiles of logits
     heads = (
         (hidden_p, weight_p, bias_p, scale_p, softcap_p),
         (hidden_q, weight_q, bias_q, scale_q, softcap_q),
     )
     arguments = {}
     for side, head in zip("pq", heads, strict=True):
-        anchor, total = _normalizer(*head)
-        arguments |= _of_side(side, tile_arguments(*head, config))
-        arguments |= {f"anchor_{side}_ptr": anchor, f"total_{side}_ptr": total, f"D_{side}": head[0].shape[1]}
+        anchor, sum_exp = _normalizer(*head)
+        arguments |= _with_suffix(side, tile_arguments(*head, config))
+        arguments |= {f"anchor_{side}_ptr": anchor, f"sum_exp_{side}_ptr": sum_exp, f"D_{side}": head[0].shape[1]}
     tiles_v = triton.cdiv(vocab, config.block_v)
     tv, js, kl = (torch.empty(tiles_v, rows, dtype=torch.float32, device=hidden_p.device) for _ in range(3))
     if rows:
@@ -108,18 +109,18 @@ def token_divergence(
 def _normalizer(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, scale: float, softcap: float | None
 ) -> tuple[Tensor, Tensor]:
-    """(anchor, total) [N] of the whole vocabulary: log sum_v exp(z_v) = anchor ln 2 + log(total)."""
+    """(anchor, sum_exp) [N] of the whole vocabulary: log sum_v exp(z_v) = anchor ln 2 + log(sum_exp)."""
     labels = torch.full((hidden.shape[0],), NO_LABEL, dtype=torch.int64, device=hidden.device)
     sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index=NO_LABEL - 1)
     sweep.run(range(sweep.tiles_v))
-    anchor, total = empty_sums(sweep.rows, hidden.device)
-    every = range(sweep.tiles_v)
-    join_tiles(sweep.anchor_TN, sweep.total_TN, every, anchor, total, labels, sweep.ignore_index)
-    return anchor, total
+    anchor, sum_exp = empty_sums(sweep.rows, hidden.device)
+    all_tiles = range(sweep.tiles_v)
+    merge_tiles(sweep.anchor_TN, sweep.sum_exp_TN, all_tiles, anchor, sum_exp, labels, sweep.ignore_index)
+    return anchor, sum_exp
 
 
-def _of_side(side: str, arguments: dict) -> dict:
-    """The arguments of one head under the names that they have among two."""
+def _with_suffix(side: str, arguments: dict) -> dict:
+    """The kernel arguments of one head, renamed with the suffix p or q."""
     names = {"hidden": f"hidden_{side}", "weight": f"weight_{side}", "bias_ptr": f"bias_{side}_ptr"}
     names |= {name: f"{name}_{side}" for name in ("scale", "softcap")}
     names |= {name: f"{name}_{side.upper()}" for name in ("HAS_BIAS", "HAS_SOFTCAP", "DESCRIPTORS")}
