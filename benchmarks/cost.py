@@ -1,8 +1,8 @@
-"""What each op has to do: floating-point operations and bytes, and the time that a chip's limits allow for it.
+"""Roofline model: the floating-point operations and bytes that each op needs, and the time limit that follows.
 
-Legend: N labelled tokens, D hidden, V vocabulary, `itemsize` bytes of a hidden, weight or logit entry. One product of
-the tokens with the head, "1G", is 2 N D V operations. Bytes are those that have to move through memory once; what a
-kernel reads again (a GEMM's operands that leave the cache) is its own loss against this limit.
+Legend: N labelled tokens, D hidden, V vocabulary, `itemsize` bytes per entry of hidden, weight or logits. "1G" is one
+product of the tokens with the head, 2 N D V operations. Bytes count each necessary transfer from or to memory once.
+Repeated reads, such as GEMM operands that leave the cache, are not counted: they lower a kernel's share of the limit.
 """
 
 from __future__ import annotations
@@ -12,22 +12,25 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cost:
+    """Floating-point operations, and bytes moved."""
+
     flops: float
     bytes: float
 
     def seconds(self, flops_per_second: float, bytes_per_second: float) -> float:
-        """The least time: the slower of arithmetic and memory, perfectly overlapped."""
+        """The lower limit of the time: arithmetic or memory traffic, whichever takes longer."""
         return max(self.flops / flops_per_second, self.bytes / bytes_per_second)
 
 
 def linear_logprob(n: int, d: int, v: int, itemsize: int, mode: str, kept_share: float = 0.0) -> Cost:
-    """A step of linear_logprob. `mode`: "no_grad" (1G), "frozen" (2G), "trainable" (4G, less the tiles kept).
+    """Forward and backward of linear_logprob; only forward for "no_grad".
 
-    `kept_share`: the part of the vocabulary whose tiles forward keeps for backward.
+    `mode`: "no_grad" (1G), "frozen" (2G) or "trainable" (3G if all tiles are kept, 4G if none is).
+    `kept_share`: the fraction of the vocabulary whose tiles forward keeps for backward.
     """
     product = 2.0 * n * d * v
     operands = (n * d + v * d) * itemsize
-    tiles = n * v * itemsize  # of exponentials or gradients: written by a kernel, read by the GEMMs
+    tiles = n * v * itemsize  # exponentials or gradients, which a kernel writes and GEMMs read
     if mode == "no_grad":
         return Cost(product, operands)
     if mode == "frozen":
@@ -40,20 +43,21 @@ def linear_logprob(n: int, d: int, v: int, itemsize: int, mode: str, kept_share:
 
 
 def logits_logprob(n: int, v: int, itemsize: int, backward: bool) -> Cost:
-    """Forward reads the logits once; backward reads them once more and writes the gradient."""
+    """Forward reads the logits. Backward reads them again and writes the gradient."""
     return Cost(8.0 * n * v if backward else 4.0 * n * v, (3.0 if backward else 1.0) * n * v * itemsize)
 
 
 def token_stats(n: int, d: int, v: int, itemsize: int) -> Cost:
+    """As much as linear_logprob without a gradient."""
     return linear_logprob(n, d, v, itemsize, "no_grad")
 
 
 def token_divergence(n: int, d_p: int, d_q: int, v: int, itemsize: int) -> Cost:
-    """Both normalisers, then both heads' tiles side by side."""
+    """Two passes over both heads: one for the normalisers, one for the divergences."""
     p, q = (linear_logprob(n, d, v, itemsize, "no_grad") for d in (d_p, d_q))
     return Cost(2 * (p.flops + q.flops), 2 * (p.bytes + q.bytes))
 
 
 def cwdpo_loss(n: int, pairs: int) -> Cost:
-    """Token log-probs (4 bytes) and labels (8) read, gradients (4) written; a few dozen bytes a pair."""
+    """Per token 4 bytes of log-prob and 8 of label read, and 4 of gradient written. Per pair a few dozen bytes."""
     return Cost(4.0 * n, 16.0 * n + 64.0 * pairs)

@@ -1,9 +1,9 @@
-"""Everything that needs a GPU, in one command from the source tree: tests, then benchmarks, one JSON.
+"""Tests and benchmarks for a GPU, in one command from the source tree: `python -m benchmarks.gpu --out DIR [--quick]`.
 
-`python -m benchmarks.gpu --out DIR [--quick]`. A short table comes last. Each time is a median of interleaved
-repetitions by CUDA events, beside the limit that benchmarks/cost.py allows at the GEMM rate and copy bandwidth
-measured in the same run, and beside the peers. A result of ours that misses float64 by more than the error budget
-stops the report; a peer that fails is named with its error.
+Writes DIR/gpu.json at the end and prints a table. Times are medians of interleaved repetitions, measured with CUDA
+events. Each is compared with the peers and with the limit of benchmarks/cost.py, for the GEMM rate and the copy
+bandwidth measured in the same run. The run stops if an error of ours exceeds its budget. A peer that fails is listed
+with its error.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ REPEATS, WARM_UP = 9, 3
 
 @dataclass(frozen=True)
 class Shape:
-    """`tokens` with a label: of 2P answers together."""
+    """`tokens`: labelled tokens of all 2P answers."""
 
     name: str
     tokens: int
@@ -46,16 +46,16 @@ class Shape:
 
 
 SHAPES = [
-    Shape("trl-issue-7244", 8192, 151936, 4096),  # which has figures of the peers on an H100
+    Shape("trl-issue-7244", 8192, 151936, 4096),  # the issue reports times of the peers on an H100
     Shape.of("Qwen2.5-VL-7B", 4096),
     Shape.of("SmolVLM-256M", 4096),
     Shape.of("Gemma-3-4B", 2048),
 ]
-ANSWERS = 8  # of a batch, for peers that take [2P, T, D]
+ANSWERS = 8  # 2P, for peers that take [2P, T, D]
 
 
 def run_tests(out: Path) -> dict:
-    """The GPU tests in a process of their own, under compute-sanitizer too where it is installed."""
+    """Run the GPU tests in a subprocess, and a few of them under compute-sanitizer if it is installed."""
     command = [sys.executable, "-m", "pytest", *TESTS, f"--junitxml={out / 'tests.xml'}"]
     result = {"tests": subprocess.run(command, cwd=ROOT, check=False).returncode}
     sanitizer = shutil.which("compute-sanitizer")
@@ -66,7 +66,8 @@ def run_tests(out: Path) -> dict:
     return result
 
 
-def milliseconds(step: Callable) -> float:
+def milliseconds(step: Callable[[], object]) -> float:
+    """The time of one call on the GPU, by CUDA events."""
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record()
     step()
@@ -76,7 +77,7 @@ def milliseconds(step: Callable) -> float:
 
 
 def measure(steps: dict[str, Callable]) -> dict[str, dict]:
-    """Medians of interleaved repetitions, and the peak of allocated memory over what was there."""
+    """Median times of interleaved repetitions, and the peak of allocated memory above what was allocated before."""
     for step in steps.values():
         for _ in range(WARM_UP):
             step()
@@ -97,7 +98,7 @@ def measure(steps: dict[str, Callable]) -> dict[str, dict]:
 
 
 def limits(shape: Shape) -> tuple[float, float]:
-    """FLOP/s of torch.mm at this shape's product in bfloat16, and bytes/s of a large copy, both ways counted."""
+    """FLOP/s of torch.mm in bfloat16 at this shape, and bytes/s of a large copy (bytes read plus bytes written)."""
     a = torch.randn(shape.tokens, shape.dim, dtype=torch.bfloat16)
     b = torch.randn(min(shape.vocab, 32768), shape.dim, dtype=torch.bfloat16)
     big = torch.empty(1 << 30, dtype=torch.uint8)
@@ -108,7 +109,7 @@ def limits(shape: Shape) -> tuple[float, float]:
 
 
 def check_values() -> None:
-    """At an affordable size with the real tile sizes: values and gradients within the error budget."""
+    """Check values and gradients against the error budget, at a small size but with the shipped tile sizes."""
     hidden, head, labels = make_inputs((300,), 5000, 512, torch.bfloat16)
     results = []
     for function, operands in (
@@ -130,6 +131,7 @@ def linear_inputs(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 
 def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
+    """Our steps on hidden states, and the cost of each."""
     hidden, weight, labels = linear_inputs(shape)
     rows = torch.arange(shape.tokens)
 
@@ -155,7 +157,7 @@ def linear_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost
 
 
 def peer_steps(shape: Shape, failed: dict[str, str]) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
-    """Forward and backward of each peer, all tokens labelled; those that cannot run go to `failed`, with the reason."""
+    """Forward and backward of each peer, with all tokens labelled. Adds peers that cannot run, and why, to `failed`."""
     hidden, weight, labels = linear_inputs(shape)
     hidden_ATD = hidden.detach().view(ANSWERS, -1, shape.dim).requires_grad_()
     labels_AT, refs = labels.view(ANSWERS, -1), torch.zeros(2, ANSWERS // 2)
@@ -173,7 +175,7 @@ def peer_steps(shape: Shape, failed: dict[str, str]) -> tuple[dict[str, Callable
         if peer.package == peers.OURS:
             continue
         for mode, head in (("frozen", weight.detach()), ("trainable", weight)):
-            try:  # a peer that fails is a finding, not the end
+            try:  # a failing peer is reported and does not stop the run
                 step(peer, head)
             except Exception as error:
                 failed[f"{shape.name}, {name}, {mode}"] = f"{type(error).__name__}: {error}".splitlines()[0]
@@ -184,6 +186,7 @@ def peer_steps(shape: Shape, failed: dict[str, str]) -> tuple[dict[str, Callable
 
 
 def logits_steps(shape: Shape) -> tuple[dict[str, Callable], dict[str, cost.Cost]]:
+    """Our steps on logits, and the cost of each."""
     logits = torch.randn(shape.tokens, shape.vocab, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.randint(shape.vocab, (shape.tokens,))
 
@@ -215,10 +218,10 @@ def environment() -> dict:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--quick", action="store_true", help="no tests, the first shape only")
+    parser.add_argument("--quick", action="store_true", help="skip the tests and measure the first shape only")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.gpu: expected a GPU, torch.cuda.is_available() is False")
+        sys.exit("benchmarks.gpu: expected a GPU, got torch.cuda.is_available() == False")
     torch.set_default_device("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
     report = {"environment": environment(), "measurements": [], "peers_that_failed": {}}
@@ -240,7 +243,7 @@ def main() -> None:
             torch.cuda.empty_cache()
         report[f"limits {shape.name}"] = {"gemm_tflops": flops / 1e12, "copy_gb_per_s": bandwidth / 1e9}
     (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{report['environment']['device']}; tests: {report.get('tests', 'not run')} (0 is green)")
+    print(f"{report['environment']['device']}; exit code of the tests: {report.get('tests', 'not run')}")
     print(f"{'shape':16}{'op':48}{'ms':>9}{'extra GiB':>11}{'of limit':>10}")
     print("\n".join(table))
     for name, reason in report["peers_that_failed"].items():

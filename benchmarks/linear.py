@@ -1,6 +1,6 @@
-"""From hidden states to the CW-DPO loss and its gradients, beside the peers in the same process (CPU).
+"""Benchmark from hidden states to the CW-DPO loss and its gradients, ours and the peers' in the same process (CPU).
 
-Every implementation is first compared with float64, and nothing is reported if ours is off.
+Every implementation is compared with float64 first. Nothing is reported if an error of ours exceeds its tolerance.
 """
 
 from __future__ import annotations
@@ -11,24 +11,25 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+import cwdpo_kernels as ck
 from benchmarks import memory, peers, timing
 from benchmarks.peers import Implementation
 from benchmarks.workloads import ON_A_CPU, Inputs, Workload
 from cwdpo_kernels import reference
 from cwdpo_kernels.testing import as_float64, leaves, relative_error
 
-# Ours: log-probs and the loss are of float32 quality in every dtype; a gradient is rounded to its own.
+# Relative errors allowed to ours. Log-probs and loss are float32 in every dtype; a gradient is rounded to its dtype.
 VALUE_TOLERANCE = 1e-5
 GRADIENT_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-3}
-PRODUCTS = {  # that no method can do without
+PRODUCTS = {  # the matrix products that every method needs
     "no_grad": ("logits",),
     "frozen": ("logits", "grad_hidden"),
     "trainable": ("logits", "grad_hidden", "grad_weight"),
 }
 
 
-def measurements() -> dict[str, Callable]:
-    """Name -> (repeats, worker's call) -> what was measured."""
+def measurements() -> dict[str, Callable[..., dict]]:
+    """Name -> measurement (see run.SUITES)."""
     return {
         f"{workload.name}/{mode}": lambda repeats, call, workload=workload, mode=mode: measure(
             workload, mode, repeats, call
@@ -39,7 +40,10 @@ def measurements() -> dict[str, Callable]:
 
 
 def measure(workload: Workload, mode: str, repeats: int, call: Callable, without: tuple[str, ...] = ()) -> dict:
-    """Errors, seconds, the measured limit and peak memory of every implementation that applies, `without` some."""
+    """Errors, times, the measured limit and peak memory of every applicable implementation except those in `without`.
+
+    `call` runs a function in a worker process (see memory.worker).
+    """
     inputs = workload.make(mode)
     found = {name: peer for name, peer in applicable(workload, mode).items() if name not in without}
     results = {name: {"relative_error": error} for name, error in errors(workload, mode, inputs, found).items()}
@@ -66,6 +70,7 @@ def measure(workload: Workload, mode: str, repeats: int, call: Callable, without
 
 
 def applicable(workload: Workload, mode: str) -> dict[str, Implementation]:
+    """The implementations to measure for this workload and mode."""
     return {
         name: implementation
         for name, implementation in peers.implementations().items()
@@ -75,7 +80,7 @@ def applicable(workload: Workload, mode: str) -> dict[str, Implementation]:
 
 
 def run_step(step: Callable, inputs: Inputs) -> None:
-    """The loss, and its gradients where the inputs ask for any."""
+    """Compute the loss and, if the inputs require gradients, run backward."""
     if inputs.hidden.requires_grad:
         step(*inputs).backward()
     else:
@@ -89,7 +94,10 @@ def step_seconds(step: Callable, inputs: Inputs) -> float:
 
 
 def errors(workload: Workload, mode: str, inputs: Inputs, found: dict[str, Implementation]) -> dict[str, dict]:
-    """Of each implementation, relative to float64; also the warm-up. Stops if ours is outside its tolerance."""
+    """The relative errors of each implementation against float64. This run is also the warm-up.
+
+    Raises SystemExit if an error of ours exceeds its tolerance.
+    """
     coolings = {implementation.cooling for implementation in found.values()}
     truths = {cooling: float64_truth(inputs, cooling) for cooling in coolings}
     result = {}
@@ -99,13 +107,18 @@ def errors(workload: Workload, mode: str, inputs: Inputs, found: dict[str, Imple
         for what, error in result[name].items():
             allowed = allowed_error(what, inputs, truth)
             if implementation.package == peers.OURS and not error <= allowed:
-                where = f"{workload.name}/{mode}"
-                raise SystemExit(f"{where}: {name} is wrong, nothing is reported: {what} is off by {error:.2g}")
+                raise SystemExit(wrong(f"{workload.name}/{mode}", name, what, error, allowed))
     return result
 
 
+def wrong(where: str, name: str, what: str, error: float, allowed: float) -> str:
+    """The message for an error above its tolerance."""
+    expected = f"expected a relative error of {what} of at most {allowed:.2g}, got {error:.2g}"
+    return f"{where}: {name}: {expected}: nothing is reported"
+
+
 def allowed_error(what: str, inputs: Inputs, truth: dict[str, Tensor]) -> float:
-    """Of ours, relative. A loss of differences of float32 totals can be no better than their rounding."""
+    """The relative error allowed to ours. A loss cannot be more exact than the float32 sums that it subtracts."""
     if what == "logp":
         return VALUE_TOLERANCE
     rounding = torch.finfo(torch.float32).eps * peers.BETA * inputs.refs.abs().max().item()
@@ -115,7 +128,7 @@ def allowed_error(what: str, inputs: Inputs, truth: dict[str, Tensor]) -> float:
 
 
 def outcome(implementation: Implementation, inputs: Inputs) -> dict[str, Tensor]:
-    """The loss and its gradients; where there are none, the log-probs of the labelled tokens if they come out."""
+    """The loss and its gradients. Without gradients, the loss and, if there are any, the labelled log-probs."""
     wanted = dict(zip(("grad_hidden", "grad_weight"), leaves(inputs.hidden, inputs.head), strict=False))
     with torch.set_grad_enabled(bool(wanted)):
         loss = implementation.step(*inputs)
@@ -128,16 +141,16 @@ def outcome(implementation: Implementation, inputs: Inputs) -> dict[str, Tensor]
     return values
 
 
-def float64_truth(inputs: Inputs, cooling) -> dict[str, Tensor]:
-    """Full logits of the labelled positions only: affordable in float64."""
+def float64_truth(inputs: Inputs, cooling: ck.Cooling) -> dict[str, Tensor]:
+    """The outcome in float64. Computes logits of labelled positions only, to save memory."""
     first = int((inputs.labels[0] != -100).nonzero()[0])
     hidden, head = as_float64(inputs.hidden, inputs.head)
     labels = inputs.labels[:, first:]
 
-    def logp(hidden: Tensor, head, labels: Tensor) -> Tensor:
+    def logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
         return torch.nn.functional.pad(reference.linear_logprob(hidden[:, first:], head, labels[:, first:]), (first, 0))
 
-    def step(hidden: Tensor, head, all_labels: Tensor, refs: Tensor) -> Tensor:
+    def step(hidden: Tensor, head: ck.Head, all_labels: Tensor, refs: Tensor) -> Tensor:
         token_logp = reference.linear_logprob(hidden[:, first:], head, labels)
         return peers.loss_of(token_logp, labels, refs, cooling)
 
@@ -145,10 +158,10 @@ def float64_truth(inputs: Inputs, cooling) -> dict[str, Tensor]:
 
 
 def peak(workload: Workload, mode: str, name: str) -> int:
-    """Bytes; run in a worker."""
+    """Peak memory of a step in bytes. Runs in a worker."""
     step = peers.implementations()[name].step
-    # Threads, BLAS, autograd and compilers take their own memory once: let them, on small copies of the workload
-    # (two sizes: a compiler makes its code for any size at the second).
+    # Warm up on small copies of the workload: threads, BLAS, autograd and compilers allocate memory once. It takes two
+    # sizes, because at the second size a compiler generates code for any size.
     for size in (8, 16):
         run_step(step, replace(workload, tokens=2 * size, response=size, vocab=2048 + size).make(mode))
 

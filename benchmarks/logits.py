@@ -1,4 +1,7 @@
-"""From logits to log-probs and back, beside torch and TRL (CPU). The limit is what a copy takes for the bytes moved."""
+"""Benchmark from logits to log-probs and their gradient, ours and those of torch and TRL (CPU).
+
+The limit is the time of a copy that moves the same number of bytes.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import cwdpo_kernels as ck
-from benchmarks import cost, memory, peers, timing
+from benchmarks import cost, linear, memory, peers, timing
 from cwdpo_kernels import reference
 from cwdpo_kernels.testing import relative_error
 
@@ -21,7 +24,7 @@ MODES = ("no_grad", "backward")
 
 @dataclass(frozen=True)
 class LogitsWorkload:
-    """N tokens of V logits with standard deviation 2."""
+    """Logits [N, V] with standard deviation 2."""
 
     name: str
     tokens: int
@@ -29,6 +32,7 @@ class LogitsWorkload:
     dtype: torch.dtype
 
     def make(self, mode: str) -> tuple[Tensor, Tensor]:
+        """logits [N, V] and labels [N]."""
         random = torch.Generator().manual_seed(0)
         logits = (2 * torch.randn(self.tokens, self.vocab, generator=random)).to(self.dtype)
         return logits.requires_grad_(mode == "backward"), torch.randint(self.vocab, (self.tokens,), generator=random)
@@ -42,9 +46,9 @@ WORKLOADS = [
 
 
 def implementations(mode: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
-    """(logits [N, V], labels [N]) -> log-probs [N]; ours first."""
+    """Name -> function from logits [N, V] and labels [N] to log-probs [N]. Ours come first."""
     found = {"cwdpo_kernels": ck.logits_logprob}
-    if mode == "backward":  # only there the two differ
+    if mode == "backward":  # without backward both are the same
         found["cwdpo_kernels, reuse_logits"] = functools.partial(ck.logits_logprob, reuse_logits=True)
     found |= {
         "eager": reference.logits_logprob,
@@ -63,7 +67,8 @@ def implementations(mode: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
 _compiled = peers.compiled(reference.logits_logprob)
 
 
-def measurements() -> dict[str, Callable]:
+def measurements() -> dict[str, Callable[..., dict]]:
+    """Name -> measurement (see run.SUITES)."""
     return {
         f"{workload.name}/{mode}": lambda repeats, call, workload=workload, mode=mode: measure(
             workload, mode, repeats, call
@@ -74,6 +79,7 @@ def measurements() -> dict[str, Callable]:
 
 
 def measure(workload: LogitsWorkload, mode: str, repeats: int, call: Callable) -> dict:
+    """Errors, times, the measured limit and peak memory of every implementation."""
     logits, labels = workload.make(mode)
     found = implementations(mode)
     results = {name: {"relative_error": error} for name, error in errors(workload, found, logits, labels).items()}
@@ -95,7 +101,10 @@ def measure(workload: LogitsWorkload, mode: str, repeats: int, call: Callable) -
 
 
 def errors(workload: LogitsWorkload, found: dict[str, Callable], logits: Tensor, labels: Tensor) -> dict[str, dict]:
-    """Relative to float64; also the warm-up. Stops if ours is outside its tolerance."""
+    """The relative errors of each implementation against float64. This run is also the warm-up.
+
+    Raises SystemExit if an error of ours exceeds its tolerance.
+    """
     truth = outcome(reference.logits_logprob, logits.detach().double().requires_grad_(logits.requires_grad), labels)
     result = {}
     for name, logp in found.items():
@@ -104,12 +113,13 @@ def errors(workload: LogitsWorkload, found: dict[str, Callable], logits: Tensor,
         for what, error in result[name].items():
             allowed = TOLERANCE[torch.float32 if what == "logp" else workload.dtype]
             if name.startswith("cwdpo_kernels") and not error <= allowed:
-                raise SystemExit(f"{workload.name}: {name} is wrong, nothing is reported: {what} is off by {error:.2g}")
+                raise SystemExit(linear.wrong(workload.name, name, what, error, allowed))
     return result
 
 
 def outcome(logp: Callable, logits: Tensor, labels: Tensor) -> dict[str, Tensor]:
-    leaf = logits.detach().clone().requires_grad_(logits.requires_grad)  # its memory may be reused
+    """The log-probs and, if the logits require it, their gradient."""
+    leaf = logits.detach().clone().requires_grad_(logits.requires_grad)  # a copy: the gradient may overwrite it
     value = run_step(logp, leaf, labels)
     return {"logp": value} if leaf.grad is None else {"logp": value, "grad_logits": leaf.grad}
 
@@ -128,7 +138,7 @@ def step_seconds(logp: Callable, logits: Tensor, labels: Tensor) -> float:
 
 
 def peak(workload: LogitsWorkload, mode: str, name: str) -> int:
-    """Bytes over the logits, the gradient included: reusing their memory is what saves it. Run in a worker."""
+    """Peak memory in bytes above the logits, gradient included, because `reuse_logits` saves it. Runs in a worker."""
     logp = implementations(mode)[name]
     for size in (8, 16):
         run_step(logp, *LogitsWorkload("warm-up", size, 2048 + size, workload.dtype).make(mode))

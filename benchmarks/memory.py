@@ -1,4 +1,4 @@
-"""Peak resident memory of a step, over its inputs and gradients, in a process of its own (Linux)."""
+"""Measures the peak resident memory of a step, above its inputs and gradients, in a separate process (Linux)."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ import torch
 import torch._dynamo
 from torch import Tensor
 
-M_MMAP_THRESHOLD = -3  # of mallopt(3)
+M_MMAP_THRESHOLD = -3  # option of mallopt(3)
 TRIALS = 3
 Inputs = TypeVar("Inputs")
 
 
 @contextlib.contextmanager
 def worker() -> Iterator[Callable]:
-    """A fresh process; yields `call(function, *args)`, which runs a module-level function there.
+    """Start a new process and yield `call(function, *args)`, which runs a module-level function there.
 
-    In it every block from 64 KiB on is the kernel's again as soon as it is freed. An allocator that keeps what earlier
-    steps needed would hide the peak of the next one. What the libraries for matrix products take once and keep is
-    taken before anything is measured.
+    The process returns every freed block of 64 KiB or more to the operating system. Otherwise the allocator would reuse
+    memory of earlier steps and hide the peak of the next one. A warm-up makes the matrix product libraries allocate
+    their buffers, which they keep, before anything is measured.
     """
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(1, mp_context=context, initializer=_start) as pool:
@@ -35,7 +35,7 @@ def worker() -> Iterator[Callable]:
 
 def _start() -> None:
     if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16):
-        raise OSError("memory: mallopt refused a fixed threshold for mapped blocks")
+        raise OSError("memory: expected mallopt to accept M_MMAP_THRESHOLD, got an error")
     for dtype in (torch.float32, torch.bfloat16):
         hidden, weight = torch.randn(1024, 512).to(dtype), torch.randn(32768, 512).to(dtype)
         logits = hidden @ weight.T
@@ -44,9 +44,10 @@ def _start() -> None:
 
 
 def extra_bytes(make: Callable[[], Inputs], step: Callable[[Inputs], list[Tensor]]) -> int:
-    """Peak while `step` runs on what `make` gives, over what was there before it, less the gradients that it returns.
+    """Peak memory of `step(make())` above the memory before it, minus the gradients that `step` returns.
 
-    Measured again, on new inputs, where torch.compile made code meanwhile: what a compiler takes is taken once.
+    If torch.compile compiled something meanwhile, the measurement is repeated on new inputs, because a compiler
+    allocates memory only once.
     """
     for _ in range(TRIALS):
         inputs, graphs = make(), _compiled_graphs()
@@ -67,11 +68,11 @@ def _compiled_graphs() -> int:
 
 
 def reset_peak() -> None:
-    """VmHWM <- VmRSS."""
+    """Reset the peak VmHWM to the current VmRSS."""
     Path("/proc/self/clear_refs").write_text("5")
 
 
 def status(field: str) -> int:
-    """Bytes of a field of /proc/self/status: VmRSS is resident now, VmHWM the most since `reset_peak`."""
+    """A field of /proc/self/status in bytes: VmRSS is resident memory, VmHWM its peak since `reset_peak`."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(field))
     return int(line.split()[1]) * 1024

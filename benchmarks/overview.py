@@ -1,6 +1,6 @@
-"""The picture at the top of the README: time and memory of one step, one line per implementation.
+"""The plot at the top of the README: time and memory of one step, one row per implementation.
 
-Written as SVG text, so that the same results give the same bytes everywhere and a test can compare them.
+It is written as SVG text, so that equal results give equal bytes everywhere and a test can compare them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from benchmarks.report import OURS, Reports, mib, seconds
 
 STEP = "smolvlm/frozen"
 WIDTH, TOP, ROW, FOOT = 720, 66, 27, 12
-PANELS = {"median_seconds": 248, "extra_mib": 496}  # left end of each axis
+PANELS = {"median_seconds": 248, "extra_mib": 496}  # x of each axis
 AXIS = 168
 TITLES = {"median_seconds": "seconds per step (log scale)", "extra_mib": "extra memory, MiB (log scale)"}
 FORMATS: dict[str, Callable[[float], str]] = {"median_seconds": seconds, "extra_mib": mib}
@@ -23,7 +23,7 @@ circle.ours { fill: #00796b }"""
 
 
 def svg(reports: Reports) -> str:
-    """Lollipops on logarithmic axes, fastest first."""
+    """A lollipop chart with logarithmic axes, fastest first."""
     (entry,) = (entry for entry in reports["linear"]["measurements"] if entry["name"] == STEP)
     results = sorted(entry["results"].items(), key=lambda item: item[1]["median_seconds"])
     height = TOP + ROW * len(results) + FOOT
@@ -60,6 +60,6 @@ def title(entry: dict) -> str:
 
 
 def position(value: float, least: float, most: float) -> float:
-    """Where a value lies on a logarithmic axis that starts a little below the least."""
+    """The position of a value on a logarithmic axis that starts a little below the smallest value."""
     start = math.log(least) - 0.15 * math.log(most / least)
     return AXIS * (math.log(value) - start) / (math.log(most) - start)

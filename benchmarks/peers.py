@@ -1,8 +1,8 @@
-"""The ways to compute a DPO step that are compared: ours, and each peer as its own project calls it.
+"""The implementations of a DPO step that the benchmarks compare: ours and the peers'.
 
-A peer is set up as its project would set it up on the device at hand; one that cannot run there is listed with the
-reason (`cannot_run`). All take hidden [2P, T, D], a head without bias, aligned labels [2P, T] and the reference's
-total log-probs [2, P]; the loss of sequences is the same few small torch operations for all that give log-probs.
+Each peer is called the way its own project calls it on the device at hand. `cannot_run` lists the peers that cannot run
+there, with the reason. All take hidden [2P, T, D], a head without bias, aligned labels [2P, T] and the reference's
+sequence log-probs [2, P]. Implementations that return token log-probs share one loss, a few small torch operations.
 """
 
 from __future__ import annotations
@@ -29,11 +29,14 @@ OURS = "cwdpo-kernels"
 
 @dataclass(frozen=True)
 class Implementation:
-    """`step` (hidden, head, labels, refs) -> the scalar loss; `logp` (hidden, head, labels) -> log-probs per token.
+    """One way to compute a step.
 
-    `package`: whose it is, for its version. `logp` is None where only the loss comes out. `cooling`: the loss that
-    `step` computes. `all_tokens`: projects all tokens, with a label or without. `only_trainable`: differs from
-    its neighbour with a trainable head only.
+    package: the distribution it comes from.
+    step: (hidden, head, labels, refs) -> scalar loss.
+    logp: (hidden, head, labels) -> log-prob per token, or None if it only returns the loss.
+    cooling: the cooling of the loss that `step` computes.
+    all_tokens: it projects ignored tokens too.
+    only_trainable: it is a variant that differs only with a trainable head.
     """
 
     package: str
@@ -54,12 +57,12 @@ def implementations(device: str = "cpu") -> dict[str, Implementation]:
 
 
 def cannot_run(device: str = "cpu") -> dict[str, str]:
-    """Peers that cannot run on `device`, and why."""
+    """Name -> reason, for the peers that cannot run on `device`."""
     return {name: peer for name, peer in _peers(device).items() if isinstance(peer, str)}
 
 
 def versions() -> dict[str, str]:
-    """Of torch and the peers that are installed."""
+    """The versions of torch, triton, transformers and the installed peers."""
     packages = ("torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
     found = {}
     for package in packages:
@@ -71,7 +74,7 @@ def versions() -> dict[str, str]:
 
 
 def loss_of(logp: Tensor, labels: Tensor, refs: Tensor, cooling: ck.Cooling = COOLING) -> Tensor:
-    """The CW-DPO loss of token log-probs, in plain torch."""
+    """The CW-DPO loss from token log-probs, in plain torch."""
     pairs = refs.shape[1]
     sequences = reference.sequence_logprob(logp, labels)
     chosen, rejected = (
@@ -100,9 +103,9 @@ def _of_logp(package: str, logp: Callable[..., Tensor], all_tokens: bool = False
     return Implementation(package, step, logp, all_tokens=all_tokens)
 
 
-@functools.cache  # the compiled ones keep what they compiled
+@functools.cache  # so that compiled functions are compiled once
 def _peers(device: str) -> dict[str, Implementation | str]:
-    """Each peer, or why it cannot run."""
+    """Name -> peer, or the reason why it cannot run."""
     no_compiler = _no_compiler(device)
     no_torch_op = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no such function"
     only_gpus = "its kernel is for GPUs" if device == "cpu" else None
@@ -129,25 +132,25 @@ def _not_installed(module: str) -> str | None:
 
 
 def _no_compiler(device: str) -> str | None:
-    """What torch.compile needs on a CPU."""
+    """The reason why torch.compile cannot run on `device`, or None."""
     found = device != "cpu" or shutil.which("g++") or shutil.which("clang++")
     return None if found else "torch.compile needs a C++ compiler"
 
 
 def compiled(function: Callable) -> Callable:
-    """`torch.compile`d, with an error where it would silently go on uncompiled after many shapes."""
+    """torch.compile, with an error instead of a silent fallback to eager mode after many recompilations."""
     torch._dynamo.config.recompile_limit = 64
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     return torch.compile(function)
 
 
 def eager_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
-    """What a trainer does without a fused head: all logits, in float32 for the softmax."""
+    """Without a fused head: all logits, converted to float32 for the softmax."""
     return reference.logits_logprob(F.linear(hidden, head.weight).float(), labels)
 
 
 def _cut_cross_entropy_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
-    """Its kernels on a GPU, what it has for other devices elsewhere. It takes out the ignored tokens itself."""
+    """Its kernels on a GPU, its torch.compile implementation elsewhere. It skips ignored tokens itself."""
     from cut_cross_entropy import linear_cross_entropy
 
     impl = "cce" if hidden.is_cuda else "torch_compile"
@@ -155,23 +158,23 @@ def _cut_cross_entropy_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Te
 
 
 def _torch_logp(hidden: Tensor, head: ck.Head, labels: Tensor, options: object = None) -> Tensor:
-    """Spared the tokens without a label, which it would project."""
-    live = labels != -100
-    nll = F.linear_cross_entropy(hidden[live], head.weight, labels[live], reduction="none", options=options)
-    return hidden.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(live, -nll.float())
+    """It would project ignored tokens, so they are removed first."""
+    labelled = labels != -100
+    nll = F.linear_cross_entropy(hidden[labelled], head.weight, labels[labelled], reduction="none", options=options)
+    return hidden.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(labelled, -nll.float())
 
 
 def _torch_chunked_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
-    """On a CPU in chunks of 128 tokens: its own choice there takes several times as long."""
+    """On a CPU with chunks of 128 tokens, because its default takes several times as long."""
     options = torch.nn.LinearCrossEntropyOptions(batch_chunk_size=None if hidden.is_cuda else 128)
     return _torch_logp(hidden, head, labels, options)
 
 
 def _liger_dpo_step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:
-    """Compiled and one pair at a time, as it is set up by default.
+    """Compiled, one pair at a time, which is its default.
 
-    It takes no precomputed reference log-probs: without a reference model they are 0, which is the same loss as the
-    workloads', whose two references are equal.
+    It does not accept precomputed reference log-probs. Without a reference model they are 0. The loss is the same,
+    because the two references of a pair are equal in all workloads.
     """
     from liger_kernel.chunked_loss import LigerFusedLinearDPOLoss
 
@@ -187,8 +190,10 @@ def _liger_scaled_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
 
 
 def _trl_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
-    """As its `DPOTrainer` scores a batch: labelled tokens on a GPU, all of them elsewhere; the outputs that it logs
-    come with the policy's log-probs, the reference's are without."""
+    """As its `DPOTrainer` calls it: with labelled tokens on a GPU and all tokens elsewhere.
+
+    With gradients enabled it also computes the statistics that the trainer logs for the policy.
+    """
     from trl.kernels import ChunkedLogProbFunction
     from trl.kernels.chunked_logprob import _use_triton
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE

@@ -1,7 +1,8 @@
-"""The pictures of docs/benchmarks.md: time and memory over one size at a time, error over confidence."""
+"""The plots of docs/benchmarks.md: time and memory against one size, and errors against the label's probability."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import matplotlib
@@ -12,8 +13,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# Colours of Okabe and Ito, which the colour-blind can tell apart; the markers differ too, and their sizes, so that
-# lines which coincide are seen to.
+# The colour-blind-safe palette of Okabe and Ito. Markers and their sizes differ too, so that lines on top of each other
+# stay visible.
 STYLES = {
     "cwdpo_kernels": ("#000000", "o", 6),
     "eager, full logits": ("#E69F00", "D", 10),
@@ -25,16 +26,16 @@ STYLES = {
     "TRL chunked log-prob": ("#CC79A7", "*", 7),
 }
 SWEEPS = {
-    "response": "tokens of an answer",
-    "vocab": "entries of the vocabulary",
-    "share": "share of the answer in the sequence",
+    "response": "tokens per answer",
+    "vocab": "vocabulary size",
+    "share": "share of answer tokens in the sequence",
 }
-QUANTITIES = {"logp": "log-probs", "grad_hidden": "gradient of the hidden states"}
-LEAST_MIB = 0.1  # a logarithmic axis has no zero
+QUANTITIES = {"logp": "log-probs", "grad_hidden": "the gradient of hidden states"}
+MIN_MIB = 0.1  # values below are drawn here: a logarithmic axis has no zero
 
 
 def draw(reports: dict[str, dict], folder: Path) -> None:
-    """One SVG a picture; the same results give the same bytes with the same matplotlib."""
+    """Write one SVG per plot. Equal results give equal bytes with the same matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
     style = {
         "svg.hashsalt": "cwdpo",
@@ -58,15 +59,15 @@ def _sweep(measurements: list[dict], sweep: str) -> Figure:
     entries = [entry for entry in measurements if entry["sweep"] == sweep]
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained")
     for axis, key, title, least in (
-        (axes[0], "median_seconds", "time of a step, s", 0.0),
-        (axes[1], "extra_mib", "peak memory over inputs and gradients, MiB", LEAST_MIB),
+        (axes[0], "median_seconds", "time per step (s)", 0.0),
+        (axes[1], "extra_mib", "peak memory above inputs and gradients (MiB)", MIN_MIB),
     ):
         for name in STYLES:
             points = [(e["value"], max(e["results"][name][key], least)) for e in entries if name in e["results"]]
             _line(axis, name, points)
         if key == "median_seconds":
             limit = [(entry["value"], entry["limit_seconds"]) for entry in entries]
-            axis.plot(*zip(*limit, strict=True), color="#999999", linestyle=":", label="matrix products alone")
+            axis.plot(*zip(*limit, strict=True), color="#999999", linestyle=":", label="matrix products only")
         axis.set(xscale="log", yscale="log", xlabel=SWEEPS[sweep], title=title)
         _ticks(axis, [entry["value"] for entry in entries], _percent if sweep == "share" else _thousands)
         axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
@@ -87,7 +88,8 @@ def _accuracy(measurements: list[dict]) -> Figure:
                     if name in entry["relative_error"]
                 ]
                 _line(axis, name, points)
-            axis.set(xscale="log", yscale="log", title=f"{dtype}: relative error of {title}", xlabel="p of the label")
+            axis.set(xscale="log", yscale="log", xlabel="probability of the label")
+            axis.set_title(f"{dtype}: relative error of {title}")
             axis.invert_xaxis()
             _ticks(axis, [1 - entry["confidence"] for entry in entries], lambda value, _: f"{1 - value:g}")
     _legend(figure, axes[0][0])
@@ -105,18 +107,18 @@ def _line(axis: Axes, name: str, points: list[tuple[float, float]]) -> None:
     )  # fmt: skip
 
 
-def _ticks(axis: Axes, values: list[float], formatter) -> None:
+def _ticks(axis: Axes, values: list[float], formatter: Callable[[float, object], str]) -> None:
     axis.xaxis.set_major_locator(FixedLocator(values))
     axis.xaxis.set_major_formatter(FuncFormatter(formatter))
     axis.xaxis.set_minor_locator(NullLocator())
     axis.grid(axis="y", color="#DDDDDD", linewidth=0.6)
 
 
-def _thousands(value: float, _) -> str:
+def _thousands(value: float, _: object) -> str:
     return f"{value / 1024:g}k" if value >= 8192 else f"{value:g}"
 
 
-def _percent(value: float, _) -> str:
+def _percent(value: float, _: object) -> str:
     return f"{100 * value:.2g}%" if value < 1 else "100%"
 
 

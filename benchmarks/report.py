@@ -1,6 +1,6 @@
-"""Tables and pictures of the result files: docs/benchmarks.md, docs/images and the table of the README.
+"""Generates docs/benchmarks.md, its plots and the table of the README from the result files.
 
-`python -m benchmarks.report`. The text depends on nothing but the JSON; a test fails where the two differ.
+`python -m benchmarks.report`. The text depends only on the JSON files; a test fails if it is out of date.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ SUITES = ("linear", "logits", "accuracy", "trainer", "sweeps")
 PAGE, IMAGES, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OURS = "cwdpo_kernels"
+LABELS = {f"{OURS}, none kept": f"{OURS}, tiles recomputed"}  # names in the result files -> in tables
 MODES = {
     "no_grad": "log-probs only, no gradient",
     "frozen": "forward and backward, frozen head",
@@ -27,10 +28,15 @@ ERRORS = {
     "grad_logits": "grad logits",
 }  # fmt: skip
 PICTURES = {
-    "response": "A step with a frozen head over the length of the answers (one pair, 256 tokens before them)",
-    "vocab": "The same over the vocabulary (answers of 64 tokens)",
-    "share": "The same over the share of the answer in sequences of 512 tokens",
-    "accuracy": "Relative error against float64 over the confidence of the tokens",
+    "response": "One step with a frozen head, by answer length (one pair, 256 prompt tokens)",
+    "vocab": "One step with a frozen head, by vocabulary size (one pair, answers of 64 tokens)",
+    "share": "One step with a frozen head, by the share of answer tokens in sequences of 512 tokens (one pair)",
+    "accuracy": "Relative error against float64, by the probability of the label",
+}
+SWEEPS = {  # name -> (heading, first cell of its table)
+    "response": ("Answer length", "tokens per answer"),
+    "vocab": ("Vocabulary size", "vocabulary size"),
+    "share": ("Share of answer tokens", "share of answer tokens"),
 }
 Reports = dict[str, dict]
 
@@ -40,7 +46,7 @@ def load(folder: Path = results.FOLDER) -> Reports:
 
 
 def main() -> None:
-    from benchmarks import overview, pictures  # matplotlib: the text does without
+    from benchmarks import overview, pictures  # here, because the text needs no matplotlib
 
     reports = load()
     pictures.draw(reports, IMAGES)
@@ -52,14 +58,14 @@ def main() -> None:
 
 
 def with_table(readme: str, reports: Reports) -> str:
-    """The README with everything between its markers replaced."""
+    """The README with a new table between its markers."""
     before, rest = readme.split(BEGIN)
     _, after = rest.split(END)
     return f"{before}{BEGIN}\n{readme_table(reports)}\n{END}{after}"
 
 
 def readme_table(reports: Reports) -> str:
-    """Time and memory of a step of SmolVLM's size, one line an implementation."""
+    """Time and memory of a step at the size of SmolVLM, one row per implementation."""
     report = reports["linear"]
     found = {entry["name"]: entry for entry in report["measurements"]}
     columns = {
@@ -77,7 +83,7 @@ def readme_table(reports: Reports) -> str:
         for name in found["smolvlm/trainable"]["results"]
     ]
     ratios = [f"{column[OURS]['against_best_peer']:.2f}" for column in columns.values()]
-    lines.append([f"{bold(OURS)}, time over the fastest peer's", *ratios, ""])
+    lines.append([f"{bold(OURS)}, time relative to the fastest peer", *ratios, ""])
     w = found["smolvlm/frozen"]["workload"]
     head = ["", *columns, "error of log-probs, bfloat16"]
     limits = ", ".join(f"{seconds(found[f'smolvlm/{mode}']['limit_seconds'])} s" for mode in workloads.MODES)
@@ -85,11 +91,12 @@ def readme_table(reports: Reports) -> str:
         [
             table(head, lines),
             "",
-            f"{report['environment']['device']}; {w['pairs']} pairs of {w['tokens']} tokens, {w['response']} of them "
-            f"labelled, V {w['vocab']}, D {w['dim']}; float32 where nothing else is said. Medians of interleaved "
-            "repetitions, and peak memory over inputs and gradients. The matrix products that no method can do "
-            f"without took {limits} (log-probs, frozen, trainable head). Empty: projects every token, not run in "
-            f"bfloat16. {others({'linear': report})} More, with pictures: [docs/benchmarks.md](docs/benchmarks.md).",
+            f"One CW-DPO step: {pairs(w)} of {w['tokens']} tokens, {w['response']} of them labelled; V {w['vocab']}, "
+            f"D {w['dim']}; float32 unless stated otherwise. {report['environment']['device']}. Median time of "
+            "interleaved runs, and peak memory above inputs and gradients. The matrix products that every method "
+            f"needs took {limits} (log-probs only, frozen head, trainable head). Empty cells were not measured: "
+            "implementations that project every token were not run in bfloat16. "
+            f"{others({'linear': report})} All results, with plots: [docs/benchmarks.md](docs/benchmarks.md).",
         ]
     )
 
@@ -101,16 +108,22 @@ def page(reports: Reports) -> str:
 
 INTRODUCTION = """# Benchmarks
 
-Written by `python -m benchmarks.report` from `benchmarks/results/*_cpu.json`, which `make bench` writes: do not edit.
+`make bench` measures and writes `benchmarks/results/*_cpu.json`. `python -m benchmarks.report` generates this page from
+those files, so do not edit it.
 
-- Every implementation is compared with float64 first; a run in which ours is off reports nothing.
-- Repetitions are interleaved in one process. Times are medians, with quartiles in brackets, in seconds.
-- "limit" is the share of the time that torch's own matrix products (or, for logits, a copy of the bytes moved) take,
-  measured in the same run: above 100 % is faster than these.
-- Memory is the peak of resident memory over inputs and gradients, measured in a process of its own, in MiB.
-- "best peer" is the time over that of the fastest peer: below 1 is faster than all of them.
-- Peers are called as their own projects call them on this device (`benchmarks/peers.py`). Liger's loss is plain DPO,
-  which costs the same."""
+How to read the tables:
+
+- **seconds**: the median of interleaved runs in one process, with quartiles in parentheses.
+- **vs fastest peer**: our time divided by that of the fastest peer. Below 1, ours is faster.
+- **of limit**: the limit divided by the time. The limit is the time of the necessary matrix products with torch (for
+  logits, of a copy that moves as many bytes), measured in the same run. Above 100 %, the implementation is faster than
+  that.
+- **MiB**: peak resident memory above inputs and gradients, measured in a separate process.
+- **error**: relative error against float64, in the 2-norm. It is checked before anything is timed: if an error of ours
+  exceeds its tolerance, nothing is reported.
+
+Peers are called the way their own projects call them on this device (`benchmarks/peers.py`). Liger's loss is plain DPO,
+which costs the same."""
 
 
 def machine(reports: Reports) -> str:
@@ -121,32 +134,37 @@ def machine(reports: Reports) -> str:
         table(["package", "version"], environment["versions"].items()),
     ]
     for name, reason in environment["cannot_run_here"].items():
-        lines += ["", f"Not run here: {name} ({reason})."]
+        lines += ["", f"Not run on this machine: {name} ({reason})."]
     commits = sorted({short(entry["commit"]) for report in reports.values() for entry in report["measurements"]})
     return "\n".join(["## Machine", "", *lines, "", f"Measured at commit {', '.join(commits)}. {others(reports)}"])
 
 
 def short(commit: str) -> str:
-    """Twelve digits, and whether the code differed."""
+    """The first twelve digits of a commit, and "+changes" if the code differed from it."""
     digits, plus, changes = commit.partition("+")
     return digits[:12] + plus + changes
 
 
 def others(reports: Reports) -> str:
+    """How much other processes may have disturbed the measurements."""
     shares = [entry["others"] for report in reports.values() for entry in report["measurements"] if "others" in entry]
     typical, most = statistics.median(shares), max(shares)
-    return f"Other processes took {typical:.0%} of the CPUs' time during the repetitions (median), {most:.0%} at most."
+    return f"Other processes used {typical:.0%} of the CPU time during the runs (median), at most {most:.0%}."
 
 
 def linear(reports: Reports) -> str:
     sections = ["## From hidden states to the loss"]
     for entry in reports["linear"]["measurements"]:
         w = entry["workload"]
-        size = f"{w['pairs']} pairs of {w['tokens']} tokens, {w['response']} labelled; V {w['vocab']}, D {w['dim']}"
-        limit = f"Limit, {' + '.join(products(entry))}: {seconds(entry['limit_seconds'])} s."
+        size = f"{pairs(w)} of {w['tokens']} tokens, {w['response']} labelled; V {w['vocab']}, D {w['dim']}"
+        limit = f"Limit: {seconds(entry['limit_seconds'])} s (products for {', '.join(products(entry))})."
         sections.append(f"### {w['name']}: {MODES[entry['mode']]}\n\n{size}, {w['dtype']}. {limit}")
         sections.append(comparison(entry["results"]))
     return "\n\n".join(sections)
+
+
+def pairs(workload: dict) -> str:
+    return f"{workload['pairs']} pair{'s' * (workload['pairs'] != 1)}"
 
 
 def products(entry: dict) -> list[str]:
@@ -155,10 +173,11 @@ def products(entry: dict) -> list[str]:
 
 
 def logits(reports: Reports) -> str:
-    sections = ["## From logits to log-probs", "Memory includes the gradient here: `reuse_logits` is about it."]
+    memory = "Here memory includes the gradient, because that is what `reuse_logits` saves."
+    sections = ["## From logits to log-probs", memory]
     for entry in reports["logits"]["measurements"]:
         w = entry["workload"]
-        limit = f"Limit, a copy of as many bytes: {seconds(entry['limit_seconds'])} s."
+        limit = f"Limit: {seconds(entry['limit_seconds'])} s (a copy of as many bytes)."
         size = f"{w['tokens']} tokens; V {w['vocab']}, {w['dtype']}"
         sections.append(f"### {w['name']}: {MODES[entry['mode']]}\n\n{size}. {limit}")
         sections.append(comparison(entry["results"]))
@@ -166,7 +185,7 @@ def logits(reports: Reports) -> str:
 
 
 def comparison(measured: dict[str, dict]) -> str:
-    """Time, ratios, memory and errors, one line an implementation."""
+    """Time, ratios, memory and errors, one row per implementation."""
     kinds = [kind for kind in ERRORS if any(kind in result["relative_error"] for result in measured.values())]
     lines = []
     for name, result in measured.items():
@@ -182,14 +201,15 @@ def comparison(measured: dict[str, dict]) -> str:
                 *(error(result["relative_error"].get(kind)) for kind in kinds),
             ]
         )
-    return table(["", "s", "best peer", "limit", "MiB", *(f"error: {ERRORS[kind]}" for kind in kinds)], lines)
+    head = ["", "seconds", "vs fastest peer", "of limit", "MiB", *(f"error: {ERRORS[kind]}" for kind in kinds)]
+    return table(head, lines)
 
 
 def accuracy(reports: Reports) -> str:
-    """One table a dtype and quantity: implementations over confidence."""
+    """One table per dtype and quantity: a row per implementation, a column per probability of the label."""
     entries = reports["accuracy"]["measurements"]
     w = entries[0]["workload"]
-    size = f"{w['tokens']} tokens, V {w['vocab']}, D {w['dim']}; gradients of the summed log-prob"
+    size = f"{w['tokens']} tokens, V {w['vocab']}, D {w['dim']}. The gradients are those of the sum of the log-probs"
     sections = ["## Accuracy over confidence", picture("accuracy"), f"{PICTURES['accuracy']}. {size}."]
     for dtype in dict.fromkeys(entry["workload"]["dtype"] for entry in entries):
         chosen = [entry for entry in entries if entry["workload"]["dtype"] == dtype]
@@ -217,27 +237,27 @@ def trainer(reports: Reports) -> str:
         for path, result in entry["results"].items()
     ]
     text = (
-        f"`CWDPOTrainer` on a LLaVA of {w['layers']} layers (hidden {w['dim']}, V {w['vocab']}, pictures of "
-        f"{(w['image_size'] // 8) ** 2} tokens), {w['pairs']} pairs with answers of {w['response']} tokens a step: "
-        "loading, reference, forward, backward, optimizer. Memory is the peak of a step over what is "
-        "resident before it, gradients included."
+        f"`CWDPOTrainer` with a LLaVA of {w['layers']} layers (D {w['dim']}, V {w['vocab']}, "
+        f"{(w['image_size'] // 8) ** 2} tokens per image) and {pairs(w)} per step, with answers of {w['response']} "
+        "tokens. A step includes data loading, reference, forward, backward and optimizer. Memory is the peak of a "
+        "step above the memory before it, gradients included."
     )
-    return "\n\n".join(["## A step of the trainer", text, table(["", "pairs / s", "s", "MiB"], lines)])
+    return "\n\n".join(["## A step of the trainer", text, table(["", "pairs per second", "seconds", "MiB"], lines)])
 
 
 def sweeps(reports: Reports) -> str:
-    sections = ["## Over answer length, vocabulary and share of the answer"]
-    for sweep in ("response", "vocab", "share"):
+    sections = ["## Scaling with answer length, vocabulary and share of answer tokens"]
+    for sweep, (heading, first_cell) in SWEEPS.items():
         entries = [entry for entry in reports["sweeps"]["measurements"] if entry["sweep"] == sweep]
         w = entries[0]["workload"]
         fixed = f"D {w['dim']}, {w['dtype']}" + ("" if sweep == "vocab" else f", V {w['vocab']}")
-        sections += [f"### {sweep}", picture(sweep), f"{PICTURES[sweep]}; {fixed}. Seconds, MiB."]
+        sections += [f"### {heading}", picture(sweep), f"{PICTURES[sweep]}; {fixed}. Cells: seconds, MiB."]
         names = dict.fromkeys(name for entry in entries for name in entry["results"])
         lines = [
             [bold(name), *(time_and_memory(entry["results"].get(name), units=False) for entry in entries)]
             for name in names
         ]
-        sections.append(table([sweep, *(axis_value(sweep, entry["value"]) for entry in entries)], lines))
+        sections.append(table([first_cell, *(axis_value(sweep, entry["value"]) for entry in entries)], lines))
     return "\n\n".join(sections)
 
 
@@ -255,7 +275,9 @@ def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
 
 
 def bold(name: str, ours: str = OURS) -> str:
-    return f"**{name}**" if name.startswith(ours) else name
+    """The name of an implementation as the tables show it: ours in bold."""
+    label = LABELS.get(name, name)
+    return f"**{label}**" if name.startswith(ours) else label
 
 
 def time_and_memory(result: dict | None, units: bool = True) -> str:
@@ -266,7 +288,7 @@ def time_and_memory(result: dict | None, units: bool = True) -> str:
 
 
 def seconds(value: float) -> str:
-    """Two significant digits down to a millisecond; never in powers of ten."""
+    """Two significant digits down to a millisecond, without an exponent."""
     decimals = next((d for d, least in ((0, 10), (1, 1), (2, 0.1), (3, 0.01)) if value >= least), 4)
     return f"{value:.{decimals}f}"
 

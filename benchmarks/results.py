@@ -1,4 +1,4 @@
-"""Result files: what was measured, where and with what; written after every measurement, so that a run can go on."""
+"""Result files. They are written after every measurement, so that an interrupted run can resume."""
 
 from __future__ import annotations
 
@@ -26,28 +26,29 @@ def load(suite: str, folder: Path = FOLDER) -> dict:
 
 
 class ResultFile:
-    """{"environment": ..., "measurements": [{"name", "commit", ...}]}; `go_on` keeps what the file has.
+    """A file {"environment": ..., "measurements": [{"name", "commit", ...}]}. `resume` keeps its measurements.
 
-    Raises SystemExit if it should go on with what another machine or other versions measured.
+    Raises SystemExit if `resume` finds measurements of another machine or with other versions.
     """
 
-    def __init__(self, path: Path, environment: dict, go_on: bool) -> None:
+    def __init__(self, path: Path, environment: dict, resume: bool) -> None:
         self.path, self.environment = path, environment
         self.measurements: dict[str, dict] = {}
-        if go_on and path.exists():
+        if resume and path.exists():
             stored = json.loads(path.read_text())
             if stored["environment"] != environment:
                 raise SystemExit(
                     f"{path}: expected environment to have value {stored['environment']}, got {environment}: "
-                    "a file holds one machine's figures; measure all of it anew (neither --resume nor --only)"
+                    "a file holds the results of one machine; run without --resume and --only to measure all of it"
                 )
             self.measurements = {entry["name"]: entry for entry in stored["measurements"]}
 
     def has(self, name: str, commit: str) -> bool:
-        """Whether this code has measured it already."""
+        """Whether the file has a measurement of that commit."""
         return self.measurements.get(name, {}).get("commit") == commit
 
     def put(self, name: str, commit: str, measured: dict) -> None:
+        """Add a measurement and write the file."""
         self.measurements[name] = {"name": name, "commit": commit, **measured}
         report = {"environment": self.environment, "measurements": list(self.measurements.values())}
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -57,15 +58,15 @@ class ResultFile:
 
 
 def check_build(package: Path = ROOT / "cwdpo_kernels", sources: Path = ROOT / "csrc") -> None:
-    """Raises SystemExit where the C++ library is older than its sources: its figures would bear the wrong commit."""
+    """Raise SystemExit if the C++ library is older than its sources: results would be stored under the wrong commit."""
     newest = max(path.stat().st_mtime for path in sources.rglob("*") if path.suffix in (".cpp", ".h"))
     for library in package.glob("libcwdpo_cpu*"):
         if library.stat().st_mtime < newest:
-            raise SystemExit(f"{library}: expected a library newer than csrc, got an older one: build it anew (`make`)")
+            raise SystemExit(f"{library}: expected a library newer than csrc, got an older one: rebuild it (`make`)")
 
 
 def commit() -> str:
-    """HEAD, with "+changes" where the code differs from it."""
+    """HEAD, with "+changes" if the code differs from it."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -75,6 +76,7 @@ def commit() -> str:
 
 
 def environment() -> dict:
+    """The machine, the versions, and the peers that cannot run."""
     lines = Path("/proc/cpuinfo").read_text().splitlines()
     cpu = next((x.split(":")[1].strip() for x in lines if "model name" in x), platform.processor())
     return {

@@ -1,8 +1,8 @@
-"""Time and memory of a step with a frozen head over one size at a time: what the pictures show (CPU).
+"""Benchmark of a step with a frozen head, varying one size at a time (CPU). The plots show these results.
 
-`response`: tokens of an answer, at a fixed prompt. `vocab`: entries of the vocabulary. `share`: how much of a
-sequence of fixed length is the answer; the rest is prompt and picture, which need no logits. Compiled full logits
-are left out: they lie between full logits and torch's own op.
+response: tokens per answer, with a fixed prompt. vocab: vocabulary size. share: the fraction of a sequence of fixed
+length that is the answer; prompt and image need no logits. The compiled variant of full logits is left out, because it
+lies between full logits and torch's own op.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ SWEEPS = {
 }
 
 
-def measurements() -> dict[str, Callable]:
+def measurements() -> dict[str, Callable[..., dict]]:
+    """Name -> measurement (see run.SUITES)."""
     return {
         f"{sweep}/{value}": lambda repeats, call, sweep=sweep, value=value, workload=workload: {
             "sweep": sweep,

@@ -1,9 +1,9 @@
-"""A whole CW-DPO step of the trainer on a small LLaVA, with the fused head and with full logits (CPU).
+"""Benchmark of a whole CW-DPO step of the trainer on a small LLaVA, with the fused head and with full logits (CPU).
 
-A step collates two pairs, scores them with the reference, runs the policy forward and backward and updates its
-weights. The trainer's cache of the reference's log-probs is off: only the first epoch would score. Nothing but the
-head's two functions differs between the paths. The model has SmolVLM's vocabulary, a picture of 256 tokens in every
-prompt and answers of 64 tokens.
+A step collates two pairs, computes their reference log-probs, runs forward and backward of the policy, and updates its
+weights. The cache of reference log-probs is off, because with it only the first epoch would compute them. The two paths
+differ only in the two functions of the head. The model has SmolVLM's vocabulary, 256 image tokens in every prompt, and
+answers of 64 tokens.
 """
 
 from __future__ import annotations
@@ -44,8 +44,8 @@ from cwdpo_trainer.data.rows import Row, load_rows
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.stages import dpo
 
-WARM_UP, MOST = 2, 5  # steps
-LOSS_TOLERANCE = 1e-4  # of a step, between the paths
+WARM_UP, MAX_STEPS = 2, 5
+LOSS_TOLERANCE = 1e-4  # between the losses of the two paths
 WORDS = ("red", "green", "blue", "square", "circle", "left", "right", "above")
 SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 SAMPLING = SamplingArguments(max_new_tokens=2)
@@ -53,7 +53,7 @@ SAMPLING = SamplingArguments(max_new_tokens=2)
 
 @dataclass(frozen=True)
 class Shape:
-    """`image_size` in pixels, a patch of 8 x 8 is a token; `response` tokens an answer."""
+    """The model and the data. image_size: in pixels; each 8 x 8 patch is a token. response: tokens per answer."""
 
     vocab: int = 49280
     dim: int = 256
@@ -67,11 +67,12 @@ SHAPE = Shape()
 
 
 def full_logits_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> ck.SequenceLogprob:
+    """Sequence log-probs from eager token log-probs."""
     return reference.sequence_logprob(peers.eager_logp(hidden, head, labels), labels)
 
 
 def full_logits_loss(hidden: Tensor, head: ck.Head, labels: Tensor, *refs: Tensor, **options) -> ck.CWDPOOutput:
-    """The same loss and figures from eager log-probs."""
+    """The same loss and metrics from eager log-probs."""
     sequences = full_logits_logp(hidden, head, labels)
     pairs = labels.shape[0] // 2
     chosen, rejected = (
@@ -86,7 +87,8 @@ PATHS = {
 }
 
 
-def measurements() -> dict[str, Callable]:
+def measurements() -> dict[str, Callable[..., dict]]:
+    """Name -> measurement (see run.SUITES)."""
     return {
         head: lambda repeats, call, head=head: measure(head == "trainable", repeats, call)
         for head in ("frozen", "trainable")
@@ -94,11 +96,11 @@ def measurements() -> dict[str, Callable]:
 
 
 def measure(trainable: bool, repeats: int, call: Callable, shape: Shape = SHAPE) -> dict:
-    """Seconds, pairs per second and peak memory of a step with each path. Stops if their losses differ."""
+    """Seconds, pairs per second and peak memory of a step with each path. Raises SystemExit if their losses differ."""
     with timing.others() as others:
-        found = {path: train(path, trainable, WARM_UP + min(max(repeats, 2), MOST), shape) for path in PATHS}
+        found = {path: train(path, trainable, WARM_UP + min(max(repeats, 2), MAX_STEPS), shape) for path in PATHS}
     first, second = (torch.tensor(run.losses) for run in found.values())
-    if not (first - second).abs().max() <= LOSS_TOLERANCE:  # the first is ln 2 whatever the head: all of them count
+    if not (first - second).abs().max() <= LOSS_TOLERANCE:  # all steps, because the first loss is ln 2 for any head
         raise SystemExit(f"trainer: losses differ, nothing is reported: {first.tolist()}, {second.tolist()}")
     results = {}
     for path, run in found.items():
@@ -109,26 +111,26 @@ def measure(trainable: bool, repeats: int, call: Callable, shape: Shape = SHAPE)
 
 
 def peak(path: str, trainable: bool, shape: Shape) -> int:
-    """Bytes of a step over what is resident before it: weights and optimizer state are not counted. In a worker."""
+    """Peak bytes of a step above the memory before it, so without weights and optimizer state. Runs in a worker."""
     return train(path, trainable, WARM_UP + 1, shape).peaks[-1]
 
 
 class Recorder(TrainerCallback):
-    """Seconds from the end of a step to the end of the next, loading included; losses; peaks of resident bytes."""
+    """Records for each step: its time from the end of the last one, so with data loading; loss; peak resident bytes."""
 
     def __init__(self) -> None:
         self.seconds: list[float] = []
         self.losses: list[float] = []
         self.peaks: list[int] = []
 
-    def on_train_begin(self, *args, **kwargs) -> None:
+    def on_train_begin(self, *args: object, **kwargs: object) -> None:
         self._last = time.perf_counter()
 
-    def on_step_begin(self, *args, **kwargs) -> None:
+    def on_step_begin(self, *args: object, **kwargs: object) -> None:
         memory.reset_peak()
         self._resident = memory.status("VmRSS")
 
-    def on_step_end(self, *args, **kwargs) -> None:
+    def on_step_end(self, *args: object, **kwargs: object) -> None:
         now = time.perf_counter()
         self.seconds.append(now - self._last)
         self._last = now
@@ -141,7 +143,7 @@ class Recorder(TrainerCallback):
 
 def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
     """`steps` steps of the real trainer with the given head path."""
-    quiet = contextlib.redirect_stdout(io.StringIO())  # what the trainer says of its run
+    quiet = contextlib.redirect_stdout(io.StringIO())  # hides the trainer's output
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(dpo, **PATHS[path]), quiet:
         collator = PairCollator(build_processor(shape))
         rows = build_rows(Path(folder), shape)
@@ -152,7 +154,7 @@ def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
             output_dir=folder, max_steps=steps, per_device_train_batch_size=shape.pairs, logging_steps=1,
             eval_strategy="no", eval_on_start=False, save_strategy="no", report_to="none", disable_tqdm=True,
             reference_cache=None,
-            logp_floor=-math.log(shape.vocab),  # that of random weights: w_c is near 1/2
+            logp_floor=-math.log(shape.vocab),  # mean log-prob of random weights, so that w_c is near 1/2
             use_cpu=True, logging_nan_inf_filter=False,
         )  # fmt: skip
         probes = Probes(rows[:1], collator, ProbeArguments(rows=1, batch_size=1), SAMPLING, args.cooling, seed=0)
@@ -164,7 +166,8 @@ def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
 
 
 def build_processor(shape: Shape) -> LlavaProcessor:
-    vocabulary = {token: place for place, token in enumerate((*SPECIAL, *WORDS))}
+    """A processor with a word-level tokenizer."""
+    vocabulary = {token: index for index, token in enumerate((*SPECIAL, *WORDS))}
     backend = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
     backend.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer = PreTrainedTokenizerFast(
@@ -179,7 +182,7 @@ def build_processor(shape: Shape) -> LlavaProcessor:
 
 
 def build_model(processor: LlavaProcessor, shape: Shape) -> LlavaForConditionalGeneration:
-    """Random weights, from torch's default generator."""
+    """A model with random weights from torch's default generator."""
     ids = processor.tokenizer
     config = LlavaConfig(
         vision_config=CLIPVisionConfig(
@@ -197,7 +200,7 @@ def build_model(processor: LlavaProcessor, shape: Shape) -> LlavaForConditionalG
 
 
 def build_rows(folder: Path, shape: Shape, count: int = 8) -> list[Row]:
-    """Answers of `response` tokens, the end of the sequence included."""
+    """Rows with answers of `response` tokens, including the end-of-sequence token."""
     Image.new("RGB", (shape.image_size, shape.image_size), (200, 30, 30)).save(folder / "picture.png")
 
     def answer(start: int) -> str:

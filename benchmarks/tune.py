@@ -1,7 +1,7 @@
-"""Times launch configurations of the sweep and the gradient kernel on this GPU and prints the best row for configs.py.
+"""Times launch configurations of the sweep and gradient kernels on this GPU and prints the best row for configs.py.
 
-`python -m benchmarks.tune [--dtype bfloat16] [--tokens N --vocab V --dim D]`. Candidates that do not compile, exceed
-the chip's shared memory or give a wrong result are named and left out. Without a GPU there is nothing to time.
+`python -m benchmarks.tune [--dtype bfloat16] [--tokens N --vocab V --dim D]`. Candidates that do not compile, need too
+much shared memory or give a wrong result are listed and skipped.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ REPEATS = 5
 
 
 def candidates(base: configs.TileConfig) -> list[configs.TileConfig]:
-    """Shapes of tiles, pipeline depths, order of tiles, one program a tile or a processor."""
+    """All combinations of tile shape, warps, pipeline stages, tile order, and persistent or not."""
     return [
         replace(base, block_n=n, block_v=v, block_d=d, num_warps=warps, num_stages=stages, group_n=group, persistent=p)
         for (n, v, d), warps, stages, group, p in itertools.product(
@@ -36,17 +36,17 @@ def candidates(base: configs.TileConfig) -> list[configs.TileConfig]:
 def milliseconds_of(
     config: configs.TileConfig, arguments: tuple, expected: torch.Tensor | None
 ) -> tuple[float, torch.Tensor]:
-    """Median time of a no-grad forward and of a backward with this configuration; raises where it is wrong."""
+    """The median time of a forward without kept tiles plus a backward, and its log-probs. Raises if they are wrong."""
     hidden, weight, labels = arguments
     key = (configs.chip(hidden.device), "half" if hidden.itemsize == 2 else configs.precision())
     with mock.patch.dict(configs.TILES, {key: config}):
         head = (hidden, weight, None, labels, 1.0, None, -100)
 
         def step() -> torch.Tensor:
-            logp, anchor, total, _, kept = linear_logprob.linear_logprob(*head, False, False, 0, 0)
+            logp, anchor, sum_exp, _, kept = linear_logprob.linear_logprob(*head, False, False, 0, 0)
             grad = torch.ones_like(logp)
             linear_logprob.linear_logprob_backward(
-                grad, *head[:4], logp, anchor, total, kept, *head[4:], True, True, False, False, 0
+                grad, *head[:4], logp, anchor, sum_exp, kept, *head[4:], True, True, False, False, 0
             )
             return logp
 
@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=4096)
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        sys.exit("benchmarks.tune: expected a GPU, torch.cuda.is_available() is False")
+        sys.exit("benchmarks.tune: expected a GPU, got torch.cuda.is_available() == False")
     dtype = getattr(torch, options.dtype)
     hidden = torch.randn(options.tokens, options.dim, device="cuda", dtype=dtype)
     weight = torch.randn(options.vocab, options.dim, device="cuda", dtype=dtype) * options.dim**-0.5
@@ -73,13 +73,13 @@ def main() -> None:
 
     base = configs.tile_config(hidden)
     best, expected = milliseconds_of(base, arguments, None)
-    print(f"{best:9.2f} ms  {base}  (the row in use)", flush=True)
+    print(f"{best:9.2f} ms  {base}  (current row)", flush=True)
     winner = base
     for config in candidates(base):
-        try:  # a candidate that fails is a finding, not the end
+        try:  # a failing candidate is reported and skipped
             time, _ = milliseconds_of(config, arguments, expected)
         except (triton.errors.TritonError, RuntimeError, AssertionError) as error:
-            print(f"     left out  {config}: {str(error).splitlines()[0]}", flush=True)
+            print(f"      skipped  {config}: {str(error).splitlines()[0]}", flush=True)
             continue
         if time < best:
             best, winner = time, config

@@ -1,4 +1,4 @@
-"""Named workloads: the shapes of a DPO step on published vision-language models, and a subset for a CPU."""
+"""The shapes of a DPO step on published vision-language models, and the workloads for a CPU."""
 
 from __future__ import annotations
 
@@ -11,13 +11,14 @@ from torch import Tensor
 import cwdpo_kernels as ck
 from cwdpo_kernels.testing import make_inputs
 
-MODES = ("no_grad", "frozen", "trainable")  # log-probs only; a step with a frozen head; with a trainable one
-REFERENCE_LOGP = -12.0  # nats per token, of every answer: near what random heads give
+# Log-probs without a gradient; forward and backward with a frozen head; the same with a trainable head.
+MODES = ("no_grad", "frozen", "trainable")
+REFERENCE_LOGP = -12.0  # nats per token of every answer, about what random heads give
 
 
 @dataclass(frozen=True)
 class Model:
-    """Of a published config.json: V, D and the tokens that one picture of 640 x 480 takes in the prompt."""
+    """V and D from a published config.json, and the number of prompt tokens of a 640 x 480 image."""
 
     vocab: int
     dim: int
@@ -25,20 +26,20 @@ class Model:
 
 
 MODELS = {
-    "SmolVLM-256M": Model(49280, 576, 13 * 64),  # 4 x 3 crops of 512 x 512 and the whole picture
-    "Qwen2.5-VL-3B": Model(151936, 2048, 23 * 17),  # one token for 28 x 28 pixels
+    "SmolVLM-256M": Model(49280, 576, 13 * 64),  # 4 x 3 crops of 512 x 512, and the whole image
+    "Qwen2.5-VL-3B": Model(151936, 2048, 23 * 17),  # one token per 28 x 28 pixels
     "Qwen2.5-VL-7B": Model(152064, 3584, 23 * 17),
     "Qwen2.5-VL-72B": Model(152064, 8192, 23 * 17),
     "Gemma-3-4B": Model(262208, 2560, 256),
-    "Llama-3.2-11B-Vision": Model(128256, 4096, 1),  # the picture goes through cross-attention
+    "Llama-3.2-11B-Vision": Model(128256, 4096, 1),  # the image enters through cross-attention
 }
-QUESTION = 64  # tokens of text in a prompt
+QUESTION = 64  # text tokens in a prompt
 RESPONSES = (64, 256, 1024, 4096)
 PAIRS = (1, 2, 4, 8)
 
 
 class Inputs(NamedTuple):
-    """hidden [2P, T, D], head, aligned labels [2P, T], the reference's total log-probs [2, P] in nats."""
+    """hidden [2P, T, D], head, aligned labels [2P, T], reference log-probs of the answers [2, P] in nats."""
 
     hidden: Tensor
     head: ck.Head
@@ -48,7 +49,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """P pairs of T tokens, the last `response` of which are labelled."""
+    """P pairs of T tokens, of which the last `response` are labelled."""
 
     name: str
     pairs: int
@@ -57,11 +58,11 @@ class Workload:
     vocab: int
     dim: int
     dtype: torch.dtype = torch.float32
-    all_tokens: bool = True  # run those that project all 2PT tokens, too
+    all_tokens: bool = True  # also run implementations that project all 2PT tokens
 
     @classmethod
     def of(cls, model: str, pairs: int, response: int, dtype: torch.dtype = torch.bfloat16) -> Workload:
-        """A picture, a question and an answer of `response` tokens for the named model."""
+        """An image, a question and an answer of `response` tokens, for the named model."""
         shape = MODELS[model]
         tokens = shape.image_tokens + QUESTION + response
         return cls(f"{model}, {pairs} x {response}", pairs, tokens, response, shape.vocab, shape.dim, dtype)
@@ -71,7 +72,7 @@ class Workload:
         return 2 * self.pairs * self.response
 
     def make(self, mode: str) -> Inputs:
-        """Leaves on the default device; what requires a gradient is up to `mode`."""
+        """The inputs on the default device. `mode` decides which of them require a gradient."""
         shape = (2 * self.pairs, self.tokens)
         hidden, head, labels = make_inputs(shape, self.vocab, self.dim, self.dtype, labelled=1.0, logit_std=2.0)
         labels[:, : -self.response] = -100
@@ -80,6 +81,7 @@ class Workload:
         return Inputs(hidden, head, labels, torch.full((2, self.pairs), REFERENCE_LOGP * self.response))
 
     def record(self) -> dict:
+        """The workload as stored in result files."""
         return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch."), "labelled": self.labelled}
 
 
@@ -87,7 +89,7 @@ WORKLOADS = [Workload.of(model, pairs, response) for model in MODELS for pairs i
 
 SMOLVLM = {"pairs": 2, "tokens": 1024, "response": 128, "vocab": 49280, "dim": 576}  # SmolVLM-256M's head
 QWEN = {"pairs": 1, "tokens": 1024, "response": 256, "vocab": 151936, "dim": 896}  # Qwen2.5-0.5B's
-ON_A_CPU = {  # and its modes
+ON_A_CPU = {  # workload -> modes
     Workload("smolvlm", **SMOLVLM): MODES,
     Workload("smolvlm-bf16", **SMOLVLM, dtype=torch.bfloat16, all_tokens=False): MODES,
     Workload("qwen2.5-0.5b", **QWEN, all_tokens=False): ("frozen",),

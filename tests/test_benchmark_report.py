@@ -1,4 +1,4 @@
-"""What README and docs say of the benchmarks is what their JSON says."""
+"""The README and docs/benchmarks.md agree with the result files."""
 
 import copy
 import re
@@ -16,11 +16,11 @@ def reports():
     return report.load()
 
 
-def test_the_page_is_that_of_the_results(reports):
+def test_the_page_matches_the_results(reports):
     assert report.PAGE.read_text() == report.page(reports), HINT
 
 
-def test_the_readme_is_that_of_the_results(reports):
+def test_the_readme_matches_the_results(reports):
     readme = report.README.read_text()
     assert readme == report.with_table(readme, reports), HINT
 
@@ -29,7 +29,7 @@ def test_the_picture_of_the_readme_is_that_of_the_results(reports):
     assert (report.IMAGES / "overview.svg").read_text() == overview.svg(reports), HINT
 
 
-def test_a_figure_that_drifts_is_seen(reports):
+def test_a_changed_result_changes_the_text(reports):
     drifted = copy.deepcopy(reports)
     for entry in drifted["linear"]["measurements"]:
         entry["results"]["cwdpo_kernels"]["median_seconds"] *= 1.5
@@ -65,7 +65,7 @@ def test_errors_memory_and_commits():
 
 
 def test_no_other_figure_of_time_or_memory_in_the_readme():
-    """They come from a JSON, so from between the markers."""
+    """Measured values appear only between the markers, where they come from the result files."""
     before, rest = Path(report.README).read_text().split(report.BEGIN)
     text = before + rest.split(report.END)[1]
     assert not re.findall(r"\d+(?:\.\d+)? (?:s|ms|MiB|GiB)\b", text)
