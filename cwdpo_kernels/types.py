@@ -95,8 +95,8 @@ class GentleNegatives:
 class MemoryBudget:
     """Bytes that a linear op may use beyond its inputs, outputs and gradients. Affects speed, not the result.
 
-    workspace_bytes: limit for the vocabulary tiles that exist at one time (at least one does). None: the default of the
-        device's backend, `default_workspace_bytes(device)`.
+    workspace_bytes: limit for the vocabulary tiles in memory at one time (always at least one). None: the default of
+        the device's backend, `default_workspace_bytes(device)`.
 
     kept_bytes: limit for the tiles that forward of a trainable head keeps for backward; 0 recomputes all of them. None:
         as many as fit in the memory of the head's gradient, which forward then allocates and backward overwrites.

@@ -106,7 +106,7 @@ def attach_head(model: nn.Module) -> HeadInfo:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Put `model` and its submodules in evaluation mode; afterwards restore each module's own mode, even on errors.
 
-    `model.train(was_training)` would not do: it sets all submodules to one mode, including those that were frozen in
+    `model.train(was_training)` is not enough: it sets all submodules to one mode, including those that were frozen in
     evaluation mode.
     """
     modes = [(module, module.training) for module in model.modules()]

@@ -132,7 +132,7 @@ def linear_logprob_backward(
     labelled = labels != ignore_index
     rows = rows_where(labelled & (grad_logp != 0))
     labels_N, anchor_N, sum_exp_N = labels[rows].long(), anchor[rows], sum_exp[rows]
-    # Forward planned its tiles for all labelled rows. Plan the same ones, so that the kept tiles are found.
+    # Forward planned its tiles for all labelled rows. Use the same plan, so that kept tiles have the same boundaries.
     n_labelled = int(labelled.sum())
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
     kept_tiles = KeptTiles(kept, head, n_labelled, selected=_positions(labelled, rows))
