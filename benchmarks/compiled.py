@@ -84,19 +84,19 @@ def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | No
     n, v, d, pairs = 8192, 151936, 4096, 4
     with torch.device("meta"):
         hidden, weight = torch.empty(n, d, dtype=dtype), torch.empty(v, d, dtype=dtype)
-        bias = torch.empty(v, dtype=dtype) if bias else None
+        bias_vector = torch.empty(v, dtype=dtype) if bias else None
         labels, logp = torch.empty(n, dtype=torch.int64), torch.empty(n)
         cu_seqlens, refs = torch.empty(2 * pairs + 1, dtype=torch.int64), torch.empty(pairs)
-    head = (hidden, weight, bias, labels, 1.0, softcap, -100)
+    head = (hidden, weight, bias_vector, labels, 1.0, softcap, -100)
     linear_logprob.linear_logprob(*head, True, False, 0, 0)
     *_, kept = linear_logprob.linear_logprob(*head, False, False, 0, 1 << 30)
     for sparse_grad in (False, True):
         linear_logprob.linear_logprob_backward(
-            logp, *head[:4], logp, logp, logp, kept, *head[4:], True, True, bias is not None, sparse_grad, 0
+            logp, *head[:4], logp, logp, logp, kept, *head[4:], True, True, bias, sparse_grad, 0
         )
     token_stats.token_stats(*head, 0)
     token_divergence.token_divergence(*head[:3], 1.0, softcap, *head[:3], 1.0, softcap, 0)
-    if bias is None:
+    if not bias:
         logits = torch.empty(n, v, dtype=dtype, device="meta")
         logits_logprob.logits_logprob(logits, labels, -100, False)
         logits_logprob.logits_logprob_backward(logp, logits, labels, logp, logp, logp, -100)
@@ -146,14 +146,20 @@ def _cuda_resources(compiled) -> dict:
         tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
         command = [str(tool), "--dump-resource-usage", file.name]
         usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-    found = re.search(r"REG:(\d+) STACK:(\d+)", usage)
-    return {"registers": int(found[1]), "spill_bytes": int(found[2])}
+    return {"registers": _number(r"REG:(\d+)", usage), "spill_bytes": _number(r"STACK:(\d+)", usage)}
 
 
 def _amd_resources(compiled) -> dict:
     code = compiled.asm["amdgcn"]
-    registers = int(re.search(r"\.vgpr_count:\s*(\d+)", code)[1])
-    return {"registers": registers, "spill_bytes": 4 * int(re.search(r"\.vgpr_spill_count:\s*(\d+)", code)[1])}
+    spilled = _number(r"\.vgpr_spill_count:\s*(\d+)", code)
+    return {"registers": _number(r"\.vgpr_count:\s*(\d+)", code), "spill_bytes": 4 * spilled}
+
+
+def _number(pattern: str, text: str) -> int:
+    found = re.search(pattern, text)
+    if found is None:
+        raise ValueError(f"compiled: expected the compiler's output to contain {pattern}, got {text[:200]!r}")
+    return int(found[1])
 
 
 def failures(row: dict) -> list[str]:
@@ -174,16 +180,16 @@ def failures(row: dict) -> list[str]:
 
 
 def compile_chip(chip: str) -> list[dict]:
-    cases = [
-        ("half", torch.bfloat16, {}),
-        ("half", torch.float16, {"bias": True, "softcap": 30.0}),
-        ("tf32", torch.float32, {"bias": True}),
-        ("ieee", torch.float32, {"bias": True}),
+    cases = [  # precision, dtype, bias, soft cap
+        ("half", torch.bfloat16, False, None),
+        ("half", torch.float16, True, 30.0),
+        ("tf32", torch.float32, True, None),
+        ("ieee", torch.float32, True, None),
     ]
     rows, seen = [], set()
-    for kind, dtype, options in cases:
+    for kind, dtype, bias, softcap in cases:
         with recorded(chip, "ieee" if kind == "half" else kind) as launches:
-            call_every_op(dtype, **options)
+            call_every_op(dtype, bias=bias, softcap=softcap)
         for kernel, arguments, launch_options in launches:
             key = source_of(kernel, arguments).hash() + str(launch_options)
             if key not in seen:

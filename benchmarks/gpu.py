@@ -224,18 +224,21 @@ def main() -> None:
         sys.exit("benchmarks.gpu: expected a GPU, got torch.cuda.is_available() == False")
     torch.set_default_device("cuda")
     options.out.mkdir(parents=True, exist_ok=True)
-    report = {"environment": environment(), "measurements": [], "peers_that_failed": {}}
+    machine = environment()
+    measurements: list[dict] = []
+    failed: dict[str, str] = {}
+    report = {"environment": machine, "measurements": measurements, "peers_that_failed": failed}
     if not options.quick:
         report |= run_tests(options.out)
     check_values()
     table = []
     for shape in SHAPES[:1] if options.quick else SHAPES:
         flops, bandwidth = limits(shape)
-        for make in (linear_steps, lambda shape: peer_steps(shape, report["peers_that_failed"]), logits_steps):
+        for make in (linear_steps, lambda shape: peer_steps(shape, failed), logits_steps):
             steps, costs = make(shape)
             for name, result in measure(steps).items():
                 result["of_limit"] = costs[name].seconds(flops, bandwidth) * 1e3 / result["ms"]
-                report["measurements"].append({"shape": shape.name, "op": name, **result})
+                measurements.append({"shape": shape.name, "op": name, **result})
                 table.append(
                     f"{shape.name:16}{name:48}{result['ms']:9.2f}{result['extra_gib']:11.2f}{result['of_limit']:10.2f}"
                 )
@@ -243,10 +246,10 @@ def main() -> None:
             torch.cuda.empty_cache()
         report[f"limits {shape.name}"] = {"gemm_tflops": flops / 1e12, "copy_gb_per_s": bandwidth / 1e9}
     (options.out / "gpu.json").write_text(json.dumps(report, indent=1) + "\n")
-    print(f"{report['environment']['device']}; exit code of the tests: {report.get('tests', 'not run')}")
+    print(f"{machine['device']}; exit code of the tests: {report.get('tests', 'not run')}")
     print(f"{'shape':16}{'op':48}{'ms':>9}{'extra GiB':>11}{'of limit':>10}")
     print("\n".join(table))
-    for name, reason in report["peers_that_failed"].items():
+    for name, reason in failed.items():
         print(f"did not run: {name} ({reason})")
 
 

@@ -46,7 +46,9 @@ def measure(workload: Workload, mode: str, repeats: int, call: Callable, without
     """
     inputs = workload.make(mode)
     found = {name: peer for name, peer in applicable(workload, mode).items() if name not in without}
-    results = {name: {"relative_error": error} for name, error in errors(workload, mode, inputs, found).items()}
+    results: dict[str, dict] = {
+        name: {"relative_error": error} for name, error in errors(workload, mode, inputs, found).items()
+    }
     steps = {
         name: lambda step=implementation.step: step_seconds(step, inputs) for name, implementation in found.items()
     }

@@ -47,7 +47,7 @@ WORKLOADS = [
 
 def implementations(mode: str) -> dict[str, Callable[[Tensor, Tensor], Tensor]]:
     """Name -> function from logits [N, V] and labels [N] to log-probs [N]. Ours come first."""
-    found = {"cwdpo_kernels": ck.logits_logprob}
+    found: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"cwdpo_kernels": ck.logits_logprob}
     if mode == "backward":  # without backward both are the same
         found["cwdpo_kernels, reuse_logits"] = functools.partial(ck.logits_logprob, reuse_logits=True)
     found |= {
@@ -82,8 +82,10 @@ def measure(workload: LogitsWorkload, mode: str, repeats: int, call: Callable) -
     """Errors, times, the measured limit and peak memory of every implementation."""
     logits, labels = workload.make(mode)
     found = implementations(mode)
-    results = {name: {"relative_error": error} for name, error in errors(workload, found, logits, labels).items()}
-    steps = {name: lambda logp=logp: step_seconds(logp, logits, labels) for name, logp in found.items()}
+    results: dict[str, dict] = {
+        name: {"relative_error": error} for name, error in errors(workload, found, logits, labels).items()
+    }
+    steps = {name: functools.partial(step_seconds, logp, logits, labels) for name, logp in found.items()}
     with timing.others() as others:
         times = timing.interleaved(steps, repeats)
     medians = {name: timing.summary(values)["median_seconds"] for name, values in times.items()}

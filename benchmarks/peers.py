@@ -80,7 +80,8 @@ def loss_of(logp: Tensor, labels: Tensor, refs: Tensor, cooling: ck.Cooling = CO
     chosen, rejected = (
         ck.SequenceLogprob(*(x[part] for x in sequences)) for part in (slice(pairs), slice(pairs, None))
     )
-    return reference.cwdpo_loss(chosen, rejected, *refs.to(logp.dtype), BETA, cooling)
+    ref_chosen, ref_rejected = refs.to(logp.dtype)
+    return reference.cwdpo_loss(chosen, rejected, ref_chosen, ref_rejected, BETA, cooling)
 
 
 def _ours(kept_bytes: int | None, only_trainable: bool = False) -> Implementation:
@@ -90,8 +91,10 @@ def _ours(kept_bytes: int | None, only_trainable: bool = False) -> Implementatio
         return ck.linear_logprob(hidden, head, labels, budget=budget)
 
     def step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:
-        options = {"beta": BETA, "cooling": COOLING, "budget": budget}
-        return ck.linear_cwdpo_loss(hidden, head, labels, *refs, **options).loss
+        ref_chosen, ref_rejected = refs
+        return ck.linear_cwdpo_loss(
+            hidden, head, labels, ref_chosen, ref_rejected, beta=BETA, cooling=COOLING, budget=budget
+        ).loss
 
     return Implementation(OURS, step, logp, only_trainable=only_trainable)
 
@@ -157,7 +160,9 @@ def _cut_cross_entropy_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Te
     return -linear_cross_entropy(hidden, head.weight, labels, impl=impl, reduction="none").float()
 
 
-def _torch_logp(hidden: Tensor, head: ck.Head, labels: Tensor, options: object = None) -> Tensor:
+def _torch_logp(
+    hidden: Tensor, head: ck.Head, labels: Tensor, options: torch.nn.LinearCrossEntropyOptions | None = None
+) -> Tensor:
     """It would project ignored tokens, so they are removed first."""
     labelled = labels != -100
     nll = F.linear_cross_entropy(hidden[labelled], head.weight, labels[labelled], reduction="none", options=options)

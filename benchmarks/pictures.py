@@ -37,14 +37,15 @@ MIN_MIB = 0.1  # values below are drawn here: a logarithmic axis has no zero
 def draw(reports: dict[str, dict], folder: Path) -> None:
     """Write one SVG per plot. Equal results give equal bytes with the same matplotlib."""
     folder.mkdir(parents=True, exist_ok=True)
-    style = {
-        "svg.hashsalt": "cwdpo",
-        "svg.fonttype": "none",
-        "font.size": 10,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
+    with plt.rc_context(
+        {
+            "svg.hashsalt": "cwdpo",
+            "svg.fonttype": "none",
+            "font.size": 10,
+            "axes.spines.top": False,
+            "axes.spines.right": False,
+        }
+    ):
         for sweep in SWEEPS:
             _save(_sweep(reports["sweeps"]["measurements"], sweep), folder / f"{sweep}.svg")
         _save(_accuracy(reports["accuracy"]["measurements"]), folder / "accuracy.svg")

@@ -14,7 +14,7 @@ from benchmarks.workloads import Workload
 
 MODE, WITHOUT = "frozen", ("torch.compile, full logits",)
 DIM, REPEATS = 512, 3
-SWEEPS = {
+SWEEPS: dict[str, dict[float, Workload]] = {
     "response": {n: Workload(f"response {n}", 1, 256 + n, n, 16384, DIM) for n in (64, 256, 512, 1024)},
     "vocab": {v: Workload(f"vocab {v}", 1, 256, 64, v, DIM) for v in (8192, 16384, 32768, 65536)},
     "share": {n / 512: Workload(f"share {n / 512}", 1, 512, n, 16384, DIM) for n in (16, 64, 256, 512)},

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
 # A step is not repeated further once it has run ENOUGH_SECONDS in total and MIN_REPEATS times. A step that takes
 # VERY_LONG_SECONDS runs once.
@@ -24,7 +26,7 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(steps: dict[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
+def interleaved(steps: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
     """Repeat all steps in turn, so that a slow phase of the machine affects all of them. Each step returns its time."""
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats):
@@ -72,19 +74,19 @@ def products(rows: int, dim: int, vocab: int, dtype: torch.dtype) -> dict[str, C
     hidden, logits = torch.randn(rows, dim, dtype=dtype), torch.randn(TILE, rows, dtype=dtype)
     weight, grad_hidden = torch.randn(tiles * TILE, dim, dtype=dtype), torch.zeros(rows, dim, dtype=dtype)
     out = torch.zeros_like(weight)
-    of_tile = {
+    of_tile: dict[str, Callable[[slice], Tensor]] = {
         "logits": lambda tile: torch.mm(weight[tile], hidden.T, out=logits),
         "grad_hidden": lambda tile: torch.addmm(grad_hidden, logits.T, weight[tile], out=grad_hidden),
         "grad_weight": lambda tile: torch.mm(logits, hidden, out=out[tile]),
     }
 
-    def step(product: Callable) -> float:
+    def step(product: Callable[[slice], Tensor]) -> float:
         start = time.perf_counter()
         for i in range(tiles):
             product(slice(i * TILE, (i + 1) * TILE))
         return (time.perf_counter() - start) * vocab / (tiles * TILE)
 
-    return {name: lambda product=product: step(product) for name, product in of_tile.items()}
+    return {name: functools.partial(step, product) for name, product in of_tile.items()}
 
 
 def copy_bytes_per_second(size: int = 1 << 28, repeats: int = 5) -> float:

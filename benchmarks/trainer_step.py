@@ -15,9 +15,10 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 from unittest import mock
 
 import torch
@@ -81,7 +82,7 @@ def full_logits_loss(hidden: Tensor, head: ck.Head, labels: Tensor, *refs: Tenso
     return ck.cwdpo_loss(chosen, rejected, *refs, **options)
 
 
-PATHS = {
+PATHS: dict[str, dict[str, Any]] = {  # the attributes of `dpo` that a path replaces
     "fused": {"linear_sequence_logprob": ck.linear_sequence_logprob, "linear_cwdpo_loss": ck.linear_cwdpo_loss},
     "eager, full logits": {"linear_sequence_logprob": full_logits_logp, "linear_cwdpo_loss": full_logits_loss},
 }
@@ -136,8 +137,8 @@ class Recorder(TrainerCallback):
         self._last = now
         self.peaks.append(memory.status("VmHWM") - self._resident)
 
-    def on_log(self, args, state, control, logs: dict, **kwargs) -> None:
-        if "loss" in logs:
+    def on_log(self, *args: object, logs: Mapping[str, float] | None = None, **kwargs: object) -> None:
+        if logs and "loss" in logs:
             self.losses.append(logs["loss"])
 
 
@@ -145,10 +146,11 @@ def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
     """`steps` steps of the real trainer with the given head path."""
     quiet = contextlib.redirect_stdout(io.StringIO())  # hides the trainer's output
     with tempfile.TemporaryDirectory() as folder, mock.patch.multiple(dpo, **PATHS[path]), quiet:
-        collator = PairCollator(build_processor(shape))
+        processor = build_processor(shape)
+        collator = PairCollator(processor)
         rows = build_rows(Path(folder), shape)
         torch.manual_seed(0)
-        policy = build_model(collator.processor, shape)
+        policy = build_model(processor, shape)
         policy.lm_head.requires_grad_(trainable)
         args = DPOArguments(
             output_dir=folder, max_steps=steps, per_device_train_batch_size=shape.pairs, logging_steps=1,
@@ -157,7 +159,7 @@ def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
             logp_floor=-math.log(shape.vocab),  # mean log-prob of random weights, so that w_c is near 1/2
             use_cpu=True, logging_nan_inf_filter=False,
         )  # fmt: skip
-        probes = Probes(rows[:1], collator, ProbeArguments(rows=1, batch_size=1), SAMPLING, args.cooling, seed=0)
+        probes = Probes(rows[:1], collator, ProbeArguments(rows=1, batch_size=1), SAMPLING, args.fixed_cooling, seed=0)
         recorder = Recorder()
         trainer = dpo.CWDPOTrainer(policy, copy.deepcopy(policy), args, rows, collator, probes, sampling=SAMPLING)
         trainer.add_callback(recorder)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -87,10 +87,10 @@ class Workload:
 
 WORKLOADS = [Workload.of(model, pairs, response) for model in MODELS for pairs in PAIRS for response in RESPONSES]
 
-SMOLVLM = {"pairs": 2, "tokens": 1024, "response": 128, "vocab": 49280, "dim": 576}  # SmolVLM-256M's head
-QWEN = {"pairs": 1, "tokens": 1024, "response": 256, "vocab": 151936, "dim": 896}  # Qwen2.5-0.5B's
-ON_A_CPU = {  # workload -> modes
-    Workload("smolvlm", **SMOLVLM): MODES,
-    Workload("smolvlm-bf16", **SMOLVLM, dtype=torch.bfloat16, all_tokens=False): MODES,
-    Workload("qwen2.5-0.5b", **QWEN, all_tokens=False): ("frozen",),
+SMOLVLM = Workload("smolvlm", pairs=2, tokens=1024, response=128, vocab=49280, dim=576)  # SmolVLM-256M's head
+QWEN = Workload("qwen2.5-0.5b", pairs=1, tokens=1024, response=256, vocab=151936, dim=896, all_tokens=False)
+ON_A_CPU: dict[Workload, tuple[str, ...]] = {  # workload -> modes
+    SMOLVLM: MODES,
+    replace(SMOLVLM, name="smolvlm-bf16", dtype=torch.bfloat16, all_tokens=False): MODES,
+    QWEN: ("frozen",),
 }

@@ -74,13 +74,14 @@ def linear_logprob(
     """logp [N], anchor [N], sum_exp [N], direction [N, D] (or empty), kept tiles (opaque bytes or [V, D])."""
     labels = labels.contiguous()
     sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index)
-    in_gradient = kept_bytes is None
-    kept = torch.empty_like(weight) if in_gradient else hidden.new_empty(kept_bytes, dtype=torch.uint8)
+    kept = torch.empty_like(weight) if kept_bytes is None else hidden.new_empty(kept_bytes, dtype=torch.uint8)
     if with_direction:
         return *_forward_frozen(sweep, workspace_bytes), kept
 
     kept_chunks = KeptChunks(kept, hidden, sweep.vocab, sweep.config.block_v, softcap, workspace_bytes)
-    if not in_gradient:  # zero the unused bytes; in grad_weight that would be wasted work: backward overwrites them
+    if (
+        kept_bytes is not None
+    ):  # zero the unused bytes; in grad_weight that would be wasted work: backward overwrites them
         kept_chunks.zero_unused()
     for tiles in kept_chunks.chunks if kept_chunks.views else [range(sweep.tiles_v)]:
         tile_NC, anchor_TN = kept_chunks.views.get(tiles.start, (None, None))
@@ -244,11 +245,16 @@ def linear_logprob_backward(
     return grad_hidden, grad_weight, grad_bias_partial.sum(0).to(hidden.dtype)
 
 
-def linear_logprob_backward_(*arguments) -> tuple[Tensor, Tensor]:
+def linear_logprob_backward_(
+    grad_logp: Tensor, hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, logp: Tensor,
+    anchor: Tensor, sum_exp: Tensor, kept: Tensor, scale: float, softcap: float | None, ignore_index: int,
+    needs_hidden: bool, needs_bias: bool, sparse_grad: bool, workspace_bytes: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
     """The same, with the gradient of the weight written over `kept` [V, D], which holds the kept tiles."""
-    *saved, kept, scale, softcap, ignore_index, needs_hidden, needs_bias, sparse_grad, workspace_bytes = arguments
-    options = (scale, softcap, ignore_index, needs_hidden, True, needs_bias, sparse_grad, workspace_bytes)
-    grad_hidden, _, grad_bias = linear_logprob_backward(*saved, kept, *options, grad_weight=kept)
+    grad_hidden, _, grad_bias = linear_logprob_backward(
+        grad_logp, hidden, weight, bias, labels, logp, anchor, sum_exp, kept, scale, softcap, ignore_index,
+        needs_hidden, True, needs_bias, sparse_grad, workspace_bytes, grad_weight=kept,
+    )  # fmt: skip
     return grad_hidden, grad_bias
 
 

@@ -91,7 +91,7 @@ def token_divergence(
         (hidden_p, weight_p, bias_p, scale_p, softcap_p),
         (hidden_q, weight_q, bias_q, scale_q, softcap_q),
     )
-    arguments = {}
+    arguments: dict[str, object] = {}
     for side, head in zip("pq", heads, strict=True):
         anchor, sum_exp = _normalizer(*head)
         arguments |= _with_suffix(side, tile_arguments(*head, config))
