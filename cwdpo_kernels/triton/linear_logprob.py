@@ -79,9 +79,7 @@ def linear_logprob(
         return *_forward_frozen(sweep, workspace_bytes), kept
 
     kept_chunks = KeptChunks(kept, hidden, sweep.vocab, sweep.config.block_v, softcap, workspace_bytes)
-    if (
-        kept_bytes is not None
-    ):  # zero the unused bytes; in grad_weight that would be wasted work: backward overwrites them
+    if kept_bytes is not None:  # zero unused bytes; in grad_weight that would be wasted: backward overwrites them
         kept_chunks.zero_unused()
     for tiles in kept_chunks.chunks if kept_chunks.views else [range(sweep.tiles_v)]:
         tile_NC, anchor_TN = kept_chunks.views.get(tiles.start, (None, None))
