@@ -27,7 +27,7 @@ ERRORS = {
     "logp": "log-probs", "loss": "loss", "grad_hidden": "grad hidden", "grad_weight": "grad weight",
     "grad_logits": "grad logits",
 }  # fmt: skip
-PICTURES = {
+PLOTS = {
     "response": "One step with a frozen head, by answer length (one pair, 256 prompt tokens)",
     "vocab": "One step with a frozen head, by vocabulary size (one pair, answers of 64 tokens)",
     "share": "One step with a frozen head, by the share of answer tokens in sequences of 512 tokens (one pair)",
@@ -46,15 +46,15 @@ def load(folder: Path = results.FOLDER) -> Reports:
 
 
 def main() -> None:
-    from benchmarks import overview, pictures  # here, because the text needs no matplotlib
+    from benchmarks import overview, plots  # here, because the text needs no matplotlib
 
     reports = load()
-    pictures.draw(reports, IMAGES)
+    plots.draw(reports, IMAGES)
     (IMAGES / "overview.svg").write_text(overview.svg(reports))
     PAGE.parent.mkdir(exist_ok=True)
     PAGE.write_text(page(reports))
     README.write_text(with_table(README.read_text(), reports))
-    print(f"written: {PAGE}, {README}, {len(PICTURES)} pictures in {IMAGES}")
+    print(f"written: {PAGE}, {README}, {len(PLOTS)} plots in {IMAGES}")
 
 
 def with_table(readme: str, reports: Reports) -> str:
@@ -210,7 +210,7 @@ def accuracy(reports: Reports) -> str:
     entries = reports["accuracy"]["measurements"]
     w = entries[0]["workload"]
     size = f"{w['tokens']} tokens, V {w['vocab']}, D {w['dim']}. The gradients are those of the sum of the log-probs"
-    sections = ["## Accuracy over confidence", picture("accuracy"), f"{PICTURES['accuracy']}. {size}."]
+    sections = ["## Accuracy over confidence", plot("accuracy"), f"{PLOTS['accuracy']}. {size}."]
     for dtype in dict.fromkeys(entry["workload"]["dtype"] for entry in entries):
         chosen = [entry for entry in entries if entry["workload"]["dtype"] == dtype]
         for kind in ("logp", "grad_hidden", "grad_weight"):
@@ -251,7 +251,7 @@ def sweeps(reports: Reports) -> str:
         entries = [entry for entry in reports["sweeps"]["measurements"] if entry["sweep"] == sweep]
         w = entries[0]["workload"]
         fixed = f"D {w['dim']}, {w['dtype']}" + ("" if sweep == "vocab" else f", V {w['vocab']}")
-        sections += [f"### {heading}", picture(sweep), f"{PICTURES[sweep]}; {fixed}. Cells: seconds, MiB."]
+        sections += [f"### {heading}", plot(sweep), f"{PLOTS[sweep]}; {fixed}. Cells: seconds, MiB."]
         names = dict.fromkeys(name for entry in entries for name in entry["results"])
         lines = [
             [bold(name), *(time_and_memory(entry["results"].get(name), units=False) for entry in entries)]
@@ -261,8 +261,8 @@ def sweeps(reports: Reports) -> str:
     return "\n\n".join(sections)
 
 
-def picture(name: str) -> str:
-    return f"![{PICTURES[name]}](images/{name}.svg)"
+def plot(name: str) -> str:
+    return f"![{PLOTS[name]}](images/{name}.svg)"
 
 
 def axis_value(sweep: str, value: float) -> str:

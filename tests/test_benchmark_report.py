@@ -25,7 +25,7 @@ def test_the_readme_matches_the_results(reports):
     assert readme == report.with_table(readme, reports), HINT
 
 
-def test_the_picture_of_the_readme_is_that_of_the_results(reports):
+def test_the_plot_of_the_readme_is_that_of_the_results(reports):
     assert (report.IMAGES / "overview.svg").read_text() == overview.svg(reports), HINT
 
 
@@ -38,16 +38,16 @@ def test_a_changed_result_changes_the_text(reports):
     assert overview.svg(drifted) != overview.svg(reports)
 
 
-def test_every_picture_is_there_and_every_implementation_is_in_the_legend(reports, tmp_path):
-    pictures = pytest.importorskip("benchmarks.pictures", reason="matplotlib")
+def test_every_plot_is_there_and_every_implementation_is_in_the_legend(reports, tmp_path):
+    plots = pytest.importorskip("benchmarks.plots", reason="matplotlib")
     shown = re.findall(r"\(images/(.*)\.svg\)", report.page(reports))
-    assert sorted(shown) == sorted(report.PICTURES)
-    pictures.draw(reports, tmp_path)
+    assert sorted(shown) == sorted(report.PLOTS)
+    plots.draw(reports, tmp_path)
     for name in shown:
         assert (report.IMAGES / f"{name}.svg").exists(), HINT
         assert (tmp_path / f"{name}.svg").stat().st_size < 200_000
     measured = {name for entry in reports["sweeps"]["measurements"] for name in entry["results"]}
-    assert measured <= pictures.STYLES.keys()
+    assert measured <= plots.STYLES.keys()
 
 
 @pytest.mark.parametrize(
