@@ -13,9 +13,9 @@ help:
 	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics go to runs/digits"
 	@echo "make test      run the test suite"
 	@echo "make sanitize  run the op tests on a C++ backend built with ASan and UBSan"
-	@echo "make lint      ruff: check and format"
+	@echo "make lint      ruff (check and format) and mypy"
 	@echo "make format    ruff: apply fixes"
-	@echo "make typecheck  mypy"
+	@echo "make typecheck mypy alone"
 	@echo "make docs      build the documentation site in build/site; any warning is an error"
 	@echo "make wheel     build sdist and wheel in dist/, test the wheel in the environments of WHEEL_ENVS"
 	@echo "make bench     run the CPU benchmarks; results go to benchmarks/results"
@@ -65,6 +65,7 @@ sanitize: $(READY)
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/mypy
 
 typecheck: $(READY)
 	$(BIN)/mypy
