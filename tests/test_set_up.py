@@ -58,7 +58,7 @@ def test_without_a_gpu_the_first_source_that_has_torch_is_taken(pip, capsys, out
     assert calls == [arguments(source) for source in expected]
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) == len(expected) + (FROM_PYPI in expected)  # one line per step, and the note
-    assert ("2.6 GB to download" in "".join(lines[:-1])) == (FROM_PYPI in expected)
+    assert ("2.7 GB to download" in "".join(lines[:-1])) == (FROM_PYPI in expected)
 
 
 def test_the_cpu_build_is_asked_for_by_its_local_version():

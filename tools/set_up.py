@@ -33,7 +33,7 @@ FAIL_FAST = ("--timeout", "10", "--retries", "0")
 # What pip says if it finds no such torch; the second one if a constraint mentions torch.
 NOT_FOUND = ("No matching distribution found for torch", "ResolutionImpossible")
 CUDA_NOTE = (
-    "found no CPU build of torch. PyPI's wheel brings the CUDA libraries: 2.6 GB to download, 6.5 GB on disk. To avoid "
+    "found no CPU build of torch. PyPI's wheel brings the CUDA libraries: 2.7 GB to download, 6.5 GB on disk. To avoid "
     "that, stop here (Ctrl-C) and set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a source that has CPU builds."
 )
 
@@ -53,7 +53,7 @@ def torch_sources(requested: str, pinned: str, cpu_only: bool) -> list[TorchSour
     if requested:
         return [TorchSource(tuple(shlex.split(requested)), requested)]
     if not cpu_only:
-        return [TorchSource((pinned,), f"{pinned} with its CUDA libraries (2.6 GB; minutes)")]
+        return [TorchSource((pinned,), f"{pinned} with its CUDA libraries (2.7 GB; minutes)")]
     # The local version keeps pip from taking the CUDA build. The index has few other packages: the dependencies of
     # torch come with the next step.
     cpu_build = f"{pinned}+cpu"
@@ -61,7 +61,7 @@ def torch_sources(requested: str, pinned: str, cpu_only: bool) -> list[TorchSour
     return [
         TorchSource((cpu_build,), f"{cpu_build} (190 MB)"),
         TorchSource((cpu_build,), f"{cpu_build} from {CPU_INDEX} (190 MB)", from_index),
-        TorchSource((pinned,), f"{pinned} from PyPI (2.6 GB; minutes)", note=CUDA_NOTE),
+        TorchSource((pinned,), f"{pinned} from PyPI (2.7 GB; minutes)", note=CUDA_NOTE),
     ]
 
 
@@ -192,7 +192,7 @@ def main() -> None:
     constraints.write_text(constraints_for(options.torch, pins))
     cpu_only = platform.system() == "Linux" and shutil.which("nvidia-smi") is None
     install_torch(environment, torch_sources(options.torch, pinned_torch(pins), cpu_only), constraints)
-    environment.pip("the pinned packages (430 MB)", "--constraint", str(constraints), "setuptools", *requirements())
+    environment.pip("the pinned packages (up to 550 MB)", "--constraint", str(constraints), "setuptools", *requirements())
     log = environment.folder / "build.log"
     this_package = ("--log", str(log), "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     environment.pip("cwdpo_kernels and its C++ library (a minute or two)", *this_package)
