@@ -192,7 +192,9 @@ def main() -> None:
     constraints.write_text(constraints_for(options.torch, pins))
     cpu_only = platform.system() == "Linux" and shutil.which("nvidia-smi") is None
     install_torch(environment, torch_sources(options.torch, pinned_torch(pins), cpu_only), constraints)
-    environment.pip("the pinned packages (up to 550 MB)", "--constraint", str(constraints), "setuptools", *requirements())
+    environment.pip(
+        "the pinned packages (up to 550 MB)", "--constraint", str(constraints), "setuptools", *requirements()
+    )
     log = environment.folder / "build.log"
     this_package = ("--log", str(log), "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     environment.pip("cwdpo_kernels and its C++ library (a minute or two)", *this_package)
