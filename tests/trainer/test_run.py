@@ -125,7 +125,7 @@ def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
     before = (folder / "metrics.json").stat().st_mtime_ns
     assert main(["run", str(config)]) == 0
     again = capsys.readouterr().out
-    assert "this run is already finished" in again
+    assert "this run is finished, nothing is left to train" in again
     assert table.strip() in again
     assert (folder / "metrics.json").stat().st_mtime_ns == before
 
