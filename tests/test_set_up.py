@@ -112,9 +112,9 @@ def test_another_torch_comes_without_the_pins_that_depend_on_torch():
     assert "\ntransformers==" in other
 
 
-def test_requirements_are_those_of_the_package_and_of_the_extras_that_make_needs():
+def test_requirements_are_those_of_the_build_the_package_and_the_extras_of_make():
     names = " ".join(set_up.requirements())
-    assert all(name in names for name in ("torch>=", "transformers>=", "pytest>=", "trl>="))
+    assert all(name in names for name in ("setuptools>=", "torch>=", "transformers>=", "pytest>=", "trl>="))
     assert "flash-attn" not in names
 
 

@@ -80,9 +80,11 @@ def constraints_for(requested: str, constraints: str) -> str:
 
 
 def requirements() -> list[str]:
-    """What the package and the extras of `make` need, from pyproject.toml."""
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    return project["dependencies"] + [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+    """What the build, the package and the extras of `make` need, from pyproject.toml."""
+    document = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    project = document["project"]
+    extras = [line for extra in EXTRAS for line in project["optional-dependencies"][extra]]
+    return document["build-system"]["requires"] + project["dependencies"] + extras
 
 
 def python_version() -> str:
@@ -192,9 +194,7 @@ def main() -> None:
     constraints.write_text(constraints_for(options.torch, pins))
     cpu_only = platform.system() == "Linux" and shutil.which("nvidia-smi") is None
     install_torch(environment, torch_sources(options.torch, pinned_torch(pins), cpu_only), constraints)
-    environment.pip(
-        "the pinned packages (up to 550 MB)", "--constraint", str(constraints), "setuptools", *requirements()
-    )
+    environment.pip("the pinned packages (up to 550 MB)", "--constraint", str(constraints), *requirements())
     log = environment.folder / "build.log"
     this_package = ("--log", str(log), "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
     environment.pip("cwdpo_kernels and its C++ library (a minute or two)", *this_package)
