@@ -100,9 +100,9 @@ def _saves(values: Values) -> Iterable[str]:
 
 def _backward(ctx: Any, values: Values) -> Values:
     if values["with_direction"]:
-        pull = values["grad_logp"] * -torch.expm1(values["logp"])  # d logp / d h = (1 - p_y) * direction
+        factor = values["grad_logp"] * -torch.expm1(values["logp"])  # d logp / d h = (1 - p_y) * direction
         direction = values["direction"]
-        return {"hidden": (direction * pull[:, None]).to(direction.dtype)}
+        return {"hidden": (direction * factor[:, None]).to(direction.dtype)}
     if getattr(ctx, "overwritten", False):  # an earlier backward has written its gradient there
         values["kept"] = values["kept"].new_empty(0)
     else:

@@ -38,8 +38,9 @@ def cwdpo_loss(
 
     logit = beta * (ratio_chosen - weight * ratio_rejected)
     loss = (torch.where(kept, -logsigmoid(logit), 0.0) * share).sum()
-    pull = torch.where(kept, beta * torch.sigmoid(-logit), 0.0) * share
-    grad_sum_logp = torch.cat([-pull, pull * weight]) / length
+    # d loss / d D_w = -coeff, d loss / d D_l = coeff * w_c
+    coeff = torch.where(kept, beta * torch.sigmoid(-logit), 0.0) * share
+    grad_sum_logp = torch.cat([-coeff, coeff * weight]) / length
 
     chosen_reward, rejected_reward = beta * ratio_chosen, beta * ratio_rejected
     margin = chosen_reward - rejected_reward

@@ -18,7 +18,7 @@ The gradient depends on the competitors only through their own softmax, which su
     q_v = exp(z_v - anchor) / sum_exp
 
     d logp / d z_v = (1 - p_y) * (1 if v == y else -q_v)
-    d logp / d h   = (1 - p_y) * scale * (W_y - sum_{v != y} q_v W_v)      pull to the label, push from the rest
+    d logp / d h   = (1 - p_y) * scale * (W_y - sum_{v != y} q_v W_v)
 
 With a soft cap, each term is also multiplied by its slope 1 - (z / cap)^2.
 
@@ -58,7 +58,7 @@ def linear_logprob(
     target_N = head.target_logits(labels_N)
     kept_tiles = KeptTiles(kept, head)
     if kept_bytes is not None:  # zero the unused bytes; backward overwrites a gradient anyway
-        kept_tiles.zero_the_rest()
+        kept_tiles.zero_unused()
     anchor_N, sum_exp_N, direction_ND = _forward(head, labels_N, target_N, with_direction, kept_tiles)
     logp[rows], anchor[rows], sum_exp[rows] = logp_of(target_N, anchor_N, sum_exp_N), anchor_N, sum_exp_N
     if direction_ND is not None:
@@ -78,7 +78,7 @@ def _forward(
     """One pass over the vocabulary: anchor [N], sum_exp [N] and, with_direction, scale * (W_y - sum q W) [N, D]."""
     anchor_N = torch.full_like(target_N, torch.finfo(head.dtype).min)
     sum_exp_N = torch.zeros_like(target_N)
-    pushed_ND = target_N.new_zeros(head.hidden.shape) if with_direction else None
+    sum_exp_weight_ND = target_N.new_zeros(head.hidden.shape) if with_direction else None
 
     for columns in head.columns():
         weight_BD = head.weight_tile(columns)
@@ -93,26 +93,26 @@ def _forward(
             anchor_N[rows] = anchor_R
             tile_RB.sub_(anchor_R[:, None]).exp_()
             sum_exp_N[rows] = sum_exp_N[rows] * decay_R + tile_RB.sum(1)
-            if pushed_ND is not None:
+            if sum_exp_weight_ND is not None:
                 if slope_RB is not None:
                     tile_RB.mul_(slope_RB)
-                pushed_ND[rows].mul_(decay_R[:, None]).addmm_(tile_RB, weight_BD)
+                sum_exp_weight_ND[rows].mul_(decay_R[:, None]).addmm_(tile_RB, weight_BD)
 
-    if pushed_ND is not None:
+    if sum_exp_weight_ND is not None:
         # Without competitors (V = 1) sum_exp is 0. The clamp avoids 0 / 0; backward multiplies by 1 - p_y = 0.
-        pushed_ND.div_(sum_exp_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
-        _pull_to_label(head, labels_N, target_N, pushed_ND)
-    return anchor_N, sum_exp_N, pushed_ND
+        sum_exp_weight_ND.div_(sum_exp_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
+        _to_direction(head, labels_N, target_N, sum_exp_weight_ND)
+    return anchor_N, sum_exp_N, sum_exp_weight_ND
 
 
-def _pull_to_label(head: TiledHead, labels_N: Tensor, target_N: Tensor, pushed_ND: Tensor) -> None:
-    """pushed <- scale * (slope_y W_y - pushed), in place."""
+def _to_direction(head: TiledHead, labels_N: Tensor, target_N: Tensor, sum_exp_weight_ND: Tensor) -> None:
+    """The direction scale * (slope_y W_y - sum q W), from sum q W, in place."""
     slope_N = head.slope(target_N)
     for rows in head.rows():
         target_RD = head.target_weight(rows, labels_N[rows])
         if slope_N is not None:
             target_RD = target_RD * slope_N[rows, None]
-        pushed_ND[rows].neg_().add_(target_RD).mul_(head.scale)
+        sum_exp_weight_ND[rows].neg_().add_(target_RD).mul_(head.scale)
 
 
 def linear_logprob_backward(
@@ -136,9 +136,9 @@ def linear_logprob_backward(
     n_labelled = int(labelled.sum())
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
     kept_tiles = KeptTiles(kept, head, n_labelled, selected=_positions(labelled, rows))
-    pull_N = grad_logp[rows].to(dtype) * -torch.expm1(logp[rows]) * scale  # 1 - p_y = -expm1(logp)
-    push_N = -pull_N / sum_exp_N
-    grad_hidden_ND = pull_N.new_zeros(head.hidden.shape) if needs_hidden else None
+    grad_target_N = grad_logp[rows].to(dtype) * -torch.expm1(logp[rows]) * scale  # 1 - p_y = -expm1(logp)
+    exp_factor_N = -grad_target_N / sum_exp_N
+    grad_hidden_ND = grad_target_N.new_zeros(head.hidden.shape) if needs_hidden else None
     grad_bias = weight.new_empty(0) if bias is None or not needs_bias else torch.empty_like(bias)
 
     for columns in head.columns():
@@ -150,8 +150,9 @@ def linear_logprob_backward(
             if tile_RB is None:
                 tile_RB = head.logits(block, columns, weight_BD)
             slope_RB = head.slope(tile_RB)
-            grad_RB = tile_RB.sub_(anchor_N[block, None]).exp_().mul_(push_N[block, None])
-            fill_target(grad_RB, labels_N[block], columns, pull_N[block, None])  # replaces exp(c - anchor), maybe inf
+            grad_RB = tile_RB.sub_(anchor_N[block, None]).exp_().mul_(exp_factor_N[block, None])
+            # Replaces exp(c - anchor), which may overflow.
+            fill_target(grad_RB, labels_N[block], columns, grad_target_N[block, None])
             if slope_RB is not None:
                 grad_RB.mul_(slope_RB)
             if grad_hidden_ND is not None:
@@ -217,7 +218,7 @@ class KeptTiles:
                 self.tiles_NB[columns.start] = self.bytes[start : self.start].view(head.dtype).view(n_rows, width)
                 self.start = start
 
-    def zero_the_rest(self) -> None:
+    def zero_unused(self) -> None:
         self.bytes[: self.start] = 0
         self.bytes[self.stop :] = 0
 

@@ -64,10 +64,10 @@ def _write_gradient(
 ) -> None:
     dtype = compute_dtype(logits.dtype)
     for rows in _row_blocks((labels != ignore_index) & (grad_logp != 0), logits.shape[1], dtype):
-        pull_R1 = (grad_logp[rows].to(dtype) * -torch.expm1(logp[rows])).unsqueeze(1)  # 1 - p_y = -expm1(logp)
+        grad_target_R1 = (grad_logp[rows].to(dtype) * -torch.expm1(logp[rows])).unsqueeze(1)  # 1 - p_y = -expm1(logp)
         tile_RV = logits[rows].to(dtype, copy=True).sub_(anchor[rows, None]).exp_()
-        tile_RV.mul_(-pull_R1 / sum_exp[rows, None])
-        out[rows] = tile_RV.scatter_(1, labels[rows].long()[:, None], pull_R1).to(out.dtype)
+        tile_RV.mul_(-grad_target_R1 / sum_exp[rows, None])
+        out[rows] = tile_RV.scatter_(1, labels[rows].long()[:, None], grad_target_R1).to(out.dtype)
 
 
 def _row_blocks(mask: Tensor, vocab: int, dtype: torch.dtype) -> Iterator[Tensor]:
