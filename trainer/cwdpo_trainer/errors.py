@@ -23,11 +23,15 @@ class InputError(ValueError):
         self.where, self.what, self.expected, self.got = where, what, str(expected), str(got)
         super().__init__(self.where, self.what, self.expected, self.got)
 
+    @property
+    def mismatch(self) -> str:
+        """The message without its place: "expected EXPECTED, got GOT", or all of it if it has no such parts."""
+        return f"expected {self.expected}, got {self.got}" if self.expected else self.where
+
     def __str__(self) -> str:
         if not self.expected:
             return self.where
-        subject = ": ".join(part for part in (self.where, self.what) if part)
-        return f"{subject}: expected {self.expected}, got {self.got}"
+        return ": ".join(part for part in (self.where, self.what, self.mismatch) if part)
 
 
 class InputErrors(InputError):

@@ -21,7 +21,7 @@ def unreadable_image(meter: LengthMeter, row: Row) -> str | None:
     try:
         row.load_images()
     except InputError as error:
-        return _without_where(error)
+        return shorten(error.mismatch)
     return None
 
 
@@ -50,7 +50,7 @@ def template_changes_prompt(meter: LengthMeter, row: Row) -> str | None:
         for answer in (row.chosen, row.rejected):
             meter.collator.answer_tokens(row, answer)
     except InputError as error:
-        return _without_where(error)
+        return shorten(error.mismatch)
     return None
 
 
@@ -114,8 +114,3 @@ def list_evidence(summary: str, evidence: Sequence[str]) -> str:
     """The summary, and below it the first `SHOWN` pieces of evidence."""
     more = [f"and {len(evidence) - SHOWN} more"] if len(evidence) > SHOWN else []
     return "\n    ".join([summary, *evidence[:SHOWN], *more])
-
-
-def _without_where(error: InputError) -> str:
-    """The error without `where`, which the report prints before it."""
-    return shorten(f"expected {error.expected}, got {error.got}")
