@@ -63,7 +63,10 @@ def cannot_run(device: str = "cpu") -> dict[str, str]:
 
 def versions() -> dict[str, str]:
     """The versions of torch, triton, transformers and the installed peers."""
-    packages = ("torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel", "trl")
+    packages = (
+        "torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel", "trl", "quack-kernels",
+        "nvidia-cutlass-dsl",
+    )  # fmt: skip
     found = {}
     for package in packages:
         try:
@@ -126,6 +129,9 @@ def _peers(device: str) -> dict[str, Implementation | str]:
         "Liger scaled cross-entropy": _not_installed("liger_kernel")
         or only_gpus
         or _of_logp("liger-kernel", _liger_scaled_logp),
+        "QuACK linear cross-entropy": _not_installed("quack")
+        or only_gpus
+        or Implementation("quack-kernels", _quack_step, cooling=VANILLA, all_tokens=True),
         "TRL chunked log-prob": _not_installed("trl") or _of_logp("trl", _trl_logp, all_tokens=device == "cpu"),
     }
 
@@ -192,6 +198,13 @@ def _liger_scaled_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
 
     flat = hidden.reshape(-1, hidden.shape[-1])
     return -LigerFusedLinearScaledCrossEntropyFunction.apply(flat, head.weight, labels.reshape(-1)).view(labels.shape)
+
+
+def _quack_step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:
+    """The summed cross-entropy, because it does not return token log-probs. For timing: this is not the DPO loss."""
+    from quack.linear_cross_entropy import chunked_linear_cross_entropy
+
+    return chunked_linear_cross_entropy(hidden, head.weight, labels, reduction="sum")
 
 
 def _trl_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:

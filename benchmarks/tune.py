@@ -16,7 +16,7 @@ from unittest import mock
 import torch
 import triton
 
-from benchmarks.gpu import milliseconds
+from benchmarks.gpu_measure import milliseconds
 from cwdpo_kernels.triton import configs, linear_logprob
 
 BLOCKS = [(128, 256, 64), (128, 128, 64), (256, 128, 64), (64, 256, 64), (128, 256, 32)]
