@@ -13,7 +13,9 @@ from __future__ import annotations
 
 import argparse
 import functools
+import importlib.util
 import math
+import os
 import shutil
 import subprocess
 import sys
@@ -138,6 +140,8 @@ def run_tests(out: Path) -> dict:
     """Run the GPU tests in a subprocess, and a few of them under compute-sanitizer if it is installed."""
     command = [sys.executable, "-m", "pytest", *TESTS, "-k", "not portable and not csrc"]
     command += [f"--junitxml={out / 'tests.xml'}"]
+    if importlib.util.find_spec("xdist"):  # most of the time goes to compilation, on the host
+        command += ["-n", str(os.cpu_count()), "-p", "no:benchmark"]
     result = {"tests": subprocess.run(command, cwd=ROOT, check=False, timeout=TEST_SECONDS).returncode}
     sanitizer = shutil.which("compute-sanitizer")
     if sanitizer:

@@ -155,7 +155,9 @@ def test_gradients_have_the_layout_of_their_inputs():
     for layout in (lambda x: x, torch.Tensor.contiguous):
         leaves_ = [layout(x).detach().requires_grad_() for x in (hidden, weight)]
         logp, *_ = torch.ops.cwdpo.linear_logprob(*leaves_, *arguments[2:])
-        logits = layout(torch.randn(50, 30, generator=torch.Generator().manual_seed(0)).T).requires_grad_()
+        logits = layout(
+            torch.randn(50, 30, generator=torch.Generator(torch.get_default_device()).manual_seed(0)).T
+        ).requires_grad_()
         logp = logp.sum() + torch.ops.cwdpo.logits_logprob(logits, labels, -100, False)[0].sum()
         grads.append(torch.autograd.grad(logp, [*leaves_, logits]))
         assert [grad.stride() for grad in grads[-1]] == [x.stride() for x in (*leaves_, logits)]

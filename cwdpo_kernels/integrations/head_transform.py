@@ -72,11 +72,12 @@ def _sized(head: nn.Module) -> SizedLayer:
 def _probe_logits(vocab: int) -> Tensor:
     """Logits of both signs and all magnitudes, shuffled, so that masked or shifted columns are noticed.
 
-    The generator is local: the global random state does not change.
+    The generator is local: the global random state does not change. The device is always the CPU, not torch's default.
     """
-    generator = torch.Generator().manual_seed(0)
-    exponents = torch.linspace(-4, 7, vocab, dtype=torch.float64)[torch.randperm(vocab, generator=generator)]
-    signs = torch.randint(0, 2, (vocab,), generator=generator) * 2 - 1
+    generator = torch.Generator("cpu").manual_seed(0)
+    order = torch.randperm(vocab, generator=generator, device="cpu")
+    exponents = torch.linspace(-4, 7, vocab, dtype=torch.float64, device="cpu")[order]
+    signs = torch.randint(0, 2, (vocab,), generator=generator, device="cpu") * 2 - 1
     z = signs * 10.0**exponents
     z[0], z[-1] = _TINY, _HUGE
     return z.float()
@@ -141,9 +142,9 @@ def stubbed(model: LanguageModel, head: nn.Module, tokens: int = 4) -> Iterator[
     The hidden states are random, [1, tokens, D]. On exit the backbone is restored.
     """
     embedding = model.get_input_embeddings().weight
-    generator = torch.Generator().manual_seed(1)
+    generator = torch.Generator("cpu").manual_seed(1)
     dim = _sized(head).in_features
-    hidden = torch.randn(1, tokens, dim, generator=generator).to(embedding.device, embedding.dtype)
+    hidden = torch.randn(1, tokens, dim, generator=generator, device="cpu").to(embedding.device, embedding.dtype)
     ids = torch.zeros(1, tokens, dtype=torch.long, device=embedding.device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with _replaced(model.base_model, lambda *args, **kwargs: _Output(hidden)):

@@ -201,7 +201,8 @@ def _compare(model: LanguageModel, head: nn.Module, transform: Transform) -> Hea
     """Compare fused log-probs of random tokens with those of the model's logits, over a stubbed backbone."""
     found: dict[str, Any] = {}
     with stubbed(model, head) as (hidden, inputs), evaluating(model):
-        labels = torch.randint(0, 2**31, hidden.shape[:-1], generator=torch.Generator().manual_seed(2))
+        generator = torch.Generator("cpu").manual_seed(2)
+        labels = torch.randint(0, 2**31, hidden.shape[:-1], generator=generator, device="cpu")
 
         def op(hidden: Tensor, head: Head) -> Tensor:
             weight = head.weight

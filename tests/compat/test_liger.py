@@ -21,7 +21,7 @@ SMOOTHING = {"exo_pair": 0.1, "robust": 0.2}
 
 def make(dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor, list[Tensor]]:
     """Policy [hidden, weight, bias], targets, and a reference that is close to the policy."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
 
     def normal(*size: int) -> Tensor:
         return torch.randn(*size, generator=generator) * (0.5 if size[-1:] == (DIM,) else 1.0)

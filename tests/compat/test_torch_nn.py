@@ -11,7 +11,7 @@ from cwdpo_kernels.testing import relative_error
 
 
 def make(tokens: tuple[int, ...], dtype: torch.dtype, *, bias: bool) -> tuple[list[torch.Tensor], torch.Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def leaf(*size: int) -> torch.Tensor:
         return torch.randn(*size, generator=generator).to(dtype).requires_grad_()

@@ -16,7 +16,7 @@ DIM, VOCAB = 33, 507
 
 
 def make(tokens: tuple[int, ...], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(0)
 
     def leaf(*size: int) -> Tensor:
         return (torch.randn(*size, generator=generator) * 0.5).to(dtype).requires_grad_()

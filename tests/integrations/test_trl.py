@@ -63,7 +63,7 @@ def task(request, tiny, tmp_path):
 
 def moved(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
     """The model with every weight perturbed: a policy that differs from its reference."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
@@ -71,7 +71,7 @@ def moved(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
 
 
 def move_adapter(model, seed):
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "lora_" in name and ".default." in name:

@@ -19,7 +19,9 @@ def make_pairs(dtype):
     """Five pairs, one with an empty chosen answer and one with an empty rejected answer."""
     hidden, head, labels = make_inputs((10, 9), 101, 12, dtype)
     labels[1], labels[7] = -100, -100
-    refs = -20 * torch.rand(2, 5, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    refs = -20 * torch.rand(
+        2, 5, generator=torch.Generator(torch.get_default_device()).manual_seed(1), dtype=torch.float64
+    )
     return hidden, head, labels, refs[0].to(dtype), refs[1].to(dtype)
 
 

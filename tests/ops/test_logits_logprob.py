@@ -10,7 +10,7 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 
 
 def make_logits(shape=(5, 13), vocab=507, dtype=torch.float32, std=3.0):
-    random = torch.Generator().manual_seed(0)
+    random = torch.Generator(torch.get_default_device()).manual_seed(0)
     logits = (torch.randn(*shape, vocab, generator=random) * std).to(dtype).requires_grad_()
     labels = torch.randint(vocab, shape, generator=random)
     labels[torch.rand(shape, generator=random) < 0.3] = -100

@@ -9,7 +9,7 @@ LENGTHS = [0, 5, 1, 0, 7, 3]
 
 
 def packed(dtype):
-    logp = -torch.rand(sum(LENGTHS), dtype=dtype, generator=torch.Generator().manual_seed(0))
+    logp = -torch.rand(sum(LENGTHS), dtype=dtype, generator=torch.Generator(torch.get_default_device()).manual_seed(0))
     labels = torch.arange(sum(LENGTHS))
     labels[[0, 3, 5]] = -100  # the sequence of length 1 has no label
     return logp.requires_grad_(), labels, torch.tensor([0, *LENGTHS]).cumsum(0)

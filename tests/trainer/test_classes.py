@@ -48,7 +48,7 @@ def fused_logp(model, inputs, labels):
 def compare(model, inputs, labels, expected_from=None):
     """Compare values and the gradient of every parameter with those of the model's own logits."""
     twin = copy.deepcopy(model) if expected_from is None else expected_from
-    weights = torch.rand(labels.shape, generator=torch.Generator().manual_seed(3))
+    weights = torch.rand(labels.shape, generator=torch.Generator(torch.get_default_device()).manual_seed(3))
     fused, own = fused_logp(model, inputs, labels), own_logp(twin, inputs, labels)
     torch.testing.assert_close(fused.double(), own, rtol=1e-4, atol=1e-4)
     (fused * weights).sum().backward()

@@ -47,6 +47,12 @@ def test_values_and_gradients_equal_those_of_full_logits(model, batch):
     assert model.lm_head.weight.grad.abs().sum() > 0
 
 
+def test_the_default_device_does_not_matter(model):
+    """`torch.set_default_device("cuda")` is common in scripts. Another device than the CPU's stands for it here."""
+    with torch.device("meta"):
+        attach_head(model)
+
+
 def test_every_key_reaches_the_backbone(model, batch):
     attach_head(model)
     seen = {}
