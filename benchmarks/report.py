@@ -9,7 +9,7 @@ import statistics
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import results, workloads
+from benchmarks import gpu_report, results, workloads
 from benchmarks.results import ROOT
 
 SUITES = ("linear", "logits", "accuracy", "trainer", "sweeps")
@@ -103,7 +103,7 @@ def readme_table(reports: Reports) -> str:
 
 def page(reports: Reports) -> str:
     sections = [INTRODUCTION, machine(reports), linear(reports), logits(reports), accuracy(reports)]
-    return "\n\n".join([*sections, trainer(reports), sweeps(reports)]) + "\n"
+    return "\n\n".join([*sections, trainer(reports), sweeps(reports), *gpu_report.sections()]) + "\n"
 
 
 INTRODUCTION = """# Benchmarks

@@ -1,0 +1,83 @@
+"""The section of docs/benchmarks.md about GPUs, from benchmarks/results/gpu_*.json (copies of a run's gpu.json)."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks import report, results
+from benchmarks.gpu_measure import SHAPES
+
+MODES = {"no_grad": "log-probs only", "frozen": "frozen head", "trainable": "trainable head"}
+# Rows of ours: name in the table -> mode -> op in the file.
+OURS = {
+    "cwdpo_kernels": {mode: mode for mode in MODES},
+    "cwdpo_kernels, tiles recomputed": {"trainable": "trainable, none kept"},
+    "cwdpo_kernels, 4 GiB of tiles kept": {"trainable": "trainable, 4 GiB kept"},
+}
+PRODUCTS = {  # the matrix products that every method needs
+    "no_grad": ("logits",),
+    "frozen": ("logits", "grad_hidden"),
+    "trainable": ("logits", "grad_hidden", "grad_weight"),
+}
+OTHER_OPS = ("token_stats", "token_divergence", "logits forward", "logits")
+
+INTRODUCTION = """## On a GPU
+
+`python -m benchmarks.gpu --out DIR` measures. A cell is the median time of a forward and backward pass by CUDA events,
+and the peak of allocated memory above the inputs. The GPU is kept busy while a step is launched, so launches do not
+count unless a step waits for the GPU. All tokens are labelled; hidden states and head are bfloat16. "Matrix products
+alone" is the time of the products that every method needs, with `torch.mm`."""
+
+
+def sections(folder: Path = results.FOLDER) -> list[str]:
+    """The section of every result file, with one table per shape."""
+    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu_*.json"))]
+    if not reports:
+        return []
+    return [INTRODUCTION, *(text for found in reports for text in of_device(found))]
+
+
+def of_device(found: dict) -> list[str]:
+    machine = found["environment"]
+    versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
+    texts = [f"### {machine['device']}", f"Measured at commit {machine['commit'][:12]} with {versions}.", values(found)]
+    texts += [of_shape(found, shape.name) for shape in SHAPES if shape.name in found["limits"]]
+    return [*texts, *not_run(found)]
+
+
+def values(found: dict) -> str:
+    """Errors of linear_logprob against float64, beside eager's in the same dtype."""
+    cells = [[x["case"], x["value"], report.error(x["error"]), report.error(x["eager_error"])] for x in found["values"]]
+    return report.table(["inputs", "value", "relative error", "of eager, same dtype"], cells)
+
+
+def of_shape(found: dict, name: str) -> str:
+    (shape,) = (shape for shape in SHAPES if shape.name == name)
+    cells = {
+        row["op"]: f"{row['ms']:.2f} ms, {row['extra_gib']:.2f} GiB"
+        for row in found["measurements"]
+        if row["shape"] == name
+    }
+    gemm = found["limits"][name]["gemm_ms"]
+    lines = [[report.bold(ours), *(cells.get(ops.get(mode, ""), "") for mode in MODES)] for ours, ops in OURS.items()]
+    peers = dict.fromkeys(op.rsplit(", ", 1)[0] for op in cells if op.endswith((", frozen", ", trainable")))
+    lines += [[peer, *(cells.get(f"{peer}, {mode}", "") for mode in MODES)] for peer in peers]
+    alone = (sum(gemm[product] for product in products) for products in PRODUCTS.values())
+    lines.append(["matrix products alone", *(f"{ms:.2f} ms" for ms in alone)])
+    others = "; ".join(f"`{op}` {cells[op]}" for op in OTHER_OPS if op in cells)
+    size = f"{shape.tokens} tokens, V {shape.vocab}, D {shape.dim}"
+    return f"**{name}**: {size}\n\n{report.table(['', *MODES.values()], lines)}\n\nOther ops: {others}."
+
+
+def not_run(found: dict) -> list[str]:
+    """What failed, once for all shapes and modes, with the reason."""
+    reasons: dict[str, str] = {}
+    for failed, reason in found["failed"].items():
+        name = failed
+        for shape in SHAPES:
+            name = name.removeprefix(f"{shape.name}, ")
+        for mode in MODES:
+            name = name.removesuffix(f", {mode}")
+        reasons.setdefault(name, reason.split(". ")[0])
+    return [f"Did not run: {name} (`{reason}`)." for name, reason in reasons.items()]
