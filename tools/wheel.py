@@ -124,7 +124,9 @@ def environment(python_version: str, torch_version: str) -> Path:
         return python
     with step(f"Python {python_version} with torch {torch_version} (gigabytes if pip finds no CPU build)"):
         run(find_python(python_version), "-m", "venv", "--clear", folder)
-        pip = (python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+        # The argument names the version, so a constraint in the configuration of pip must not refuse it.
+        without_constraint = ("env", f"PIP_CONSTRAINT={os.devnull}")
+        pip = (*without_constraint, python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
         cpu_build = subprocess.run([*pip, f"torch=={torch_version}+cpu"], capture_output=True, check=False)
         if cpu_build.returncode:
             run(*pip, f"torch=={torch_version}")
