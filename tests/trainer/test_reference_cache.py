@@ -131,3 +131,24 @@ def test_a_fingerprint_depends_only_on_weights_settings_and_precision(model, col
     processor.image_processor.do_normalize = False
     others.add(fingerprint(model, processor, "weights"))
     assert len(others) == 6
+
+
+def test_a_fingerprint_does_not_depend_on_special_tokens_that_training_aligns(model, collator):
+    """`Trainer.train` sets them to the tokenizer's: older releases in the config, newer ones in its text config."""
+    tokenizer = collator.tokenizer
+    names = set()
+    for pad, bos, eos in [(None, None, None), (tokenizer.pad_token_id, 1, 2), (tokenizer.pad_token_id, 1, [2, 7])]:
+        for level in ("config", "text_config"):
+            other = copy.deepcopy(model)
+            config = other.config if level == "config" else other.config.text_config
+            config.pad_token_id, config.bos_token_id, config.eos_token_id = pad, bos, eos
+            names.add(fingerprint(other, collator.processor, "weights"))
+    assert names == {fingerprint(model, collator.processor, "weights")}
+
+
+def test_a_fingerprint_depends_on_a_pad_token_that_is_not_the_tokenizers(model, collator):
+    """Gemma 4 reads the pad token's embedding at the positions of an image."""
+    other = copy.deepcopy(model)
+    other.config.text_config.pad_token_id = collator.tokenizer.pad_token_id + 1
+    names = {fingerprint(reference, collator.processor, "weights") for reference in (model, other)}
+    assert len(names) == 2

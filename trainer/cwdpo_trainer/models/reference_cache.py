@@ -28,10 +28,11 @@ from cwdpo_trainer.data.collator import Tokens
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.models.reference import Reference, describe_reference
 
-# Settings that differ between a model in memory and the same model loaded from a file.
+# Settings that no log-prob depends on. Most differ between a model in memory and the same model loaded from a file.
+# `Trainer.train` sets the ids of BOS and EOS to the tokenizer's; they matter for generation only.
 _VOLATILE = {
-    "_name_or_path", "architectures", "base_model_name_or_path", "dtype", "inference_mode", "peft_version",
-    "torch_dtype", "transformers_version", "use_cache",
+    "_name_or_path", "architectures", "base_model_name_or_path", "bos_token_id", "dtype", "eos_token_id",
+    "inference_mode", "peft_version", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
 _log = logging.getLogger(__name__)
 
@@ -122,16 +123,24 @@ def fingerprint(reference: Reference, processor: ProcessorMixin, precision: str)
     """Identify a reference, in 128 bits, by the bytes of its weights, its settings, the processor's settings and the
     `precision` it is computed in. Reads every weight once (1 to 2 GB/s on one core)."""
     settings, weights = describe_reference(reference)
-    settings |= {"processor": processor.to_dict(), "precision": precision}
-    digest = hashlib.sha256(json.dumps(_stable(settings), sort_keys=True, default=str).encode())
+    pad_id = processor.tokenizer.pad_token_id
+    settings |= {"processor": processor.to_dict(), "precision": precision, "pad": pad_id}
+    digest = hashlib.sha256(json.dumps(_stable(settings, pad_id), sort_keys=True, default=str).encode())
     for name, tensor in sorted(weights.items()):
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:32]
 
 
-def _stable(value: Any) -> Any:
-    """The settings without those that change when a model is saved and loaded again; sets are sorted."""
+def _stable(value: Any, pad_id: int) -> Any:
+    """The settings without those that change when a model is trained, or saved and loaded again; sets are sorted.
+
+    `Trainer.train` sets a config's pad token to the tokenizer's, `pad_id`. So none and `pad_id` are the same. Another
+    one is kept, because Gemma 4 computes with it.
+    """
     if isinstance(value, dict):
-        return {key: _stable(item) for key, item in value.items() if key not in _VOLATILE}
+        kept = {key: item for key, item in value.items() if key not in _VOLATILE}
+        if kept.get("pad_token_id") in (None, pad_id):
+            kept.pop("pad_token_id", None)
+        return {key: _stable(item, pad_id) for key, item in kept.items()}
     return sorted(value) if isinstance(value, set) else value
