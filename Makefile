@@ -7,11 +7,12 @@ BIN := $(VENV)/bin
 # Without TORCH any finished set-up will do.
 READY := $(VENV)/ready$(if $(TORCH),-$(shell printf %s "$(TORCH)" | cksum | cut -d ' ' -f 1))
 
-.PHONY: help demo test sanitize lint typecheck format docs wheel bench gpu clean
+.PHONY: help demo test test-slow sanitize lint typecheck format docs wheel bench gpu clean
 
 help:
 	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics go to runs/digits"
-	@echo "make test      run the test suite"
+	@echo "make test      run the test suite; WORKERS=2 files at a time"
+	@echo "make test-slow run the tests that take minutes each"
 	@echo "make sanitize  run the op tests on a C++ backend built with ASan and UBSan"
 	@echo "make lint      ruff (check and format) and mypy"
 	@echo "make format    ruff: apply fixes"
@@ -45,8 +46,13 @@ $(READY): pyproject.toml setup.py constraints.txt tools/set_up.py $(shell find c
 demo: $(READY)
 	$(BIN)/cwdpo demo
 
+# A file stays with one worker, which shares its fixtures. pytest-benchmark refuses to run beside other workers.
+WORKERS ?= 2
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile -p no:benchmark
+
+test-slow: $(READY)
+	$(BIN)/python -m pytest -m slow
 
 # Builds in a copy, so that the library of the source tree stays as it is. Only the C++ is instrumented, so leaks in
 # Python are not reported.

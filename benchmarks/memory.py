@@ -21,22 +21,22 @@ Inputs = TypeVar("Inputs")
 
 
 @contextlib.contextmanager
-def worker() -> Iterator[Callable]:
+def worker(warm_up: bool = True) -> Iterator[Callable]:
     """Start a new process and yield `call(function, *args)`, which runs a module-level function there.
 
     The process returns every freed block of 64 KiB or more to the operating system. Otherwise the allocator would reuse
     memory of earlier steps and hide the peak of the next one. A warm-up makes the matrix product libraries allocate
-    their buffers, which they keep, before anything is measured.
+    their buffers, which they keep, before anything is measured. It takes minutes on a CPU without bfloat16 products.
     """
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, mp_context=context, initializer=_start) as pool:
+    with ProcessPoolExecutor(1, mp_context=context, initializer=_start, initargs=(warm_up,)) as pool:
         yield lambda function, *args: pool.submit(function, *args).result()
 
 
-def _start() -> None:
+def _start(warm_up: bool) -> None:
     if not ctypes.CDLL(None).mallopt(M_MMAP_THRESHOLD, 1 << 16):
         raise OSError("memory: expected mallopt to accept M_MMAP_THRESHOLD, got an error")
-    for dtype in (torch.float32, torch.bfloat16):
+    for dtype in (torch.float32, torch.bfloat16) if warm_up else ():
         hidden, weight = torch.randn(1024, 512).to(dtype), torch.randn(32768, 512).to(dtype)
         logits = hidden @ weight.T
         logits @ weight

@@ -152,7 +152,7 @@ def test_peak_memory_is_measured_again_after_a_compilation(monkeypatch):
 
 
 def test_the_worker_is_a_separate_process():
-    with memory.worker() as call:
+    with memory.worker(warm_up=False) as call:
         assert call(os.getpid) != os.getpid()
         assert call(os.getpid) == call(os.getpid)
 

@@ -256,16 +256,16 @@ def test_inference_mode_and_no_grad():
 
 @pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dead", [slice(0, 0), slice(40, 200), slice(0, 250)], ids=["none", "some", "all"])
+@pytest.mark.parametrize("dead", [slice(0, 0), slice(20, 100), slice(0, 110)], ids=["none", "some", "all"])
 def test_sparse_grad_changes_no_result(dead, dtype, transposed):
-    hidden, head, labels = make_inputs((250,), 507, 123, dtype, bias=True)
+    hidden, head, labels = make_inputs((110,), 261, 123, dtype, bias=True)
     if transposed:
         head = ck.Head(head.weight.detach().T.contiguous().T.requires_grad_(), head.bias)
-    upstream = torch.randn(250)
+    upstream = torch.randn(110)
     upstream[dead] = 0
 
     def grads(sparse_grad, hidden=hidden, head=head):
-        args = (hidden, head.weight, head.bias, labels, 0.7, None, -100, False, sparse_grad, 60_000, 0)
+        args = (hidden, head.weight, head.bias, labels, 0.7, None, -100, False, sparse_grad, 30_000, 0)
         logp, *_ = torch.ops.cwdpo.linear_logprob(*args)
         return torch.autograd.grad(logp, leaves(hidden, head), upstream.to(logp.dtype))
 
