@@ -7,7 +7,6 @@ data loader prefetches batches, and would have to sample them from a policy that
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
@@ -36,9 +35,9 @@ class PairCollator:
     def __init__(self, processor: ProcessorMixin) -> None:
         self.processor = processor
         self.tokenizer = processor.tokenizer
-        # PaliGemma's processor takes the answer as a suffix and gives it token type 1. Tokens of type 0 attend to both
-        # sides, so answers must have type 1.
-        takes_suffix = "suffix" in inspect.signature(type(processor).__call__).parameters
+        # PaliGemma's processor takes the answer as a suffix, gives it token type 1, and makes labels of that type's
+        # tokens. Tokens of type 0 attend to both sides, so answers must have type 1.
+        takes_suffix = {"token_type_ids", "labels"} <= set(processor.model_input_names)
         self.answer_types = {"token_type_ids": 1} if takes_suffix else {}
         for name in ("eos_token_id", "pad_token_id"):
             require(getattr(self.tokenizer, name) is not None, "processor", f"tokenizer.{name}", "a token id", None)
