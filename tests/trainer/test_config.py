@@ -48,6 +48,13 @@ def test_the_reference_cache_can_be_elsewhere_or_disabled(settings, write_config
     assert load_config(path, ["dpo.reference_cache=null"]).dpo.reference_cache is None
 
 
+def test_activation_checkpointing_is_passed_on_under_its_name_in_every_transformers_release(settings, write_config):
+    settings["sft"]["activation_checkpointing"] = True
+    config = load_config(write_config(settings))
+    assert config.sft.gradient_checkpointing  # the name that all of them read
+    assert not config.dpo.gradient_checkpointing
+
+
 def test_a_run_has_the_stages_that_have_a_section(settings, write_config):
     del settings["sft"]
     config = load_config(write_config(settings))

@@ -188,6 +188,8 @@ class StageArguments(TrainingArguments):
     `eval_on_start` true, `logging_steps` 10, `save_total_limit` 2 (null or >= 2),
     `restore_callback_states_from_checkpoint` true, `dataloader_pin_memory` true only if there is an accelerator.
 
+    - `activation_checkpointing`: compute activations again in the backward, to save memory. transformers before 5.23
+      names it `gradient_checkpointing`; here it has the new name with every version.
     - `early_stopping_patience`: stop after this many probes in a row without a better `metric_for_best_model`. Any
       probe metric can decide, such as `chosen_mean_logp`. null: never stop early.
     - `greater_is_better`: null: true, except for calibration errors and distances to the reference (metrics that end
@@ -205,6 +207,7 @@ class StageArguments(TrainingArguments):
     restore_callback_states_from_checkpoint: bool = True  # a resumed run keeps its early-stopping count
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
+    activation_checkpointing: bool | None = None
     early_stopping_patience: int | None = None
     stop_on: list[str] = field(default_factory=list)
 
@@ -232,6 +235,8 @@ class StageArguments(TrainingArguments):
             # Liger's kernels serve the rest of the model. Its fused heads would replace ours.
             fused_heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **fused_heads}
+        if self.activation_checkpointing is not None and not hasattr(TrainingArguments, "activation_checkpointing"):
+            self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
         installed = get_available_reporting_integrations()
         for name in self.report_to or ():
