@@ -12,8 +12,7 @@ import torch
 from torch import Tensor
 
 from . import validation as check
-from ._ops import ops
-from .ops import kept_bytes
+from .ops import apply, kept_bytes
 from .types import Head, MemoryBudget
 
 MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
@@ -75,8 +74,9 @@ def token_logprob(
     trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
     frozen = torch.is_grad_enabled() and tokens.hidden.requires_grad and not trainable
     kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
-    logp, *_ = ops.linear_logprob(
-        hidden=tokens.hidden, weight=head.weight, bias=head.bias, labels=tokens.labels, scale=float(head.scale),
+    logp, *_ = apply(
+        "linear_logprob", hidden=tokens.hidden, weight=head.weight, bias=head.bias, labels=tokens.labels,
+        scale=float(head.scale),
         softcap=head.softcap, ignore_index=ignore_index, with_direction=frozen, sparse_grad=sparse_grad,
         workspace_bytes=workspace_bytes(budget), kept_bytes=kept,
     )  # fmt: skip

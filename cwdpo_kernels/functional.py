@@ -26,6 +26,7 @@ from ._inputs import (
     workspace_bytes,
 )
 from ._ops import ops
+from .ops import apply
 from .types import DEFAULT_BUDGET, IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
 
 
@@ -61,8 +62,8 @@ def logits_logprob(
     ok = not reuse_logits or logits.is_contiguous()
     check.expect(ok, op, "logits", "layout", "contiguous (for reuse_logits)", "non-contiguous")
     flat = logits.reshape(-1, logits.shape[-1])
-    logp, *_ = ops.logits_logprob(
-        logits=flat, labels=labels.reshape(-1), ignore_index=ignore_index, reuse_logits=reuse_logits
+    logp, *_ = apply(
+        "logits_logprob", logits=flat, labels=labels.reshape(-1), ignore_index=ignore_index, reuse_logits=reuse_logits
     )
     return logp.view(labels.shape)
 
@@ -129,7 +130,7 @@ def sequence_logprob(
     check.check_device(op, "labels", labels, token_logp, "token_logp")
     offsets = sequence_offsets(op, labels, cu_seqlens)
     flat, flat_labels = at_least_float32(token_logp).reshape(-1), labels.reshape(-1)
-    fields = ops.sequence_logprob(logp=flat, labels=flat_labels, cu_seqlens=offsets, ignore_index=ignore_index)
+    fields = apply(op, logp=flat, labels=flat_labels, cu_seqlens=offsets, ignore_index=ignore_index)
     return SequenceLogprob(*fields)
 
 

@@ -14,6 +14,7 @@ from ._inputs import as_head, at_least_float32, sequence_offsets, token_logprob
 from ._ops import ops
 from ._smoothing import lead_over_mean_logit
 from .functional import logits_logprob, sequence_logprob
+from .ops import apply
 from .types import (
     DEFAULT_BUDGET,
     IGNORE_INDEX,
@@ -162,7 +163,8 @@ def _cwdpo(
         check.check_per_pair(op, arg, ref, pairs, logp)
         references.append(ref.detach())
     _check_cooling(op, cooling)
-    loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean, count, _ = ops.cwdpo_loss(
+    loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean, count, _ = apply(
+        "cwdpo_loss",
         logp=logp, labels=labels, count=count, cu_seqlens=offsets, ref_chosen=references[0],
         ref_rejected=references[1], beta=float(beta), logp_floor=cooling.logp_floor, temperature=cooling.temperature,
         constant=cooling.constant, drop_below=cooling.drop_below, per_token=normalize == "token",
@@ -179,7 +181,8 @@ def _constrained_sft(
     _check_negatives(op, negatives)
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
     hinge, per_token = negatives.mode == "hinge", negatives.normalize == "token"
-    loss, chosen_nll, rejected_nll, penalty, total, mean, counts, _ = ops.constrained_sft_loss(
+    loss, chosen_nll, rejected_nll, penalty, total, mean, counts, _ = apply(
+        "constrained_sft_loss",
         logp=logp, labels=labels, count=count, cu_seqlens=offsets, weight=float(negatives.weight),
         nll_floor=float(negatives.nll_floor), hinge=hinge, per_token=per_token, ignore_index=ignore_index,
     )  # fmt: skip

@@ -23,8 +23,8 @@ ADAPTERS = {"compat", "integrations"}
 # What each part of cwdpo_kernels may import from it. Only tests and benchmarks import `reference` and `testing`.
 ALLOWED = {
     "__init__": {"functional", "losses", "ops", "types"},
-    "losses": {"functional", "_inputs", "_ops", "_smoothing", "types", "validation"},
-    "functional": {"_inputs", "_ops", "types", "validation"},
+    "losses": {"functional", "_inputs", "_ops", "_smoothing", "ops", "types", "validation"},
+    "functional": {"_inputs", "_ops", "ops", "types", "validation"},
     "_inputs": {"_ops", "ops", "types", "validation"},
     "_ops": set(),
     "_smoothing": {"types"},

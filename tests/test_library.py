@@ -15,6 +15,7 @@ import torch
 import cwdpo_kernels as ck
 from cwdpo_kernels import ops, reference
 from cwdpo_kernels.ops import library
+from cwdpo_kernels.ops.linear_logprob import UNINITIALIZED
 from cwdpo_kernels.testing import as_float64, confident_inputs, leaves, make_inputs, relative_error
 
 ROOT = Path(__file__).parents[1]
@@ -118,13 +119,14 @@ def test_tiles_lie_in_the_memory_of_the_gradient(name):
     hidden, head, labels = make_inputs((30,), 3001, 65)
     arguments = (head.bias, labels, 1.0, None, -100, False, False, 1)
     with ops.forced("cpu", name):
-        logp, *_, kept = torch.ops.cwdpo.linear_logprob(hidden, head.weight, *arguments, None)
+        logp, *_, kept = torch.ops.cwdpo.linear_logprob(hidden, head.weight, *arguments, UNINITIALIZED)
         tiles = kept.clone()
         logp.sum().backward()
         assert head.weight.grad.data_ptr() == kept.data_ptr()
         assert not torch.equal(tiles, kept)
-        expected, *_ = torch.ops.cwdpo.linear_logprob(hidden, head.weight, *arguments, 0)
-        assert torch.equal(torch.autograd.grad(expected.sum(), head.weight)[0], kept)
+        for kept_bytes in (0, None):  # the latter allocates the same memory, but the result `kept` stays as it is
+            expected, *_ = torch.ops.cwdpo.linear_logprob(hidden, head.weight, *arguments, kept_bytes)
+            assert torch.equal(torch.autograd.grad(expected.sum(), head.weight)[0], kept)
 
 
 @needs_library

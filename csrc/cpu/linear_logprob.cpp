@@ -72,17 +72,17 @@ LinearLogprob forward(
     const HeadArguments& arguments, const Tensor& labels, const LabelledRows& labelled, bool with_direction,
     std::optional<int64_t> kept_bytes) {
   const int64_t tokens = labels.numel();
+  const bool opaque = kept_bytes && *kept_bytes >= 0;
   LinearLogprob out{
       zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()),
       zeros({with_direction ? tokens : 0, arguments.hidden.size(1)}, arguments.hidden.scalar_type()),
-      kept_bytes ? empty({*kept_bytes}, ScalarType::Byte) : torch::stable::empty_like(arguments.weight)};
+      opaque ? empty({*kept_bytes}, ScalarType::Byte) : torch::stable::empty_like(arguments.weight)};
   auto& [logp, max_logit, sum_exp, direction, kept] = out;
 
   const TilePlan plan = plan_tiles(arguments, labelled.size(), sizeof(T));
   const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), arguments.weight.size(0), grad_row_bytes(kept));
-  // Zero the unused bytes of an opaque buffer. Backward overwrites all of the weight's gradient, so zeroing that one
-  // would be wasted work.
-  if (kept_bytes) kept_tiles.zero_unused();
+  // Negative: the caller is autograd, which overwrites all of the weight's gradient. Zeroing would be wasted work.
+  if (!kept_bytes || *kept_bytes >= 0) kept_tiles.zero_unused();
   if (labelled.size() == 0) return out;
 
   const TiledHead<T> head(arguments, labelled, plan);

@@ -13,10 +13,12 @@ from . import (
 )
 from .linear_logprob import kept_bytes
 from .registry import backend, default_workspace_bytes, forced, missing_backend, register_backend
+from .schema import apply
 
 backends.register()
 
 __all__ = [
+    "apply",
     "backend",
     "constrained_sft_loss",
     "cooling_weight",

@@ -45,11 +45,18 @@ define(
 )
 
 
+# A value of `kept_bytes`: like None, keep tiles in memory of the weight's shape, but leave its unused bytes
+# uninitialized instead of zero, and let backward write the gradient there. The op's result `kept` then differs from
+# call to call and changes in backward, so only the public functions ask for it: they drop that result.
+UNINITIALIZED = -1
+
+
 @register_fake("linear_logprob")
 def _(*, hidden, weight, labels, with_direction, kept_bytes, **_):
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
     direction = hidden.new_empty(hidden.shape if with_direction else (0, hidden.shape[1]))
-    kept = torch.empty_like(weight) if kept_bytes is None else hidden.new_empty(kept_bytes, dtype=torch.uint8)
+    in_gradient = kept_bytes is None or kept_bytes == UNINITIALIZED
+    kept = torch.empty_like(weight) if in_gradient else hidden.new_empty(kept_bytes, dtype=torch.uint8)
     return logp, torch.empty_like(logp), torch.empty_like(logp), direction, kept
 
 
@@ -70,8 +77,8 @@ def _(*, hidden, bias, needs_hidden, needs_bias, **_):
     )
 
 
-def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: int | None) -> int | None:
-    """How many bytes forward of a trainable head keeps; None: as many tiles as fit into the weight's gradient.
+def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: int | None) -> int:
+    """How many bytes forward of a trainable head keeps; UNINITIALIZED: as many tiles as fit into the weight's gradient.
 
     `budget` is `MemoryBudget.kept_bytes`. A GPU keeps tiles in the inputs' dtype together with their anchors, and none
     under a soft cap. A CPU keeps tiles in the dtype of its computation.
@@ -84,7 +91,7 @@ def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: in
         return 0
     in_gradient = weight.requires_grad and weight.is_contiguous() and not torch.compiler.is_compiling()
     if budget is None and in_gradient and hidden.dtype != torch.float64:
-        return None
+        return UNINITIALIZED
     if hidden.is_cuda:
         with_anchors = weight.shape[0] + weight.shape[0] // 32 + 256
         return min(budget or 0, hidden.shape[0] * with_anchors * hidden.dtype.itemsize)
@@ -95,7 +102,7 @@ def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: in
 def _saves(values: Values) -> Iterable[str]:
     if values["with_direction"]:
         return "with_direction", "logp", "direction"
-    return "with_direction", *arguments("linear_logprob_backward")
+    return "with_direction", "kept_bytes", *arguments("linear_logprob_backward")
 
 
 def _backward(ctx: Any, values: Values) -> Values:
@@ -107,7 +114,7 @@ def _backward(ctx: Any, values: Values) -> Values:
         values["kept"] = values["kept"].new_empty(0)
     else:
         values["kept"] = values["kept"].contiguous()  # saved-tensor hooks may change the layout
-    if values["needs_weight"] and _may_overwrite(values["kept"], values["grad_logp"]):
+    if values["needs_weight"] and not ctx.create_graph and _may_overwrite(values):
         ctx.overwritten = True
         # An alias from `.data` becomes `.grad` without a copy, and writing to it does not bump the version of `kept`.
         values["kept"] = grad_weight = values["kept"].data
@@ -117,17 +124,18 @@ def _backward(ctx: Any, values: Values) -> Values:
     return {name: grads[f"grad_{name}"] for name in ("hidden", "weight", "bias") if values[f"needs_{name}"]}
 
 
-def _may_overwrite(kept: Tensor, grad_logp: Tensor) -> bool:
-    """Whether backward may overwrite `kept` with the weight's gradient: only if `kept` is that memory ([V, D]).
+def _may_overwrite(values: Values) -> bool:
+    """Whether backward may overwrite `kept` with the weight's gradient.
 
-    Not if backward itself is differentiated, batched or traced, because `kept` is then read again.
+    Only if forward was asked for such memory [V, D], and not if backward is batched or traced, because `kept` is then
+    read again.
     """
     return (
-        kept.dim() == 2
-        and not torch.is_grad_enabled()
+        values["kept_bytes"] == UNINITIALIZED
+        and values["kept"].dim() == 2
         and not torch.compiler.is_compiling()
-        and type(kept) is Tensor
-        and torch._C._has_storage(grad_logp)  # a batch of gradients (vmap) has none
+        and type(values["kept"]) is Tensor
+        and torch._C._has_storage(values["grad_logp"])  # a batch of gradients (vmap) has none
     )
 
 

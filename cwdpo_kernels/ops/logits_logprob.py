@@ -48,7 +48,7 @@ def _(**_):
 
 
 def _backward(ctx: Any, values: Values) -> Values:
-    if not values["reuse_logits"]:
+    if not values["reuse_logits"] or ctx.create_graph:
         return {"logits": call("logits_logprob_backward", values)["grad_logits"]}
     call("logits_logprob_backward_", values)
     torch.autograd.graph.increment_version(values["logits"])  # the kernel writes behind autograd's back

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
+from .autograd import register_batching, register_first_order
 
 NAMESPACE = add_op_namespace_prefix("").removesuffix("::")
 OPS: list[str] = []  # in the order of their definition
+_FUNCTIONS: dict[str, type[torch.autograd.Function]] = {}  # of the differentiable ops
 
 Values = dict[str, Any]  # arguments, results and gradients by name
 
@@ -23,6 +25,7 @@ Values = dict[str, Any]  # arguments, results and gradients by name
 def define(op: str, schema: str) -> None:
     """Declare an op with its schema, in which every argument and every result has a name."""
     torch.library.define(add_op_namespace_prefix(op), schema)
+    register_batching(op, add_op_namespace_prefix(op), lambda: getattr(ops, op).default)
     OPS.append(op)
 
 
@@ -60,7 +63,7 @@ def register_autograd(
     op: str, *, differentiable: tuple[str, ...], saves: Callable[[Values], Iterable[str]],
     backward: Callable[[Any, Values], Values],
 ) -> None:  # fmt: skip
-    """Register the gradient of an op.
+    """Register the gradient of an op. Second derivatives, forward-mode ones and batched graphs: see autograd.py.
 
     differentiable: the results that have a gradient.
     saves: from the arguments and results to the names of those that backward reads. It may name more (such as all
@@ -90,7 +93,14 @@ def register_autograd(
             by_argument |= backward(ctx, ctx.saved_values | saved | arrived | needs)
         return tuple(by_argument[name] for name in names)
 
-    torch.library.register_autograd(add_op_namespace_prefix(op), backward_by_position, setup_context=setup_context)
+    _FUNCTIONS[op] = register_first_order(op, getattr(ops, op).default, setup_context, backward_by_position)
+
+
+def apply(op: str, **values: Any) -> tuple[Tensor, ...]:
+    """Call a differentiable op. Unlike the registered op, this works under the transforms of torch.func."""
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return _FUNCTIONS[op].apply(*(values[name] for name in arguments(op)))
+    return getattr(ops, op)(**values)
 
 
 def _named(names: tuple[str, ...], output: Any) -> Values:

@@ -50,14 +50,15 @@ def linear_logprob(
     logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
     anchor, sum_exp = torch.zeros_like(logp), torch.zeros_like(logp)
     direction = torch.zeros_like(hidden) if with_direction else hidden.new_empty(0, hidden.shape[1])
-    kept = torch.empty_like(weight) if kept_bytes is None else hidden.new_empty(kept_bytes, dtype=torch.uint8)
+    opaque = kept_bytes is not None and kept_bytes >= 0
+    kept = hidden.new_empty(kept_bytes or 0, dtype=torch.uint8) if opaque else torch.empty_like(weight)
 
     rows = rows_where(labels != ignore_index)
     labels_N = labels[rows].long()
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
     target_N = head.target_logits(labels_N)
     kept_tiles = KeptTiles(kept, head)
-    if kept_bytes is not None:  # zero the unused bytes; backward overwrites a gradient anyway
+    if kept_bytes is None or kept_bytes >= 0:
         kept_tiles.zero_unused()
     anchor_N, sum_exp_N, direction_ND = _forward(head, labels_N, target_N, with_direction, kept_tiles)
     logp[rows], anchor[rows], sum_exp[rows] = logp_of(target_N, anchor_N, sum_exp_N), anchor_N, sum_exp_N

@@ -74,12 +74,13 @@ def linear_logprob(
     """logp [N], anchor [N], sum_exp [N], direction [N, D] (or empty), kept tiles (opaque bytes or [V, D])."""
     labels = labels.contiguous()
     sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index)
-    kept = torch.empty_like(weight) if kept_bytes is None else hidden.new_empty(kept_bytes, dtype=torch.uint8)
+    opaque = kept_bytes is not None and kept_bytes >= 0
+    kept = hidden.new_empty(kept_bytes or 0, dtype=torch.uint8) if opaque else torch.empty_like(weight)
     if with_direction:
         return *_forward_frozen(sweep, workspace_bytes), kept
 
     kept_chunks = KeptChunks(kept, hidden, sweep.vocab, sweep.config.block_v, softcap, workspace_bytes)
-    if kept_bytes is not None:  # zero unused bytes; in grad_weight that would be wasted: backward overwrites them
+    if kept_bytes is None or kept_bytes >= 0:
         kept_chunks.zero_unused()
     for tiles in kept_chunks.chunks if kept_chunks.views else [range(sweep.tiles_v)]:
         tile_NC, anchor_TN = kept_chunks.views.get(tiles.start, (None, None))
