@@ -33,7 +33,7 @@ FAIL_FAST = ("--timeout", "10", "--retries", "0")
 # What pip says if it finds no such torch; the second one if a constraint mentions torch.
 NOT_FOUND = ("No matching distribution found for torch", "ResolutionImpossible")
 CUDA_NOTE = (
-    "found no CPU build of torch. PyPI's wheel brings the CUDA libraries: 2.7 GB to download, 6.5 GB on disk. To avoid "
+    "found no CPU build of torch. PyPI's wheel brings the CUDA libraries: 2.7 GB to download, 6.0 GB on disk. To avoid "
     "that, stop here (Ctrl-C) and set PIP_FIND_LINKS or PIP_EXTRA_INDEX_URL to a source that has CPU builds."
 )
 
