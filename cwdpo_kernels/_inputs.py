@@ -64,7 +64,7 @@ def token_logprob(
     op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, budget: MemoryBudget,
     ignore_index: int, sparse_grad: bool = False,
 ) -> Tensor:  # fmt: skip
-    """`functional.linear_logprob` on behalf of `op`, which errors name.
+    """`functional.linear_logprob`. `op` is the name used in error messages.
 
     `sparse_grad`: whole sequences may get no gradient. Affects speed only: a GPU then runs the GEMMs that skip them.
     """

@@ -85,7 +85,7 @@ def attach_head(model: nn.Module) -> HeadInfo:
     if not is_language_model(model):
         _fail(name, "an output head", "no get_output_embeddings()")
     head = _output_head(model)
-    _expect(model.base_model is not model, name, "a backbone below the head", "itself as base_model")
+    _expect(model.base_model is not model, name, "a backbone below the head", "none (base_model is the model itself)")
     layers = _layers(name, head)
     for module in (model, *layers):
         _expect(_may_patch(module), name, "forwards that are not patched", f"a patched {type(module).__name__}.forward")

@@ -127,6 +127,10 @@ def missing_image(case: Case) -> None:
     case.change(5, images=["images/gone.png"])
 
 
+def unknown_column(case: Case) -> None:
+    case.change(2, chosne="a")
+
+
 def same_answers(case: Case) -> None:
     case.change(3, rejected=case.train[3]["chosen"])
 
@@ -243,9 +247,10 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (folder_of_another_run_given, ERROR, "folder_of_another_run", ["as when this run was started"]),
     (few_new_tokens, WARNING, "short_samples", ["max_new_tokens is 3, and 44 of 44 chosen answers are longer"]),
     (missing_image, ERROR, "invalid_rows", ["2 of 32 rows of data.train: images: expected an existing file",
-                                             "train.jsonl:3: ", "train.jsonl:6: ", "images/gone.png"]),
-    (same_answers, ERROR, "invalid_rows", ["rejected: expected an answer that differs from chosen", "jsonl:4: 'a"]),
-    (broken_line, ERROR, "invalid_rows", ["expected valid JSON", "train.jsonl:5: Expecting"]),
+                                             "data: URI:\n", "jsonl:3: got ", "jsonl:6: ", "images/gone.png"]),
+    (unknown_column, ERROR, "invalid_rows", ["1 of 32 rows of data.train:\n", "jsonl:3: unknown column chosne (known"]),
+    (same_answers, ERROR, "invalid_rows", ["rejected: expected an answer that differs from chosen", "jsonl:4: got 'a"]),
+    (broken_line, ERROR, "invalid_rows", ["expected valid JSON", "train.jsonl:5: got Expecting"]),
     (more_placeholders_than_images, ERROR, "placeholder_count",
      ["2 of 32 rows", "train.jsonl:2: 2 <image> in the prompt, 1 images", "train.jsonl:7: 0 <image>"]),
     (template_rewrites_the_prompt, ERROR, "template_changes_prompt",
@@ -265,7 +270,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (padding_with_images, ERROR, "pad_token_is_image_token", ["the pad token '<image>' is an image token"]),
     (grown_tokenizer, ERROR, "tokens_without_embedding", ["has 18 tokens, the model has embeddings for 17"]),
     (long_chosen, WARNING, "length_bias", ["longer in 44 of 44 pairs and have 2.0 times as many tokens"]),
-    (no_data, ERROR, "heldout", ["gone.jsonl: expected an existing file"]),
+    (no_data, ERROR, "heldout", ["gone.jsonl: no such file"]),
 ]  # fmt: skip
 
 

@@ -29,7 +29,8 @@ def without(name: str) -> dict:
         (without("prompt"), "prompt: expected a value, or a common start of chosen and rejected"),
         (without("rejected"), "rejected: expected a value, got none"),
         ({**GOOD, "chosen": 3}, "chosen: expected text or a list of messages with role and content, got int"),
-        ({**GOOD, "prompt": "  "}, "prompt: expected at least 1 word, got '  '"),
+        ({**GOOD, "prompt": "  "}, "prompt: expected text, got only white space"),
+        ({**GOOD, "chosen": ""}, "chosen: expected text, got an empty string"),
         ({**GOOD, "prompt": []}, "prompt: expected at least 1 message, got 0"),
         ({**GOOD, "prompt": [{"role": "user"}]}, "prompt: expected text or a list of messages"),
         ({**GOOD, "rejected": "a"}, "rejected: expected an answer that differs from chosen, got 'a'"),
@@ -46,7 +47,7 @@ def without(name: str) -> dict:
             {**GOOD, "negative_source": "chosen"},
             "negative_source: expected letters, digits and underscores, other than",
         ),
-        ({**GOOD, "chosne": "a"}, "columns: expected only prompt, chosen, rejected"),
+        ({**GOOD, "chosne": "a"}, ":2: unknown column chosne (known: prompt, chosen, rejected, images"),
         ({**GOOD, "prompt": [], "image": "one.png"}, "prompt: expected at least 1 message, got 0"),
         (
             {**GOOD, "prompt": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
@@ -69,7 +70,7 @@ def test_an_invalid_row_is_named(tmp_path, row, message):
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
-    with pytest.raises(InputError, match=r"gone.jsonl: expected an existing file, got no such file"):
+    with pytest.raises(InputError, match=r"gone.jsonl: no such file"):
         load_rows(tmp_path / "gone.jsonl")
     with pytest.raises(InputError, match=r"expected at least 1 row, got 0"):
         load_rows(write(tmp_path))

@@ -14,6 +14,9 @@ def test_fields_are_rendered_to_one_line():
     assert str(InputError("a.jsonl:3", "chosen", "text", 5)) == "a.jsonl:3: chosen: expected text, got 5"
     assert str(InputError("a.jsonl:3", "", "valid JSON", "x")) == "a.jsonl:3: expected valid JSON, got x"
     assert InputError("a.jsonl:3", "chosen", "text", 5).mismatch == "expected text, got 5"
+    assert str(InputError("a.jsonl", "", "", "no such file")) == "a.jsonl: no such file"
+    assert InputError("a.jsonl", "", "", "no such file").mismatch == "no such file"
+    assert InputError("a.jsonl: no such file").mismatch == str(InputError("a.jsonl: no such file"))
 
 
 def test_several_errors_are_a_list():

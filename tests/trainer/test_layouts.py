@@ -140,7 +140,7 @@ ALPACA = TEXT_LAYOUTS["alpaca"]
         ),
         ({"chosen": [reply("a")], "rejected": [reply("b")]}, "prompt: expected a value, or a common start"),
         ({"chosen": [], "rejected": []}, "prompt: expected a value, or a common start"),
-        ({**SWIFT, "tools": "[]"}, "columns: expected only messages, rejected_response, rejected_messages"),
+        ({**SWIFT, "tools": "[]"}, "unknown column tools (known: messages, rejected_response, rejected_messages"),
         ({**SWIFT, "messages": [ASK]}, "messages: expected a last message with role 'assistant', got role 'user'"),
         ({**SWIFT, "messages": [reply("a")]}, "messages: expected at least 2"),
         ({**SWIFT, "messages": []}, "messages: expected a non-empty list of messages, got []"),

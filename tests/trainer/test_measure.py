@@ -64,7 +64,7 @@ def test_eval_reproduces_the_scores_of_a_run(finished, task, tmp_path, capsys):
         (["probe", "./nowhere", "DATA"], "RUN_OR_MODEL: expected an existing folder or a name on the Hub, got"),
         (["eval", "EMPTY", "DATA"], "expected a vision-language model with its processor"),
         (["probe", "UNFINISHED", "DATA"], "expected at least 1 finished stage, got none"),
-        (["probe", "MODEL", "./nowhere.jsonl"], "nowhere.jsonl: expected an existing file, got no such file"),
+        (["probe", "MODEL", "./nowhere.jsonl"], "nowhere.jsonl: no such file"),
     ],
 )
 def test_input_errors_are_reported(arguments, message, task, tmp_path, capsys):

@@ -9,12 +9,12 @@ from typing import Any
 class InputError(ValueError):
     """A mistake in a config file, a dataset, a run folder or on the command line.
 
-    The message is "where: what: expected EXPECTED, got GOT".
+    The message is "where: what: expected EXPECTED, got GOT", or "where: what: GOT" without `expected`.
 
     - `where`: a file, "file:line", "dataset[index]", "command line", or "config" for a config key in an unknown file.
     - `what`: the key, column or property that is wrong; may be "".
-    - `expected`: a phrase that continues "expected ...".
-    - `got`: what was found instead.
+    - `expected`: a phrase that continues "expected ..."; "" if `got` says it all.
+    - `got`: what was found instead. Without `expected`, the whole problem: "no such file".
 
     `where` alone may be a complete message, because torch rebuilds an exception of a DataLoader worker from its text.
     """
@@ -25,11 +25,11 @@ class InputError(ValueError):
 
     @property
     def mismatch(self) -> str:
-        """The message without its place: "expected EXPECTED, got GOT", or all of it if it has no such parts."""
-        return f"expected {self.expected}, got {self.got}" if self.expected else self.where
+        """The message without `where` and `what`. If `where` is the complete message, all of it."""
+        return f"expected {self.expected}, got {self.got}" if self.expected else self.got or self.where
 
     def __str__(self) -> str:
-        if not self.expected:
+        if not (self.expected or self.got):
             return self.where
         return ": ".join(part for part in (self.where, self.what, self.mismatch) if part)
 

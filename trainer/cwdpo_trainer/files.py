@@ -40,7 +40,8 @@ def replacing_folder(path: Path) -> Iterator[Path]:
 def read_text(path: Path) -> str:
     """The text of a file. Raises `InputError` if it does not exist or cannot be read as UTF-8."""
     try:
-        require(path.is_file(), str(path), "", "an existing file", "a folder" if path.is_dir() else "no such file")
+        require(path.exists(), str(path), "", "", "no such file")
+        require(path.is_file(), str(path), "", "a file", "a folder" if path.is_dir() else "a special file")
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(str(path), "", "UTF-8 text", describe(error)) from error

@@ -47,7 +47,8 @@ def canonical(where: str, values: Values) -> Values:
     convert, own = _layout(where, values)
     unknown = sorted(set(values) - set(own) - SHARED - METADATA)
     names = ", ".join([*own, *(name for name in COLUMNS if name in SHARED)])
-    require(not unknown, where, "columns", f"only {names}", f"also {', '.join(unknown)}")
+    columns = "columns" if len(unknown) > 1 else "column"
+    require(not unknown, where, "", "", f"unknown {columns} {', '.join(unknown)} (known: {names})")
     row = {name: value for name, value in values.items() if name in SHARED}
     row |= convert(where, values)
     if "images" in row and isinstance(row["images"], list):

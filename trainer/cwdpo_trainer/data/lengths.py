@@ -28,7 +28,7 @@ from transformers.image_utils import make_flat_list_of_images
 
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.images import IMAGE_ERRORS, ImageRef, unreadable
-from cwdpo_trainer.data.rows import SHOWN, Row
+from cwdpo_trainer.data.rows import SHOWN_ROWS, Row
 from cwdpo_trainer.errors import InputError, require
 
 SMALLEST_SHARE = 1 / 64  # of an image's pixels (1 / 8 of its sides): the lowest resolution that `shrink` tries
@@ -159,7 +159,7 @@ class Fit:
         """One line: how many rows were changed or skipped, and the first of them."""
         total = len(self.rows) + len(self.skipped)
         changes = [
-            f"{len(rows)} of {total} rows {what} ({', '.join(rows[:SHOWN])}{', ...' if len(rows) > SHOWN else ''})"
+            f"{len(rows)} of {total} rows {what} ({', '.join(rows[:SHOWN_ROWS] + ['...'] * (len(rows) > SHOWN_ROWS))})"
             for what, rows in (
                 ("have trimmed answers", self.trimmed),
                 ("have smaller images", self.shrunk),

@@ -33,7 +33,7 @@ from cwdpo_trainer.data.source import Source
 from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError, InputErrors, require, shorten
 
-SHOWN = 10  # rows that a report lists
+SHOWN_ROWS = 10  # rows that a report lists
 Message = dict[str, Any]
 
 
@@ -85,15 +85,15 @@ def load_rows(data: Source | Path, skipped: Callable[[str], None] | None = None)
     if errors:
         title = f"{source.name}: {len(errors)} of {len(rows) + len(errors)} rows are invalid"
         if skipped is not None and rows:
-            skipped(str(InputErrors(f"{title} and are skipped", errors, SHOWN)))
+            skipped(str(InputErrors(f"{title} and are skipped", errors, SHOWN_ROWS)))
         else:
-            raise errors[0] if len(errors) == 1 else InputErrors(title, errors, SHOWN)
+            raise errors[0] if len(errors) == 1 else InputErrors(title, errors, SHOWN_ROWS)
     require(bool(rows), source.name, "", "at least 1 row", 0)
     return rows
 
 
 def read_rows(source: Source) -> tuple[list[Row], list[InputError]]:
-    """Return the valid rows and an error for each other one. Raises `InputError` if the source cannot be read."""
+    """Return the valid rows, and one error per invalid row. Raises `InputError` if the source cannot be read."""
     rows: list[Row] = []
     errors: list[InputError] = []
     for where, values in source.rows():
@@ -171,7 +171,7 @@ def _content(where: str, values: dict[str, Any], name: str) -> str | list[Messag
     require(name in values, where, name, "a value", "none")
     value = values[name]
     if isinstance(value, str):
-        require(bool(value.strip()), where, name, "at least 1 word", repr(value))
+        require(bool(value.strip()), where, name, "text", "only white space" if value else "an empty string")
         return value
     ok = isinstance(value, list) and all(map(_is_message, value))
     got = shorten(repr(value)) if isinstance(value, list) else type(value).__name__

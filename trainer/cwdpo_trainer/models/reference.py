@@ -42,7 +42,7 @@ class AdapterReference(nn.Module):
     """`policy` with a different adapter active (None: with no adapter), without gradients and dropout.
 
     It shares the policy's weights without owning them: `parameters()` is empty. Calls and `generate` switch the adapter
-    for their duration, under the autocast context `precision()`, which is to be the one that the policy trains in.
+    for their duration, under the autocast context `precision()`, which must be the policy's.
     """
 
     precision: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext

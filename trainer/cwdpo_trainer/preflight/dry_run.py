@@ -76,13 +76,14 @@ def _invalid_rows(preview: RunPreview, name: str, errors: Sequence[InputError]) 
     """One problem for each kind of mistake."""
     kinds: dict[tuple[str, str], list[str]] = defaultdict(list)
     for error in errors:
-        kinds[error.what, error.expected].append(f"{error.where}: {shorten(error.got, 120)}")
+        got = f"got {shorten(error.got, 120)}" if error.expected else shorten(error.mismatch, 120)
+        kinds[error.what, error.expected].append(f"{error.where}: {got}")
     skip = preview.config.data.skip_bad_rows
     advice = "data.skip_bad_rows is set: the run skips them" if skip else "correct them or set data.skip_bad_rows"
     total = len(preview.rows[name]) + len(errors)
     for (what, expected), evidence in kinds.items():
-        subject = f"{what}: " if what else ""
-        summary = f"{len(evidence)} of {total} rows of data.{name}: {subject}expected {expected}, got"
+        parts = (f"{len(evidence)} of {total} rows of data.{name}", what, f"expected {expected}" if expected else "")
+        summary = ": ".join(part for part in parts if part) + ":"
         yield Problem(WARNING if skip else ERROR, "invalid_rows", list_evidence(summary, evidence), advice)
 
 

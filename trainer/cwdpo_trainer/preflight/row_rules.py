@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from cwdpo_trainer.data.lengths import LengthMeter
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import InputError, describe, shorten
-from cwdpo_trainer.preflight.run_rules import ERROR, SHOWN, Problem, RunPreview
+from cwdpo_trainer.preflight.run_rules import ERROR, EVIDENCE_SHOWN, Problem, RunPreview
 
 RowRule = Callable[[LengthMeter, Row], str | None]
 
@@ -111,6 +111,6 @@ def _first_mistake(meter: LengthMeter, row: Row) -> tuple[str, str] | None:
 
 
 def list_evidence(summary: str, evidence: Sequence[str]) -> str:
-    """The summary, and below it the first `SHOWN` pieces of evidence."""
-    more = [f"and {len(evidence) - SHOWN} more"] if len(evidence) > SHOWN else []
-    return "\n    ".join([summary, *evidence[:SHOWN], *more])
+    """The summary, and below it the first `EVIDENCE_SHOWN` pieces of evidence."""
+    more = [f"and {len(evidence) - EVIDENCE_SHOWN} more"] if len(evidence) > EVIDENCE_SHOWN else []
+    return "\n    ".join([summary, *evidence[:EVIDENCE_SHOWN], *more])

@@ -28,7 +28,7 @@ from cwdpo_trainer.negatives.sampling import normalise
 from cwdpo_trainer.run_folder import RunFolder
 
 ERROR, WARNING = "error", "warning"
-SHOWN = 5  # rows that a problem lists
+EVIDENCE_SHOWN = 5  # rows that a problem lists
 LARGE_MODEL = 100_000_000  # parameters; smaller models are often trained from scratch, with higher learning rates
 # Published full fine-tuning of vision-language models uses 1e-6 to 2e-5 for SFT and 5e-7 to 5e-6 for DPO; LoRA uses 10
 # to 20 times as much. Ten times the upper end mostly diverges.
@@ -120,8 +120,8 @@ def run_problems(preview: RunPreview) -> Iterator[Problem]:
 
 
 def list_rows(rows: Sequence[Row | str]) -> str:
-    """Where the first `SHOWN` rows are, and how many more there are."""
-    shown = [row if isinstance(row, str) else row.where for row in rows[:SHOWN]]
+    """Where the first `EVIDENCE_SHOWN` rows are, and how many more there are."""
+    shown = [row if isinstance(row, str) else row.where for row in rows[:EVIDENCE_SHOWN]]
     more = len(rows) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
 
