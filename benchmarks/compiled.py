@@ -29,6 +29,7 @@ from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from cwdpo_kernels import IGNORE_INDEX
 from cwdpo_kernels.triton import (
     configs,
     constrained_sft_loss,
@@ -87,7 +88,7 @@ def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | No
         bias_vector = torch.empty(v, dtype=dtype) if bias else None
         labels, logp = torch.empty(n, dtype=torch.int64), torch.empty(n)
         cu_seqlens, refs = torch.empty(2 * pairs + 1, dtype=torch.int64), torch.empty(pairs)
-    head = (hidden, weight, bias_vector, labels, 1.0, softcap, -100)
+    head = (hidden, weight, bias_vector, labels, 1.0, softcap, IGNORE_INDEX)
     linear_logprob.linear_logprob(*head, True, False, 0, 0)
     *_, kept = linear_logprob.linear_logprob(*head, False, False, 0, 1 << 30)
     for sparse_grad in (False, True):
@@ -98,14 +99,14 @@ def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | No
     token_divergence.token_divergence(*head[:3], 1.0, softcap, *head[:3], 1.0, softcap, 0)
     if not bias:
         logits = torch.empty(n, v, dtype=dtype, device="meta")
-        logits_logprob.logits_logprob(logits, labels, -100, False)
-        logits_logprob.logits_logprob_backward(logp, logits, labels, logp, logp, logp, -100)
-        sum_logp, _, count = sequence_logprob.sequence_logprob(logp, labels, cu_seqlens, -100)
-        sequence_logprob.sequence_logprob_backward(sum_logp, sum_logp, labels, count, cu_seqlens, -100)
+        logits_logprob.logits_logprob(logits, labels, IGNORE_INDEX, False)
+        logits_logprob.logits_logprob_backward(logp, logits, labels, logp, logp, logp, IGNORE_INDEX)
+        sum_logp, _, count = sequence_logprob.sequence_logprob(logp, labels, cu_seqlens, IGNORE_INDEX)
+        sequence_logprob.sequence_logprob_backward(sum_logp, sum_logp, labels, count, cu_seqlens, IGNORE_INDEX)
         for drop, constant, per_token in ((None, None, False), (-9.0, 0.5, True)):
-            cooling = (0.1, -3.0, 1.0, constant, drop, per_token, -100)
+            cooling = (0.1, -3.0, 1.0, constant, drop, per_token, IGNORE_INDEX)
             cwdpo_loss.cwdpo_loss(logp, labels, None, cu_seqlens, refs, refs, *cooling)
-        constrained_sft_loss.constrained_sft_loss(logp, labels, None, cu_seqlens, 0.1, 3.0, True, True, -100)
+        constrained_sft_loss.constrained_sft_loss(logp, labels, None, cu_seqlens, 0.1, 3.0, True, True, IGNORE_INDEX)
 
 
 def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:

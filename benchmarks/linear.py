@@ -139,13 +139,13 @@ def outcome(implementation: Implementation, inputs: Inputs) -> dict[str, Tensor]
             values |= zip(wanted, torch.autograd.grad(loss, list(wanted.values())), strict=True)
         elif implementation.logp is not None:
             logp = implementation.logp(inputs.hidden, inputs.head, inputs.labels)
-            values["logp"] = logp[inputs.labels != -100]
+            values["logp"] = logp[inputs.labels != ck.IGNORE_INDEX]
     return values
 
 
 def float64_truth(inputs: Inputs, cooling: ck.Cooling) -> dict[str, Tensor]:
     """The outcome in float64. Computes logits of labelled positions only, to save memory."""
-    first = int((inputs.labels[0] != -100).nonzero()[0])
+    first = int((inputs.labels[0] != ck.IGNORE_INDEX).nonzero()[0])
     hidden, head = as_float64(inputs.hidden, inputs.head)
     labels = inputs.labels[:, first:]
 

@@ -170,7 +170,7 @@ def _torch_logp(
     hidden: Tensor, head: ck.Head, labels: Tensor, options: torch.nn.LinearCrossEntropyOptions | None = None
 ) -> Tensor:
     """It would project ignored tokens, so they are removed first."""
-    labelled = labels != -100
+    labelled = labels != ck.IGNORE_INDEX
     nll = F.linear_cross_entropy(hidden[labelled], head.weight, labels[labelled], reduction="none", options=options)
     return hidden.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(labelled, -nll.float())
 
@@ -216,7 +216,7 @@ def _trl_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
     from trl.kernels.chunked_logprob import _use_triton
     from trl.trainer.utils import _CHUNKED_LOGPROB_CHUNK_SIZE
 
-    mask, compact = labels != -100, _use_triton(hidden.device)
+    mask, compact = labels != ck.IGNORE_INDEX, _use_triton(hidden.device)
     logged = ("entropy", "mean_logits", "is_top1") if torch.is_grad_enabled() else ()
     logp = ChunkedLogProbFunction.apply(
         hidden[mask] if compact else hidden.reshape(-1, hidden.shape[-1]), head.weight, None,

@@ -17,6 +17,7 @@ import torch
 import triton
 
 from benchmarks.gpu_measure import milliseconds
+from cwdpo_kernels import IGNORE_INDEX
 from cwdpo_kernels.triton import configs, linear_logprob
 
 BLOCKS = [(128, 256, 64), (128, 128, 64), (256, 128, 64), (64, 256, 64), (128, 256, 32)]
@@ -40,7 +41,7 @@ def milliseconds_of(
     hidden, weight, labels = arguments
     key = (configs.chip(hidden.device), "half" if hidden.itemsize == 2 else configs.precision())
     with mock.patch.dict(configs.TILES, {key: config}):
-        head = (hidden, weight, None, labels, 1.0, None, -100)
+        head = (hidden, weight, None, labels, 1.0, None, IGNORE_INDEX)
 
         def step() -> torch.Tensor:
             logp, anchor, sum_exp, _, kept = linear_logprob.linear_logprob(*head, False, False, 0, 0)

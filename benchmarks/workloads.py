@@ -75,7 +75,7 @@ class Workload:
         """The inputs on the default device. `mode` decides which of them require a gradient."""
         shape = (2 * self.pairs, self.tokens)
         hidden, head, labels = make_inputs(shape, self.vocab, self.dim, self.dtype, labelled=1.0, logit_std=2.0)
-        labels[:, : -self.response] = -100
+        labels[:, : -self.response] = ck.IGNORE_INDEX
         hidden.requires_grad_(mode != "no_grad")
         head.weight.requires_grad_(mode == "trainable")
         return Inputs(hidden, head, labels, torch.full((2, self.pairs), REFERENCE_LOGP * self.response))

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from .. import Head, linear_logprob
+from .. import IGNORE_INDEX, Head, linear_logprob
 from ..validation import expect
 from .reduction import check_reduction, reduced
 
@@ -27,7 +27,7 @@ def linear_cross_entropy(
     c: Tensor,
     targets: Tensor,
     bias: Tensor | None = None,
-    ignore_index: int = -100,
+    ignore_index: int = IGNORE_INDEX,
     softcap: float | None = None,
     reduction: str = "mean",
     shift: bool | int = 0,

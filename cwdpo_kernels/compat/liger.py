@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid
 
-from .. import Head, linear_sequence_logprob
+from .. import IGNORE_INDEX, Head, linear_sequence_logprob
 from ..validation import expect, fail
 
 OP = "LigerFusedLinearDPOLoss"
@@ -106,7 +106,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
     """
 
     def __init__(
-        self, ignore_index: int = -100, beta: float = 0.1, alpha: float = 1.0, compute_nll_loss: bool = False,
+        self, ignore_index: int = IGNORE_INDEX, beta: float = 0.1, alpha: float = 1.0, compute_nll_loss: bool = False,
         compiled: bool = True, use_ref_model: bool = True, average_log_prob: bool = False, chunk_size: int = 1,
         loss_type: str = "sigmoid", label_smoothing: float = 0.0, discopop_tau: float = 0.05,
     ) -> None:  # fmt: skip
@@ -170,10 +170,10 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
 
 def liger_fused_linear_dpo(
     _input: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, ref_input: Tensor | None = None,
-    ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, ignore_index: int = -100, beta: float = 0.1,
-    compute_nll_loss: bool = False, compiled: bool = True, use_ref_model: bool = True, average_log_prob: bool = False,
-    chunk_size: int = 1, loss_type: str = "sigmoid", label_smoothing: float = 0.0, discopop_tau: float = 0.05,
-    alpha: float = 1.0,
+    ref_weight: Tensor | None = None, ref_bias: Tensor | None = None, ignore_index: int = IGNORE_INDEX,
+    beta: float = 0.1, compute_nll_loss: bool = False, compiled: bool = True, use_ref_model: bool = True,
+    average_log_prob: bool = False, chunk_size: int = 1, loss_type: str = "sigmoid", label_smoothing: float = 0.0,
+    discopop_tau: float = 0.05, alpha: float = 1.0,
 ) -> tuple[Tensor, DPOMetrics]:  # fmt: skip
     """`LigerFusedLinearDPOLoss` as a function, with the argument order of Liger's functional."""
     loss = LigerFusedLinearDPOLoss(

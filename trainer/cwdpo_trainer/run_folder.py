@@ -50,7 +50,7 @@ class RunFolder:
         self.metrics_file = path / "metrics.json"
         self.probes_file = path / "probes.csv"
         self.predictions_file = path / "predictions.jsonl"
-        self.picture_file = path / "dynamics.png"
+        self.plot_file = path / "dynamics.png"
         self._lock = FileLock(path / "run.lock")
 
     def __str__(self) -> str:

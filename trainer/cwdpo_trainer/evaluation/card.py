@@ -18,10 +18,10 @@ from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
 from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, table
 from cwdpo_trainer.files import replacing, write_text
+from cwdpo_trainer.models.adapters import ADAPTER_FILE
 from cwdpo_trainer.run_folder import LABEL_OF_STAGE
 
-CARD, PICTURE = "README.md", "dynamics.png"
-ADAPTER_FILE = "adapter_config.json"
+CARD, PLOT = "README.md", "dynamics.png"
 TASK = "image-text-to-text"
 SETS = (
     "Answers: `chosen` are right; `onpolicy` are wrong samples of the model that a stage started from; the others are "
@@ -46,14 +46,14 @@ class Origin:
     digests: Mapping[str, str]
 
 
-def write_card(folder: Path, stage: str, name: str, metrics: Mapping[str, Any], origin: Origin, picture: Path) -> None:
-    """Write README.md and a copy of `picture` into `folder`, which holds the model of `stage`.
+def write_card(folder: Path, stage: str, name: str, metrics: Mapping[str, Any], origin: Origin, plot: Path) -> None:
+    """Write README.md and a copy of `plot` into `folder`, which holds the model of `stage`.
 
     `metrics` has the layout of metrics.json. The card omits later stages.
     """
-    if picture != folder / PICTURE:
-        with replacing(folder / PICTURE) as temporary:
-            shutil.copyfile(picture, temporary)
+    if plot != folder / PLOT:
+        with replacing(folder / PLOT) as temporary:
+            shutil.copyfile(plot, temporary)
     write_text(folder / CARD, str(make_card(stage, name, metrics, origin, (folder / ADAPTER_FILE).exists())))
 
 
@@ -68,9 +68,9 @@ def write_stage_card(
         "findings": [asdict(finding) for finding in diagnose(stage, history, settings)],
         "environment": environment(device),
     }
-    with replacing(folder / PICTURE) as temporary:
+    with replacing(folder / PLOT) as temporary:
         draw_dynamics(temporary, {stage: history})
-    write_card(folder, stage, name, metrics, origin, folder / PICTURE)
+    write_card(folder, stage, name, metrics, origin, folder / PLOT)
 
 
 def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin, adapter: bool) -> ModelCard:
@@ -105,7 +105,7 @@ Fine-tuned from `{base}` with {METHODS[stage]}
 
 {SETS} {NOTE}
 
-![Learning dynamics]({PICTURE})
+![Learning dynamics]({PLOT})
 
 ## What the doctor found
 

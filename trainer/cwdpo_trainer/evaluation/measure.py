@@ -30,7 +30,7 @@ from cwdpo_trainer.negatives.sampling import caption
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import COOLING_FILE, RunFolder
 
-TITLES = {  # of the table's lines, by metric
+METRIC_TITLES = {  # of the table's lines, by metric
     "logp": "log p (nats per answer)",
     "mean_logp": "mean log p (nats per token)",
     "entropy": "entropy (nats per token)",
@@ -207,7 +207,7 @@ def _print_table(metrics: dict[str, dict[str, float]], sets: list[str]) -> None:
     """Print a column per set of answers. With a reference, cells are "reference -> model"."""
     model, reference = metrics["model"], metrics.get("reference")
     say(f"\n{'':30}" + "".join(f"{name:>20}" for name in sets))
-    for key, title in TITLES.items():
+    for key, title in METRIC_TITLES.items():
         cells = []
         for name in sets:
             value = model.get(f"{name}_{key}")

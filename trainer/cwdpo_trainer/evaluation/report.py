@@ -45,13 +45,13 @@ def write_report(folder: RunFolder, results: Results) -> None:
     probes = {stage: probe_entries(history) for stage, history in results.histories.items()}
     write_text(folder.predictions_file, _predictions(results, scores, folder.path))
     write_text(folder.probes_file, _probes_csv(probes))
-    with replacing(folder.picture_file) as temporary:
+    with replacing(folder.plot_file) as temporary:
         draw_dynamics(temporary, results.histories)
     metrics = _metrics(results, scores, probes)
     for stage in results.histories:
         model = folder.model(stage)
         name = f"{folder.path.resolve().name}-{model.name}"
-        write_card(model, stage, name, metrics, results.origin, folder.picture_file)
+        write_card(model, stage, name, metrics, results.origin, folder.plot_file)
     write_json(folder.metrics_file, metrics)
 
 
@@ -122,4 +122,4 @@ def print_table(metrics: dict[str, Any], folder: RunFolder, finished: bool) -> N
     say(NOTE)
     for finding in metrics["findings"]:
         say(f"found {Finding(**finding)}")
-    say(f"learning dynamics: {folder.picture_file}\n")
+    say(f"learning dynamics: {folder.plot_file}\n")

@@ -12,12 +12,12 @@ import torch
 import cwdpo_kernels
 from cwdpo_trainer.data.lengths import Length
 from cwdpo_trainer.errors import describe
+from cwdpo_trainer.evaluation.summary import PACKAGES
 from cwdpo_trainer.preflight.dry_run import dry_run, first_pair, self_test
 from cwdpo_trainer.preflight.memory import HeadStep, format_bytes
 from cwdpo_trainer.preflight.run_rules import ERROR, Problem, RunPreview
 from cwdpo_trainer.reporter import say
 
-PACKAGES = ("torch", "triton", "transformers", "accelerate")
 BINS = 8
 BAR = 40  # characters
 LENGTHS: dict[str, Callable[[Length], int]] = {
@@ -31,7 +31,7 @@ LENGTHS: dict[str, Callable[[Length], int]] = {
 def environment_report() -> str:
     """Versions and the backend of each device, with the reason where the faster backend is unavailable."""
     lines = [("cwdpo_kernels", cwdpo_kernels.__version__), ("python", platform.python_version())]
-    lines += [(package, _version(package)) for package in PACKAGES]
+    lines += [(package, _version(package)) for package in ("triton", *PACKAGES)]
     for device in ("cpu", "cuda"):
         if device == "cuda" and not torch.cuda.is_available():
             lines.append(("backend on cuda", "none (torch finds no GPU)"))
