@@ -24,10 +24,11 @@ OTHER_OPS = ("token_stats", "token_divergence", "logits forward", "logits")
 
 INTRODUCTION = """## On a GPU
 
-`python -m benchmarks.gpu --out DIR` measures. A cell is the median time of a forward and backward pass by CUDA events,
-and the peak of allocated memory above the inputs. The GPU is kept busy while a step is launched, so launches do not
-count unless a step waits for the GPU. All tokens are labelled; hidden states and head are bfloat16. "Matrix products
-alone" is the time of the products that every method needs, with `torch.mm`."""
+`python -m benchmarks.gpu --out DIR` measures. A cell is the median time of a step by CUDA events, and the peak of
+allocated memory above the inputs. A step is a forward pass for log-probs only, else forward and backward. The GPU is
+kept busy while a step is launched, so launches do not count unless a step waits for the GPU. All tokens are labelled;
+hidden states and head are bfloat16. "Matrix products alone" is the time of the products that every method needs, with
+`torch.mm`."""
 
 
 def sections(folder: Path = results.FOLDER) -> list[str]:

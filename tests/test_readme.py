@@ -8,7 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from cwdpo_trainer.config.loader import load_config
+import cwdpo_kernels
+from cwdpo_trainer.config.arguments import _UNSUPPORTED as UNSUPPORTED
+from cwdpo_trainer.config.arguments import StageArguments
+from cwdpo_trainer.config.loader import KEYS, RESERVED, load_config
 
 ROOT = Path(__file__).parents[1]
 README, DOCS = ROOT / "README.md", ROOT / "docs"
@@ -78,6 +81,24 @@ def test_config_of_the_trainer(tmp_path):
     (tmp_path / "mine.yaml").write_text(text)
     config = load_config(tmp_path / "mine.yaml")
     assert (config.lora.r, config.dpo.logp_floor, config.data.over_length) == (16, "auto", "trim")
+
+
+def test_the_api_page_lists_every_public_name():
+    listed = re.findall(r"^::: cwdpo_kernels\.(\w+)$", (DOCS / "api" / "kernels.md").read_text(), re.MULTILINE)
+    assert sorted(listed) == sorted(cwdpo_kernels.__all__)
+
+
+def test_the_options_page_has_every_key_and_section():
+    page = (DOCS / "options.md").read_text()
+    listed = re.findall(r"^- `(\w+)` \(|options: {heading: (\w+),", page, re.MULTILINE)
+    assert sorted(filter(None, sum(listed, ()))) == sorted(KEYS)
+
+
+def test_the_options_page_names_every_refused_option():
+    page = (DOCS / "options.md").read_text()
+    assert "StageArguments\n" in page
+    refused = StageArguments.__doc__.split("Refused:")[1].split("\n\n")[0]
+    assert set(re.findall(r"`(\w+)`", refused)) == {*RESERVED, *UNSUPPORTED, "deepspeed"}
 
 
 def test_every_page_with_python_is_run():

@@ -1,4 +1,4 @@
-"""The package's backends. A new one is one more call here."""
+"""The package's backends. A new one is one more call here; docs/contributing/backend.md has the other steps."""
 
 from __future__ import annotations
 

@@ -5,7 +5,7 @@ A Python backend is a subpackage of the same name with one file per op. The func
 imported at the first call of its kernel. A backend may lack ops.
 
 One backend, the fallback, serves every device (device None). Each other backend serves one device type, where torch's
-dispatcher prefers its kernels. To add a backend, add its folder and call `register_backend`.
+dispatcher prefers its kernels. docs/contributing/backend.md says how to add a backend.
 """
 
 from __future__ import annotations

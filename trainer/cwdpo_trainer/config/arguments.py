@@ -1,6 +1,7 @@
 """The options of a run: one dataclass per section of the config file, validated on creation.
 
-Both stages extend `transformers.TrainingArguments`, so a stage section accepts all of its options too.
+Both stages extend `transformers.TrainingArguments`, so a stage section accepts its options too, apart from those that
+`StageArguments` names.
 """
 
 from __future__ import annotations
@@ -187,6 +188,10 @@ class StageArguments(TrainingArguments):
     The `eval_*` options control the probes. These defaults differ from the library's: `eval_strategy` steps,
     `eval_on_start` true, `logging_steps` 10, `save_total_limit` 2 (null or >= 2),
     `restore_callback_states_from_checkpoint` true, `dataloader_pin_memory` true only if there is an accelerator.
+
+    Refused: `output_dir` and `seed` (top-level keys set them), `data_seed`, `remove_unused_columns`, `do_train`,
+    `do_eval` and `do_predict` (the trainer sets them), `save_only_model`, `resume_from_checkpoint`,
+    `label_smoothing_factor` and `deepspeed` (not supported).
 
     - `activation_checkpointing`: compute activations again in the backward, to save memory. transformers before 5.23
       names it `gradient_checkpointing`; here it has the new name with every version.
