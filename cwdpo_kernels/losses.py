@@ -58,9 +58,9 @@ def cwdpo_loss(
     Pairs with an empty answer, or below `cooling.drop_below`, are left out of the mean (`kept` is False).
     """
     op = "cwdpo_loss"
-    total, count = _stack_pairs(op, chosen, rejected)
-    offsets = torch.arange(total.shape[0] + 1, device=total.device)
-    return _cwdpo(op, total, None, count, offsets, ref_chosen, ref_rejected, beta, cooling, normalize, IGNORE_INDEX)
+    sum_logp, count = _stack_pairs(op, chosen, rejected)
+    offsets = torch.arange(sum_logp.shape[0] + 1, device=sum_logp.device)
+    return _cwdpo(op, sum_logp, None, count, offsets, ref_chosen, ref_rejected, beta, cooling, normalize, IGNORE_INDEX)
 
 
 def linear_cwdpo_loss(
@@ -107,9 +107,9 @@ def constrained_sft_loss(
         answer's tokens (`linear_constrained_sft_loss` computes it from the mean row of the head).
     """
     op = "constrained_sft_loss"
-    total, count = _stack_pairs(op, chosen, rejected)
-    offsets = torch.arange(total.shape[0] + 1, device=total.device)
-    return _constrained_sft(op, total, None, count, offsets, negatives, rejected_smoothing, IGNORE_INDEX)
+    sum_logp, count = _stack_pairs(op, chosen, rejected)
+    offsets = torch.arange(sum_logp.shape[0] + 1, device=sum_logp.device)
+    return _constrained_sft(op, sum_logp, None, count, offsets, negatives, rejected_smoothing, IGNORE_INDEX)
 
 
 def linear_constrained_sft_loss(
@@ -163,14 +163,14 @@ def _cwdpo(
         check.check_per_pair(op, arg, ref, pairs, logp)
         references.append(ref.detach())
     _check_cooling(op, cooling)
-    loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, total, mean, count, _ = apply(
+    loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, sum_logp, mean, count, _ = apply(
         "cwdpo_loss",
         logp=logp, labels=labels, count=count, cu_seqlens=offsets, ref_chosen=references[0],
         ref_rejected=references[1], beta=float(beta), logp_floor=cooling.logp_floor, temperature=cooling.temperature,
         constant=cooling.constant, drop_below=cooling.drop_below, per_token=normalize == "token",
         ignore_index=ignore_index,
     )  # fmt: skip
-    chosen, rejected = _split_pairs(total, mean, count)
+    chosen, rejected = _split_pairs(sum_logp, mean, count)
     return CWDPOOutput(loss, chosen_reward, rejected_reward, margin, accuracy, weight, chosen, rejected, kept)
 
 
@@ -181,7 +181,7 @@ def _constrained_sft(
     _check_negatives(op, negatives)
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
     hinge, per_token = negatives.mode == "hinge", negatives.normalize == "token"
-    loss, chosen_nll, rejected_nll, penalty, total, mean, counts, _ = apply(
+    loss, chosen_nll, rejected_nll, penalty, sum_logp, mean, counts, _ = apply(
         "constrained_sft_loss",
         logp=logp, labels=labels, count=count, cu_seqlens=offsets, weight=float(negatives.weight),
         nll_floor=float(negatives.nll_floor), hinge=hinge, per_token=per_token, ignore_index=ignore_index,
@@ -196,7 +196,7 @@ def _constrained_sft(
         spread = smoothing.sum() / (lengths > 0).sum().clamp_min(1)
         extra = negatives.weight * negatives.smoothing * spread
         loss, penalty = loss + extra, penalty + extra.detach()
-    return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *_split_pairs(total, mean, counts))
+    return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *_split_pairs(sum_logp, mean, counts))
 
 
 def _check_negatives(op: str, negatives: GentleNegatives) -> None:
@@ -214,14 +214,14 @@ def _stack_pairs(op: str, chosen: SequenceLogprob, rejected: SequenceLogprob) ->
         check.expect(len(shape) == 1, op, f"{arg}.total", "shape", "[P]", shape)
         check.expect(list(value.count.shape) == shape, op, f"{arg}.count", "shape", shape, list(value.count.shape))
     check.check_per_pair(op, "rejected.total", rejected.total, chosen.total.shape[0], chosen.total)
-    total = torch.cat([chosen.total, rejected.total])
-    return at_least_float32(total), torch.cat([chosen.count, rejected.count]).long()
+    sum_logp = torch.cat([chosen.total, rejected.total])
+    return at_least_float32(sum_logp), torch.cat([chosen.count, rejected.count]).long()
 
 
-def _split_pairs(total: Tensor, mean: Tensor, count: Tensor) -> tuple[SequenceLogprob, SequenceLogprob]:
-    pairs = total.shape[0] // 2
-    chosen = SequenceLogprob(total[:pairs], mean[:pairs], count[:pairs])
-    return chosen, SequenceLogprob(total[pairs:], mean[pairs:], count[pairs:])
+def _split_pairs(sum_logp: Tensor, mean: Tensor, count: Tensor) -> tuple[SequenceLogprob, SequenceLogprob]:
+    pairs = sum_logp.shape[0] // 2
+    chosen = SequenceLogprob(sum_logp[:pairs], mean[:pairs], count[:pairs])
+    return chosen, SequenceLogprob(sum_logp[pairs:], mean[pairs:], count[pairs:])
 
 
 def _check_cooling(op: str, cooling: Cooling) -> None:
