@@ -230,10 +230,12 @@ def test_a_folder_refuses_another_run(config, settings, task, capsys):
     before = sorted(path.name for path in folder.iterdir())
     capsys.readouterr()
     assert main(["run", str(config)]) == 2
-    assert f"{folder}: config.sft.max_steps: expected 1, as when this run was started" in capsys.readouterr().err
+    error = capsys.readouterr().err
+    assert f"{folder}: sft.max_steps is " in error
+    assert ", but this run was started with 1; use another output_dir" in error
     changed = [f"data.train={task / 'heldout.jsonl'}", "sft.max_steps=1"]
     assert main(["run", str(config), *changed]) == 2
-    assert "config.data.train: expected" in capsys.readouterr().err
+    assert f"{folder}: data.train is " in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
 
 

@@ -243,5 +243,7 @@ def test_a_run_on_datasets_equals_one_on_files(task, settings, tmp_path):
     assert json.loads(line)["images"] == [f"{tmp_path}/set:heldout[0] images[0]"]
     shutil.rmtree(tmp_path / "set")
     DatasetDict({**sets, "train": sets["train"].select(range(8))}).save_to_disk(tmp_path / "set")
-    with pytest.raises(InputError, match=r"data.train: expected '.*', as when this run was started"):
+    with pytest.raises(
+        InputError, match=r"data.train is '.*', but this run was started with '.*'; use another output_dir"
+    ):
         run(load_config(path))

@@ -81,8 +81,10 @@ class RunFolder:
         before, now = _flatten(read_json(self.record_file)), _flatten(_record(config, digests))
         for key in sorted(before.keys() | now.keys()):
             same = before.get(key) == now.get(key)
-            expected = f"{before.get(key)!r}, as when this run was started (or use another output_dir)"
-            require(same, str(self), key, expected, repr(now.get(key)))
+            problem = (
+                f"{key.removeprefix('config.')} is {now.get(key)!r}, but this run was started with {before.get(key)!r}"
+            )
+            require(same, str(self), "", "", f"{problem}; use another output_dir")
 
     def acquire(self) -> None:
         """Lock the folder for this process, creating it if necessary. Raises `InputError` if another process holds it.
