@@ -34,7 +34,7 @@ def make(model, collator, rows, tmp_path):
             tamper(reference)
         probes = Probes(rows, collator, ProbeArguments(rows=6), SAMPLING, Cooling(), seed=0)
         arguments = SFTArguments if kind is ConstrainedSFTTrainer else DPOArguments
-        args = arguments(output_dir=str(tmp_path / "stage"), **{**OPTIONS, **options})
+        args = arguments(**{"output_dir": str(tmp_path / "stage"), **OPTIONS, **options})
         more = {"sampling": SAMPLING} if kind is CWDPOTrainer else {}
         return kind(model, reference, args, rows, collator, probes, **more)
 
@@ -266,6 +266,63 @@ def test_older_checkpoints_are_deleted_once_a_newer_one_is_complete(make, tmp_pa
     first = "checkpoint-1"  # the best
     assert complete == [[], [first], [first, "checkpoint-2"], [first, "checkpoint-3"]]
     assert sorted(path.name for path in tmp_path.glob("stage/checkpoint-*")) == [first, "checkpoint-4"]
+
+
+@pytest.mark.parametrize("kind", [ConstrainedSFTTrainer, CWDPOTrainer])
+def test_a_stage_that_diverges_stops_and_names_the_step(kind, make, tmp_path):
+    """The first step moves the weights by 1e36, and the second one cannot compute its loss."""
+    trainer = make(kind, learning_rate=1e36, eval_strategy="no", lr_scheduler_type="constant")
+    name = "dpo" if kind is CWDPOTrainer else "sft"
+    with pytest.raises(InputError, match=rf"stage {name}, step 2, learning_rate 1e\+36: loss: .* got nan"):
+        trainer.train()
+
+
+def test_weights_that_are_not_finite_are_not_saved(make, tmp_path):
+    """The loss and gradients of the step that broke them are finite, and no later step shows it."""
+    trainer = make(
+        ConstrainedSFTTrainer, learning_rate=1e39, max_steps=1, eval_strategy="no", save_strategy="steps", save_steps=1
+    )
+    with pytest.raises(InputError, match=r"step 1, .*: weights: expected finite numbers .* got NaN or infinity in "):
+        trainer.train()
+    assert not list(tmp_path.glob("stage/checkpoint-*"))
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_gradients_that_are_not_finite_do_not_reach_the_weights(value, make):
+    trainer = make(ConstrainedSFTTrainer, eval_strategy="no")
+    weight = trainer.model.lm_head.weight
+    before = weight.detach().clone()
+    weight.register_hook(lambda grad: torch.full_like(grad, value))
+    with pytest.raises(InputError, match=f"stage sft, step 1, .*: norm of the gradients: .*got {value}"):
+        trainer.train()
+    assert torch.equal(weight, before)
+
+
+def test_a_diverged_model_is_not_sampled_from(make):
+    """torch's own error about probabilities would not say why."""
+    trainer = make(CWDPOTrainer, learning_rate=1e39, lr_scheduler_type="constant", eval_strategy="no",
+                   onpolicy_fraction=1.0)  # fmt: skip
+    with pytest.raises(InputError, match=r"stage dpo, step 1, .*: weights"):
+        trainer.train()
+
+
+def test_the_best_checkpoint_is_found_in_a_folder_that_has_moved(make, tmp_path, monkeypatch):
+    options = {
+        "max_steps": 4, "eval_steps": 1, "save_steps": 1, "save_strategy": "steps", "learning_rate": 0.0,
+        "load_best_model_at_end": True, "metric_for_best_model": "chosen_logp",
+    }  # fmt: skip
+    make(ConstrainedSFTTrainer, **options, output_dir=str(tmp_path / "before")).train()
+    (tmp_path / "before").rename(tmp_path / "stage")
+    best, last = (str(tmp_path / "stage" / f"checkpoint-{step}") for step in (1, 4))
+    loaded = []
+    monkeypatch.setattr("cwdpo_trainer.stages.base.load_weights", lambda model, folder: loaded.append(folder))
+    resumed = make(ConstrainedSFTTrainer, **options)
+    resumed.train(resume_from_checkpoint=last)
+    assert loaded == [last, best]
+    assert resumed.state.best_model_checkpoint == best
+    (tmp_path / "stage" / "checkpoint-1" / "optimizer.pt").unlink()
+    with pytest.raises(InputError, match=r"checkpoint-1/optimizer.pt: expected the .* bytes that were saved"):
+        make(ConstrainedSFTTrainer, **options).train(resume_from_checkpoint=last)
 
 
 def test_a_finding_in_stop_on_ends_a_stage(make, capsys):

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo_trainer import recipes
-from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.reporter import say, say_error
 
 DEMO = Path(recipes.__file__).with_name("digits.yaml")
@@ -45,13 +45,27 @@ TRAINING = {
     ),
 }
 OVERRIDE = "replace a value of the config, for example dpo.beta=0.2 or output_dir=runs/other"
+INTERRUPTED = 130  # exit status after Ctrl-C, as shells report it
 Commands = Any  # argparse's type of `add_subparsers` is private
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run a command and return its exit status: 0 success, 1 errors that `check` found, 2 wrong input."""
-    parsed = _parser().parse_args(arguments)
+    """Run a command and return its exit status.
 
+    0 success, 1 errors that `check` found, 2 wrong input or a file that cannot be read or written, 130 Ctrl-C.
+    """
+    parsed = _parser().parse_args(arguments)
+    try:
+        return _execute(parsed)
+    except KeyboardInterrupt:
+        say_error("cwdpo: interrupted (an interrupted run continues with the same command)")
+        return INTERRUPTED
+    except OSError as error:
+        say_error(f"cwdpo: {_describe(error)}")
+        return 2
+
+
+def _execute(parsed: argparse.Namespace) -> int:
     from transformers.utils import logging
 
     from cwdpo_kernels.integrations.hugging_face import HeadError
@@ -62,6 +76,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except (InputError, HeadError) as error:
         say_error(f"cwdpo: {error}")
         return 2
+
+
+def _describe(error: OSError) -> str:
+    """The file and what the operating system says about it: a full disk, no permission, no connection."""
+    if error.filename is None:
+        return describe(error)
+    what = f"expected a file or folder that can be used, got {type(error).__name__}: {error.strerror}"
+    return f"{error.filename}: {what}"
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -1,16 +1,31 @@
-"""Reading files with clear errors, and writing them atomically: to a temporary path that is then renamed."""
+"""Reading files with clear errors, and writing them atomically: to a temporary path that is then renamed.
+
+What is written is on the disk (fsync) before it gets its name, so that a power failure leaves the old file or the new
+one.
+"""
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
+import re
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
+from safetensors import SafetensorError
+
 from cwdpo_trainer.errors import InputError, describe, require
+
+THREADS = min(8, os.cpu_count() or 1)  # that read files to hash them; hashing releases the interpreter's lock
+_TEMPORARY = re.compile(r"\..+\.\d+(\.\w+)?")  # names that `replacing` gives
+# torch.save raises a RuntimeError for a full disk, and names a line of this file instead of the cause.
+_TORCH_WRITER = "inline_container.cc"
 
 
 @contextlib.contextmanager
@@ -21,7 +36,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
     try:
         yield temporary
+        flush(temporary)
         os.replace(temporary, path)
+        flush(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -29,12 +46,67 @@ def replacing(path: Path) -> Iterator[Path]:
 @contextlib.contextmanager
 def replacing_folder(path: Path) -> Iterator[Path]:
     """Yield a new temporary folder next to `path`. It becomes `path`, which must not exist by then, if the block
-    succeeds."""
+    succeeds. Only one process may do this at a time."""
     temporary = path.with_name(f".{path.name}.unfinished")
     shutil.rmtree(temporary, ignore_errors=True)  # left by a run that was killed
     temporary.mkdir(parents=True)
     yield temporary
     temporary.rename(path)
+    flush(path.parent)
+
+
+@contextlib.contextmanager
+def only_process(path: Path) -> Iterator[None]:
+    """Wait until no other process is in such a block for `path`, which need not exist."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        yield
+
+
+def remove_temporary_files(folder: Path) -> None:
+    """Delete what `replacing` left in `folder` when a process was killed."""
+    for path in folder.iterdir():
+        if is_temporary(path):
+            path.unlink()
+
+
+def is_temporary(path: Path) -> bool:
+    """Whether `path` is a file that `replacing` has not finished."""
+    return _TEMPORARY.fullmatch(path.name) is not None and path.is_file()
+
+
+def flush(path: Path) -> None:
+    """Return once a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def writing(path: Path, what: str) -> Iterator[None]:
+    """Turn a failed write inside into an `InputError` about `path`. torch and safetensors have errors of their own."""
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        is_write = error.errno is not None if isinstance(error, OSError) else _TORCH_WRITER in str(error)
+        if not (is_write or isinstance(error, SafetensorError)):
+            raise
+        expected = f"free space and permission to write {what} (then run the same command again)"
+        raise InputError(str(path), "", expected, describe(error)) from error
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's content, in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def sha256_of_all(paths: Sequence[Path]) -> list[str]:
+    """`sha256` of each file, several at a time."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(sha256, paths))
 
 
 def read_text(path: Path) -> str:
@@ -53,8 +125,15 @@ def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises `InputError` if it cannot be read or parsed."""
     try:
         return json.loads(read_text(path))
-    except json.JSONDecodeError as error:
-        raise InputError(str(path), "", "valid JSON", error) from error
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise InputError(str(path), "", "valid JSON", describe(error)) from error
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """The object in a JSON file. Raises `InputError` if it cannot be read or holds something else."""
+    value = read_json(path)
+    require(isinstance(value, dict), str(path), "", "a JSON object", type(value).__name__)
+    return value
 
 
 def write_text(path: Path, text: str) -> None:

@@ -7,9 +7,10 @@ run_folder.py describes the files of a run.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -27,7 +28,9 @@ from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.evaluation.card import Origin
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.evaluation.report import Results, print_table, write_report
-from cwdpo_trainer.files import read_json, replacing_folder, write_json
+from cwdpo_trainer.files import read_json, replacing_folder, write_json, writing
+from cwdpo_trainer.manifest import seal
+from cwdpo_trainer.models.digests import input_digests
 from cwdpo_trainer.models.loading import Model, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reference import Reference, freeze_reference
 from cwdpo_trainer.negatives.sampling import caption
@@ -38,6 +41,8 @@ from cwdpo_trainer.stages.base import StageTrainer
 from cwdpo_trainer.stages.checkpoints import newest_checkpoint
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
 from cwdpo_trainer.stages.sft import ConstrainedSFTTrainer
+
+Result = TypeVar("Result")
 
 
 def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
@@ -53,31 +58,52 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     with args.main_process_first(local=False):
         prepare(config)
     current = Run(config, RunInputs.load(config))
-    current.check(stages)
+    on_main_process(lambda: current.check(stages))
     was_finished = current.folder.is_reported(stages)
     if not was_finished:
         say(current.describe(stages))
         with current.locked():
             current.train(stages)
             current.write_report()
-    metrics = read_json(current.folder.metrics_file)
+    metrics = current.folder.metrics()
     print_table(metrics, current.folder, was_finished)
     return metrics
+
+
+def on_main_process(work: Callable[[], Result]) -> Result:
+    """The result of `work` in the main process. If it raises `InputError`, all processes raise it."""
+    outcome: list[Any] = [None, None]
+    if PartialState().is_main_process:
+        try:
+            outcome[0] = work()
+        except InputError as error:
+            outcome[1] = error
+    broadcast_object_list(outcome)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
 
 
 @dataclass
 class RunInputs:
     """What a run reads, all of it checked.
 
-    `rows` by stage; `model_path`: folder or Hub name of the model to start from; `digests` of the datasets, by name
-    (train, heldout).
+    `rows` by stage; `datasets` (train, heldout): their rows as read, of any length; `model_path` and `adapter`: folder
+    or Hub name of the model to start from, and of its adapter; `digests` of the datasets, by name.
     """
 
     rows: dict[str, list[Row]]
     heldout: list[Row]
+    datasets: dict[str, list[Row]]
     model_path: str
+    adapter: str | None
     collator: PairCollator
     digests: dict[str, str]
+
+    @cached_property
+    def identity(self) -> dict[str, Any]:
+        """Digests of everything that the run depends on. Reads every image and every file of the model once."""
+        return input_digests(self.digests, self.datasets, self.model_path, self.adapter)
 
     @classmethod
     def load(cls, config: RunConfig) -> RunInputs:
@@ -85,6 +111,7 @@ class RunInputs:
         sources = {name: open_source(getattr(config.data, name), config.base) for name in ("train", "heldout")}
         skipped = say if config.data.skip_bad_rows else None
         train, heldout = (load_rows(source, skipped) for source in sources.values())
+        datasets = {"train": train, "heldout": heldout}
         path = model_path(config)
         collator = PairCollator(load_processor(path))
         if config.data.max_length is not None:
@@ -94,7 +121,8 @@ class RunInputs:
                 say(fit.report(source.name, limit))
             train, heldout = (fit.rows for fit in fits)
         digests = {name: source.digest() for name, source in sources.items()}
-        return cls(_rows_by_stage(config, train), heldout, path, collator, digests)
+        adapter = config.lora.adapter if config.lora is not None else None
+        return cls(_rows_by_stage(config, train), heldout, datasets, path, adapter, collator, digests)
 
 
 def _rows_by_stage(config: RunConfig, train: list[Row]) -> dict[str, list[Row]]:
@@ -114,7 +142,7 @@ class Run:
 
     def check(self, stages: Sequence[str]) -> None:
         """Raise `InputError` if the folder belongs to another run, or if `stages` cannot start from what is there."""
-        self.folder.check(self.config, self.inputs.digests)
+        self.folder.check(self.config, self.inputs.identity)
         needs_sft = list(stages) == ["dpo"] and self.config.sft is not None and not self.folder.is_done("sft")
         require(not needs_sft, str(self.folder), "", "a finished stage sft (run `cwdpo sft` first)", "none")
         server = self.config.sampling.server
@@ -130,17 +158,13 @@ class Run:
     def locked(self) -> Iterator[None]:
         """Keep other runs out of the folder. The main process holds the lock; if it is refused, all processes raise."""
         PartialState().wait_for_everyone()  # all have checked the folder before one writes to it
-        outcome: list[InputError | None] = [None]
-        if PartialState().is_main_process:
-            try:
-                self.folder.acquire()
-                self.folder.check(self.config, self.inputs.digests)  # another run may have started in the meantime
-            except InputError as error:
-                outcome = [error]
+
+        def lock() -> None:
+            self.folder.acquire()
+            self.folder.check(self.config, self.inputs.identity)  # another run may have started in the meantime
+
         try:
-            broadcast_object_list(outcome)
-            if outcome[0] is not None:
-                raise outcome[0]
+            on_main_process(lock)
             yield
         finally:
             self.folder.release()
@@ -149,13 +173,14 @@ class Run:
         """Train those of `stages` that are not done. Stage 2 starts from the weights of stage 1 in memory, or from the
         saved ones if stage 1 was done before."""
         if self.config.stage(stages[0]).should_save:
-            self.folder.write_record(self.config, self.inputs.digests)
+            self.folder.write_record(self.config, self.inputs.identity)
         policy: Model | None = None
         for stage in stages:
             if self.folder.is_done(stage):
                 say(f"{stage}: finished before, in {self.folder.model(stage)}")
                 continue
             if policy is None:
+                self._verify_start(stage)
                 set_seed(self.config.seed)  # a new adapter is random
                 policy = load_model(self.config.model, self._start_path(stage), self.config.lora)
             self._train_stage(stage, policy)
@@ -166,27 +191,37 @@ class Run:
         """Train `policy` in place and save it. A frozen copy of what it is now is the stage's reference."""
         trainer = self._trainer(stage, policy, freeze_reference(policy))
         say(f"{stage}: {trainer.head_info}")
-        checkpoint = newest_checkpoint(trainer.args.folder)
+        checkpoint = on_main_process(lambda: newest_checkpoint(trainer.args.folder))
         if checkpoint is not None:
             say(f"{stage}: resumes from {checkpoint}")
-        trainer.train(resume_from_checkpoint=checkpoint)
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         policy.zero_grad()  # or the next reference would copy the gradients
         self._save(stage, trainer)
 
     def _save(self, stage: str, trainer: StageTrainer) -> None:
         """Save the stage's model. All processes take part in gathering a sharded model; the main one writes."""
         folder, should_save = self.folder.model(stage), trainer.args.should_save
-        with replacing_folder(folder) if should_save else contextlib.nullcontext(folder) as unfinished:
+        with (
+            writing(folder, "the model"),
+            replacing_folder(folder) if should_save else contextlib.nullcontext(folder) as unfinished,
+        ):
             trainer.save_model(str(unfinished))
             if should_save:
                 trainer.state.save_to_json(str(unfinished / STATE_FILE))
                 if isinstance(trainer, CWDPOTrainer):
                     write_json(unfinished / COOLING_FILE, asdict(trainer.cooling))
+                seal(unfinished)
         trainer.accelerator.wait_for_everyone()
 
+    def _starts_after_sft(self, stage: str) -> bool:
+        return stage == "dpo" and self.config.sft is not None
+
     def _start_path(self, stage: str) -> str:
-        after_sft = stage == "dpo" and self.config.sft is not None
-        return str(self.folder.model("sft")) if after_sft else self.inputs.model_path
+        return str(self.folder.model("sft")) if self._starts_after_sft(stage) else self.inputs.model_path
+
+    def _verify_start(self, stage: str) -> None:
+        if self._starts_after_sft(stage):
+            on_main_process(lambda: self.folder.verify_model("sft"))
 
     def _trainer(self, stage: str, policy: Model, reference: Reference) -> StageTrainer:
         config, inputs = self.config, self.inputs
@@ -203,6 +238,8 @@ class Run:
         args = self.config.stage(stages[0])
         with args.main_process_first(local=False):
             if args.should_save:
+                for stage in stages:
+                    self.folder.verify_model(stage)
                 write_report(self.folder, self._results(stages))
 
     def _results(self, stages: Sequence[str]) -> Results:

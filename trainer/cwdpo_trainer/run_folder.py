@@ -1,19 +1,20 @@
 """The run folder: what is in it, who writes it, and what counts as done.
 
-    run.json            run.py: the config and the digests of the datasets, before the first step. The folder
-                        continues this run only (`RunFolder.check`).
+    run.json            run.py: the config, and digests of the datasets, of their images and of the model that the
+                        run starts from, before the first step. The folder continues this run only
+                        (`RunFolder.check`).
     run.lock            locked by the main process while it trains (`RunFolder.acquire`)
     checkpoints/STAGE/checkpoint-STEP/
                         stages/base.py: a checkpoint of transformers.Trainer and the stage's own state. The file
-                        COMPLETE, written last, marks it as complete (stages/checkpoints.py); a run resumes from
-                        the newest complete checkpoint.
+                        COMPLETE, written last, lists the files and their checksums (manifest.py); a run resumes from
+                        the newest checkpoint whose files are as they were written (stages/checkpoints.py).
     checkpoints/dpo/negatives_RANK.jsonl
                         negatives/log.py: the negative of each pair at each step
     reference_cache/    models/reference_cache.py: log-probs under the reference of stage 2, unless
                         dpo.reference_cache names another folder
     sft/, cwdpo/        run.py: the model after each stage, its processor, trainer_state.json and cooling.json;
                         evaluation/card.py: README.md. A folder gets its name once all files are in it, so a stage is
-                        done if its folder exists (`RunFolder.is_done`).
+                        done if its folder exists (`RunFolder.is_done`). COMPLETE lists the files here too.
     probes.csv, predictions.jsonl, dynamics.png
                         evaluation/report.py: the report
     metrics.json        evaluation/report.py, written last: the stages in it are finished (`RunFolder.is_reported`)
@@ -24,21 +25,25 @@ STAGE is sft or dpo, RANK the index of the process in a distributed run.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from filelock import FileLock, Timeout
 
 from cwdpo_trainer.config.loader import STAGES, RunConfig
-from cwdpo_trainer.errors import InputError, require
-from cwdpo_trainer.files import read_json, write_json
+from cwdpo_trainer.errors import InputError, require, shorten
+from cwdpo_trainer.files import is_temporary, read_json_object, remove_temporary_files, write_json
+from cwdpo_trainer.manifest import verify
 
 STATE_FILE = "trainer_state.json"  # in a checkpoint and in a stage's model folder
 COOLING_FILE = "cooling.json"  # the `Cooling` of stage 2, in its checkpoints and in its model folder
 MODEL_FOLDERS = {"sft": "sft", "dpo": "cwdpo"}  # by stage
 LABEL_OF_STAGE = {"sft": "after_sft", "dpo": "after_cwdpo"}  # the model after a stage, in metrics.json
-LOCK_TIMEOUT = 5.0  # seconds; data-loading workers of a killed process may hold its lock for that long
+FINDING_FIELDS = {"name", "stage", "step", "evidence", "advice"}  # of evaluation/doctor.py, in metrics.json
+METRIC_LABELS = {"start", *LABEL_OF_STAGE.values()}
+# Seconds. Data-loading workers of a killed process may hold its lock until they notice, which takes them 5.
+LOCK_TIMEOUT = 10.0
 
 
 class RunFolder:
@@ -62,29 +67,37 @@ class RunFolder:
 
     def recorded_config(self) -> dict[str, Any]:
         """The config that the run was started with."""
-        return read_json(self.record_file)["config"]
+        return self._recorded()["config"]
 
-    def write_record(self, config: RunConfig, digests: dict[str, str]) -> None:
-        """Write run.json, which ties the folder to this config and these datasets."""
-        write_json(self.record_file, _record(config, digests))
+    def write_record(self, config: RunConfig, inputs: Mapping[str, Any]) -> None:
+        """Write run.json, which ties the folder to this config and these `inputs` (digests by name, nested)."""
+        write_json(self.record_file, _record(config, inputs))
 
-    def check(self, config: RunConfig, digests: dict[str, str]) -> None:
-        """Raise `InputError` unless the folder is missing, empty, or of a run with this config and these datasets."""
+    def check(self, config: RunConfig, inputs: Mapping[str, Any]) -> None:
+        """Raise `InputError` unless the folder is missing, empty, or of a run with this config and these inputs."""
         if not self.path.exists():
             return
         require(self.path.is_dir(), str(self), "output_dir", "a folder", "a file")
         if not self.is_run():
-            found = sorted(path.name for path in self.path.iterdir() if path.name != "run.lock")
+            others = (path for path in self.path.iterdir() if path.name != "run.lock" and not is_temporary(path))
+            found = sorted(path.name for path in others)
             require(not found, str(self), "output_dir", "an empty folder or that of a run",
                     f"one with {', '.join(found[:5])}")  # fmt: skip
             return
-        before, now = _flatten(read_json(self.record_file)), _flatten(_record(config, digests))
+        before, now = _flatten(self._recorded()), _flatten(_record(config, inputs))
         for key in sorted(before.keys() | now.keys()):
             same = before.get(key) == now.get(key)
             problem = (
                 f"{key.removeprefix('config.')} is {now.get(key)!r}, but this run was started with {before.get(key)!r}"
             )
             require(same, str(self), "", "", f"{problem}; use another output_dir")
+
+    def _recorded(self) -> dict[str, Any]:
+        record = read_json_object(self.record_file)
+        for section in ("config", "inputs"):
+            found = record.get(section)
+            require(isinstance(found, dict), str(self.record_file), section, "a JSON object", type(found).__name__)
+        return record
 
     def acquire(self) -> None:
         """Lock the folder for this process, creating it if necessary. Raises `InputError` if another process holds it.
@@ -97,6 +110,7 @@ class RunFolder:
         except Timeout:
             expected = "a folder that no other process trains in (wait for it, or use another output_dir)"
             raise InputError(str(self), "output_dir", expected, "one that is in use") from None
+        remove_temporary_files(self.path)
 
     def release(self) -> None:
         self._lock.release()
@@ -108,19 +122,46 @@ class RunFolder:
     def is_done(self, stage: str) -> bool:
         return self.model(stage).is_dir()
 
+    def verify_model(self, stage: str) -> None:
+        """Raise `InputError` about a file of the model after `stage` that is not as it was saved."""
+        try:
+            verify(self.model(stage))
+        except InputError as error:
+            advice = f"{error.expected}; delete {self.model(stage)} to write it again from the stage's last checkpoint"
+            raise InputError(error.where, error.what, advice, error.got) from error
+
     def done_stages(self) -> list[str]:
         return [stage for stage in STAGES if self.is_done(stage)]
 
     def is_reported(self, stages: Sequence[str]) -> bool:
         """Whether metrics.json has the results of `stages`."""
         labels = {LABEL_OF_STAGE[stage] for stage in stages}
-        return self.metrics_file.exists() and labels <= read_json(self.metrics_file).keys()
+        return self.metrics_file.exists() and labels <= self.metrics().keys()
+
+    def metrics(self) -> dict[str, Any]:
+        """The content of metrics.json. Raises `InputError` unless it has the layout that the report writes."""
+        metrics, where = read_json_object(self.metrics_file), str(self.metrics_file)
+        advice = "(delete the file, and `cwdpo run` writes it again)"
+        for label in METRIC_LABELS & metrics.keys():
+            found = metrics[label]
+            ok = isinstance(found, dict) and isinstance(found.get("probes"), dict) and all(
+                isinstance(value, int | float) for value in (found | found["probes"] | {"probes": 0}).values()
+            )  # fmt: skip
+            require(ok, where, label, f"numbers, and numbers under probes {advice}", shorten(json.dumps(found), 100))
+        findings = metrics.get("findings")
+        ok = isinstance(findings, list) and all(
+            isinstance(finding, dict) and finding.keys() == FINDING_FIELDS for finding in findings
+        )
+        require(ok, where, "findings", f"a list of findings {advice}", shorten(json.dumps(findings), 100))
+        base_model = metrics.get("base_model")
+        require(isinstance(base_model, str), where, "base_model", f"a name or a path {advice}", repr(base_model))
+        return metrics
 
 
-def _record(config: RunConfig, digests: dict[str, str]) -> dict[str, Any]:
+def _record(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a run. Where its folder is does not matter."""
     settings = {key: value for key, value in config.raw.items() if key != "output_dir"}
-    return json.loads(json.dumps({"config": settings, "data": digests}, default=str))
+    return json.loads(json.dumps({"config": settings, "inputs": inputs}, default=str))
 
 
 def _flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -187,7 +187,8 @@ class StageArguments(TrainingArguments):
 
     The `eval_*` options control the probes. These defaults differ from the library's: `eval_strategy` steps,
     `eval_on_start` true, `logging_steps` 10, `save_total_limit` 2 (null or >= 2),
-    `restore_callback_states_from_checkpoint` true, `dataloader_pin_memory` true only if there is an accelerator.
+    `restore_callback_states_from_checkpoint` true, `dataloader_pin_memory` true only if there is an accelerator,
+    `logging_nan_inf_filter` false: a stage stops at a loss that is not finite.
 
     Refused: `output_dir` and `seed` (top-level keys set them), `data_seed`, `remove_unused_columns`, `do_train`,
     `do_eval` and `do_predict` (the trainer sets them), `save_only_model`, `resume_from_checkpoint`,
@@ -210,6 +211,7 @@ class StageArguments(TrainingArguments):
     logging_steps: float = 10
     save_total_limit: int | None = 2
     restore_callback_states_from_checkpoint: bool = True  # a resumed run keeps its early-stopping count
+    logging_nan_inf_filter: bool = False
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     activation_checkpointing: bool | None = None

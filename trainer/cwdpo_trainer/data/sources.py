@@ -9,7 +9,6 @@ The split defaults to `train`. It may be a slice, as in `hub:owner/name:train[:1
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import re
@@ -19,7 +18,7 @@ from typing import Any
 
 from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
 from cwdpo_trainer.errors import InputError, require
-from cwdpo_trainer.files import read_text
+from cwdpo_trainer.files import read_text, sha256
 
 SPACE = re.compile(r"\s*")
 
@@ -61,8 +60,7 @@ class FileSource(Source):
 
     def digest(self) -> str:
         """SHA-256 of the file."""
-        with self.path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+        return sha256(self.path)
 
 
 def _not_json(where: str, error: ValueError) -> InputError:

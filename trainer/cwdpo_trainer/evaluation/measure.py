@@ -85,6 +85,7 @@ class EvalTarget:
         done = folder.done_stages()
         require(bool(done), str(folder), "", "at least 1 finished stage", "none")
         stage = done[-1]
+        folder.verify_model(stage)
         model, data, probes, sampling = (
             read_section(where, name, raw) for name in ("model", "data", "probes", "sampling")
         )
@@ -98,7 +99,7 @@ def _start_of(folder: RunFolder, stage: str, raw: dict[str, Any]) -> str | None:
     """The model that a run's `stage` started from: that of stage 1, or the base model in metrics.json."""
     if stage == "dpo" and "sft" in raw:
         return str(folder.model("sft"))
-    return read_json(folder.metrics_file)["base_model"] if folder.metrics_file.is_file() else None
+    return folder.metrics()["base_model"] if folder.metrics_file.is_file() else None
 
 
 def probe(target: EvalTarget, data: str, rows: int | None, json_file: Path | None) -> dict[str, Any]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,6 +18,7 @@ from transformers import PreTrainedModel
 
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.errors import InputError, describe
+from cwdpo_trainer.files import read_json_object
 
 POLICY, REFERENCE = "default", "reference"
 ADAPTER_FILE = "adapter_config.json"
@@ -27,15 +27,20 @@ ADAPTER_FILE = "adapter_config.json"
 def base_model(path: str) -> str:
     """The model that the adapter at `path` belongs to; `path` itself if it holds no adapter."""
     adapter = Path(path, ADAPTER_FILE)
-    return json.loads(adapter.read_text())["base_model_name_or_path"] if adapter.is_file() else path
+    if not adapter.is_file():
+        return path
+    name = read_json_object(adapter).get("base_model_name_or_path")
+    if not isinstance(name, str):
+        raise InputError(str(adapter), "base_model_name_or_path", "a name or a path", repr(name))
+    return name
 
 
 def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArguments) -> PeftModel:
     """The model with a trainable adapter: a new one, or the one at `lora.adapter`. Raises `InputError`."""
     model = prepared_for_adapters(model, settings)
+    if lora.adapter is not None:
+        return saving_policy_only(trained_adapter(model, lora.adapter, trainable=True))
     try:
-        if lora.adapter is not None:
-            return saving_policy_only(PeftModel.from_pretrained(model, lora.adapter, is_trainable=True))
         config = LoraConfig(
             r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
             target_modules=lora.target_modules, exclude_modules=lora.exclude_modules,
@@ -44,6 +49,14 @@ def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArg
         return saving_policy_only(get_peft_model(model, config))
     except (OSError, ValueError) as error:
         raise InputError("config", "lora", "options that fit the model", describe(error)) from error
+
+
+def trained_adapter(model: PreTrainedModel, path: str, trainable: bool) -> PeftModel:
+    """The model with the adapter at `path`, a folder or a name on the Hub. Raises `InputError`."""
+    try:
+        return PeftModel.from_pretrained(model, path, is_trainable=trainable)
+    except Exception as error:  # a damaged file raises any type
+        raise InputError(path, "", "an adapter that fits the model", describe(error)) from error
 
 
 def prepared_for_adapters(model: PreTrainedModel, settings: ModelArguments) -> PreTrainedModel:

@@ -22,6 +22,7 @@ from cwdpo_trainer.models.adapters import (
     base_model,
     prepared_for_adapters,
     saving_policy_only,
+    trained_adapter,
     with_adapter,
 )
 
@@ -38,7 +39,7 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     model = _load(settings, base)
     if base != path:
         model = prepared_for_adapters(model, settings) if trainable else model
-        return saving_policy_only(PeftModel.from_pretrained(model, path, is_trainable=trainable))
+        return saving_policy_only(trained_adapter(model, path, trainable))
     if not trainable:
         return model
     kind = settings.quantization
@@ -57,7 +58,7 @@ def load_processor(path: str) -> ProcessorMixin:
     """The processor of the model at `path`. Raises `InputError` if there is none for text and images."""
     try:
         processor = AutoProcessor.from_pretrained(path)
-    except (OSError, ValueError, ImportError) as error:  # ImportError: some processors need torchvision
+    except Exception as error:  # a damaged file raises any type; ImportError: some processors need torchvision
         raise InputError(path, "", "a vision-language model with its processor", describe(error)) from error
     usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")
     require(usable, path, "processor", "a tokenizer and an image_processor", type(processor).__name__)
@@ -80,7 +81,9 @@ def _load(settings: ModelArguments, path: str) -> PreTrainedModel:
         options["quantization_config"] = _quantization(settings)
     try:
         return AutoModelForImageTextToText.from_pretrained(path, dtype=settings.torch_dtype, **options)
-    except (OSError, ValueError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # damaged weights raise SafetensorError, RuntimeError, UnpicklingError and others
         expected = f"a vision-language model that loads with {options or 'default options'}"
         raise InputError(path, "", expected, describe(error)) from error
 

@@ -16,6 +16,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -26,6 +27,7 @@ from transformers import ProcessorMixin
 
 from cwdpo_trainer.data.collator import Tokens
 from cwdpo_trainer.data.rows import Row
+from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.models.reference import Reference, describe_reference
 
 # Settings that no log-prob depends on. Most differ between a model in memory and the same model loaded from a file.
@@ -73,14 +75,20 @@ class ReferenceCache:
         return [self._pairs.get(key) for key in keys]
 
     def add(self, pairs: Mapping[str, PairLogp]) -> None:
-        """Store the pairs of one forward. They are in the file when this returns."""
+        """Store the pairs of one forward. They are in the file when this returns.
+
+        Raises `InputError` about a log-prob that is NaN: the reference is broken.
+        """
+        for pair in pairs.values():
+            _check_numbers(str(self.folder), pair, "look for NaN in the model that the stage starts from")
         self._pairs.update(pairs)
         payload = json.dumps(pairs).encode()
         line = _checksum(payload) + b" " + payload + b"\n"
         with self._own.open("ab", buffering=0) as file:
             written = file.write(line)
         if written != len(line):
-            raise OSError(f"{self._own}: expected to write {len(line)} bytes, wrote {written}: the disk is full")
+            expected = f"free space to write {len(line)} bytes (then run the same command again)"
+            raise InputError(str(self._own), "", expected, f"{written} bytes written")
 
     def _refresh(self) -> None:
         """Read the lines that other processes have added since the last call."""
@@ -100,8 +108,16 @@ class ReferenceCache:
         if checksum != _checksum(payload):
             _log.warning("%s: a line is damaged; its pairs are computed again", path)
             return
-        for key, pair in json.loads(payload).items():
-            self._pairs.setdefault(key, PairLogp(*pair))
+        for key, values in json.loads(payload).items():
+            pair = PairLogp(*values)
+            _check_numbers(str(path), pair, "delete the file, and its pairs are computed again")
+            self._pairs.setdefault(key, pair)
+
+
+def _check_numbers(where: str, pair: PairLogp, advice: str) -> None:
+    for name, value in pair._asdict().items():
+        expected = f"a number ({advice})"
+        require(not math.isnan(value), where, f"log-prob of a {name} answer under the reference", expected, value)
 
 
 def _checksum(payload: bytes) -> bytes:

@@ -6,7 +6,8 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cwdpo_trainer.files import write_text
+from cwdpo_trainer.errors import InputError, shorten
+from cwdpo_trainer.files import flush, read_text, write_text
 
 
 class NegativesLog:
@@ -20,11 +21,28 @@ class NegativesLog:
         self.path = path
 
     def start(self, step: int) -> None:
-        """Start the log at `step`. Lines of a killed run from that step on are deleted, because it runs them again."""
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True) if step and self.path.exists() else []
+        """Start the log at `step`. Lines of a killed run from that step on are deleted, because it runs them again.
+
+        Raises `InputError` about a line that this class did not write."""
+        lines = read_text(self.path).split("\n") if step and self.path.exists() else [""]
         # A kill can cut only the last line, and its step is later than any checkpoint.
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] < step]
+        kept = [line + "\n" for index, line in enumerate(lines[:-1], start=1) if self._step(index, line) < step]
         write_text(self.path, "".join(kept))
+
+    def _step(self, number: int, line: str) -> int:
+        try:
+            step = json.loads(line)["step"]
+        except (ValueError, TypeError, KeyError):
+            step = None
+        if not isinstance(step, int):
+            expected = "a JSON object with a step (delete the line, or the file, to go on without it)"
+            raise InputError(f"{self.path}:{number}", "", expected, shorten(repr(line), 80))
+        return step
+
+    def flush(self) -> None:
+        """Return once all lines are on the disk. A checkpoint counts on those of the steps before it."""
+        if self.path.exists():
+            flush(self.path)
 
     def write(self, step: int, rows: Sequence[str], is_onpolicy: Sequence[bool], texts: Sequence[str]) -> None:
         """Append a step's pairs: their rows as "file:line", and the origin and text of each negative."""

@@ -24,6 +24,8 @@ from cwdpo_trainer.data.lengths import Fit, Length, LengthMeter
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
+from cwdpo_trainer.models.digests import input_digests
+from cwdpo_trainer.models.loading import model_path
 from cwdpo_trainer.negatives.sampling import normalise
 from cwdpo_trainer.run_folder import RunFolder
 
@@ -189,8 +191,13 @@ def unknown_metric(preview: RunPreview) -> Diagnosis | None:
 def folder_of_another_run(preview: RunPreview) -> Diagnosis | None:
     if len(preview.digests) < 2:
         return None
+    folder, config = RunFolder(preview.config.output_dir), preview.config
     try:
-        RunFolder(preview.config.output_dir).check(preview.config, preview.digests)
+        identity: dict[str, object] = {"data": preview.digests}
+        if folder.is_run():  # reads all images and the model
+            adapter = config.lora.adapter if config.lora is not None else None
+            identity = input_digests(preview.digests, preview.rows, model_path(config), adapter)
+        folder.check(config, identity)
     except InputError as error:
         return str(error), "give this run its own output_dir"
     return None

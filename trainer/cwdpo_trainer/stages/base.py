@@ -26,8 +26,8 @@ import torch
 from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers import EarlyStoppingCallback, Trainer
-from transformers.trainer_callback import PrinterCallback, ProgressCallback
-from transformers.trainer_utils import TrainOutput, rotate_checkpoints
+from transformers.trainer_callback import PrinterCallback, ProgressCallback, TrainerState
+from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_trainer.config.arguments import StageArguments
@@ -37,11 +37,14 @@ from cwdpo_trainer.errors import require
 from cwdpo_trainer.evaluation.card import Origin, changed_settings, write_stage_card
 from cwdpo_trainer.evaluation.doctor import Doctor
 from cwdpo_trainer.evaluation.probes import Probes
+from cwdpo_trainer.files import writing
+from cwdpo_trainer.manifest import is_sealed, seal, verify
 from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.distributed import check_distribution, prepare_reference, saved_parameters_only
 from cwdpo_trainer.models.loading import Model, check_quantization, load_weights, move
 from cwdpo_trainer.models.reference import AdapterReference, Reference
-from cwdpo_trainer.stages.checkpoints import had_stopped, mark_complete, state_of
+from cwdpo_trainer.stages.checkpoints import checkpoint_path, delete, had_stopped, keep_newest, state_of
+from cwdpo_trainer.stages.finite import check_finite, check_finite_weights
 from cwdpo_trainer.stages.progress import CompactProgress
 
 
@@ -123,6 +126,7 @@ class StageTrainer(Trainer):
         before it checks `max_steps`.
         """
         self.state = state_of(checkpoint)
+        self._restore_best_checkpoint(checkpoint)
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end:
             self._load_best_model()
@@ -162,10 +166,12 @@ class StageTrainer(Trainer):
         self, eval_dataset: Any = None, ignore_keys: Any = None, metric_key_prefix: str = "eval"
     ) -> dict[str, float]:
         """Probe the model. The metrics are logged as `eval_*`, as in any evaluation of the library."""
+        self._check_weights()
         model = self.model_wrapped if self.is_in_train else self.model
         measured = self.probes.measure(model, self.reference, self.args.device)
         # All processes use rank 0's metrics. They may differ in the last bits, and all must stop at the same step.
         (probed,) = broadcast_object_list([measured])
+        check_finite(self._where(self.state.global_step), "log-probs of the chosen answers", probed["chosen_logp"])
         metrics = {f"{metric_key_prefix}_{name}": value for name, value in probed.items()}
         self.log(metrics)
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, metrics)
@@ -199,20 +205,66 @@ class StageTrainer(Trainer):
             name, history = model_name or folder.name, self.state.log_history
             write_stage_card(folder, args.stage, name, history, vars(args), origin, str(args.device))
 
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """The library's step, for a loss that is a finite number. It raises `InputError` before the weights change."""
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        check_finite(self._where(self.state.global_step + 1), "loss", loss)
+        return loss
+
+    def _get_grad_norm(self, model: nn.Module, grad_norm: Any = None) -> Any:
+        """The library's norm of the gradients. It raises `InputError` before a step with infinite or NaN gradients."""
+        norm = super()._get_grad_norm(model, grad_norm=grad_norm)
+        if norm is not None and self.accelerator.scaler is None:  # a scaler skips such steps and lowers its scale
+            check_finite(self._where(self.state.global_step + 1), "norm of the gradients", norm)
+        return norm
+
+    def _check_weights(self) -> None:
+        check_finite_weights(self._where(self.state.global_step), self.model, self.accelerator)
+
+    def _where(self, step: int) -> str:
+        return f"stage {self.args.stage}, step {step}, learning_rate {self.args.learning_rate:g}"
+
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
         """Save a checkpoint, declare it complete, and only then delete older ones beyond `save_total_limit`."""
+        self._check_weights()
         args, limit = self.args, self.args.save_total_limit
-        args.save_total_limit = None  # the library would delete older checkpoints here
-        try:
-            super()._save_checkpoint(model, trial)
-        finally:
-            args.save_total_limit = limit
-        folder = args.folder / f"checkpoint-{self.state.global_step}"
-        self._save_stage_files(folder)
-        self.accelerator.wait_for_everyone()
-        if args.should_save:
-            mark_complete(folder)
-            rotate_checkpoints(str(args.folder), limit, self.state.best_model_checkpoint, use_mtime=True)
+        folder = checkpoint_path(args.folder, self.state.global_step)
+        with writing(folder, "a checkpoint"):
+            if args.should_save and folder.exists():
+                delete(folder)  # left by a process that was killed, or damaged
+            self.accelerator.wait_for_everyone()
+            args.save_total_limit = None  # the library would delete older checkpoints here, and order them by time
+            try:
+                super()._save_checkpoint(model, trial)
+            finally:
+                args.save_total_limit = limit
+            self._save_stage_files(folder)
+            self.accelerator.wait_for_everyone()
+            if args.should_save:
+                seal(folder)
+                keep_newest(args.folder, self.state.global_step, self._best_checkpoint(self.state), limit)
+
+    def _best_checkpoint(self, state: TrainerState) -> Path | None:
+        """The best checkpoint that `state` names, in the stage's folder: the run folder may have moved since."""
+        recorded = state.best_model_checkpoint
+        path = None if recorded is None else self.args.folder / Path(recorded).name
+        return path if path is not None and is_sealed(path) else None
+
+    def _restore_best_checkpoint(self, resumed: str) -> None:
+        best = self._best_checkpoint(state_of(resumed))
+        self.state.best_model_checkpoint = None if best is None else str(best)
+
+    def _init_training_state(
+        self, max_steps: int, num_update_steps_per_epoch: int, num_train_epochs: int,
+        resume_from_checkpoint: str | None, trial: Any,
+    ) -> Any:  # fmt: skip
+        """The library's state. Of a folder that has moved, it would forget which checkpoint is the best."""
+        done = super()._init_training_state(
+            max_steps, num_update_steps_per_epoch, num_train_epochs, resume_from_checkpoint, trial
+        )
+        if resume_from_checkpoint is not None:
+            self._restore_best_checkpoint(resume_from_checkpoint)
+        return done
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         load_weights(self.model, resume_from_checkpoint)
@@ -222,8 +274,10 @@ class StageTrainer(Trainer):
             super()._load_optimizer_and_scheduler(checkpoint)
 
     def _load_best_model(self) -> None:
-        if self.state.best_model_checkpoint is not None:
-            self._load_from_checkpoint(self.state.best_model_checkpoint)
+        best = self._best_checkpoint(self.state)
+        if best is not None:
+            verify(best)
+            self._load_from_checkpoint(str(best))
 
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         """Check that the fused log-probs are the model's own, and that no answer token sees later ones.

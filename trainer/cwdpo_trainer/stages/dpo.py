@@ -107,6 +107,7 @@ class CWDPOTrainer(StageTrainer):
 
     def _save_stage_files(self, folder: Path) -> None:
         self.pool.save(self._pool_path(folder))
+        self.negatives_log.flush()
         if self.args.should_save:
             write_json(folder / COOLING_FILE, dataclasses.asdict(self.cooling))
             if self.order is not None:
@@ -150,6 +151,8 @@ class CWDPOTrainer(StageTrainer):
         """The negatives of this step: the dataset's, some replaced by answers of the policy. Logs their origin."""
         step, rows = self.state.global_step, inputs["rows"]
         fraction = self.args.onpolicy_schedule.at(step, self.state.max_steps)
+        if fraction > 0:
+            self._check_weights()  # a diverged model cannot be sampled from
         policy = PolicyInTraining(
             self.accelerator.unwrap_model(model), self.collator, self.rows_by_id, self.sampling, self.accelerator,
             self.server,

@@ -15,7 +15,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from cwdpo_trainer.errors import require
-from cwdpo_trainer.files import read_json, replacing_folder, write_json
+from cwdpo_trainer.files import only_process, read_json, replacing_folder, write_json
 from cwdpo_trainer.recipes.digits import model as model_file
 from cwdpo_trainer.recipes.digits import scenes as scenes_file
 from cwdpo_trainer.recipes.digits.model import build_model, build_processor, warm_up
@@ -70,20 +70,24 @@ def prepare(
     - `warmup_steps`: steps that train the LLaVA's vision tower to classify the cells of the training scenes.
     - `seed`: the same arguments give the same files.
 
-    The folder is written atomically. A folder that this function wrote with other arguments is replaced. Only one
-    process may call it at a time. Raises `InputError` for an argument out of range, and for a folder with other files.
+    The folder is written atomically. A folder that this function wrote with other arguments is replaced. Of several
+    processes one writes, and the others wait. Raises `InputError` for an argument out of range, and for a folder with
+    other files.
     """
     folder = Path(folder)
     settings = _Settings(seed, train_rows, heldout_rows, warmup_steps)
     stamp = {"settings": asdict(settings), "code": _code_version()}
     if _is_stamped(folder, stamp):
         return
-    say(f"digits: writing the dataset and the model to {folder}")
-    with replacing_folder(folder) as unfinished:
-        _write(unfinished, settings)
-        write_json(unfinished / STAMP, stamp)
-        if folder.exists():
-            shutil.rmtree(folder)
+    with only_process(folder):
+        if _is_stamped(folder, stamp):
+            return  # by another process meanwhile
+        say(f"digits: writing the dataset and the model to {folder}")
+        with replacing_folder(folder) as unfinished:
+            _write(unfinished, settings)
+            write_json(unfinished / STAMP, stamp)
+            if folder.exists():
+                shutil.rmtree(folder)
 
 
 def _is_stamped(folder: Path, stamp: dict[str, Any]) -> bool:
