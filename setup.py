@@ -44,7 +44,7 @@ def extensions() -> list[Extension]:
             define_macros=[("TORCH_TARGET_VERSION", TORCH_2_11)],
             extra_compile_args=[
                 "-std=c++20", "-O3", "-g0", "-fopenmp-simd", "-fvisibility=hidden", "-Wall", "-Wextra",
-                # These two let the compiler vectorise exponentials. -ffast-math would break their rounding.
+                # These two let the compiler vectorize exponentials. -ffast-math would break their rounding.
                 "-fno-math-errno", "-fno-trapping-math",
                 f"-isystem{torch / 'include'}",
             ],

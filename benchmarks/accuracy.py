@@ -1,7 +1,7 @@
 """Errors of log-probs and gradients against float64, as a function of the label's probability (CPU).
 
 After supervised fine-tuning most tokens are predicted with confidence, so that is the range that matters for
-preference optimisation.
+preference optimization.
 """
 
 from __future__ import annotations

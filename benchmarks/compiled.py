@@ -110,7 +110,7 @@ def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | No
 
 
 def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
-    """The kernel with the specialisation of a launch: ones are constants, multiples of 16 are marked as divisible."""
+    """The kernel with the specialization of a launch: ones are constants, multiples of 16 are marked as divisible."""
     signature, constants, attributes = {}, {}, {}
     for index, parameter in enumerate(kernel.params):
         name, value = parameter.name, arguments[parameter.name]

@@ -1,6 +1,6 @@
 """Roofline model: the floating-point operations and bytes that each op needs, and the time limit that follows.
 
-Legend: N labelled tokens, D hidden, V vocabulary, `itemsize` bytes per entry of hidden, weight or logits. "1G" is one
+Legend: N labeled tokens, D hidden, V vocabulary, `itemsize` bytes per entry of hidden, weight or logits. "1G" is one
 product of the tokens with the head, 2 N D V operations. Bytes count each necessary transfer from or to memory once.
 Repeated reads, such as GEMM operands that leave the cache, are not counted: they lower a kernel's share of the limit.
 """
@@ -53,7 +53,7 @@ def token_stats(n: int, d: int, v: int, itemsize: int) -> Cost:
 
 
 def token_divergence(n: int, d_p: int, d_q: int, v: int, itemsize: int) -> Cost:
-    """Two passes over both heads: one for the normalisers, one for the divergences."""
+    """Two passes over both heads: one for the normalizers, one for the divergences."""
     p, q = (linear_logprob(n, d, v, itemsize, "no_grad") for d in (d_p, d_q))
     return Cost(2 * (p.flops + q.flops), 2 * (p.bytes + q.bytes))
 

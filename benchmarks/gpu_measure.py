@@ -22,7 +22,7 @@ BUSY_CYCLES = 20_000_000  # about ten milliseconds, longer than the launches of 
 
 @dataclass(frozen=True)
 class Shape:
-    """`tokens`: labelled tokens of all 2P answers."""
+    """`tokens`: labeled tokens of all 2P answers."""
 
     name: str
     tokens: int

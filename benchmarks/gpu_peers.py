@@ -25,7 +25,7 @@ SECONDS = 120  # for one peer on all shapes
 
 
 def steps_of(name: str, shape: Shape) -> dict[str, Callable[[], None]]:
-    """Mode -> forward and backward of a peer, with all tokens labelled."""
+    """Mode -> forward and backward of a peer, with all tokens labeled."""
     hidden, weight, labels = gpu_measure.linear_inputs(shape)
     hidden_ATD = hidden.detach().view(ANSWERS, -1, shape.dim).requires_grad_()
     labels_AT, refs = labels.view(ANSWERS, -1), torch.zeros(2, ANSWERS // 2)

@@ -26,7 +26,7 @@ INTRODUCTION = """## On a GPU
 
 `python -m benchmarks.gpu --out DIR` measures. A cell is the median time of a step by CUDA events, and the peak of
 allocated memory above the inputs. A step is a forward pass for log-probs only, else forward and backward. The GPU is
-kept busy while a step is launched, so launches do not count unless a step waits for the GPU. All tokens are labelled;
+kept busy while a step is launched, so launches do not count unless a step waits for the GPU. All tokens are labeled;
 hidden states and head are bfloat16. "Matrix products alone" is the time of the products that every method needs, with
 `torch.mm`."""
 

@@ -52,7 +52,7 @@ def measure(workload: Workload, mode: str, repeats: int, call: Callable, without
     steps = {
         name: lambda step=implementation.step: step_seconds(step, inputs) for name, implementation in found.items()
     }
-    parts = timing.products(workload.labelled, workload.dim, workload.vocab, workload.dtype)
+    parts = timing.products(workload.labeled, workload.dim, workload.vocab, workload.dtype)
     with timing.others() as others:
         times = timing.interleaved(steps | parts, repeats)
     medians = {name: timing.summary(values)["median_seconds"] for name, values in times.items()}
@@ -130,7 +130,7 @@ def allowed_error(what: str, inputs: Inputs, truth: dict[str, Tensor]) -> float:
 
 
 def outcome(implementation: Implementation, inputs: Inputs) -> dict[str, Tensor]:
-    """The loss and its gradients. Without gradients, the loss and, if there are any, the labelled log-probs."""
+    """The loss and its gradients. Without gradients, the loss and, if there are any, the labeled log-probs."""
     wanted = dict(zip(("grad_hidden", "grad_weight"), leaves(inputs.hidden, inputs.head), strict=False))
     with torch.set_grad_enabled(bool(wanted)):
         loss = implementation.step(*inputs)
@@ -144,7 +144,7 @@ def outcome(implementation: Implementation, inputs: Inputs) -> dict[str, Tensor]
 
 
 def float64_truth(inputs: Inputs, cooling: ck.Cooling) -> dict[str, Tensor]:
-    """The outcome in float64. Computes logits of labelled positions only, to save memory."""
+    """The outcome in float64. Computes logits of labeled positions only, to save memory."""
     first = int((inputs.labels[0] != ck.IGNORE_INDEX).nonzero()[0])
     hidden, head = as_float64(inputs.hidden, inputs.head)
     labels = inputs.labels[:, first:]

@@ -55,7 +55,7 @@ def title(entry: dict) -> str:
     w = entry["workload"]
     return (
         f"CW-DPO step with a frozen head on a CPU, {w['dtype']}: {w['pairs']} pairs of {w['tokens']} tokens, "
-        f"{w['response']} labelled, V {w['vocab']}, D {w['dim']}"
+        f"{w['response']} labeled, V {w['vocab']}, D {w['dim']}"
     )
 
 

@@ -170,9 +170,9 @@ def _torch_logp(
     hidden: Tensor, head: ck.Head, labels: Tensor, options: torch.nn.LinearCrossEntropyOptions | None = None
 ) -> Tensor:
     """It would project ignored tokens, so they are removed first."""
-    labelled = labels != ck.IGNORE_INDEX
-    nll = F.linear_cross_entropy(hidden[labelled], head.weight, labels[labelled], reduction="none", options=options)
-    return hidden.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(labelled, -nll.float())
+    labeled = labels != ck.IGNORE_INDEX
+    nll = F.linear_cross_entropy(hidden[labeled], head.weight, labels[labeled], reduction="none", options=options)
+    return hidden.new_zeros(labels.shape, dtype=torch.float32).masked_scatter(labeled, -nll.float())
 
 
 def _torch_chunked_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
@@ -208,7 +208,7 @@ def _quack_step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> 
 
 
 def _trl_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
-    """As its `DPOTrainer` calls it: with labelled tokens on a GPU and all tokens elsewhere.
+    """As its `DPOTrainer` calls it: with labeled tokens on a GPU and all tokens elsewhere.
 
     With gradients enabled it also computes the statistics that the trainer logs for the policy.
     """

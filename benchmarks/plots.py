@@ -13,7 +13,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
 
-# The colour-blind-safe palette of Okabe and Ito. Markers and their sizes differ too, so that lines on top of each other
+# The color-blind-safe palette of Okabe and Ito. Markers and their sizes differ too, so that lines on top of each other
 # stay visible.
 STYLES = {
     "cwdpo_kernels": ("#000000", "o", 6),

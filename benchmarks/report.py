@@ -91,7 +91,7 @@ def readme_table(reports: Reports) -> str:
         [
             table(head, lines),
             "",
-            f"One CW-DPO step: {pairs(w)} of {w['tokens']} tokens, {w['response']} of them labelled; V {w['vocab']}, "
+            f"One CW-DPO step: {pairs(w)} of {w['tokens']} tokens, {w['response']} of them labeled; V {w['vocab']}, "
             f"D {w['dim']}; float32 unless stated otherwise. {report['environment']['device']}. Median time of "
             "interleaved runs, and peak memory above inputs and gradients. The matrix products that every method "
             f"needs took {limits} (log-probs only, frozen head, trainable head). Empty cells were not measured: "
@@ -156,7 +156,7 @@ def linear(reports: Reports) -> str:
     sections = ["## From hidden states to the loss"]
     for entry in reports["linear"]["measurements"]:
         w = entry["workload"]
-        size = f"{pairs(w)} of {w['tokens']} tokens, {w['response']} labelled; V {w['vocab']}, D {w['dim']}"
+        size = f"{pairs(w)} of {w['tokens']} tokens, {w['response']} labeled; V {w['vocab']}, D {w['dim']}"
         limit = f"Limit: {seconds(entry['limit_seconds'])} s (products for {', '.join(products(entry))})."
         sections.append(f"### {w['name']}: {MODES[entry['mode']]}\n\n{size}, {w['dtype']}. {limit}")
         sections.append(comparison(entry["results"]))

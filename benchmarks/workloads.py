@@ -49,7 +49,7 @@ class Inputs(NamedTuple):
 
 @dataclass(frozen=True)
 class Workload:
-    """P pairs of T tokens, of which the last `response` are labelled."""
+    """P pairs of T tokens, of which the last `response` are labeled."""
 
     name: str
     pairs: int
@@ -68,7 +68,7 @@ class Workload:
         return cls(f"{model}, {pairs} x {response}", pairs, tokens, response, shape.vocab, shape.dim, dtype)
 
     @property
-    def labelled(self) -> int:
+    def labeled(self) -> int:
         return 2 * self.pairs * self.response
 
     def make(self, mode: str) -> Inputs:
@@ -82,7 +82,7 @@ class Workload:
 
     def record(self) -> dict:
         """The workload as stored in result files."""
-        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch."), "labelled": self.labelled}
+        return {**asdict(self), "dtype": str(self.dtype).removeprefix("torch."), "labeled": self.labeled}
 
 
 WORKLOADS = [Workload.of(model, pairs, response) for model in MODELS for pairs in PAIRS for response in RESPONSES]

@@ -1,6 +1,6 @@
-"""From public arguments to op arguments: validation, autocast, and the selection of labelled tokens.
+"""From public arguments to op arguments: validation, autocast, and the selection of labeled tokens.
 
-Shapes as in `functional`; M labelled tokens of N.
+Shapes as in `functional`; M labeled tokens of N.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ MaybeTensor = TypeVar("MaybeTensor", Tensor, Tensor | None)
 
 
 @dataclass(frozen=True)
-class LabelledTokens:
+class LabeledTokens:
     """The tokens that an op projects: hidden [M, D], labels [M], and where they come from.
 
     `rows` [M] are their flat indices in a batch of `shape`; None: all tokens, in order.
@@ -38,12 +38,12 @@ class LabelledTokens:
         return values.new_zeros(self.shape.numel()).index_copy(0, self.rows.long(), values).view(self.shape)
 
 
-def labelled_tokens(
+def labeled_tokens(
     op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, ignore_index: int
-) -> LabelledTokens:
+) -> LabeledTokens:
     """Check the arguments of a linear op and gather the tokens to project.
 
-    In a compiled graph all tokens are gathered, because the number of labelled ones would be a data-dependent shape;
+    In a compiled graph all tokens are gathered, because the number of labeled ones would be a data-dependent shape;
     the op itself then skips ignored tokens.
     """
     hidden, head = autocast(hidden, as_head(op, "head", head))
@@ -57,7 +57,7 @@ def labelled_tokens(
         rows = None if rows.numel() == labels.numel() else rows
     if rows is not None:
         flat_hidden, flat_labels = flat_hidden[rows], flat_labels[rows]
-    return LabelledTokens(flat_hidden, head, flat_labels, rows, labels.shape)
+    return LabeledTokens(flat_hidden, head, flat_labels, rows, labels.shape)
 
 
 def token_logprob(
@@ -68,7 +68,7 @@ def token_logprob(
 
     `sparse_grad`: whole sequences may get no gradient. Affects speed only: a GPU then runs the GEMMs that skip them.
     """
-    tokens = labelled_tokens(op, hidden, head, labels, rows, ignore_index)
+    tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
     head = tokens.head
     parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
     trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)

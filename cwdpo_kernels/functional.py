@@ -20,7 +20,7 @@ from ._inputs import (
     at_least_float32,
     autocast,
     detached,
-    labelled_tokens,
+    labeled_tokens,
     sequence_offsets,
     token_logprob,
     workspace_bytes,
@@ -40,8 +40,8 @@ def linear_logprob(
     a frozen head take 2 N D V multiply-adds in one pass, which saves N x D for backward; a trainable head takes 3 to
     4 N D V, depending on `budget`.
 
-    rows [M]: flat indices of the labelled tokens. Pass them to avoid a device sync (required for CUDA graphs).
-        Labelled tokens outside `rows` count as ignored.
+    rows [M]: flat indices of the labeled tokens. Pass them to avoid a device sync (required for CUDA graphs).
+        Labeled tokens outside `rows` count as ignored.
     """
     return token_logprob("linear_logprob", hidden, head, labels, rows, budget, ignore_index)
 
@@ -76,7 +76,7 @@ def token_stats(
 
     Shapes and `rows` as in `linear_logprob`. Every field is [...]; 0 (False) where ignored.
     """
-    tokens = labelled_tokens("token_stats", hidden, head, labels, rows, ignore_index)
+    tokens = labeled_tokens("token_stats", hidden, head, labels, rows, ignore_index)
     head = tokens.head
     stats = ops.token_stats(
         hidden=detached(tokens.hidden), weight=detached(head.weight), bias=detached(head.bias), labels=tokens.labels,

@@ -71,7 +71,7 @@ def linear_cwdpo_loss(
 ) -> CWDPOOutput:  # fmt: skip
     """`cwdpo_loss` from hidden states, without logits; gradients to hidden, head.weight and head.bias.
 
-    hidden [2P, T, D] with labels [2P, T], or packed [N, D] with labels [N] and cu_seqlens [2P + 1]. Only labelled
+    hidden [2P, T, D] with labels [2P, T], or packed [N, D] with labels [N] and cu_seqlens [2P + 1]. Only labeled
     tokens are projected; `rows` as in `linear_logprob`.
     """
     op = "linear_cwdpo_loss"

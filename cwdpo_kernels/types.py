@@ -100,7 +100,7 @@ class MemoryBudget:
 
     kept_bytes: limit for the tiles that forward of a trainable head keeps for backward; 0 recomputes all of them. None:
         as many as fit in the memory of the head's gradient, which forward then allocates and backward overwrites.
-        They cost no memory beyond the gradient. Nearly all tiles fit if there are no more labelled tokens than hidden
+        They cost no memory beyond the gradient. Nearly all tiles fit if there are no more labeled tokens than hidden
         dimensions (half as many in half precision on a CPU). In these cases None keeps nothing: in a compiled graph,
         in float64, if the weight is frozen or not contiguous, and with a soft cap on a GPU.
     """
@@ -120,7 +120,7 @@ DEFAULT_BUDGET = MemoryBudget()
 
 
 class SequenceLogprob(NamedTuple):
-    """Per sequence [S]: `total` (nats), `mean` (nats per token; 0 if empty), `count` (labelled tokens, int64)."""
+    """Per sequence [S]: `total` (nats), `mean` (nats per token; 0 if empty), `count` (labeled tokens, int64)."""
 
     total: Tensor
     mean: Tensor

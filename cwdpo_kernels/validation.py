@@ -71,7 +71,7 @@ def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: i
 
 def check_rows(op: str, rows: Tensor, labels: Tensor) -> None:
     check_dtype(op, "rows", rows, INDEX_DTYPES)
-    expect(rows.dim() == 1, op, "rows", "shape", "[M], indices of labelled tokens", list(rows.shape))
+    expect(rows.dim() == 1, op, "rows", "shape", "[M], indices of labeled tokens", list(rows.shape))
     check_device(op, "rows", rows, labels, "labels")
 
 

@@ -64,7 +64,7 @@ def test_a_peer_that_cannot_run_is_named_with_the_reason(monkeypatch):
 
 def test_a_step_is_measured_with_its_peers():
     measured = linear.measure(TINY, "trainable", 3, here)
-    assert measured["workload"]["labelled"] == 2 * 2 * 8
+    assert measured["workload"]["labeled"] == 2 * 2 * 8
     assert 0 <= measured["others"] <= 1
     assert measured["limit_seconds"] == pytest.approx(sum(measured["gemm_seconds"].values()))
     medians = {name: result["median_seconds"] for name, result in measured["results"].items()}

@@ -132,7 +132,7 @@ def test_tiles_lie_in_the_memory_of_the_gradient(name):
 @needs_library
 @pytest.mark.parametrize("kept_bytes", [3001 * 300 * 2, None], ids=["half", "all"])
 def test_rows_without_a_gradient_are_left_out_of_kept_tiles(kept_bytes):
-    """Kept tiles hold every labelled row. Backward uses only the rows whose upstream gradient is not zero."""
+    """Kept tiles hold every labeled row. Backward uses only the rows whose upstream gradient is not zero."""
     hidden, head, labels = make_inputs((300,), 3001, 65, bias=True, scale=0.7, softcap=5.0)
     counts = (torch.arange(300) % 3 == 0).float()
     grads = []

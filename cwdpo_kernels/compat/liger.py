@@ -28,7 +28,7 @@ class DPOMetrics(NamedTuple):
     """What the loss returns besides the scalar, in Liger's order, detached: [P] per pair, or a scalar per batch.
 
     Log-probs are in nats (per token with `average_log_prob`). Mean logits average all positions, including ignored
-    ones. `nll_loss` is the chosen answers' NLL in nats per labelled token (0 without `compute_nll_loss`). Rewards are
+    ones. `nll_loss` is the chosen answers' NLL in nats per labeled token (0 without `compute_nll_loss`). Rewards are
     beta * (policy - reference log-prob).
     """
 
@@ -99,8 +99,8 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
     discopop_tau: used by "discopop".
     compiled, chunk_size: accepted for compatibility; they tune Liger's chunking and have no effect here.
 
-    An answer without labelled tokens has log-prob 0 (sum and mean) and no gradient, and the NLL of no token is 0. In
-    Liger the mean of no token is NaN, and so is any loss without labelled chosen tokens.
+    An answer without labeled tokens has log-prob 0 (sum and mean) and no gradient, and the NLL of no token is 0. In
+    Liger the mean of no token is NaN, and so is any loss without labeled chosen tokens.
 
     ValueError: an unknown loss type (also "ipo"), smoothing outside a loss's range, an odd batch, a missing reference.
     """

@@ -39,7 +39,7 @@ def counting_pairs():
     rejected = torch.randint(VOCAB, (PAIRS, ANSWER))
     tokens = torch.cat([prompt.repeat(2, 1), torch.cat([chosen, rejected])], dim=1)
     labels = tokens.clone()
-    labels[:, :PROMPT] = -100  # only answers are labelled
+    labels[:, :PROMPT] = -100  # only answers are labeled
     return tokens, shift_labels(labels)  # aligned: hidden[t] predicts labels[t]
 
 

@@ -1,4 +1,4 @@
-"""A LLaVA with 30 thousand random weights, its processor, and preference pairs about coloured squares. No download.
+"""A LLaVA with 30 thousand random weights, its processor, and preference pairs about colored squares. No download.
 
 Examples and tests use it instead of `AutoModelForImageTextToText.from_pretrained(...)` and your data.
 """
@@ -54,7 +54,7 @@ def tiny_processor() -> LlavaProcessor:
 
 
 def color_pairs(count: int) -> list[dict]:
-    """Rows in TRL's layout. Every second rejected answer is close (another colour), the others are random words."""
+    """Rows in TRL's layout. Every second rejected answer is close (another color), the others are random words."""
     names = list(COLORS)
     rows = []
     for index in range(count):

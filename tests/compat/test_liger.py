@@ -53,13 +53,13 @@ def eager_losses(c: Tensor, r: Tensor, beta: float, e: float, tau: float) -> dic
 
 def eager(policy: list[Tensor], target: Tensor, reference: list[Tensor] | None, options: dict) -> list[Tensor]:
     """Loss and metrics from full logits, in the inputs' dtype. `policy` and `reference` are (hidden, weight, bias)."""
-    labelled = target != IGNORED
+    labeled = target != IGNORED
 
     def answers(model: list[Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         logits = F.linear(*model)
-        logp = logits.log_softmax(-1).gather(-1, target.where(labelled, 0)[..., None])[..., 0]
-        logp = logp.where(labelled, 0.0)
-        length = labelled.sum(-1).clamp_min(1) if options["average_log_prob"] else 1
+        logp = logits.log_softmax(-1).gather(-1, target.where(labeled, 0)[..., None])[..., 0]
+        logp = logp.where(labeled, 0.0)
+        length = labeled.sum(-1).clamp_min(1) if options["average_log_prob"] else 1
         return logits, logp, logp.sum(-1) / length
 
     logits, token_logp, logp = answers(policy)
@@ -67,7 +67,7 @@ def eager(policy: list[Tensor], target: Tensor, reference: list[Tensor] | None, 
     chosen, rejected = ratio.chunk(2)
     beta, smoothing = options["beta"], options["label_smoothing"]
     losses = eager_losses(chosen, rejected, beta, smoothing, options["discopop_tau"])
-    nll = -token_logp[:PAIRS].sum() / labelled[:PAIRS].sum().clamp_min(1) * options["compute_nll_loss"]
+    nll = -token_logp[:PAIRS].sum() / labeled[:PAIRS].sum().clamp_min(1) * options["compute_nll_loss"]
     loss = losses[options["loss_type"]].sum() / PAIRS + options["alpha"] * nll
     means = [half.mean() for half in logits.chunk(2)]
     return [loss, *logp.chunk(2), *means, nll, beta * chosen, beta * rejected]

@@ -3,7 +3,7 @@ import torch
 
 
 @pytest.fixture(autouse=True)
-def _poison_uninitialised_memory():
+def _poison_uninitialized_memory():
     """Deterministic mode fills torch.empty with NaN (integers with their maximum), so that reading it is noticed."""
     torch.use_deterministic_algorithms(True)
     assert torch.utils.deterministic.fill_uninitialized_memory

@@ -55,7 +55,7 @@ def test_from_sequences(negatives, exact_dtype, close):
 
 
 @pytest.mark.parametrize("mode", ["hinge", "smoothed"])
-def test_nothing_labelled(mode, exact_dtype):
+def test_nothing_labeled(mode, exact_dtype):
     hidden, head, _ = make_batch(exact_dtype)
     labels = torch.full((6, 9), -100)
     out = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=ck.GentleNegatives(1.0, 5.0, mode))

@@ -98,7 +98,7 @@ def test_unlikely_targets_among_random_logits():
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 @pytest.mark.parametrize("shape", [(0,), (4,), (2, 0)])
-def test_nothing_labelled(shape, frozen):
+def test_nothing_labeled(shape, frozen):
     hidden, head, labels = make_inputs(shape, 507, 123, labelled=0.0, bias=True)
     head = freeze(head) if frozen else head
     logp = ck.linear_logprob(hidden, head, labels)

@@ -65,7 +65,7 @@ def test_reused_logits_hold_the_gradient():
 
 
 @pytest.mark.parametrize("shape", [(0,), (4,)])
-def test_nothing_labelled(shape):
+def test_nothing_labeled(shape):
     logits, _ = make_logits(shape)
     logp = ck.logits_logprob(logits, torch.full(shape, -100))
     assert torch.equal(logp, torch.zeros(shape))

@@ -76,7 +76,7 @@ def test_a_valid_run_has_no_problems_and_nothing_is_written(case, capsys):
 def test_memory_is_predicted_for_trimmed_rows(case, capsys):
     case.settings["data"]["max_length"] = 9  # prompts have 5 tokens, answers 4 or 6
     assert main(["check", str(case.save())]) == 0
-    assert "for the 4 longest pairs: 8 sequences of 9 tokens, 32 of them labelled" in capsys.readouterr().out
+    assert "for the 4 longest pairs: 8 sequences of 9 tokens, 32 of them labeled" in capsys.readouterr().out
 
 
 Plant = Callable[[Case], None]

@@ -23,7 +23,7 @@ EXPECTED = {"gemma2": (1.0, 3.0), "cohere2": (0.25, None)}  # of all others: no 
 
 @pytest.fixture(params=CLASSES)
 def tiny(request):
-    """(name, model, inputs, labels): the text after the image is labelled."""
+    """(name, model, inputs, labels): the text after the image is labeled."""
     torch.manual_seed(1)
     model, inputs = CLASSES[request.param]()
     return request.param, model, inputs, answer_labels(inputs)

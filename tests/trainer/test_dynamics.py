@@ -49,7 +49,7 @@ def notes(ax) -> list[str]:
 
 
 @pytest.mark.parametrize("title", ["Cooling weight of negatives", "Distribution of the cooling weight"])
-def test_a_shared_axis_is_labelled_at_the_stage_with_data(drawn, title):
+def test_a_shared_axis_is_labeled_at_the_stage_with_data(drawn, title):
     empty, ax, *_ = drawn(SHORT)[title]
     assert notes(empty) == ["not in this stage"]
     assert numbers(empty) == []

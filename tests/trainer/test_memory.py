@@ -17,7 +17,7 @@ STEPS = {entry["name"]: entry for entry in RESULTS["measurements"] if entry["mod
 def test_predictions_are_close_to_measurements(name):
     """Full logits within 6 %. The fused head may measure less than predicted, if it reuses freed memory."""
     work, results = STEPS[name]["workload"], STEPS[name]["results"]
-    step = HeadStep(2 * work["pairs"], work["tokens"], work["labelled"], work["vocab"], work["dim"])
+    step = HeadStep(2 * work["pairs"], work["tokens"], work["labeled"], work["vocab"], work["dim"])
     fused, measured = step.fused("cpu") / 2**20, results["cwdpo_kernels"]["extra_mib"]
     assert measured <= fused <= measured + 16
     if "eager, full logits" in results:

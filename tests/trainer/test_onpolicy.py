@@ -16,7 +16,7 @@ from cwdpo_trainer.config.schedule import Schedule
 from cwdpo_trainer.negatives.log import NegativesLog
 from cwdpo_trainer.negatives.policy import PolicyInTraining, answers_logp
 from cwdpo_trainer.negatives.pool import OnPolicyPool, uniform
-from cwdpo_trainer.negatives.sampling import caption, ended, normalise, sample_answers, wrong_answers
+from cwdpo_trainer.negatives.sampling import caption, ended, normalize, sample_answers, wrong_answers
 
 ROWS = list(range(200))
 DATASET = [[-1]] * len(ROWS)
@@ -193,7 +193,7 @@ def test_samples_are_wrong_answers_and_restore_the_random_state(model, collator,
         assert 1 <= len(tokens) <= 5
         assert tokenizer.eos_token_id not in tokens[:-1]
         assert not set(tokens) & {0, 1, 3, 4}  # pad, bos, unk, image placeholder
-        assert normalise(tokenizer.decode(tokens, skip_special_tokens=True)) not in row.references
+        assert normalize(tokenizer.decode(tokens, skip_special_tokens=True)) not in row.references
 
 
 def test_right_samples_are_dropped(model, collator, rows):

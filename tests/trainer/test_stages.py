@@ -252,7 +252,7 @@ def test_greater_is_better_depends_on_the_metric(metric, is_greater, tmp_path):
 
 
 def test_older_checkpoints_are_deleted_once_a_newer_one_is_complete(make, tmp_path, monkeypatch):
-    """`save_total_limit` is kept, and the best checkpoint counts towards it."""
+    """`save_total_limit` is kept, and the best checkpoint counts toward it."""
     complete = []
 
     def save_stage_files(self, folder):

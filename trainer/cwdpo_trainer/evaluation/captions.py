@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.cider import cider_d
-from cwdpo_trainer.negatives.sampling import normalise
+from cwdpo_trainer.negatives.sampling import normalize
 
 
 class CaptionScores(NamedTuple):
@@ -29,7 +29,7 @@ def score_captions(captions: Sequence[str], rows: Sequence[Row]) -> CaptionScore
     Case and extra white space are ignored. N-gram frequencies for CIDEr-D come from the references of these rows, as
     in pycocoevalcap. Its Java tokenizer, which removes punctuation, is not used.
     """
-    references = [[normalise(text) for text in row.references] for row in rows]
-    candidates = [normalise(text) for text in captions]
+    references = [[normalize(text) for text in row.references] for row in rows]
+    candidates = [normalize(text) for text in captions]
     matches = [text in texts for text, texts in zip(candidates, references, strict=True)]
     return CaptionScores(fmean(matches), 100 * fmean(cider_d(candidates, references)), matches)

@@ -20,7 +20,7 @@ from cwdpo_trainer.evaluation.probes import COOLING_BINS
 
 Draw = Callable[[Axes, History, list[str]], None]
 
-# Okabe and Ito's palette for colour-blind readers. Markers and dashes also differ, for greyscale prints.
+# Okabe and Ito's palette for color-blind readers. Markers and dashes also differ, for grayscale prints.
 STYLES: dict[str, dict[str, Any]] = {
     "chosen": {"color": "#0072B2", "marker": "o", "linestyle": "-"},
     "near": {"color": "#D55E00", "marker": "s", "linestyle": "--"},

@@ -16,8 +16,8 @@ metrics are means over all of a set's tokens.
 The reference is the model that the stage started from: the initial model in stage 1, the SFT model in stage 2.
 
 All metrics of a batch come from one forward of each model. A token costs six products with a head: one for the policy's
-statistics, one for the reference's log-prob, and four for TV and JS, which need both normalisers before they can sum
-differences. The statistics do not return their normalisers, so two of the six are redundant. That is small beside the
+statistics, one for the reference's log-prob, and four for TV and JS, which need both normalizers before they can sum
+differences. The statistics do not return their normalizers, so two of the six are redundant. That is small beside the
 forward over prompt and image.
 """
 
@@ -124,10 +124,10 @@ class Probes:
                 batches = self._batches(answers, device, None if title is None else f"{title}: {name}")
                 parts = [_measure_batch(policy, reference, batch) for batch in batches]
                 measured = _Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
-                summary = _summarise(measured)
+                summary = _summarize(measured)
                 cooling = self._cooling_of(name)
                 if cooling is not None:
-                    summary |= _summarise_cooling(cooling_weight(measured.mean_logp, cooling))
+                    summary |= _summarize_cooling(cooling_weight(measured.mean_logp, cooling))
                 metrics |= {f"{name}_{key}": value for key, value in summary.items()}
         return metrics
 
@@ -151,19 +151,19 @@ class Probes:
 
 
 def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Measured:
-    """Score the labelled tokens of a batch with both models.
+    """Score the labeled tokens of a batch with both models.
 
     The reference's forward runs inside the policy's head call: TV and JS need both heads at the same time.
     """
     inputs, labels = batch
-    labelled = labels != IGNORE_INDEX
-    targets = labels[labelled]
+    labeled = labels != IGNORE_INDEX
+    targets = labels[labeled]
 
     def op(hidden: Tensor, head: Head) -> _Measured:
-        rows = hidden[labelled]
+        rows = hidden[labeled]
 
         def reference_op(ref_hidden: Tensor, ref_head: Head) -> tuple[Tensor, ...]:
-            ref_rows = ref_hidden[labelled]
+            ref_rows = ref_hidden[labeled]
             divergence = token_divergence(rows, head, ref_rows, ref_head)
             return linear_logprob(ref_rows, ref_head, targets), divergence.tv, divergence.js
 
@@ -178,13 +178,13 @@ def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Me
 
 
 def _per_answer(logp: Tensor, labels: Tensor) -> SequenceLogprob:
-    """From the labelled tokens' log-probs [N] to those of the answers [S]."""
+    """From the labeled tokens' log-probs [N] to those of the answers [S]."""
     padded = logp.new_zeros(labels.shape)
     padded[labels != IGNORE_INDEX] = logp
     return sequence_logprob(padded, labels)
 
 
-def _summarise(measured: _Measured) -> dict[str, float]:
+def _summarize(measured: _Measured) -> dict[str, float]:
     mean = {name: value.double().mean().item() for name, value in measured._asdict().items()}
     # Rounding can make a probability exceed 1. torchmetrics would then take all values for logits.
     confidence = measured.top1_prob.clamp(0, 1)
@@ -203,7 +203,7 @@ def _summarise(measured: _Measured) -> dict[str, float]:
     }
 
 
-def _summarise_cooling(weights: Tensor) -> dict[str, float]:
+def _summarize_cooling(weights: Tensor) -> dict[str, float]:
     weights = weights.float().cpu()  # histc is not deterministic on CUDA
     shares = torch.histc(weights, bins=COOLING_BINS, min=0.0, max=1.0) / weights.numel()
     bins = {f"cooling_bin{index}": share for index, share in enumerate(shares.tolist())}

@@ -41,12 +41,12 @@ def check_causal(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) ->
 def _change_last_tokens(ids: Tensor, labels: Tensor) -> Tensor:
     """Replace the last token of each answer by the answer's first token.
 
-    The last token is the label of the row's last labelled position, so it lies one further right. No label is predicted
+    The last token is the label of the row's last labeled position, so it lies one further right. No label is predicted
     from it.
     """
     ids = ids.clone()
-    for row, labelled in enumerate(labels != IGNORE_INDEX):
-        positions = labelled.nonzero().flatten().tolist()
+    for row, labeled in enumerate(labels != IGNORE_INDEX):
+        positions = labeled.nonzero().flatten().tolist()
         if positions:
             ids[row, positions[-1] + 1] = labels[row, positions[0]]
     return ids

@@ -53,14 +53,14 @@ def wrong_answers(collator: PairCollator, rows: Sequence[Row], drawn: Sequence[S
     special = special_tokens(tokenizer) - {tokenizer.eos_token_id}
     answers = []
     for row, of_row in zip(rows, drawn, strict=True):
-        right = {normalise(text) for text in (*row.references, answer_text(row.chosen))}
+        right = {normalize(text) for text in (*row.references, answer_text(row.chosen))}
         texts = tokenizer.batch_decode(of_row, skip_special_tokens=True)
         chosen = collator.answer_tokens(row, row.chosen)
         forbidden = special - set(chosen)
         wrong = [
             tokens[: row.max_answer]
             for tokens, text in zip(of_row, texts, strict=True)
-            if normalise(text) not in right and forbidden.isdisjoint(tokens)
+            if normalize(text) not in right and forbidden.isdisjoint(tokens)
         ]
         answers.append([tokens for tokens in wrong if tokens != chosen])
     return answers
@@ -87,7 +87,7 @@ def batched(rows: Sequence[Item], size: int, title: str | None = None) -> Iterat
             bar.update(len(batch))
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """The form in which answers are compared: lower case, words separated by single spaces."""
     return " ".join(text.lower().split())
 

@@ -3,7 +3,7 @@
 The server samples from its own weights. Training does not update them, so its answers become less on-policy as
 training goes on. Serve the model that stage 2 starts from, or a checkpoint of it.
 
-Servers need not honour seeds, so two runs may get different answers. A resumed run keeps the answers of its checkpoint.
+Servers need not honor seeds, so two runs may get different answers. A resumed run keeps the answers of its checkpoint.
 """
 
 from __future__ import annotations

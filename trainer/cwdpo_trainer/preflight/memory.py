@@ -15,11 +15,11 @@ FLOAT32 = 4  # bytes
 
 @dataclass(frozen=True)
 class HeadStep:
-    """The shapes of a step: S `sequences` of T `tokens` each, padding included, N of all these `labelled`."""
+    """The shapes of a step: S `sequences` of T `tokens` each, padding included, N of all these `labeled`."""
 
     sequences: int
     tokens: int
-    labelled: int
+    labeled: int
     vocab: int
     dim: int
 
@@ -29,10 +29,10 @@ class HeadStep:
         return 3 * FLOAT32 * self.sequences * self.tokens * self.vocab
 
     def fused(self, device: str) -> int:
-        """Bytes of the fused head: a workspace of logits tiles, and four [N, D] in float32 (the labelled hidden
+        """Bytes of the fused head: a workspace of logits tiles, and four [N, D] in float32 (the labeled hidden
         states, their gradient and temporaries). Tiles kept for backward lie in the head's gradient."""
-        logits = FLOAT32 * self.labelled * self.vocab
-        hidden = 4 * FLOAT32 * self.labelled * self.dim
+        logits = FLOAT32 * self.labeled * self.vocab
+        hidden = 4 * FLOAT32 * self.labeled * self.dim
         return min(default_workspace_bytes(device), logits) + hidden
 
 

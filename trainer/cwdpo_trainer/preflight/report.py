@@ -119,14 +119,14 @@ def _model_report(preview: RunPreview) -> list[str]:
     longest = sorted(lengths, key=lambda length: length.total, reverse=True)[: args.per_device_train_batch_size]
     if not longest:
         return lines
-    labelled = sum(length.chosen + length.rejected for length in longest)
-    step = HeadStep(2 * len(longest), longest[0].total, labelled, model.vocab, model.dim)
+    labeled = sum(length.chosen + length.rejected for length in longest)
+    step = HeadStep(2 * len(longest), longest[0].total, labeled, model.vocab, model.dim)
     fused, full = format_bytes(step.fused(args.device.type)), format_bytes(step.full_logits())
     return [
         *lines,
         f"  memory of the head in one step of stage {stage}: {fused} fused, {full} with full logits",
         f"    predicted for the {len(longest)} longest pairs: {step.sequences} sequences of {step.tokens} tokens, "
-        f"{step.labelled} of them labelled in total",
+        f"{step.labeled} of them labeled in total",
         "    without hidden states, weights and gradients, backbone, optimizer and reference",
     ]
 

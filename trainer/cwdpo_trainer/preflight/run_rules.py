@@ -26,7 +26,7 @@ from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
 from cwdpo_trainer.models.digests import input_digests
 from cwdpo_trainer.models.loading import model_path
-from cwdpo_trainer.negatives.sampling import normalise
+from cwdpo_trainer.negatives.sampling import normalize
 from cwdpo_trainer.run_folder import RunFolder
 
 ERROR, WARNING = "error", "warning"
@@ -211,7 +211,7 @@ def short_samples(preview: RunPreview) -> Diagnosis | None:
     if not longer > len(lengths) / 2:
         return None
     evidence = f"sampling.max_new_tokens is {limit}, and {longer} of {len(lengths)} chosen answers are longer"
-    return evidence, f"raise it towards {max(lengths)}, or sampled answers and captions are cut off"
+    return evidence, f"raise it toward {max(lengths)}, or sampled answers and captions are cut off"
 
 
 @_rule(ERROR)
@@ -264,7 +264,7 @@ def rejected_is_a_reference(preview: RunPreview) -> Diagnosis | None:
         row
         for rows in preview.rows.values()
         for row in rows
-        if normalise(answer_text(row.rejected)) in map(normalise, row.references)
+        if normalize(answer_text(row.rejected)) in map(normalize, row.references)
     ]
     if not swapped:
         return None

@@ -26,7 +26,7 @@ from cwdpo_trainer.stages.base import StageTrainer
 
 
 class ConstrainedSFTTrainer(StageTrainer):
-    """Stage 1: minimise the NLL of the chosen answers, and keep that of the rejected ones above a floor."""
+    """Stage 1: minimize the NLL of the chosen answers, and keep that of the rejected ones above a floor."""
 
     args: SFTArguments
 
