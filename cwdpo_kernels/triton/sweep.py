@@ -64,10 +64,13 @@ def _sweep_kernel(
         )  # fmt: skip
 
         labels = labels.to(tl.int32)  # an int64 comparison takes twice the registers
-        is_label = offs_v[None, :] == labels[:, None]
         holds_label = labelled & (labels >= col) & (labels < tl.minimum(col + BLOCK_V, V))
-        tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
-        competitor = tl.where(is_label | (offs_v >= V)[None, :], float("-inf"), z)
+        competitor = z
+        if tl.max(holds_label.to(tl.int32), 0) > 0:  # few tiles hold a label of their tokens
+            is_label = offs_v[None, :] == labels[:, None]
+            tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
+            competitor = tl.where(is_label, float("-inf"), z)
+        competitor = tl.where((offs_v < V)[None, :], competitor, float("-inf"))
 
         max_logit = tl.max(competitor, 1)
         anchor = anchor_of(max_logit)
