@@ -47,7 +47,7 @@ def test_the_step_orders_checkpoints_and_not_the_clock(save, tmp_path):
     assert names(tmp_path) == ["checkpoint-8", "checkpoint-10"]
 
 
-def test_the_best_checkpoint_counts_towards_the_limit(save, tmp_path):
+def test_the_best_checkpoint_counts_toward_the_limit(save, tmp_path):
     for step in range(1, 7):
         save(step)
     keep_newest(tmp_path, 6, tmp_path / "checkpoint-2", 3)
