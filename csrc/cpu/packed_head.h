@@ -18,7 +18,7 @@ namespace cwdpo {
 template <class E>
 class PackedHead {
  public:
-  // hidden [N, D] of the labelled rows: contiguous, of type E. weight [V, D]: any layout, any floating-point dtype.
+  // hidden [N, D] of the labeled rows: contiguous, of type E. weight [V, D]: any layout, any floating-point dtype.
   PackedHead(const Tensor& hidden, const Tensor& weight, const std::vector<int64_t>& labels, TilePlan plan);
 
   // tile [B, R] = W H^T

@@ -1,4 +1,4 @@
-// Functions over one row of a matrix: n contiguous entries. They are vectorised for several instruction sets, one of
+// Functions over one row of a matrix: n contiguous entries. They are vectorized for several instruction sets, one of
 // which is selected at run time (vector.h). Every function exists for float and double.
 #pragma once
 

@@ -9,10 +9,10 @@ from torch import Tensor
 def sequence_logprob(
     logp: Tensor, labels: Tensor, cu_seqlens: Tensor, ignore_index: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Per sequence: sum_logp over labelled tokens, mean = sum_logp / count (0 if it has none), count of the tokens."""
-    labelled = labels != ignore_index
-    sum_logp = segment_sum(torch.where(labelled, logp, 0.0), cu_seqlens).to(logp.dtype)
-    count = segment_sum(labelled, cu_seqlens).long()
+    """Per sequence: sum_logp over labeled tokens, mean = sum_logp / count (0 if it has none), count of the tokens."""
+    labeled = labels != ignore_index
+    sum_logp = segment_sum(torch.where(labeled, logp, 0.0), cu_seqlens).to(logp.dtype)
+    count = segment_sum(labeled, cu_seqlens).long()
     return sum_logp, mean_of(sum_logp, count), count
 
 

@@ -29,24 +29,24 @@ def _merge_kernel(
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index)
-    labelled = mask_n & (labels != ignore_index)
+    labeled = mask_n & (labels != ignore_index)
     anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=NO_ANCHOR)
     sum_exp = tl.load(sum_exp_ptr + offs_n, mask=mask_n, other=0.0)
     for tile in range(first_tile, end_tile, BLOCK_T):
         offs_t = tile + tl.arange(0, BLOCK_T)
         offs = offs_t.to(tl.int64)[:, None] * N + offs_n[None, :]
-        mask = (offs_t < end_tile)[:, None] & labelled[None, :]
+        mask = (offs_t < end_tile)[:, None] & labeled[None, :]
         anchors = tl.load(anchor_TN_ptr + offs, mask=mask, other=NO_ANCHOR)
         sums_exp = tl.load(sum_exp_TN_ptr + offs, mask=mask, other=0.0)
         max_anchor = tl.max(anchors, 0)
         block_sum = tl.sum(sums_exp * tl.exp2(anchors - max_anchor[None, :]), 0)
         anchor, sum_exp = merge(anchor, sum_exp, max_anchor, block_sum)
     if FINISH:
-        target = tl.load(target_ptr + offs_n, mask=labelled, other=0.0)
-        logp = tl.where(labelled, logp_of(target, anchor, sum_exp), 0.0)
+        target = tl.load(target_ptr + offs_n, mask=labeled, other=0.0)
+        logp = tl.where(labeled, logp_of(target, anchor, sum_exp), 0.0)
         tl.store(logp_ptr + offs_n, logp, mask=mask_n)
-        anchor = tl.where(labelled, anchor, 0.0)
-        sum_exp = tl.where(labelled, sum_exp, 0.0)
+        anchor = tl.where(labeled, anchor, 0.0)
+        sum_exp = tl.where(labeled, sum_exp, 0.0)
     tl.store(anchor_ptr + offs_n, anchor, mask=mask_n)
     tl.store(sum_exp_ptr + offs_n, sum_exp, mask=mask_n)
 

@@ -40,7 +40,7 @@ def segment_sum(
 def broadcast(
     value, out_ptr, labels_ptr, cu_seqlens_ptr, sequence, ignore_index, HAS_LABELS: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """out = value at the labelled tokens of a sequence, 0 at its other tokens."""
+    """out = value at the labeled tokens of a sequence, 0 at its other tokens."""
     begin = tl.load(cu_seqlens_ptr + sequence).to(tl.int64)
     end = tl.load(cu_seqlens_ptr + sequence + 1).to(tl.int64)
     for start in range(begin, end, BLOCK):
