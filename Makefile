@@ -3,11 +3,20 @@ PYTHON ?= python3
 VENV ?= .venv
 TORCH ?=
 BIN := $(VENV)/bin
+quoted = '$(subst ','\'',$(1))'# one word for the shell, whatever it contains
+
+# Make splits its targets at spaces and gives other characters a meaning, so these are refused.
+ODD := $(if $(VENV),,empty)$(filter -%,$(VENV))$(filter-out 0,$(shell \
+	printf %s $(call quoted,$(VENV)) | LC_ALL=C tr -d 'A-Za-z0-9_./+@,\200-\377-' | wc -c))
+ifneq ($(ODD),)
+$(error VENV: expected a path without spaces and special characters, got '$(VENV)')
+endif
+
 # This file marks a finished set-up. With TORCH=... its name has a checksum of TORCH, so another TORCH sets up again.
 # Without TORCH any finished set-up will do.
-READY := $(VENV)/ready$(if $(TORCH),-$(shell printf %s "$(TORCH)" | cksum | cut -d ' ' -f 1))
+READY := $(VENV)/ready$(if $(TORCH),-$(shell printf %s $(call quoted,$(TORCH)) | cksum | cut -d ' ' -f 1))
 
-.PHONY: help demo test test-slow sanitize lint typecheck format docs wheel bench gpu clean
+.PHONY: help demo test test-slow sanitize lint typecheck format docs wheel bench gpu rebuild clean
 
 help:
 	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics go to runs/digits"
@@ -21,9 +30,10 @@ help:
 	@echo "make wheel     build sdist and wheel in dist/, test the wheel in the environments of WHEEL_ENVS"
 	@echo "make bench     run the CPU benchmarks; results go to benchmarks/results"
 	@echo "make gpu       on a machine with a GPU: tests and benchmarks into runs/gpu; installs nothing"
-	@echo "make clean     remove everything that make created, runs included"
+	@echo "make rebuild   build the C++ library again, for example after installing a compiler"
+	@echo "make clean     remove the environment that make created, the C++ library, build, dist and caches; runs stays"
 	@echo
-	@echo "PYTHON=python3.12     the Python to use, 3.11 or newer (default: python3)"
+	@echo "PYTHON=python3.12     the Python to use, 3.11 to 3.13 (default: python3)"
 	@echo "VENV=folder           the virtual environment (default: .venv)"
 	@echo "TORCH=torch==2.15.0   another torch than the one in constraints.txt, for example beside the default one:"
 	@echo "                      make test TORCH=torch==2.15.0 VENV=.venv-2.15"
@@ -32,15 +42,14 @@ help:
 # Any Python can run this; the set-up scripts need 3.11.
 define CHECK_PYTHON
 	@command -v "$(PYTHON)" > /dev/null || { \
-		echo "set-up: $(PYTHON) was not found. Install Python 3.11 or newer, or name yours: make PYTHON=..." >&2; exit 1; }
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "set-up: expected Python 3.11 or newer,\
+		echo "set-up: $(PYTHON) was not found. Install Python 3.11 to 3.13, or name yours: make PYTHON=..." >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11) and "set-up: expected Python 3.11 to 3.13,\
  got %d.%d. Name another one: make PYTHON=python3.12" % sys.version_info[:2])'
 endef
 
 $(READY): pyproject.toml setup.py constraints.txt tools/set_up.py $(shell find csrc -name "*.cpp" -o -name "*.h")
 	$(CHECK_PYTHON)
-	@rm -f $(VENV)/ready*
-	@"$(PYTHON)" tools/set_up.py --venv "$(VENV)" --torch "$(TORCH)"
+	@"$(PYTHON)" tools/set_up.py --venv $(VENV) --torch=$(call quoted,$(TORCH))
 	@touch $(VENV)/ready $@
 
 demo: $(READY)
@@ -49,7 +58,7 @@ demo: $(READY)
 # A file stays with one worker, which shares its fixtures. pytest-benchmark refuses to run beside other workers.
 WORKERS ?= 2
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(WORKERS) --dist loadfile -p no:benchmark
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(call quoted,$(WORKERS)) --dist loadfile -p no:benchmark
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
@@ -62,10 +71,10 @@ sanitize: $(READY)
 	cp -r cwdpo_kernels csrc tests benchmarks setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/cwdpo_kernels/*.so
 	cd $(SANITIZED) && CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
-		LDFLAGS="-fsanitize=address,undefined" $(abspath $(BIN))/python setup.py --quiet build_ext --inplace --force
+		LDFLAGS="-fsanitize=address,undefined" "$(abspath $(BIN))/python" setup.py --quiet build_ext --inplace --force
 	nm -D $(SANITIZED)/cwdpo_kernels/libcwdpo_cpu.so | grep -q __asan_report  # without ASan the tests would prove nothing
 	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 $(abspath $(BIN))/python -m pytest tests/ops tests/test_library.py \
+		ASAN_OPTIONS=detect_leaks=0 "$(abspath $(BIN))/python" -m pytest tests/ops tests/test_library.py \
 		-k "csrc or (test_library and not compiler)"
 
 lint: $(READY)
@@ -79,7 +88,7 @@ typecheck: $(READY)
 # Each PYTHON:TORCH is an environment that the wheel is installed into and tested in.
 WHEEL_ENVS ?= 3.11:2.11.0 3.11:2.13.0 3.13:2.15.0
 wheel: $(READY)
-	$(BIN)/python tools/wheel.py $(WHEEL_ENVS)
+	$(BIN)/python tools/wheel.py $(foreach each,$(WHEEL_ENVS),$(call quoted,$(each)))
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -87,13 +96,9 @@ format: $(READY)
 
 # Reads the docstrings without importing the packages, so neither torch nor a compiler is needed.
 DOCS := build/docs
-$(DOCS)/ready: pyproject.toml constraints.txt
+$(DOCS)/ready: pyproject.toml constraints.txt tools/set_up.py
 	$(CHECK_PYTHON)
-	@echo "set-up: mkdocs and its theme in $(DOCS) (about 40 MB to download)"
-	@"$(PYTHON)" -m venv $(DOCS)
-	@"$(PYTHON)" -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]\
-["optional-dependencies"]["docs"], sep="\n")' > $(DOCS)/requirements.txt
-	@$(DOCS)/bin/pip install --quiet --constraint constraints.txt --requirement $(DOCS)/requirements.txt
+	@"$(PYTHON)" tools/set_up.py --venv $(DOCS) --docs
 	@touch $@
 
 docs: $(DOCS)/ready
@@ -104,7 +109,20 @@ bench: $(READY)
 	$(BIN)/python -m benchmarks.run
 
 gpu:
-	$(PYTHON) -m benchmarks.gpu --out runs/gpu
+	$(CHECK_PYTHON)
+	@"$(PYTHON)" -c 'import importlib.util as u, sys; missing = [m for m in ("torch", "pytest") if not u.find_spec(m)];\
+ sys.exit("gpu: this Python has no %s, and make gpu installs nothing: install the package with its extras bench and\
+ dev, or name another Python (make gpu PYTHON=...)" % " and no ".join(missing) if missing else 0)'
+	"$(PYTHON)" -m benchmarks.gpu --out runs/gpu
 
+rebuild:
+	@rm -f $(VENV)/ready* cwdpo_kernels/*.so
+	@$(MAKE) --no-print-directory $(READY)
+
+# Other environments (.venv-2.15) use the same library, so their set-up has to run again.
 clean:
-	rm -rf $(VENV) runs build dist *.egg-info .pytest_cache .ruff_cache .benchmarks
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .benchmarks
+	rm -f cwdpo_kernels/*.so $(VENV)/ready* .venv*/ready*
+	@if [ -e $(VENV)/made-by-make ]; then echo "rm -rf $(VENV)"; rm -rf $(VENV); \
+	elif [ -e $(VENV) ]; then echo "clean: $(VENV) stays, because make did not create it"; fi
+	@if [ -e runs ]; then echo "clean: runs stays, because it has your results"; fi

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -23,6 +24,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+from tools.set_up import UNREACHABLE, unreachable  # noqa: E402 - found from here on
+
 DIST = ROOT / "dist"
 BUILD = ROOT / "build" / "wheel"
 LIBRARY = "cwdpo_kernels/libcwdpo_cpu.so"
@@ -127,8 +131,10 @@ def environment(python_version: str, torch_version: str) -> Path:
         # The argument names the version, so a constraint in the configuration of pip must not refuse it.
         without_constraint = ("env", f"PIP_CONSTRAINT={os.devnull}")
         pip = (*without_constraint, python, "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
-        cpu_build = subprocess.run([*pip, f"torch=={torch_version}+cpu"], capture_output=True, check=False)
+        cpu_build = subprocess.run([*pip, f"torch=={torch_version}+cpu"], capture_output=True, text=True, check=False)
         if cpu_build.returncode:
+            if reason := unreachable(cpu_build.stderr):
+                sys.exit(f"failed\nwheel: {UNREACHABLE.format(reason)}")
             run(*pip, f"torch=={torch_version}")
     ready.touch()
     return python
@@ -143,13 +149,23 @@ def test(wheel: Path, python_version: str, torch_version: str) -> None:
         print(result, end=" ... ", flush=True)
 
 
+def versions(argument: str) -> tuple[str, str]:
+    """The versions of Python and torch in PYTHON:TORCH."""
+    if match := re.fullmatch(r"(\d+\.\d+):(\d+\.\d+\.\d+\w*)", argument):
+        return match[1], match[2]
+    sys.exit(f"wheel: expected environments like 3.11:2.11.0 (PYTHON:TORCH), got {argument!r}")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("environments", nargs="+", metavar="PYTHON:TORCH", help="for example 3.11:2.11.0")
-    environments = [each.split(":") for each in parser.parse_args().environments]
-    wheel = build()
-    for python_version, torch_version in environments:
-        test(wheel, python_version, torch_version)
+    environments = [versions(each) for each in parser.parse_args().environments]
+    try:
+        wheel = build()
+        for python_version, torch_version in environments:
+            test(wheel, python_version, torch_version)
+    except KeyboardInterrupt:
+        sys.exit("\nwheel: stopped")
     for path in sorted(DIST.iterdir()):
         print(f"wheel: {path.relative_to(ROOT)} ({path.stat().st_size / 1024:.0f} KiB)")
 
