@@ -32,9 +32,33 @@ inline void expect_size(
   expect(tensor.size(dim) == size, op, argument, property.c_str(), size, tensor.size(dim));
 }
 
+// A vector of `size` entries.
+inline void expect_vector(const char* op, const char* argument, const torch::stable::Tensor& tensor, int64_t size) {
+  expect_dims(op, argument, tensor, 1);
+  expect_size(op, argument, tensor, 0, size);
+}
+
 inline void expect_dtype(
     const char* op, const char* argument, const torch::stable::Tensor& tensor, torch::headeronly::ScalarType dtype) {
   expect(tensor.scalar_type() == dtype, op, argument, "dtype", toString(dtype), toString(tensor.scalar_type()));
+}
+
+inline void expect_float(const char* op, const char* argument, const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  const bool ok = dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half ||
+                  dtype == ScalarType::Double;
+  expect(ok, op, argument, "dtype", "Float, BFloat16, Half or Double", toString(dtype));
+}
+
+inline void expect_index(const char* op, const char* argument, const torch::stable::Tensor& tensor) {
+  using torch::headeronly::ScalarType;
+  const ScalarType dtype = tensor.scalar_type();
+  expect(dtype == ScalarType::Long || dtype == ScalarType::Int, op, argument, "dtype", "Long or Int", toString(dtype));
+}
+
+inline void expect_at_least(const char* op, const char* argument, int64_t value, int64_t least) {
+  expect(value >= least, op, argument, "value at least", least, value);
 }
 
 }  // namespace cwdpo

@@ -131,7 +131,7 @@ def linear_constrained_sft_loss(
         head = as_head(op, "head", head)
         if head.softcap is not None:
             raise NotImplementedError(f"{op}: negatives.mode='smoothed' is not defined with a soft cap")
-        lead = lead_over_mean_logit(hidden, head, labels.masked_fill(labels == ignore_index, 0))
+        lead = lead_over_mean_logit(hidden, head, labels, ignore_index)
         summed = sequence_logprob(lead, labels, cu_seqlens, ignore_index=ignore_index).total
         smoothing = summed[check.check_pairs(op, "labels", summed.shape[0]) :]
     flat = token_logp.reshape(-1)
@@ -194,8 +194,8 @@ def _constrained_sft(
         lengths = counts[pairs:]
         smoothing = rejected_smoothing / lengths.clamp_min(1) if per_token else rejected_smoothing
         spread = smoothing.sum() / (lengths > 0).sum().clamp_min(1)
-        extra = negatives.weight * negatives.smoothing * spread
-        loss, penalty = loss + extra, penalty + extra.detach()
+        if factor := negatives.weight * negatives.smoothing:  # 0 * inf would be NaN
+            loss, penalty = loss + factor * spread, penalty + factor * spread.detach()
     return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *_split_pairs(sum_logp, mean, counts))
 
 

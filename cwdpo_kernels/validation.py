@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from numbers import Real
 from typing import Any, NoReturn
 
 import torch
@@ -51,8 +52,21 @@ def check_head(op: str, hidden: Tensor, head: Any, hidden_name: str = "hidden", 
     if bias is not None:
         ok = bias.shape == weight.shape[:1]
         expect(ok, op, f"{head_name}.bias", "shape", [weight.shape[0]], list(bias.shape))
-    softcap = head.softcap
-    expect(softcap is None or softcap > 0, op, f"{head_name}.softcap", "value", "None or > 0", softcap)
+    check_transform(op, head_name, head, hidden.dtype)
+
+
+def check_transform(op: str, head_name: str, head: Any, dtype: torch.dtype) -> None:
+    """Check that scale and soft cap are numbers that the dtype of the computation can hold."""
+    limits = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    for name, value in (("scale", head.scale), ("softcap", head.softcap)):
+        ok = isinstance(value, Real) or (name == "softcap" and value is None)
+        expected = "a number (for a learnable scale, multiply hidden by it)" if name == "scale" else "a number or None"
+        expect(ok, op, f"{head_name}.{name}", "type", expected, type(value).__name__)
+    ok = abs(head.scale) <= limits.max
+    expect(ok, op, f"{head_name}.scale", "value", f"finite and at most {limits.max:.2g}", head.scale)
+    ok = head.softcap is None or limits.tiny <= head.softcap <= limits.max
+    expected = f"None or between {limits.tiny:.2g} and {limits.max:.2g}"
+    expect(ok, op, f"{head_name}.softcap", "value", expected, head.softcap)
 
 
 def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: int, ignore_index: int) -> None:

@@ -61,6 +61,8 @@ Sequences sum_sequences(const T* logp, const Tokens& tokens, int64_t sequences) 
 }
 
 double sigmoid(double x) { return 1 / (1 + std::exp(-x)); }
+// w_c * ratio. A weight of 0 leaves out a ratio of +-inf, but not NaN.
+double weighted(double w_c, double ratio) { return w_c == 0 && std::isinf(ratio) ? 0 : w_c * ratio; }
 double softplus(double x) { return std::fmax(x, 0.0) + std::log1p(std::exp(-std::fabs(x))); }
 
 struct Options {
@@ -89,7 +91,7 @@ CWDPOLoss compute(
   int64_t kept_pairs = 0;
   for (int64_t p = 0; p < pairs; ++p) {
     const bool keep = sums.count[p] > 0 && sums.count[pairs + p] > 0 &&
-                      (!options.drop_below || sums.mean[pairs + p] >= *options.drop_below);
+                      !(options.drop_below && sums.mean[pairs + p] < *options.drop_below);  // keeps NaN
     data<bool>(kept)[p] = keep;
     kept_pairs += keep;
   }
@@ -103,7 +105,7 @@ CWDPOLoss compute(
     const double w_c = options.constant
                            ? *options.constant
                            : sigmoid((sums.mean[pairs + p] - options.logp_floor) / options.temperature);
-    const double logit = options.beta * (ratio_chosen - w_c * ratio_rejected);
+    const double logit = options.beta * (ratio_chosen - weighted(w_c, ratio_rejected));
     const double reward_margin = options.beta * (ratio_chosen - ratio_rejected);
     data<T>(chosen_reward)[p] = options.beta * ratio_chosen;
     data<T>(rejected_reward)[p] = options.beta * ratio_rejected;
@@ -132,13 +134,22 @@ CWDPOLoss cwdpo_loss(
     double temperature, std::optional<double> constant, std::optional<double> drop_below, bool per_token,
     int64_t ignore_index) {
   expect_dims(kOp, "logp", logp, 1);
+  expect_float(kOp, "logp", logp);
+  expect_dims(kOp, "cu_seqlens", cu_seqlens, 1);
+  expect_index(kOp, "cu_seqlens", cu_seqlens);
   const Tensor offsets = contiguous_as<int64_t>(cu_seqlens);
   check_offsets(offsets, logp.numel());
   const int64_t pairs = (offsets.numel() - 1) / 2;
-  expect_size(kOp, "ref_chosen", ref_chosen, 0, pairs);
-  expect_size(kOp, "ref_rejected", ref_rejected, 0, pairs);
-  if (labels) expect_size(kOp, "labels", *labels, 0, logp.numel());
-  if (count) expect_size(kOp, "count", *count, 0, 2 * pairs);
+  expect_vector(kOp, "ref_chosen", ref_chosen, pairs);
+  expect_vector(kOp, "ref_rejected", ref_rejected, pairs);
+  if (labels) {
+    expect_vector(kOp, "labels", *labels, logp.numel());
+    expect_index(kOp, "labels", *labels);
+  }
+  if (count) {
+    expect_vector(kOp, "count", *count, 2 * pairs);
+    expect_index(kOp, "count", *count);
+  }
   const auto as_int64 = [](const std::optional<Tensor>& tensor) {
     return tensor ? std::optional(contiguous_as<int64_t>(*tensor)) : std::nullopt;
   };

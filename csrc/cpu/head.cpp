@@ -21,15 +21,26 @@ bool uses_float_gemm(const HeadArguments& head) {
 
 void check_head(const char* op, const HeadArguments& head, const Tensor& labels) {
   expect_dims(op, "hidden", head.hidden, 2);
+  expect_float(op, "hidden", head.hidden);
+  expect_at_least(op, "D", head.hidden.size(1), 1);
   expect_dims(op, "weight", head.weight, 2);
-  expect_dims(op, "labels", labels, 1);
   expect_size(op, "weight", head.weight, 1, head.hidden.size(1));
-  expect_size(op, "labels", labels, 0, head.hidden.size(0));
   expect_dtype(op, "weight", head.weight, head.hidden.scalar_type());
+  expect_index(op, "labels", labels);
+  expect_vector(op, "labels", labels, head.hidden.size(0));
   if (head.bias) {
-    expect_dims(op, "bias", *head.bias, 1);
-    expect_size(op, "bias", *head.bias, 0, head.weight.size(0));
+    expect_vector(op, "bias", *head.bias, head.weight.size(0));
+    expect_dtype(op, "bias", *head.bias, head.hidden.scalar_type());
   }
+  expect_at_least(op, "workspace_bytes", head.workspace_bytes, 0);
+  with_compute_type(head.hidden.scalar_type(), [&](auto type) {
+    using Limits = std::numeric_limits<decltype(type)>;
+    if (!head.softcap) return;
+    const bool ok = *head.softcap >= Limits::min() && *head.softcap <= Limits::max();
+    std::ostringstream range;
+    range << "between " << Limits::min() << " and " << Limits::max();
+    expect(ok, op, "softcap", "value", range.str(), *head.softcap);
+  });
 }
 
 LabelledRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab) {

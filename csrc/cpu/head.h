@@ -51,8 +51,8 @@ class TiledHead {
   const TilePlan plan;
   const int64_t rows, vocab, dim;
   const T scale, cap;  // cap = 0: no soft cap
-  T inverse_cap() const { return cap == T(0) ? T(0) : T(1) / cap; }
-  T slope(T logit) const { return T(1) - (logit * inverse_cap()) * (logit * inverse_cap()); }
+  // d softcap(z) / dz at the capped logit; 1 without a cap, also for a logit of -inf.
+  T slope(T logit) const { return cap == T(0) ? T(1) : T(1) - (logit / cap) * (logit / cap); }
 
   Matrix<T> buffer(Span block, Span columns) const {
     return {data<T>(buffer_), columns.size, block.size, padded(block.size)};

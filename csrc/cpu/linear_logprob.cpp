@@ -64,6 +64,13 @@ void to_direction(const TiledHead<T>& head, const std::vector<T>& target, const 
   });
 }
 
+// A value of kept_bytes (cwdpo_kernels/ops/linear_logprob.py): as without a value, but unused bytes are not zeroed.
+constexpr int64_t kUninitialized = -1;
+
+// The dtype of a direction: that of the inputs, but float32 for float16, where the direction may overflow although the
+// gradient, direction * (1 - p_y), does not.
+ScalarType direction_dtype(ScalarType dtype) { return dtype == ScalarType::Half ? ScalarType::Float : dtype; }
+
 // The size in bytes of a row of the weight's gradient if `kept` is its memory, else 0.
 int64_t grad_row_bytes(const Tensor& kept) { return kept.dim() == 2 ? kept.size(1) * kept.element_size() : 0; }
 
@@ -75,7 +82,7 @@ LinearLogprob forward(
   const bool opaque = kept_bytes && *kept_bytes >= 0;
   LinearLogprob out{
       zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()),
-      zeros({with_direction ? tokens : 0, arguments.hidden.size(1)}, arguments.hidden.scalar_type()),
+      zeros({with_direction ? tokens : 0, arguments.hidden.size(1)}, direction_dtype(arguments.hidden.scalar_type())),
       opaque ? empty({*kept_bytes}, ScalarType::Byte) : torch::stable::empty_like(arguments.weight)};
   auto& [logp, max_logit, sum_exp, direction, kept] = out;
 
@@ -123,7 +130,7 @@ void write_tile_gradient(
       for (int64_t n = 0; n < block.size; ++n) out[n] = z[column(n)];
       z = out;
     }
-    exp_across_tokens(z, out, block.size, max_logit, factor, head.inverse_cap());
+    exp_across_tokens(z, out, block.size, max_logit, factor, head.cap);
   });
   for (const auto& [entry, value] : at_labels) *entry = value;  // replaces exp(z_y - max_logit), which may overflow
 }
@@ -213,6 +220,10 @@ void write_gradients(
     const LinearLogprobGrads& out) {
   check_head(op, arguments, labels);
   check_per_token(op, labels, grad_logp, logp, max_logit, sum_exp);
+  // Kept tiles are read as numbers of the compute type, from the end of that memory.
+  expect(kept.is_contiguous(), op, "kept", "layout", "contiguous", "strided");
+  const auto address = reinterpret_cast<uintptr_t>(kept.data_ptr());
+  expect(address % sizeof(double) == 0, op, "kept", "address", "aligned to 8 bytes", address);
   auto [grad_hidden, grad_weight, grad_bias] = out;
   const LabelledRows labelled = labelled_rows(op, labels, ignore_index, arguments.weight.size(0));
   torch::stable::zero_(grad_hidden);
@@ -236,6 +247,7 @@ LinearLogprob linear_logprob(
     int64_t workspace_bytes, std::optional<int64_t> kept_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   check_head("linear_logprob", arguments, labels);
+  if (kept_bytes) expect_at_least("linear_logprob", "kept_bytes", *kept_bytes, kUninitialized);
   const LabelledRows labelled = labelled_rows("linear_logprob", labels, ignore_index, weight.size(0));
   return with_compute_type(hidden.scalar_type(), [&](auto type) {
     return forward<decltype(type)>(arguments, labels, labelled, with_direction, kept_bytes);
@@ -248,6 +260,7 @@ LinearLogprobGrads linear_logprob_backward(
     double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_weight,
     bool needs_bias, bool /*sparse_grad*/, int64_t workspace_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
+  check_head("linear_logprob_backward", arguments, labels);
   const LinearLogprobGrads out = allocate_gradients(
       arguments, needs_hidden, needs_bias,
       needs_weight ? torch::stable::empty_like(weight) : empty({0}, weight.scalar_type()));
@@ -263,6 +276,7 @@ HiddenAndBias linear_logprob_backward_(
     bool /*sparse_grad*/, int64_t workspace_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   const char* op = "linear_logprob_backward_";
+  check_head(op, arguments, labels);
   expect_dims(op, "kept", kept, 2);
   expect_size(op, "kept", kept, 0, weight.size(0));
   expect_size(op, "kept", kept, 1, weight.size(1));

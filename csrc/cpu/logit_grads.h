@@ -26,7 +26,8 @@ struct LogitGrads {
       index_among_labelled.push_back(i);
       grad_target.push_back(
           grad * -std::expm1(data<T>(logp_N)[token]) * static_cast<T>(scale));  // 1 - p_y = -expm1(logp)
-      exp_factor.push_back(-grad_target.back() / data<T>(sum_exp_N)[token]);
+      // Without competitors (V = 1, or all of them at -inf) both terms are 0.
+      exp_factor.push_back(grad_target.back() == T(0) ? T(0) : -grad_target.back() / data<T>(sum_exp_N)[token]);
       max_logits.push_back(data<T>(max_logit_N)[token]);
     }
   }
@@ -39,10 +40,10 @@ struct LogitGrads {
 inline void check_per_token(
     const char* op, const Tensor& labels, const Tensor& grad_logp, const Tensor& logp, const Tensor& max_logit,
     const Tensor& sum_exp) {
-  expect_size(op, "grad_logp", grad_logp, 0, labels.numel());
-  expect_size(op, "logp", logp, 0, labels.numel());
-  expect_size(op, "anchor", max_logit, 0, labels.numel());
-  expect_size(op, "sum_exp", sum_exp, 0, labels.numel());
+  expect_vector(op, "grad_logp", grad_logp, labels.numel());
+  expect_vector(op, "logp", logp, labels.numel());
+  expect_vector(op, "anchor", max_logit, labels.numel());
+  expect_vector(op, "sum_exp", sum_exp, labels.numel());
 }
 
 }  // namespace cwdpo

@@ -24,8 +24,10 @@ void without_label(int64_t n, int64_t label, const F& f) {
 
 void check_logits(const char* op, const Tensor& logits, const Tensor& labels) {
   expect_dims(op, "logits", logits, 2);
-  expect_dims(op, "labels", labels, 1);
-  expect_size(op, "labels", labels, 0, logits.size(0));
+  expect_float(op, "logits", logits);
+  expect_at_least(op, "V", logits.size(1), 1);
+  expect_index(op, "labels", labels);
+  expect_vector(op, "labels", labels, logits.size(0));
 }
 
 // Calls f(i, z, out) for every i, on all threads. z is row rows[i] of `logits`, converted to T if necessary. `out`

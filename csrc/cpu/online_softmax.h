@@ -13,7 +13,7 @@ namespace cwdpo {
 
 template <class T>
 struct OnlineSoftmax {
-  T max_logit = std::numeric_limits<T>::lowest();  // max z
+  T max_logit = std::numeric_limits<T>::lowest();  // max z; stays finite if every z is -inf
   T sum_exp = 0;                                   // sum exp(z - max_logit)
   T moment = 0;                                    // sum exp(z - max_logit) (z - max_logit); only for token_stats
 
@@ -33,11 +33,13 @@ struct OnlineSoftmax {
   }
 };
 
-// logp = -log1p(s) = -softplus(log s), where s = sum exp(z - target) is the odds against the label.
+// logp = -log1p(s) = -softplus(log s), where s = sum exp(z - target) is the odds against the label. NaN if a logit is NaN
+// or +inf, or if all are -inf. A competitor of -inf has probability 0; so has the label, with logp = -inf.
 template <class T>
 T logp_of(T target, const OnlineSoftmax<T>& others) {
   const T log_odds = (others.max_logit - target) + std::log(others.sum_exp);
   if (std::isnan(log_odds)) return log_odds;
+  if (target == std::numeric_limits<T>::infinity()) return std::numeric_limits<T>::quiet_NaN();
   return -(std::fmax(log_odds, T(0)) + std::log1p(std::exp(-std::fabs(log_odds))));
 }
 

@@ -61,26 +61,32 @@ CWDPO_INLINE void exp_moment(Strip<T> strip, const T* max_logit, T* sum_exp, T* 
   });
 }
 
-template <class T>
-CWDPO_INLINE void exponentiate(Strip<T> strip, const T* max_logit, T inverse_cap, T* sum_exp) {
+// The slope of the soft cap at the capped logit z. Without a cap it is 1 and z is not read, because z may be -inf.
+template <bool kCapped, class T>
+CWDPO_INLINE T slope_at(T z, T cap) {
+  if constexpr (!kCapped) return T(1);
+  const T ratio = z / cap;
+  return T(1) - ratio * ratio;
+}
+
+template <bool kCapped, class T>
+CWDPO_INLINE void exponentiate(Strip<T> strip, const T* max_logit, T cap, T* sum_exp) {
   sum_in_parts(strip, std::array{sum_exp}, [&](T* z, T (*parts)[kStripTokens]) {
     T* part = parts[0];
 #pragma omp simd
     for (int64_t n = 0; n < strip.count; ++n) {
-      const T exp_z = fast_exp(z[n] - max_logit[n]), capped = z[n] * inverse_cap;
+      const T exp_z = fast_exp(z[n] - max_logit[n]);
       part[n] += exp_z;
-      z[n] = exp_z * (T(1) - capped * capped);
+      z[n] = exp_z * slope_at<kCapped>(z[n], cap);
     }
   });
 }
 
-template <class T>
-CWDPO_INLINE void exp_across(
-    const T* z, T* out, int64_t size, const T* max_logit, const T* factor, T inverse_cap) {
+template <bool kCapped, class T>
+CWDPO_INLINE void exp_across(const T* z, T* out, int64_t size, const T* max_logit, const T* factor, T cap) {
 #pragma omp simd
   for (int64_t n = 0; n < size; ++n) {
-    const T capped = z[n] * inverse_cap;
-    out[n] = fast_exp(z[n] - max_logit[n]) * factor[n] * (T(1) - capped * capped);
+    out[n] = fast_exp(z[n] - max_logit[n]) * factor[n] * slope_at<kCapped>(z[n], cap);
   }
 }
 
@@ -95,12 +101,14 @@ CWDPO_INLINE void exp_across(
       Strip<T> strip, const T* max_logit, T* sum_exp, T* moment) {                                         \
     exp_moment(strip, max_logit, sum_exp, moment);                                                         \
   }                                                                                                        \
-  CWDPO_FOR_EACH_PROCESSOR void exp_strip(Strip<T> strip, const T* max_logit, T inverse_cap, T* sum_exp) { \
-    exponentiate(strip, max_logit, inverse_cap, sum_exp);                                                  \
+  CWDPO_FOR_EACH_PROCESSOR void exp_strip(Strip<T> strip, const T* max_logit, T cap, T* sum_exp) {         \
+    cap == T(0) ? exponentiate<false>(strip, max_logit, cap, sum_exp)                                      \
+                : exponentiate<true>(strip, max_logit, cap, sum_exp);                                      \
   }                                                                                                        \
   CWDPO_FOR_EACH_PROCESSOR void exp_across_tokens(                                                         \
-      const T* z, T* out, int64_t n, const T* max_logit, const T* factor, T inverse_cap) {                 \
-    exp_across(z, out, n, max_logit, factor, inverse_cap);                                                 \
+      const T* z, T* out, int64_t n, const T* max_logit, const T* factor, T cap) {                         \
+    cap == T(0) ? exp_across<false>(z, out, n, max_logit, factor, cap)                                     \
+                : exp_across<true>(z, out, n, max_logit, factor, cap);                                     \
   }
 
 CWDPO_DEFINE(float)

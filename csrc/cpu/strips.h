@@ -30,15 +30,15 @@ void exp_moment_of_strip(Strip<float> strip, const float* max_logit, float* sum_
 void exp_moment_of_strip(Strip<double> strip, const double* max_logit, double* sum_exp, double* moment);
 
 // sum_exp as above, and z <- exp(z - max_logit[n]) * (1 - (z / cap)^2) in place. The second factor is the slope of the
-// soft cap; inverse_cap = 0 means no cap.
-void exp_strip(Strip<float> strip, const float* max_logit, float inverse_cap, float* sum_exp);
-void exp_strip(Strip<double> strip, const double* max_logit, double inverse_cap, double* sum_exp);
+// soft cap; cap = 0 means no cap and a slope of 1, also for z = -inf.
+void exp_strip(Strip<float> strip, const float* max_logit, float cap, float* sum_exp);
+void exp_strip(Strip<double> strip, const double* max_logit, double cap, double* sum_exp);
 
 // One vocabulary entry across n tokens (out may be z):
-// out[i] = factor[i] * exp(z[i] - max_logit[i]) * (1 - (z[i] / cap)^2)
+// out[i] = factor[i] * exp(z[i] - max_logit[i]) * (1 - (z[i] / cap)^2), with cap as above
 void exp_across_tokens(
-    const float* z, float* out, int64_t n, const float* max_logit, const float* factor, float inverse_cap);
+    const float* z, float* out, int64_t n, const float* max_logit, const float* factor, float cap);
 void exp_across_tokens(
-    const double* z, double* out, int64_t n, const double* max_logit, const double* factor, double inverse_cap);
+    const double* z, double* out, int64_t n, const double* max_logit, const double* factor, double cap);
 
 }  // namespace cwdpo

@@ -46,7 +46,7 @@ void add_strip(
   }
   if (kind == Sweep::kSumExp) exp_sum_of_strip(strip, max_logit.data(), sum_exp.data());
   if (kind == Sweep::kMoments) exp_moment_of_strip(strip, max_logit.data(), sum_exp.data(), moment.data());
-  if (kind == Sweep::kExponentials) exp_strip(strip, max_logit.data(), head.inverse_cap(), sum_exp.data());
+  if (kind == Sweep::kExponentials) exp_strip(strip, max_logit.data(), head.cap, sum_exp.data());
   for (int64_t n = 0; n < part.size; ++n) {
     softmax[first + n].sum_exp += sum_exp[n];
     if (kind == Sweep::kMoments) softmax[first + n].moment += moment[n];

@@ -11,6 +11,9 @@
 #include <cstdint>
 #include <cstring>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 #include <type_traits>
 #include <vector>
 
@@ -35,8 +38,17 @@ auto with_compute_type(ScalarType dtype, F&& f) {
 
 inline torch::stable::Device cpu() { return {torch::headeronly::DeviceType::CPU}; }
 
+// Throws an error that names the size if there is not enough memory.
 inline Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
-  return torch::stable::empty(sizes, dtype, std::nullopt, cpu());
+  try {
+    return torch::stable::empty(sizes, dtype, std::nullopt, cpu());
+  } catch (const std::exception&) {
+    std::ostringstream message;
+    message << "out of memory: expected room for a tensor of shape [";
+    for (size_t i = 0; i < sizes.size(); ++i) message << (i == 0 ? "" : ", ") << sizes[i];
+    message << "] and dtype " << toString(dtype) << ", got none";
+    throw std::runtime_error(message.str());
+  }
 }
 
 template <class T>

@@ -18,15 +18,18 @@ template <class T>
 Stats<T> stats_of(T target, const OnlineSoftmax<T>& others) {
   // Exponentials are taken relative to m = max(max_logit, target), the largest logit of the whole vocabulary.
   const T max_minus_target = others.max_logit - target, m_minus_target = std::max(max_minus_target, T(0));
-  const T max_minus_m = max_minus_target - m_minus_target;
+  const T max_minus_m = std::min(max_minus_target, T(0));
   const T scale = std::exp(max_minus_m), exp_target = std::exp(-m_minus_target);
   // Z - 1 is computed directly: it leaves the top token out, so log Z keeps its digits when Z is close to 1.
   const T z_minus_1 =
       max_minus_target > T(0) ? (others.sum_exp - T(1)) + exp_target : scale * others.sum_exp;
-  const T moment = scale * (others.moment + max_minus_m * others.sum_exp) - exp_target * m_minus_target;
-  const T entropy = std::log1p(z_minus_1) - moment / (T(1) + z_minus_1);
-  return {logp_of(target, others), entropy < T(0) ? T(0) : entropy, T(1) / (T(1) + z_minus_1),
-          max_minus_target <= T(0)};
+  // A label at -inf (probability 0) adds nothing to the moment. Without a competitor there is no moment either.
+  const T moment_target = exp_target == T(0) ? T(0) : exp_target * m_minus_target;
+  const T moment_others = scale == T(0) ? T(0) : scale * (others.moment + max_minus_m * others.sum_exp);
+  const T entropy = std::log1p(z_minus_1) - (moment_others - moment_target) / (T(1) + z_minus_1);
+  const T logp = logp_of(target, others);
+  if (std::isnan(logp)) return {logp, logp, logp, false};
+  return {logp, entropy < T(0) ? T(0) : entropy, T(1) / (T(1) + z_minus_1), max_minus_target <= T(0)};
 }
 
 template <class T>

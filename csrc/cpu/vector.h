@@ -16,8 +16,9 @@
 
 namespace cwdpo {
 
-// exp(x) with x = n ln 2 + r, |r| <= ln 2 / 2: a Taylor polynomial in r, then n is added to the exponent bits. Adding
-// kMagic leaves n in the low bits of the sum, which saves a conversion instruction.
+// exp(x) = 2^n exp(r) with x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) is a Taylor polynomial. Adding kMagic leaves n plus
+// the exponent's bias in the low bits of the sum; shifted up, they are the number 2^n. A multiplication by it keeps NaN,
+// where adding n to the exponent bits of a NaN would make it a finite number.
 template <class T>
 struct Exp;
 
@@ -25,7 +26,7 @@ template <>
 struct Exp<float> {
   using Bits = uint32_t;
   static constexpr int kDegree = 7, kMantissa = 23;
-  static constexpr float kLow = -87.0f, kHigh = 88.0f, kMagic = 12582912.0f;
+  static constexpr float kLow = -87.0f, kHigh = 88.0f, kMagic = 12582912.0f + 127;
   static constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
 };
 
@@ -33,7 +34,7 @@ template <>
 struct Exp<double> {
   using Bits = uint64_t;
   static constexpr int kDegree = 13, kMantissa = 52;
-  static constexpr double kLow = -708.0, kHigh = 709.0, kMagic = 6755399441055744.0;
+  static constexpr double kLow = -708.0, kHigh = 709.0, kMagic = 6755399441055744.0 + 1023;
   static constexpr double kLn2High = 0.693145751953125, kLn2Low = 1.42860682030941723212e-6;
 };
 
@@ -45,7 +46,7 @@ constexpr auto kInverseFactorials = [] {
   return values;
 }();
 
-// Relative error below 1e-7 (float) or 2e-16 (double). Returns 0 below Exp::kLow and NaN for NaN.
+// Relative error below 1e-7 (float) or 2e-16 (double). Returns 0 below Exp::kLow, NaN for any NaN, exp(kHigh) above it.
 template <class T>
 CWDPO_INLINE T fast_exp(T x) {
   using E = Exp<T>;
@@ -56,8 +57,8 @@ CWDPO_INLINE T fast_exp(T x) {
   const T r = (clamped - n * E::kLn2High) - n * E::kLn2Low;
   T p = kInverseFactorials<T>[E::kDegree];
   for (int k = E::kDegree - 1; k >= 0; --k) p = p * r + kInverseFactorials<T>[k];
-  const auto bits = std::bit_cast<typename E::Bits>(p) + (std::bit_cast<typename E::Bits>(shifted) << E::kMantissa);
-  return x < E::kLow ? T(0) : std::bit_cast<T>(bits);
+  const T power = std::bit_cast<T>(std::bit_cast<typename E::Bits>(shifted) << E::kMantissa);
+  return x < E::kLow ? T(0) : p * power;
 }
 
 }  // namespace cwdpo

@@ -63,6 +63,5 @@ def linear_cross_entropy(
     loss = -linear_logprob(input, head, target, ignore_index=ignored)
     counts = target != ignored
     if label_smoothing:
-        lead = lead_over_mean_logit(input, head, target.where(counts, 0))
-        loss = loss + label_smoothing * lead.where(counts, 0.0)
+        loss = loss + label_smoothing * lead_over_mean_logit(input, head, target, ignored)
     return reduced(loss, counts, reduction)

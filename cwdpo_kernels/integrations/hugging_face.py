@@ -219,13 +219,17 @@ def _compare(model: LanguageModel, head: nn.Module, transform: Transform) -> Hea
 def _difference(name: str, fused: Tensor, own: Tensor, labels: Tensor, dtype: torch.dtype) -> float:
     """The largest difference between fused log-probs and those of the model's own logits, in nats.
 
-    `HeadError` if it exceeds 1e-4, or the rounding of the logits if their dtype is shorter than float32.
+    Two log-probs of -inf (a masked vocabulary entry) are equal. `HeadError` if the model's log-probs are NaN, or if the
+    difference exceeds 1e-4, or the rounding of the logits if their dtype is shorter than float32.
     """
     mask = labels >= 0
-    own = own[mask].float()
+    own, fused = own[mask].float(), fused[mask]
     expected = own.log_softmax(-1).gather(-1, labels[mask].unsqueeze(-1)).squeeze(-1)
-    worst = (expected - fused[mask]).abs().max().item()
-    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * own.abs().max().item())
+    if torch.isnan(expected).any():
+        raise HeadError(f"{name}: expected logits to have values finite or -inf, got NaN or +inf: check the weights")
+    worst = torch.where(expected == fused, 0.0, (expected - fused).abs()).max().item()
+    largest = own.abs().masked_fill(own == -torch.inf, 0.0).max().item()
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * largest)
     if not worst <= tolerance:
         raise HeadError(
             f"{name}: expected log-probs from the head's weights to have a difference <= {tolerance:.1e} nats "

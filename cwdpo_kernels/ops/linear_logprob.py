@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..portable.tiles import compute_dtype
+from ..portable.tiles import compute_dtype, direction_dtype
 from .schema import Values, arguments, call, define, register_autograd, register_fake
 
 define(
@@ -54,7 +54,8 @@ UNINITIALIZED = -1
 @register_fake("linear_logprob")
 def _(*, hidden, weight, labels, with_direction, kept_bytes, **_):
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
-    direction = hidden.new_empty(hidden.shape if with_direction else (0, hidden.shape[1]))
+    shape = hidden.shape if with_direction else (0, hidden.shape[1])
+    direction = hidden.new_empty(shape, dtype=direction_dtype(hidden.dtype))
     in_gradient = kept_bytes is None or kept_bytes == UNINITIALIZED
     kept = torch.empty_like(weight) if in_gradient else hidden.new_empty(kept_bytes, dtype=torch.uint8)
     return logp, torch.empty_like(logp), torch.empty_like(logp), direction, kept
@@ -109,6 +110,7 @@ def _backward(ctx: Any, values: Values) -> Values:
     if values["with_direction"]:
         factor = values["grad_logp"] * -torch.expm1(values["logp"])  # d logp / d h = (1 - p_y) * direction
         direction = values["direction"]
+        # Autograd casts it to the dtype of `hidden`, which differs for float16 only.
         return {"hidden": (direction * factor[:, None]).to(direction.dtype)}
     if getattr(ctx, "overwritten", False):  # an earlier backward has written its gradient there
         values["kept"] = values["kept"].new_empty(0)

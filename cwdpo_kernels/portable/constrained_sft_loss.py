@@ -26,13 +26,16 @@ def constrained_sft_loss(
     used = (count > 0).view(2, pairs)
     share = used.to(sum_logp.dtype) / used.sum(1, keepdim=True).clamp_min(1)
     share = share.flatten() / length
-    nll = (-sum_logp * share).to(sum_logp.dtype)
+    nll = torch.where(share == 0, 0.0, -sum_logp * share).to(sum_logp.dtype)
     chosen_nll, rejected_nll = nll[:pairs].sum(), nll[pairs:].sum()
 
     shortfall = nll_floor - rejected_nll
-    # Without any rejected answer there is no penalty, whatever the floor.
-    active = used[1].any() & (shortfall > 0)
-    penalty = torch.where(active, weight * shortfall, 0.0) if hinge else weight * rejected_nll
+    # Without any rejected answer there is no penalty, whatever the floor. NaN is active, so that it stays visible.
+    active = used[1].any() & ~(shortfall <= 0)
+    if hinge:
+        penalty = torch.where(active, weight * shortfall, 0.0)
+    else:  # a weight of 0 leaves out impossible negatives (0 * inf)
+        penalty = torch.where(torch.isinf(rejected_nll) & (weight == 0), 0.0, weight * rejected_nll)
     # Not torch.where of two Python numbers: its result would be float32 for every dtype of the log-probs.
     slope = active.to(sum_logp.dtype) * weight if hinge else torch.full_like(rejected_nll, -weight)
 

@@ -33,10 +33,12 @@ def cwdpo_loss(
     weight = cooling_weight(mean[pairs:], logp_floor, temperature, constant)
     kept = (count[:pairs] > 0) & (count[pairs:] > 0)
     if drop_below is not None:
-        kept = kept & (mean[pairs:] >= drop_below)
+        kept = kept & ~(mean[pairs:] < drop_below)  # keeps NaN, so that a broken answer stays visible
     share = kept.to(sum_logp.dtype) / kept.sum().clamp_min(1)
 
-    logit = beta * (ratio_chosen - weight * ratio_rejected)
+    # A weight of 0 leaves out an impossible negative (0 * -inf), but not NaN.
+    cooled = torch.where((weight == 0) & torch.isinf(ratio_rejected), 0.0, weight * ratio_rejected)
+    logit = beta * (ratio_chosen - cooled)
     loss = (torch.where(kept, -logsigmoid(logit), 0.0) * share).sum()
     # d loss / d D_w = -coeff, d loss / d D_l = coeff * w_c
     coeff = torch.where(kept, beta * torch.sigmoid(-logit), 0.0) * share

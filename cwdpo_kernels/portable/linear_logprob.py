@@ -10,8 +10,9 @@ unlikely, so the vocabulary tiles accumulate the competitors' running maximum an
 
     anchor = max_{v != y} z_v        sum_exp = sum_{v != y} exp(z_v - anchor)        log s = (anchor - c) + log(sum_exp)
 
-logp = -softplus(log s) is then exact for any finite logits. (Computing z_v - c first rounds each term once more: with
-the label 200 nats below the top logit, the head's gradient was 30 times less accurate.)
+logp = -softplus(log s) is then exact for any finite logits, and a competitor at -inf has probability and gradient 0.
+(Computing z_v - c first rounds each term once more: with the label 200 nats below the top logit, the head's gradient
+was 30 times less accurate.)
 
 The gradient depends on the competitors only through their own softmax, which sums to one over v != y:
 
@@ -38,7 +39,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .tiles import TiledHead, compute_dtype, fill_target, rows_where
+from .tiles import TiledHead, compute_dtype, direction_dtype, fill_target, rows_where
 
 
 def linear_logprob(
@@ -49,7 +50,8 @@ def linear_logprob(
     dtype = compute_dtype(hidden.dtype)
     logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
     anchor, sum_exp = torch.zeros_like(logp), torch.zeros_like(logp)
-    direction = torch.zeros_like(hidden) if with_direction else hidden.new_empty(0, hidden.shape[1])
+    shape = hidden.shape if with_direction else (0, hidden.shape[1])
+    direction = hidden.new_zeros(shape, dtype=direction_dtype(hidden.dtype))
     opaque = kept_bytes is not None and kept_bytes >= 0
     kept = hidden.new_empty(kept_bytes or 0, dtype=torch.uint8) if opaque else torch.empty_like(weight)
 
@@ -63,14 +65,23 @@ def linear_logprob(
     anchor_N, sum_exp_N, direction_ND = _forward(head, labels_N, target_N, with_direction, kept_tiles)
     logp[rows], anchor[rows], sum_exp[rows] = logp_of(target_N, anchor_N, sum_exp_N), anchor_N, sum_exp_N
     if direction_ND is not None:
-        direction[rows] = direction_ND.to(hidden.dtype)
+        direction[rows] = direction_ND.to(direction.dtype)
     return logp, anchor, sum_exp, direction, kept
 
 
 def logp_of(target_N: Tensor, anchor_N: Tensor, sum_exp_N: Tensor) -> Tensor:
-    """-log1p(s) = -softplus(log s)."""
+    """-log1p(s) = -softplus(log s). NaN if a logit is NaN or +inf, or if all are -inf."""
     log_odds_N = (anchor_N - target_N) + torch.log(sum_exp_N)
-    return -torch.logaddexp(log_odds_N, torch.zeros_like(log_odds_N))
+    logp_N = -torch.logaddexp(log_odds_N, torch.zeros_like(log_odds_N))
+    return logp_N.masked_fill(target_N == torch.inf, torch.nan)
+
+
+def exp_factor_of(grad_target: Tensor, sum_exp: Tensor) -> Tensor:
+    """The gradient of a competitor's logit is this times exp(z_v - anchor).
+
+    Without competitors (V = 1, or all of them at -inf) it is 0, and so is the label's gradient.
+    """
+    return torch.where(grad_target == 0, 0.0, -grad_target / sum_exp)
 
 
 def _forward(
@@ -138,7 +149,7 @@ def linear_logprob_backward(
     head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
     kept_tiles = KeptTiles(kept, head, n_labelled, selected=_positions(labelled, rows))
     grad_target_N = grad_logp[rows].to(dtype) * -torch.expm1(logp[rows]) * scale  # 1 - p_y = -expm1(logp)
-    exp_factor_N = -grad_target_N / sum_exp_N
+    exp_factor_N = exp_factor_of(grad_target_N, sum_exp_N)
     grad_hidden_ND = grad_target_N.new_zeros(head.hidden.shape) if needs_hidden else None
     grad_bias = weight.new_empty(0) if bias is None or not needs_bias else torch.empty_like(bias)
 

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from .linear_logprob import logp_of
+from .linear_logprob import exp_factor_of, logp_of
 from .tiles import blocks, compute_dtype, rows_where
 
 BLOCK_BYTES = 4 << 20
@@ -66,7 +66,7 @@ def _write_gradient(
     for rows in _row_blocks((labels != ignore_index) & (grad_logp != 0), logits.shape[1], dtype):
         grad_target_R1 = (grad_logp[rows].to(dtype) * -torch.expm1(logp[rows])).unsqueeze(1)  # 1 - p_y = -expm1(logp)
         tile_RV = logits[rows].to(dtype, copy=True).sub_(anchor[rows, None]).exp_()
-        tile_RV.mul_(-grad_target_R1 / sum_exp[rows, None])
+        tile_RV.mul_(exp_factor_of(grad_target_R1, sum_exp[rows, None]))
         out[rows] = tile_RV.scatter_(1, labels[rows].long()[:, None], grad_target_R1).to(out.dtype)
 
 

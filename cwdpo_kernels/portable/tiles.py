@@ -20,6 +20,14 @@ def compute_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+def direction_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of a frozen head's direction, d logp / d hidden = (1 - p_y) * direction: that of the inputs.
+
+    float32 for float16, where the direction may overflow although the gradient does not.
+    """
+    return torch.float32 if dtype == torch.float16 else dtype
+
+
 def rows_where(mask: Tensor) -> Tensor | slice:
     """Indices of the rows where `mask` is True. All of them: a slice, which indexes without a copy."""
     rows = mask.nonzero().squeeze(1)

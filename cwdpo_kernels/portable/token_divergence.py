@@ -47,9 +47,13 @@ def token_divergence(
 
 
 def _kl_terms(p: Tensor, log_p: Tensor, q: Tensor, log_q: Tensor) -> Tensor:
-    """p (log p - log q) - p + q >= 0. Near d = log p - log q = 0, p (d + expm1(-d)) avoids the difference q - p."""
+    """p (log p - log q) - p + q >= 0, and q where p = 0, because 0 log 0 = 0.
+
+    Near d = log p - log q = 0, p (d + expm1(-d)) avoids the difference q - p.
+    """
     d = log_p - log_q
-    return torch.where(d > -1, p * (d + torch.expm1(-d)), p * d + (q - p))
+    terms = torch.where(d > -1, p * (d + torch.expm1(-d)), p * d + (q - p))
+    return torch.where(p == 0, q, terms)
 
 
 def _log_normalizer(head: TiledHead) -> Tensor:

@@ -14,6 +14,9 @@ from torch import Tensor
 from .linear_logprob import logp_of
 from .tiles import TiledHead, compute_dtype, fill_target, rows_where
 
+# nats: exp(-NEGLIGIBLE) is 0 in every dtype. Distances are cut off here, because 0 * -inf would make a moment NaN.
+NEGLIGIBLE = 1e3
+
 
 def token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
@@ -34,11 +37,14 @@ def token_stats(
     lead_N = anchor_N - target_N  # of the best competitor over the label
     top_N = lead_N.clamp_min(0)  # of the top token over the label
     # Z - 1, the weight of all but the top token: log1p of it keeps its digits when Z is close to 1.
-    rest_N = torch.where(lead_N > 0, (sum_exp_N - 1) + torch.exp(-top_N), torch.exp(lead_N - top_N) * sum_exp_N)
-    shifted_N = torch.exp(lead_N - top_N) * (moment_N + (lead_N - top_N) * sum_exp_N) - torch.exp(-top_N) * top_N
-    entropy[rows] = (torch.log1p(rest_N) - shifted_N / (1 + rest_N)).clamp_min(0)
-    top1_prob[rows] = 1 / (1 + rest_N)
-    is_top1[rows] = lead_N <= 0
+    rest_N = torch.where(lead_N > 0, (sum_exp_N - 1) + torch.exp(-top_N), torch.exp(lead_N.clamp_max(0)) * sum_exp_N)
+    below_N = lead_N.clamp_max(0)  # of the best competitor under the top token
+    others_N = torch.exp(below_N) * (moment_N + below_N * sum_exp_N)
+    shifted_N = others_N - torch.exp(-top_N) * top_N.clamp_max(NEGLIGIBLE)
+    broken_N = torch.isnan(logp[rows])
+    entropy[rows] = (torch.log1p(rest_N) - shifted_N / (1 + rest_N)).clamp_min(0).masked_fill(broken_N, torch.nan)
+    top1_prob[rows] = (1 / (1 + rest_N)).masked_fill(broken_N, torch.nan)
+    is_top1[rows] = (lead_N <= 0) & ~broken_N
     return logp, entropy, top1_prob, is_top1
 
 
@@ -49,13 +55,12 @@ def _accumulate(head: TiledHead, labels_N: Tensor) -> tuple[Tensor, Tensor, Tens
         weight_BD = head.weight_tile(columns)
         for rows in head.rows():
             tile_RB = head.logits(rows, columns, weight_BD)
-            # Not -inf: the weight is 0 either way, but 0 * -inf would make the moment NaN.
-            fill_target(tile_RB, labels_N[rows], columns, torch.finfo(head.dtype).min / 2)
+            fill_target(tile_RB, labels_N[rows], columns, -torch.inf)
             anchor_R = torch.maximum(anchor_N[rows], tile_RB.amax(1))
-            shift_R = anchor_N[rows] - anchor_R
+            shift_R = (anchor_N[rows] - anchor_R).clamp_min_(-NEGLIGIBLE)
             decay_R = torch.exp(shift_R)
             anchor_N[rows] = anchor_R
-            tile_RB.sub_(anchor_R[:, None])
+            tile_RB.sub_(anchor_R[:, None]).clamp_min_(-NEGLIGIBLE)
             weight_RB = torch.exp(tile_RB)
             moment_N[rows] = (moment_N[rows] + shift_R * sum_exp_N[rows]) * decay_R + (weight_RB * tile_RB).sum(1)
             sum_exp_N[rows] = sum_exp_N[rows] * decay_R + weight_RB.sum(1)

@@ -28,5 +28,8 @@ def cwdpo_loss(
             weight = torch.sigmoid((mean_rejected - cooling.logp_floor) / cooling.temperature)
         else:
             weight = cooling.constant
-        losses.append(-torch.nn.functional.logsigmoid(beta * (d_chosen - weight * d_rejected)))
+        # A weight of 0 leaves out an impossible negative (0 * -inf), but not NaN.
+        absent = weight == 0 and bool(torch.isinf(d_rejected))
+        cooled = 0.0 if absent else weight * d_rejected
+        losses.append(-torch.nn.functional.logsigmoid(beta * (d_chosen - cooled)))
     return torch.stack(losses).mean() if losses else chosen.total.sum() * 0.0

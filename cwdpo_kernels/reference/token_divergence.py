@@ -13,7 +13,8 @@ def token_divergence(hidden_p: Tensor, head_p: Head, hidden_q: Tensor, head_q: H
     log_m = torch.logaddexp(log_p, log_q) - torch.log(torch.tensor(2.0, dtype=log_p.dtype))
 
     def kl(log_a: Tensor, log_b: Tensor) -> Tensor:
-        return (log_a.exp() * (log_a - log_b)).sum(-1)
+        a = log_a.exp()
+        return torch.where(a == 0, 0.0, a * (log_a - log_b)).sum(-1)  # 0 log 0 = 0
 
     tv = (log_p.exp() - log_q.exp()).abs().sum(-1) / 2
     return Divergence(tv, (kl(log_p, log_m) + kl(log_q, log_m)) / 2, kl(log_p, log_q))

@@ -11,7 +11,8 @@ from .logits_logprob import logits_logprob
 def token_stats(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = IGNORE_INDEX) -> TokenStats:
     logits = head_logits(hidden, head)
     log_p = torch.log_softmax(logits, -1)
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    p = log_p.exp()
+    entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)  # 0 log 0 = 0
     used = labels != ignore_index
     return TokenStats(
         logits_logprob(logits, labels, ignore_index),

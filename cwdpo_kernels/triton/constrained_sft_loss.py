@@ -25,7 +25,7 @@ def _mean_nll(sum_logp_ptr, count_ptr, offs, mask, PER_TOKEN: tl.constexpr):
     share = tl.where(non_empty, 1.0, 0.0) / tl.maximum(n_non_empty, 1).to(tl.float32)
     if PER_TOKEN:
         share /= tl.maximum(count, 1).to(tl.float32)
-    return tl.sum(-sum_logp * share, 0), share, n_non_empty
+    return tl.sum(tl.where(non_empty, -sum_logp * share, 0.0), 0), share, n_non_empty
 
 
 @triton.jit
@@ -43,11 +43,12 @@ def _sft_kernel(
     mask = offs < P
     chosen_nll, chosen_share, _ = _mean_nll(sum_logp_ptr, count_out_ptr, offs, mask, PER_TOKEN)
     rejected_nll, rejected_share, n_rejected = _mean_nll(sum_logp_ptr + P, count_out_ptr + P, offs, mask, PER_TOKEN)
-    penalty = weight * rejected_nll
+    # A weight of 0 leaves out impossible negatives (0 * inf).
+    penalty = tl.where((weight == 0) & (rejected_nll == float("inf")), 0.0, weight * rejected_nll)
     slope = -weight
     if HINGE:
-        # Without a rejected answer the penalty is 0, even if the floor is positive.
-        active = (n_rejected > 0) & (nll_floor > rejected_nll)
+        # Without a rejected answer the penalty is 0, even if the floor is positive. NaN is active, to stay visible.
+        active = (n_rejected > 0) & ((nll_floor > rejected_nll) | (rejected_nll != rejected_nll))
         penalty = tl.where(active, weight * (nll_floor - rejected_nll), 0.0)
         slope = tl.where(active, weight, 0.0)
     tl.store(loss_ptr, chosen_nll + penalty)

@@ -51,9 +51,11 @@ def _cwdpo_kernel(
         cooling_weight = tl.zeros((BLOCK_P,), tl.float32) + constant
     kept = mask & (count_chosen > 0) & (count_rejected > 0)
     if HAS_DROP:
-        kept &= mean_rejected >= drop_below
+        kept &= (mean_rejected >= drop_below) | (mean_rejected != mean_rejected)  # a broken answer stays visible
     kept_pairs = tl.maximum(tl.sum(kept.to(tl.int32), 0), 1).to(tl.float32)
-    logit = beta * (ratio_chosen - cooling_weight * ratio_rejected)
+    # A weight of 0 leaves out an impossible negative (0 * -inf), but not NaN.
+    absent = (cooling_weight == 0) & (tl.abs(ratio_rejected) == float("inf"))
+    logit = beta * (ratio_chosen - tl.where(absent, 0.0, cooling_weight * ratio_rejected))
     tl.store(loss_ptr, tl.sum(tl.where(kept, softplus(-logit), 0.0), 0) / kept_pairs)
     # d loss / d D_w = -coeff, d loss / d D_l = coeff * w_c
     coeff = tl.where(kept, beta * sigmoid(-logit), 0.0) / kept_pairs

@@ -34,7 +34,7 @@ from . import WORKSPACE_BYTES
 from .combine import empty_sums, merge_tiles, rescale
 from .configs import COMPILER_OPTIONS, grid, tile_config
 from .gemm import BlockSparseGemm, DenseGemm
-from .primitives import exp_anchored, logits_tile, rounded, slope_of, tile_position
+from .primitives import exp_anchored, logit_gradient, logits_tile, rounded, slope_of, tile_position
 from .sweep import Sweep, tile_arguments
 
 DIRECTION_BLOCK_N, DIRECTION_BLOCK_D = 16, 128
@@ -61,8 +61,8 @@ def _direction_kernel(
     offs = offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
     mask = mask_n[:, None] & mask_d[None, :]
     sum_exp_weight = tl.load(sum_exp_weight_ptr + offs, mask=mask & labelled[:, None], other=0.0)
-    # With V = 1 there are no competitors and both sums are 0.
-    mean_weight = sum_exp_weight / tl.where(sum_exp > 0, sum_exp, 1.0)[:, None]
+    # Without competitors (V = 1, or all of them at -inf) both sums are 0.
+    mean_weight = sum_exp_weight / tl.where(sum_exp == 0, 1.0, sum_exp)[:, None]
     direction = scale * (label_weight - mean_weight)
     tl.store(out_ptr + offs, rounded(direction, out_ptr.dtype.element_ty), mask=mask)
 
@@ -122,7 +122,10 @@ def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor,
 
 def _direction(sweep: Sweep, sum_exp_weight_ND: Tensor, sum_exp_N: Tensor) -> Tensor:
     rows, dim = sum_exp_weight_ND.shape
-    out = torch.empty(rows, dim, dtype=sweep.hidden.dtype, device=sweep.hidden.device)
+    dtype = sweep.hidden.dtype
+    # In float16 the direction may overflow although the gradient, direction * (1 - p_y), does not.
+    dtype = torch.float32 if dtype == torch.float16 else dtype
+    out = torch.empty(rows, dim, dtype=dtype, device=sweep.hidden.device)
     if rows and dim:
         blocks = triton.cdiv(rows, DIRECTION_BLOCK_N), triton.cdiv(dim, DIRECTION_BLOCK_D)
         _direction_kernel[blocks](
@@ -207,9 +210,7 @@ def linear_logprob_backward(
     if grad_weight is None:
         grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
     rows, vocab, config = hidden.shape[0], weight.shape[0], tile_config(hidden, softcap)
-    # 1 - p_y = -expm1(logp). With V = 1 there are no competitors and sum_exp is 0.
-    grad_target_N = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp) * scale, 0.0)
-    exp_factor_N = torch.where(sum_exp > 0, -grad_target_N / sum_exp, 0.0)
+    grad_target_N, exp_factor_N = logit_gradient(grad_logp, labels, logp, sum_exp, ignore_index, scale)
     grad_hidden_ND = hidden.new_zeros(hidden.shape if needs_hidden else 0, dtype=torch.float32)
     if rows == 0:
         grad_weight.zero_()
@@ -217,6 +218,8 @@ def linear_logprob_backward(
     grad_bias_partial = hidden.new_empty((tiles_n, vocab) if needs_bias else 0, dtype=torch.float32)
 
     nonzero_N = (grad_target_N != 0) | (exp_factor_N != 0)
+    # Tokens without a gradient may have any hidden states: 0 * NaN would spoil the weight's gradient.
+    used_hidden = hidden.masked_fill(~nonzero_N[:, None], 0.0) if needs_weight else hidden
     gemms = BlockSparseGemm.of(nonzero_N, config) if sparse_grad else DenseGemm
     kept_chunks = KeptChunks(kept, hidden, vocab, config.block_v, softcap, workspace_bytes)
     workspace = hidden.new_empty(rows * max((kept_chunks.width(tiles) for tiles in kept_chunks.chunks), default=0))
@@ -236,7 +239,7 @@ def linear_logprob_backward(
             end_tile_v=tiles.stop, out_columns=width, KEPT=tiles.start in kept_chunks.views, **COMPILER_OPTIONS,
         )  # fmt: skip
         if needs_weight:
-            gemms.product(grad_weight[columns], grad_NC, hidden)
+            gemms.product(grad_weight[columns], grad_NC, used_hidden)
         if needs_hidden:
             gemms.accumulate(grad_hidden_ND, grad_NC, weight[columns])
     # In the memory layout of hidden, as the op's fake implementation declares.

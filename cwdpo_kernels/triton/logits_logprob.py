@@ -19,7 +19,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
-from .primitives import NO_ANCHOR, anchor_of, exp_anchored, logp_of, merge, rounded
+from .primitives import NO_ANCHOR, anchor_of, exp_anchored, logit_gradient, logp_of, merge, or_nan, rounded
 
 FORWARD_BLOCK, BACKWARD_BLOCK, NUM_WARPS = 8192, 4096, 8
 
@@ -39,8 +39,10 @@ def _forward_kernel(
             offs = start + tl.arange(0, BLOCK_V)
             mask = (offs < V) & (offs != label)
             z = tl.load(logits_ptr + offs, mask=mask, other=float("-inf")).to(tl.float32)
-            block_anchor = anchor_of(tl.max(z, 0))
-            anchor, sum_exp = merge(anchor, sum_exp, block_anchor, tl.sum(exp_anchored(z, block_anchor), 0))
+            max_logit = tl.max(z, 0)
+            block_anchor = anchor_of(max_logit)
+            block_sum = or_nan(tl.sum(exp_anchored(z, block_anchor), 0), max_logit)
+            anchor, sum_exp = merge(anchor, sum_exp, block_anchor, block_sum)
         # The log-prob of a label outside the vocabulary is NaN.
         inside = (label >= 0) & (label < V)
         target = tl.load(logits_ptr + label, mask=inside, other=float("nan")).to(tl.float32)
@@ -76,9 +78,9 @@ def _backward_kernel(
     offs = tl.program_id(1) * BLOCK_V + tl.arange(0, BLOCK_V)
     mask = offs < V
     # A row with zero gradient reads nothing and writes zeros.
-    end = tl.where(tl.maximum(tl.abs(exp_factor), tl.abs(grad_target)) > 0, V, 0)
+    end = tl.where((exp_factor != 0) | (grad_target != 0), V, 0)
     z = tl.load(logits_ptr + row * stride_n + offs, mask=offs < end, other=float("-inf")).to(tl.float32)
-    gradient = exp_factor * exp_anchored(z, tl.load(anchor_ptr + row))
+    gradient = tl.where(exp_factor == 0, 0.0, exp_factor * exp_anchored(z, tl.load(anchor_ptr + row)))
     gradient = tl.where(offs == label, grad_target, gradient)  # replaces the target's exponential: it may overflow
     tl.store(out_ptr + row * stride_out + offs, rounded(gradient, out_ptr.dtype.element_ty), mask=mask)
 
@@ -106,9 +108,7 @@ def _write_gradient(
     rows, vocab = logits.shape
     if rows == 0:
         return
-    # 1 - p_y = -expm1(logp). With V = 1 there are no competitors and sum_exp is 0.
-    grad_target = torch.where(labels != ignore_index, grad_logp * -torch.expm1(logp), 0.0)
-    exp_factor = torch.where(sum_exp > 0, -grad_target / sum_exp, 0.0)
+    grad_target, exp_factor = logit_gradient(grad_logp, labels, logp, sum_exp, ignore_index)
     block = min(BACKWARD_BLOCK, triton.next_power_of_2(vocab))
     _backward_kernel[rows, triton.cdiv(vocab, block)](
         logits, out, labels.contiguous(), anchor, exp_factor, grad_target, vocab, logits.stride(0), out.stride(0),

@@ -8,14 +8,19 @@ The anchor is in units of ln 2: an integer, stored as a float, equal to or just 
 exponential overflows, however large the logits are. Changing the anchor of a sum, or of a tile of exponentials in
 bfloat16, multiplies it by a power of two, which is exact. Nothing has to be done if the anchor stays the same.
 
+Comparisons, tl.maximum and tl.max drop NaN on a GPU. So NaN travels in sum_exp only: anchors are never NaN. A sum with
+a logit of +inf, or above 7.4e8 (MAX_ANCHOR), is NaN.
+
 For large |z| the product anchor * ln 2 needs more digits than float32 has (at 1e4 the error would be 6e-4). So ln 2 is
 split into LN2_HI + LN2_LO, where anchor * LN2_HI is exact for |anchor| < 2^14.
 """
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
+from torch import Tensor
 
 LN2_HI = tl.constexpr(0.693359375)  # 355 / 512
 LN2_LO = tl.constexpr(-2.1219444005469057e-4)
@@ -24,13 +29,22 @@ LOG2E = tl.constexpr(1.4426950408889634)
 # The interpreter (TRITON_INTERPRET=1) multiplies the raw bits of bfloat16 operands in tl.dot, and truncates when it
 # converts to bfloat16. `operand` and `rounded` correct that, so that it computes what a GPU computes.
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-NO_ANCHOR = tl.constexpr(-1e30)  # of an empty sum: below every anchor, but finite, so that differences are not NaN
+# Anchors stay within +-MAX_ANCHOR: beyond 2^31 the distance between floats exceeds the range of an exponential.
+MAX_ANCHOR = tl.constexpr(1073741824.0)  # 2^30, a logit of 7.4e8
+NO_ANCHOR = tl.constexpr(-1073741824.0)  # of an empty sum
 
 
 @triton.jit
 def anchor_of(max_logit):
-    """The anchor of logits with maximum `max_logit`; -inf stands for no logits."""
-    return tl.maximum(tl.ceil(max_logit * LOG2E), NO_ANCHOR)
+    """The anchor of logits with maximum `max_logit`; NO_ANCHOR if that is -inf (no logits) or NaN."""
+    anchor = tl.ceil(max_logit * LOG2E)
+    return tl.where(anchor > NO_ANCHOR, tl.minimum(anchor, MAX_ANCHOR), NO_ANCHOR)
+
+
+@triton.jit
+def or_nan(sum_exp, max_logit):
+    """The sum of exponentials, or NaN if a logit is +inf or too large for an anchor."""
+    return tl.where(max_logit * LOG2E > MAX_ANCHOR, float("nan"), sum_exp)
 
 
 @triton.jit
@@ -61,12 +75,12 @@ def log1p(x):
     t = x / (2.0 + x)
     s = t * t
     series = 2.0 * t * (1.0 + s * (1 / 3 + s * (1 / 5 + s * (1 / 7 + s * (1 / 9 + s / 11)))))
-    return tl.where(x < 0.5, series, tl.log(1.0 + tl.maximum(x, 0.5)))
+    return tl.where(x < 0.5, series, tl.log(1.0 + x))
 
 
 @triton.jit
 def softplus(x):
-    """log(1 + exp(x)) with full relative accuracy for any x, including -inf."""
+    """log(1 + exp(x)) with full relative accuracy for any x, +-inf included; NaN for NaN, through log1p."""
     return tl.maximum(x, 0.0) + log1p(tl.exp(-tl.abs(x)))
 
 
@@ -81,10 +95,24 @@ def sigmoid(x):
 def logp_of(target, anchor, sum_exp):
     """The label's log-prob -log1p(s), where s = exp(anchor ln 2 - target) * sum_exp is the odds against it.
 
-    `target` is the label's logit. A NaN there is returned explicitly, because the comparisons in softplus drop it.
+    `target` is the label's logit. The result is NaN if a logit is NaN or +inf, if all are -inf, and if all are below
+    every anchor, where the competitors' sum is lost.
     """
     log_odds = (anchor * LN2_HI - target) + (tl.log(sum_exp) + anchor * LN2_LO)
-    return tl.where(target == target, -softplus(log_odds), target)
+    known = (target < float("inf")) & ((sum_exp != 0) | (target > NO_ANCHOR * LN2))
+    return tl.where(known, -softplus(log_odds), float("nan"))
+
+
+def logit_gradient(
+    grad_logp: Tensor, labels: Tensor, logp: Tensor, sum_exp: Tensor, ignore_index: int, scale: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """(grad_target, exp_factor) [N]: d loss / d z is grad_target at the label and exp_factor * u_v elsewhere.
+
+    grad_target = grad_logp * (1 - p_y) * scale, with 1 - p_y = -expm1(logp); both are 0 where ignored. Without
+    competitors (V = 1, or all of them at -inf) they are 0, too.
+    """
+    grad_target = torch.where((labels != ignore_index) & (grad_logp != 0), grad_logp * -torch.expm1(logp) * scale, 0.0)
+    return grad_target, torch.where(grad_target == 0, 0.0, -grad_target / sum_exp)
 
 
 @triton.jit
@@ -111,7 +139,7 @@ def rounded(x, dtype: tl.constexpr):
     if INTERPRETED and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits += 0x7FFF + ((bits >> 16) & 1)
-        x = (bits & 0xFFFF0000).to(tl.float32, bitcast=True)
+        x = tl.where(x == x, (bits & 0xFFFF0000).to(tl.float32, bitcast=True), float("nan"))
     return x.to(dtype)
 
 

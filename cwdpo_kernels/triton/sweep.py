@@ -27,6 +27,7 @@ from .primitives import (
     anchor_of,
     log2_anchored,
     logits_tile,
+    or_nan,
     rounded,
     slope_of,
     tile_position,
@@ -63,7 +64,8 @@ def _sweep_kernel(
             BLOCK_D,
         )  # fmt: skip
 
-        labels = labels.to(tl.int32)  # an int64 comparison takes twice the registers
+        # An int64 comparison takes twice the registers. A label outside the vocabulary is in no tile.
+        labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
         holds_label = labelled & (labels >= col) & (labels < tl.minimum(col + BLOCK_V, V))
         competitor = z
         if tl.max(holds_label.to(tl.int32), 0) > 0:  # few tiles hold a label of their tokens
@@ -80,7 +82,7 @@ def _sweep_kernel(
         u = tl.exp2(exponent)
         offs_partial = tile_v.to(tl.int64) * N + offs_n
         tl.store(anchor_ptr + offs_partial, anchor, mask=mask_n)
-        tl.store(sum_exp_ptr + offs_partial, tl.sum(u, 1), mask=mask_n)
+        tl.store(sum_exp_ptr + offs_partial, or_nan(tl.sum(u, 1), max_logit), mask=mask_n)
         if STATISTICS:
             tl.store(max_logit_ptr + offs_partial, max_logit, mask=mask_n)
             tl.store(moment_ptr + offs_partial, tl.sum(tl.where(u > 0, u * exponent, 0.0), 1), mask=mask_n)

@@ -21,10 +21,10 @@ NO_LABEL = -1  # in no tile, so the sweep sums over the whole vocabulary
 
 @triton.jit
 def _kl_term(p, log_p, q, log_q):
-    """p (log p - log q) - p + q >= 0. For small d = log p - log q it is the series of p (d + expm1(-d)) in d."""
+    """p (log p - log q) - p + q >= 0, and q where p = 0. A series of p (d + expm1(-d)) for small d = log p - log q."""
     d = log_p - log_q
     series = d * d * (1 / 2 - d * (1 / 6 - d * (1 / 24 - d * (1 / 120 - d * (1 / 720 - d * (1 / 5040 - d / 40320))))))
-    return tl.where(tl.abs(d) < 0.5, p * series, tl.where(p > 0, p * d, 0.0) + (q - p))
+    return tl.where(p == 0, q, tl.where(tl.abs(d) < 0.5, p * series, p * d + (q - p)))
 
 
 @triton.jit

@@ -20,6 +20,7 @@ from .primitives import LN2, NO_ANCHOR, log1p, log2_anchored, logp_of, merge
 from .sweep import Sweep
 
 BLOCK_N, BLOCK_T = 32, 32
+NEGLIGIBLE = tl.constexpr(200.0)  # nats: exp(-NEGLIGIBLE) is 0 in float32, but 0 * inf would be NaN
 
 
 @triton.jit
@@ -52,7 +53,7 @@ def _statistics_kernel(
 
     target = tl.load(target_ptr + offs_n, mask=labelled, other=0.0)
     # Change from the anchor, which is up to 1 (in units of ln 2) above M, to M itself.
-    has_competitor = sum_exp > 0
+    has_competitor = sum_exp != 0
     log2_M = tl.where(has_competitor, log2_anchored(max_logit, anchor), 0.0)
     sum_exp_M = sum_exp * tl.exp2(-log2_M)
     moment_M = LN2 * (moment - log2_M * sum_exp) * tl.exp2(-log2_M)
@@ -60,15 +61,19 @@ def _statistics_kernel(
     M = tl.where(has_competitor, max_logit - target, -1e30)
     m = tl.maximum(M, 0.0)
     # Z - 1 is computed directly: it leaves the top token out, so log Z keeps its digits when Z is close to 1.
-    z_minus_1 = tl.where(M > 0, (sum_exp_M - 1.0) + tl.exp(-m), tl.exp(M - m) * sum_exp_M)
+    below = tl.minimum(M, 0.0)  # M - m
+    z_minus_1 = tl.where(M > 0, (sum_exp_M - 1.0) + tl.exp(-m), tl.exp(below) * sum_exp_M)
     z_minus_1 = tl.maximum(z_minus_1, 0.0)
-    moment_m = tl.exp(M - m) * (moment_M + (M - m) * sum_exp_M) - tl.exp(-m) * m
+    moment_m = tl.exp(below) * (moment_M + below * sum_exp_M) - tl.exp(-m) * tl.minimum(m, NEGLIGIBLE)
     moment_m = tl.where(has_competitor, moment_m, 0.0)
     entropy = tl.maximum(log1p(z_minus_1) - moment_m / (1.0 + z_minus_1), 0.0)
-    tl.store(logp_ptr + offs_n, tl.where(labelled, logp_of(target, anchor, sum_exp), 0.0), mask=mask_n)
-    tl.store(entropy_ptr + offs_n, tl.where(labelled, entropy, 0.0), mask=mask_n)
-    tl.store(top1_prob_ptr + offs_n, tl.where(labelled, 1.0 / (1.0 + z_minus_1), 0.0), mask=mask_n)
-    tl.store(is_top1_ptr + offs_n, labelled & (M <= 0), mask=mask_n)
+    logp = tl.where(labelled, logp_of(target, anchor, sum_exp), 0.0)
+    known = logp == logp  # the comparisons above drop NaN
+    top1_prob = tl.where(labelled, 1.0 / (1.0 + z_minus_1), 0.0)
+    tl.store(logp_ptr + offs_n, logp, mask=mask_n)
+    tl.store(entropy_ptr + offs_n, tl.where(known, tl.where(labelled, entropy, 0.0), logp), mask=mask_n)
+    tl.store(top1_prob_ptr + offs_n, tl.where(known, top1_prob, logp), mask=mask_n)
+    tl.store(is_top1_ptr + offs_n, labelled & known & (M <= 0), mask=mask_n)
 
 
 @triton.jit

@@ -1,9 +1,9 @@
-"""Helpers of cwdpo_kernels.integrations.hugging_face that need no model of transformers."""
+"""cwdpo_kernels.integrations.hugging_face on models of a few parameters."""
 
 import pytest
 import torch
 
-from cwdpo_kernels.integrations.hugging_face import evaluating
+from cwdpo_kernels.integrations.hugging_face import HeadError, attach_head, evaluating
 
 
 def model_of_mixed_modes():
@@ -30,3 +30,29 @@ def test_evaluating_restores_after_an_error():
     with pytest.raises(KeyError), evaluating(model):
         raise KeyError
     assert modes(model) == modes(model_of_mixed_modes())
+
+
+def tiny_llama(bias):
+    """A causal language model whose head has the given bias."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.LlamaForCausalLM(transformers.LlamaConfig(vocab_size=len(bias), **sizes))
+    model.lm_head = torch.nn.Linear(16, len(bias))
+    model.lm_head.bias.data = bias
+    return model
+
+
+@pytest.mark.parametrize("first", [0, 8, 90])
+def test_masked_vocabulary_columns_are_accepted(first):
+    """A padded vocabulary, and one in which the labels that attach_head draws are masked, too."""
+    bias = torch.zeros(101)
+    bias[first:] = -torch.inf
+    bias[100] = 0.0
+    assert attach_head(tiny_llama(bias)).difference < 1e-4
+
+
+def test_broken_heads_are_refused_for_what_they_are():
+    bias = torch.zeros(101)
+    bias[3] = torch.nan
+    with pytest.raises(HeadError, match="expected logits to have values finite or -inf, got NaN or"):
+        attach_head(tiny_llama(bias))
