@@ -83,6 +83,16 @@ def token_logprob(
     return tokens.scatter(logp)
 
 
+def labels_in_rows(op: str, labels: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
+    """`labels`, with those outside `rows` ignored, so that counts and means agree with the log-probs."""
+    if rows is None:
+        return labels
+    check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
+    check.check_rows(op, rows, labels)
+    flat = labels.reshape(-1)
+    return torch.full_like(flat, ignore_index).index_copy(0, rows.long(), flat[rows]).view(labels.shape)
+
+
 def workspace_bytes(budget: MemoryBudget) -> int:
     """The workspace as ops take it: 0 leaves the size to the backend."""
     return budget.workspace_bytes or 0

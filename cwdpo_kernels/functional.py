@@ -21,6 +21,7 @@ from ._inputs import (
     autocast,
     detached,
     labeled_tokens,
+    labels_in_rows,
     sequence_offsets,
     token_logprob,
     workspace_bytes,
@@ -144,6 +145,7 @@ def linear_sequence_logprob(
     `linear_logprob`.
     """
     op = "linear_sequence_logprob"
+    labels = labels_in_rows(op, labels, rows, ignore_index)
     token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index)
     return sequence_logprob(token_logp, labels, cu_seqlens, ignore_index=ignore_index)
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import validation as check
-from ._inputs import as_head, at_least_float32, sequence_offsets, token_logprob
+from ._inputs import as_head, at_least_float32, labels_in_rows, sequence_offsets, token_logprob
 from ._ops import ops
 from ._smoothing import lead_over_mean_logit
 from .functional import logits_logprob, sequence_logprob
@@ -77,6 +77,7 @@ def linear_cwdpo_loss(
     op = "linear_cwdpo_loss"
     _check_cooling(op, cooling)
     drops_gradients = cooling.drop_below is not None or cooling.constant == 0
+    labels = labels_in_rows(op, labels, rows, ignore_index)
     token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index, drops_gradients)
     return _token_cwdpo(
         op, token_logp, labels, cu_seqlens, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
@@ -123,6 +124,7 @@ def linear_constrained_sft_loss(
     Errors: NotImplementedError for "smoothed" with a soft cap, where that identity does not hold.
     """
     op = "linear_constrained_sft_loss"
+    labels = labels_in_rows(op, labels, rows, ignore_index)
     token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index)
     offsets = sequence_offsets(op, labels, cu_seqlens)
     smoothing = None

@@ -110,10 +110,10 @@ class MemoryBudget:
 
     def __post_init__(self) -> None:
         op = "MemoryBudget"
-        ok = self.workspace_bytes is None or self.workspace_bytes > 0
-        expect(ok, op, "workspace_bytes", "value", "None or > 0", self.workspace_bytes)
-        ok = self.kept_bytes is None or self.kept_bytes >= 0
-        expect(ok, op, "kept_bytes", "value", "None or >= 0", self.kept_bytes)
+        for name, least in (("workspace_bytes", 1), ("kept_bytes", 0)):
+            value = getattr(self, name)
+            ok = value is None or (isinstance(value, int) and not isinstance(value, bool) and least <= value < 2**63)
+            expect(ok, op, name, "value", f"None or an integer in [{least}, 2^63)", repr(value))
 
 
 DEFAULT_BUDGET = MemoryBudget()

@@ -40,6 +40,7 @@ def check_head(op: str, hidden: Tensor, head: Any, hidden_name: str = "hidden", 
     check_dtype(op, f"{head_name}.weight", weight, FLOAT_DTYPES)
     expect(weight.dim() == 2, op, f"{head_name}.weight", "shape", "[V, D]", list(weight.shape))
     expect(weight.shape[0] >= 1, op, f"{head_name}.weight", "V", ">= 1", weight.shape[0])
+    expect(hidden.shape[-1] >= 1, op, hidden_name, "D", ">= 1", hidden.shape[-1])
     expect(
         weight.shape[1] == hidden.shape[-1], op, f"{head_name}.weight", "D",
         f"{hidden.shape[-1]} (as {hidden_name})", weight.shape[1],
@@ -64,9 +65,13 @@ def check_transform(op: str, head_name: str, head: Any, dtype: torch.dtype) -> N
         expect(ok, op, f"{head_name}.{name}", "type", expected, type(value).__name__)
     ok = abs(head.scale) <= limits.max
     expect(ok, op, f"{head_name}.scale", "value", f"finite and at most {limits.max:.2g}", head.scale)
-    ok = head.softcap is None or limits.tiny <= head.softcap <= limits.max
-    expected = f"None or between {limits.tiny:.2g} and {limits.max:.2g}"
-    expect(ok, op, f"{head_name}.softcap", "value", expected, head.softcap)
+    check_softcap(op, f"{head_name}.softcap", head.softcap, dtype)
+
+
+def check_softcap(op: str, arg: str, softcap: float | None, dtype: torch.dtype) -> None:
+    limits = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
+    ok = softcap is None or limits.tiny <= softcap <= limits.max
+    expect(ok, op, arg, "value", f"None or between {limits.tiny:.2g} and {limits.max:.2g}", softcap)
 
 
 def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: int, ignore_index: int) -> None:
@@ -87,6 +92,10 @@ def check_rows(op: str, rows: Tensor, labels: Tensor) -> None:
     check_dtype(op, "rows", rows, INDEX_DTYPES)
     expect(rows.dim() == 1, op, "rows", "shape", "[M], indices of labeled tokens", list(rows.shape))
     check_device(op, "rows", rows, labels, "labels")
+    if rows.device.type == "cpu" and rows.numel() and not torch.compiler.is_compiling():
+        low, high = int(rows.min()), int(rows.max())
+        ok = low >= 0 and high < labels.numel()
+        expect(ok, op, "rows", "values", f"in [0, {labels.numel()})", low if low < 0 else high)
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:

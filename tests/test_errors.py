@@ -95,7 +95,10 @@ CASES = [
     (lambda: ck.Cooling(constant=1.5), "expected constant to have value None or in [0, 1], got 1.5"),
     (lambda: ck.GentleNegatives(mode="hard"), "expected mode to have value 'hinge' or 'smoothed', got hard"),
     (lambda: ck.GentleNegatives(weight=-1.0), "expected weight to have value finite and >= 0, got -1.0"),
-    (lambda: ck.MemoryBudget(workspace_bytes=0), "expected workspace_bytes to have value None or > 0, got 0"),
+    (
+        lambda: ck.MemoryBudget(workspace_bytes=0),
+        "workspace_bytes to have value None or an integer in [1, 2^63), got 0",
+    ),
     (
         lambda: ck.Head.of(torch.nn.ReLU()),
         "Head.of: expected module to have attribute weight of type Tensor, got NoneType",

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix
 from . import schema
+from .checks import check_arguments
 
 PACKAGE = __package__.rpartition(".")[0]
 
@@ -149,6 +150,7 @@ def _kernel(backend_name: str, op: str, float64: bool) -> Kernel:
     """
 
     def call(*args: Any) -> Any:
+        check_arguments(op, dict(zip(schema.arguments(op), args, strict=True)))
         tensor = next(arg for arg in args if isinstance(arg, Tensor))
         to_fallback = tensor.dtype == torch.float64 and not float64
         function = _function(_fallback().name if to_fallback else backend_name, op)
