@@ -43,10 +43,9 @@ def check_arguments(op: str, values: Values) -> None:
     if "cu_seqlens" in tensors:
         _check_sequences(op, tensors)
     if "labels" in tensors and ("weight" in tensors or "logits" in tensors):
-        vocab = tensors["weight"].shape[0] if "weight" in tensors else tensors["logits"].shape[1]
-        like = tensors["hidden"] if "weight" in tensors else tensors["logits"]
-        check.check_labels(op, tensors["labels"], like, "hidden" if "weight" in tensors else "logits", vocab,
-                           values["ignore_index"])  # fmt: skip
+        matrix, rows_name, columns = ("weight", "hidden", 0) if "weight" in tensors else ("logits", "logits", 1)
+        vocab = tensors[matrix].shape[columns]
+        check.check_labels(op, tensors["labels"], tensors[rows_name], rows_name, vocab, values["ignore_index"])
     for name in BY_VALUE:
         if values.get(name) is not None:
             least = UNINITIALIZED if name == "kept_bytes" else 0
