@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import logging
+import math
 import random
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
+import pytest
 import torch
 from transformers import AutoModelForImageTextToText
 
 from cwdpo_trainer.data.images import FileImage
-from cwdpo_trainer.models.reference_cache import PairLogp, ReferenceCache, fingerprint, image_keys, pair_key
+from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.models.reference_cache import (
+    PairLogp,
+    ReferenceCache,
+    _checksum,
+    fingerprint,
+    image_keys,
+    pair_key,
+)
 
 
 def some_pairs(seed: int, count: int = 4) -> dict[str, PairLogp]:
@@ -86,6 +97,20 @@ def test_an_incomplete_line_is_reported_and_other_files_are_read(tmp_path, caplo
     assert cache.get(list(some_pairs(0))) == [None] * 4
     cache.add(some_pairs(0))
     assert ReferenceCache(tmp_path).get(list(some_pairs(0))) == list(some_pairs(0).values())
+
+
+def test_a_log_prob_that_is_nan_is_refused_with_the_files_name(tmp_path):
+    """A line with the right checksum: an earlier version stored what a broken reference gave."""
+    cache = ReferenceCache(tmp_path)
+    broken = {"pair": PairLogp(-1.0, math.nan)}
+    with pytest.raises(InputError, match=r"log-prob of a rejected answer under the reference: .* got nan"):
+        cache.add(broken)
+    cache.add({"pair": PairLogp(-1.0, -math.inf)})  # a masked token has probability 0
+    payload = json.dumps(broken).encode()
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(_checksum(payload) + b" " + payload + b"\n")
+    with pytest.raises(InputError, match=f"{path}: log-prob of a rejected answer .*delete the file"):
+        ReferenceCache(tmp_path)
 
 
 def test_a_key_depends_on_images_prompt_and_answers():

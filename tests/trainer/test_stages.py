@@ -277,6 +277,12 @@ def test_a_stage_that_diverges_stops_and_names_the_step(kind, make, tmp_path):
         trainer.train()
 
 
+def test_a_filter_of_pairs_does_not_hide_that_a_stage_diverged(make):
+    trainer = make(CWDPOTrainer, learning_rate=1e36, lr_scheduler_type="constant", drop_below=-8.0)
+    with pytest.raises(InputError, match=r"stage dpo, step 2, .*: expected a finite number .* got nan"):
+        trainer.train()
+
+
 def test_weights_that_are_not_finite_are_not_saved(make, tmp_path):
     """The loss and gradients of the step that broke them are finite, and no later step shows it."""
     trainer = make(
