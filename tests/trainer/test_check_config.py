@@ -114,7 +114,7 @@ def misspelled_metric(case: Case) -> None:
 
 def folder_of_another_run_given(case: Case) -> None:
     case.settings["output_dir"] = str(case.folder / "other")
-    (case.folder / "other").mkdir()
+    (case.folder / "other" / "checkpoints" / "sft" / "checkpoint-2").mkdir(parents=True)
     (case.folder / "other" / "run.json").write_text('{"config": {"seed": 3}, "data": {}}')
 
 
@@ -238,7 +238,7 @@ def no_data(case: Case) -> None:
 
 PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (unknown_keys, ERROR, "config", ["dpo.bta: expected a known key", "mean 'beta'", "sft.learning_rat: "]),
-    (zero_batch_size, ERROR, "empty_batch", ["dpo.per_device_train_batch_size is 0"]),
+    (zero_batch_size, ERROR, "config", ["dpo.per_device_train_batch_size: expected an integer >= 1, got 0"]),
     (float16_dtype, ERROR, "float16_weights", ["in float16 (model.dtype)"]),
     (saved_in_float16, ERROR, "float16_weights", ["in float16 (the dtype of the saved model)"]),
     (huge_learning_rate, WARNING, "learning_rate", ["dpo.learning_rate is 5, not in"]),
@@ -270,6 +270,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (padding_with_images, ERROR, "pad_token_is_image_token", ["the pad token '<image>' is an image token"]),
     (grown_tokenizer, ERROR, "tokens_without_embedding", ["has 18 tokens, the model has embeddings for 17"]),
     (long_chosen, WARNING, "length_bias", ["longer in 44 of 44 pairs and have 2.0 times as many tokens"]),
+    (no_model, ERROR, "model_path", ["model.path: expected an existing folder, got "]),
     (no_data, ERROR, "heldout", ["gone.jsonl: no such file"]),
 ]  # fmt: skip
 
@@ -300,8 +301,8 @@ def test_all_mistakes_are_reported_at_once_with_exit_status_1(case, capsys):
     out = capsys.readouterr().out
     names = [line.split(":")[0] for line in out.splitlines() if line.startswith(("error ", "warning "))]
     assert names == [
-        "error config", "error config", "error invalid_rows", "error special_token_in_answer",
-        "error empty_batch", "error rejected_is_a_reference", "warning beta", "warning duplicate_pairs",
+        "error config", "error config", "error config", "error invalid_rows", "error special_token_in_answer",
+        "error rejected_is_a_reference", "warning beta", "warning duplicate_pairs",
     ]  # fmt: skip
     assert out.endswith("6 errors, 2 warnings\n")
 
@@ -337,7 +338,7 @@ def test_an_invalid_dataset_does_not_hide_mistakes_in_the_other(case):
 def test_the_data_is_checked_without_a_model(case):
     no_model(case)
     swapped_answers(case)
-    assert {problem.name for problem in case.problems()} == {"processor", "model", "rejected_is_a_reference"}
+    assert {problem.name for problem in case.problems()} == {"model_path", "rejected_is_a_reference"}
 
 
 @pytest.mark.parametrize("override", ["model=null", "data.train=3", "nonsense"])

@@ -102,12 +102,32 @@ MISTAKES = [
     ("sft.save_only_model=true", "sft.save_only_model: expected False (the trainer does not support this option)"),
     ("dpo.label_smoothing_factor=0.1", "dpo.label_smoothing_factor: expected 0.0 (the trainer does not support this"),
     ("dpo.early_stopping_patience=2", "dpo.metric_for_best_model: expected the name of a probe metric"),
-    ("dpo.lr_scheduler_type=wavy", "dpo: expected valid options, got ValueError: wavy is not a valid SchedulerType"),
+    (
+        "dpo.lr_scheduler_type=wavy",
+        "dpo.lr_scheduler_type: expected a value that can be used, got 'wavy' (ValueError: wavy is not a valid",
+    ),
+    ("seed=-1", "config.yaml: seed: expected an integer in [0, 4294967295], got -1"),
+    ("seed=4294967296", "seed: expected an integer in [0, 4294967295], got 4294967296"),
+    (f"output_dir={__file__}/x", f"that can be made and written to, got '{__file__}/x' ({__file__} is a file)"),
+    ("output_dir=/proc/x", "output_dir: expected a folder that can be made and written to, got '/proc/x' (FileNot"),
+    ('output_dir="a\\0b"', "output_dir: expected a folder that can be made and written to, got 'a\\x00b' (ValueError"),
+    (f"output_dir={'n' * 300}", "output_dir: expected a folder that can be made and written to, got 'nnnn"),
+    ("dpo.reference_cache=/proc/x", "dpo.reference_cache: expected a folder that can be made and written to"),
+    ("model.quantization=4bit", "model.quantization: expected null without a section lora, got 4bit"),
+    ("model.path=''", "model.path: expected a folder or a name on the Hub, got ''"),
+    ("data.heldout=' '", "data.heldout: expected a file, a folder or hub:owner/name, got ' '"),
+    ("dpo.seed=1", "dpo.seed: expected no such key in a section: set seed at the top level, got 'seed'"),
+    ("dpo.do_train=true", "dpo.do_train: expected no such key: the trainer sets this option itself"),
+    (
+        "dpo={beta: 1, beta: 2}",
+        "command line: dpo: expected a YAML value, got '{beta: 1, beta: 2}' (an error: t",
+    ),
+    ("dpo=" + "[" * 9000, "command line: dpo: expected a YAML value"),
     (
         "sft.negatives=harsh",
         "sft.negatives: expected hinge or smoothed, got 'harsh'",
     ),
-    ("sft.output_dir=x", "sft.output_dir: expected no such key in a section"),
+    ("sft.output_dir=x", "sft.output_dir: expected no such key in a section: set output_dir at the top level"),
     ("data.sft_fraction=1", "data.sft_fraction: expected a number in (0, 1), got 1.0"),
     ("data.skip_bad_rows=maybe", "data.skip_bad_rows: expected type bool, got 'maybe' (str)"),
     ("data.train=null", "data.train: expected type str, got null"),
@@ -156,11 +176,31 @@ def test_all_mistakes_are_reported_at_once(settings, write_config):
     )
 
 
+def test_all_mistakes_of_a_section_are_reported_at_once(settings, write_config):
+    overrides = ["beta=-1", "tau=-1", "refresh_steps=0", "curriculum=x", "learning_rate=-1", "optim=adma",
+                 "lr_scheduler_type=wavy", "stop_on=[x, squeezing, y]"]  # fmt: skip
+    with pytest.raises(InputError) as error:
+        load_config(write_config(settings), [f"dpo.{override}" for override in overrides])
+    assert [one.what.removeprefix("dpo.") for one in error.value.errors] == [
+        "learning_rate", "stop_on", "stop_on", "tau", "beta", "curriculum", "refresh_steps", "lr_scheduler_type",
+        "optim",
+    ]  # fmt: skip
+
+
+def test_a_consequence_of_a_mistake_is_not_reported(settings, write_config):
+    overrides = ["dpo.cooling=warm", "dpo.constant_weight=0.5", "sft.dataloader_num_workers=-1",
+                 "sft.dataloader_prefetch_factor=2"]  # fmt: skip
+    with pytest.raises(InputError) as error:
+        load_config(write_config(settings), overrides)
+    assert [one.what for one in error.value.errors] == ["sft.dataloader_num_workers", "dpo.cooling"]
+
+
 def test_valid_options_are_read_despite_invalid_ones(settings, write_config):
     overrides = ["dpo.bta=1", "dpo.max_steps=2.5", "sft.negatives=harsh", "sampling.top_p=0"]
     config, problems = read_config(write_config(settings), overrides)
     assert len(problems) == 4
-    assert (config.sft, config.dpo.max_steps, config.dpo.refresh_steps) == (None, -1, 2)
+    assert (config.sft.negatives, config.sft.max_steps) == ("hinge", 6)
+    assert (config.dpo.max_steps, config.dpo.refresh_steps) == (-1, 2)
     assert config.sampling.top_p == 1
 
 
@@ -171,6 +211,15 @@ def test_valid_options_are_read_despite_invalid_ones(settings, write_config):
         ("", "config.yaml: expected a mapping of sections, got null"),
         ("1: 2", "config.yaml: 1: expected one of the keys model, lora"),
         ("a: 2020-13-45", "config.yaml: expected valid YAML, got an error: month must be in 1..12"),
+        (
+            "dpo: {beta: 1, tau: 2,\n  beta: 7}",
+            "config.yaml:2: expected valid YAML, got an error: the key 'beta' a",
+        ),
+        (
+            "dpo:\n  beta: 1\nsft: {}\ndpo:\n  tau: 1",
+            "config.yaml:4: expected valid YAML, got an error: the key 'dpo' a",
+        ),
+        ("[" * 9000, "config.yaml: expected valid YAML, got an error: nested too deeply"),
         ("- 1", "expected a mapping of sections, got [1] (list)"),
         ("model: {}\nsft: {}\noutput_dir: x", "model.path: expected a value, got none"),
         (
@@ -199,6 +248,25 @@ def test_prepare_is_called_with_its_folder_and_keys(settings, write_config, tmp_
     assert main(["run", str(write_config(settings))]) == 2
     assert (tmp_path / "made").is_dir()
     assert f"{tmp_path / 'made' / 'train.jsonl'}: no such file" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+def test_an_exception_of_prepare_is_one_error(settings, write_config, tmp_path, capsys, command):
+    settings["prepare"] = {"function": "os:listdir", "folder": str(tmp_path / "gone")}
+    assert main([command, str(write_config(settings))]) > 0
+    printed = capsys.readouterr()
+    assert "config.yaml: prepare: expected a call of os:listdir that succeeds, got FileNotFoundError" in (
+        printed.err + printed.out
+    )
+
+
+def test_a_merge_key_may_be_overridden(tmp_path):
+    (tmp_path / "c.yaml").write_text(
+        "base: &base {max_steps: 3}\nsft: {<<: *base, max_steps: 4}\noutput_dir: x\n"
+        "model: {path: m}\ndata: {train: a, heldout: b}"
+    )
+    config, (error,) = read_config(tmp_path / "c.yaml")
+    assert (config.sft.max_steps, error.what) == (4, "base")
 
 
 def test_invalid_rows_stop_a_run_or_are_skipped_and_counted(settings, write_config, tmp_path, capsys):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -26,6 +27,7 @@ THREADS = min(8, os.cpu_count() or 1)  # that read files to hash them; hashing r
 _TEMPORARY = re.compile(r"\..+\.\d+(\.\w+)?")  # names that `replacing` gives
 # torch.save raises a RuntimeError for a full disk, and names a line of this file instead of the cause.
 _TORCH_WRITER = "inline_container.cc"
+NESTED = "brackets that are nested too deeply"
 
 
 @contextlib.contextmanager
@@ -123,9 +125,12 @@ def read_text(path: Path) -> str:
 
 def read_json(path: Path) -> Any:
     """The content of a JSON file. Raises `InputError` if it cannot be read or parsed."""
+    text = read_text(path)
     try:
-        return json.loads(read_text(path))
-    except (json.JSONDecodeError, RecursionError) as error:
+        return json.loads(text)
+    except RecursionError as error:
+        raise InputError(str(path), "", "valid JSON", NESTED) from error
+    except ValueError as error:  # also of a number with thousands of digits
         raise InputError(str(path), "", "valid JSON", describe(error)) from error
 
 
@@ -143,3 +148,37 @@ def write_text(path: Path, text: str) -> None:
 
 def write_json(path: Path, value: Any) -> None:
     write_text(path, json.dumps(value, indent=2, sort_keys=True) + "\n")
+
+
+def check_writable_folder(path: Path, where: str, what: str) -> None:
+    """Raise `InputError(where, what, ...)` unless files can be written to the folder `path`, which need not exist.
+
+    It tries a file without a name, so nothing is left behind.
+    """
+    expected = "a folder that can be made and written to"
+    try:
+        existing = path.absolute()
+        while not _exists(existing):
+            existing = existing.parent
+        if not existing.is_dir():
+            raise InputError(where, what, expected, f"{str(path)!r} ({existing} is a file)")
+        with tempfile.TemporaryFile(dir=existing):
+            pass
+    except InputError:
+        raise
+    except (OSError, ValueError) as error:  # ValueError: a null byte
+        raise InputError(where, what, expected, f"{str(path)!r} ({describe(error)})") from error
+
+
+def check_writable_file(path: Path, where: str, what: str) -> None:
+    """Raise `InputError(where, what, ...)` unless `path` can be written as a file; it and its folder need not exist."""
+    require(not path.is_dir(), where, what, "a file", f"the folder {path}")
+    check_writable_folder(path.parent, where, what)
+
+
+def _exists(path: Path) -> bool:
+    try:
+        path.lstat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    return True

@@ -19,7 +19,8 @@ from transformers import set_seed
 
 from cwdpo_kernels import Cooling
 from cwdpo_trainer.config.arguments import DPOArguments
-from cwdpo_trainer.config.loader import STAGES, RunConfig, prepare
+from cwdpo_trainer.config.loader import RunConfig, prepare
+from cwdpo_trainer.config.sections import STAGES
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, distinct_prompts, load_rows, split_rows
@@ -49,7 +50,8 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     """Train the stages of `config`, or only the one named `only`. Returns the content of metrics.json.
 
     An existing run folder is continued: finished stages are not repeated, and an interrupted stage resumes from its
-    newest complete checkpoint. Raises `InputError` on wrong input, before anything is written to the run folder.
+    newest complete checkpoint. Raises `InputError` on wrong input: mistakes in the config and the data are found before
+    anything is written to the run folder, others before its first checkpoint.
     """
     stages = [only] if only else config.stages
     args = config.stage(stages[0])
@@ -172,8 +174,6 @@ class Run:
     def train(self, stages: Sequence[str]) -> None:
         """Train those of `stages` that are not done. Stage 2 starts from the weights of stage 1 in memory, or from the
         saved ones if stage 1 was done before."""
-        if self.config.stage(stages[0]).should_save:
-            self.folder.write_record(self.config, self.inputs.identity)
         policy: Model | None = None
         for stage in stages:
             if self.folder.is_done(stage):
@@ -190,6 +190,8 @@ class Run:
     def _train_stage(self, stage: str, policy: Model) -> None:
         """Train `policy` in place and save it. A frozen copy of what it is now is the stage's reference."""
         trainer = self._trainer(stage, policy, freeze_reference(policy))
+        if trainer.args.should_save:  # now that the model and the options are known to work
+            self.folder.write_record(self.config, self.inputs.identity)
         say(f"{stage}: {trainer.head_info}")
         checkpoint = on_main_process(lambda: newest_checkpoint(trainer.args.folder))
         if checkpoint is not None:

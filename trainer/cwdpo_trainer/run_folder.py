@@ -1,8 +1,8 @@
 """The run folder: what is in it, who writes it, and what counts as done.
 
-    run.json            run.py: the config, and digests of the datasets, of their images and of the model that the
-                        run starts from, before the first step. The folder continues this run only
-                        (`RunFolder.check`).
+    run.json            run.py: the config without access tokens, and digests of the datasets, of their images and of
+                        the model that the run starts from, before the first step. Once there is a checkpoint, the
+                        folder continues this run only (`RunFolder.check`).
     run.lock            locked by the main process while it trains (`RunFolder.acquire`)
     checkpoints/STAGE/checkpoint-STEP/
                         stages/base.py: a checkpoint of transformers.Trainer and the stage's own state. The file
@@ -31,7 +31,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from cwdpo_trainer.config.loader import STAGES, RunConfig
+from cwdpo_trainer.config.loader import RunConfig
+from cwdpo_trainer.config.sections import STAGES, without_tokens
 from cwdpo_trainer.errors import InputError, require, shorten
 from cwdpo_trainer.files import is_temporary, read_json_object, remove_temporary_files, write_json
 from cwdpo_trainer.manifest import verify
@@ -74,7 +75,8 @@ class RunFolder:
         write_json(self.record_file, _record(config, inputs))
 
     def check(self, config: RunConfig, inputs: Mapping[str, Any]) -> None:
-        """Raise `InputError` unless the folder is missing, empty, or of a run with this config and these inputs."""
+        """Raise `InputError` unless the folder is missing, empty, of a run with this config and these inputs, or of any
+        run without a checkpoint."""
         if not self.path.exists():
             return
         require(self.path.is_dir(), str(self), "output_dir", "a folder", "a file")
@@ -83,6 +85,8 @@ class RunFolder:
             found = sorted(path.name for path in others)
             require(not found, str(self), "output_dir", "an empty folder or that of a run",
                     f"one with {', '.join(found[:5])}")  # fmt: skip
+            return
+        if not self.has_progress():
             return
         before, now = _flatten(self._recorded()), _flatten(_record(config, inputs))
         for key in sorted(before.keys() | now.keys()):
@@ -118,6 +122,14 @@ class RunFolder:
     def model(self, stage: str) -> Path:
         """The folder of the model after `stage`."""
         return self.path / MODEL_FOLDERS[stage]
+
+    def has_progress(self) -> bool:
+        """Whether there is something to continue: a checkpoint or a finished stage."""
+        return any(self.is_done(stage) or any(self.checkpoints(stage).glob("checkpoint-*")) for stage in STAGES)
+
+    def checkpoints(self, stage: str) -> Path:
+        """The folder of the checkpoints of `stage`."""
+        return self.path / "checkpoints" / stage
 
     def is_done(self, stage: str) -> bool:
         return self.model(stage).is_dir()
@@ -159,8 +171,8 @@ class RunFolder:
 
 
 def _record(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a run. Where its folder is does not matter."""
-    settings = {key: value for key, value in config.raw.items() if key != "output_dir"}
+    """What identifies a run. Where its folder is does not matter, nor do access tokens."""
+    settings = without_tokens({key: value for key, value in config.raw.items() if key != "output_dir"})
     return json.loads(json.dumps({"config": settings, "inputs": inputs}, default=str))
 
 

@@ -7,39 +7,23 @@ Both stages extend `transformers.TrainingArguments`, so a stage section accepts 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar
 
 import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
 from cwdpo_kernels import Cooling, GentleNegatives
+from cwdpo_trainer.config.checks import Checks, is_finite, one_of
 from cwdpo_trainer.config.findings import finding_names
 from cwdpo_trainer.config.schedule import Schedule
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.config.training_rules import check_training, try_training
 
-CONFIG = "config"  # `InputError.where` until the loader replaces it by the file name
 AUTO = "auto"
 COOLING_MODES = ("adaptive", "constant", "off")
 LOWER_IS_BETTER = ("_ece", "_tv", "_js")  # suffixes of metric names
-# `save_only_model` would make a killed run unable to resume. The stages ignore the other two.
-_UNSUPPORTED = {"save_only_model": False, "resume_from_checkpoint": None, "label_smoothing_factor": 0.0}
-
-
-def _check(condition: bool, key: str, expected: str, got: object) -> None:
-    """Raise `InputError` about `key` unless `condition` holds. The loader adds the file and the section."""
-    require(condition, CONFIG, key, expected, "null" if got is None else repr(got))
-
-
-def _is_finite(value: object) -> TypeGuard[float]:
-    return isinstance(value, int | float) and math.isfinite(value)
-
-
-def _one_of(names: Iterable[str]) -> str:
-    return "one of " + ", ".join(names)
 
 
 @dataclass
@@ -63,10 +47,13 @@ class ModelArguments:
     freeze: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
+        check = Checks()
+        check(bool(self.path.strip()), "path", "a folder or a name on the Hub", self.path)
         dtypes = ("auto", "float32", "bfloat16", "float16")
-        _check(self.dtype in dtypes, "dtype", _one_of(dtypes), self.dtype)
+        check(self.dtype in dtypes, "dtype", one_of(dtypes), self.dtype)
         known = self.quantization in (None, "4bit", "8bit")
-        _check(known, "quantization", "null, 4bit or 8bit", self.quantization)
+        check(known, "quantization", "null, 4bit or 8bit", self.quantization)
+        check.done()
 
     @property
     def torch_dtype(self) -> torch.dtype | str:
@@ -99,8 +86,11 @@ class LoraArguments:
     adapter: str | None = None
 
     def __post_init__(self) -> None:
-        _check(self.r >= 1, "r", "an integer >= 1", self.r)
-        _check(0 <= self.lora_dropout < 1, "lora_dropout", "a number in [0, 1)", self.lora_dropout)
+        check = Checks()
+        check(self.r >= 1, "r", "an integer >= 1", self.r)
+        check(self.lora_alpha >= 1, "lora_alpha", "an integer >= 1", self.lora_alpha)
+        check(0 <= self.lora_dropout < 1, "lora_dropout", "a number in [0, 1)", self.lora_dropout)
+        check.done()
 
 
 @dataclass
@@ -127,11 +117,16 @@ class DataArguments:
     over_length: str = "trim"
 
     def __post_init__(self) -> None:
+        check = Checks()
+        for name in ("train", "heldout"):
+            value = getattr(self, name)
+            check(bool(value.strip()), name, "a file, a folder or hub:owner/name", value)
         limit = self.max_length
-        _check(limit is None or limit >= 2, "max_length", "null or an integer >= 2", limit)
+        check(limit is None or limit >= 2, "max_length", "null or an integer >= 2", limit)
         policies = ("trim", "shrink", "skip")
-        _check(self.over_length in policies, "over_length", _one_of(policies), self.over_length)
-        _check(0 < self.sft_fraction < 1, "sft_fraction", "a number in (0, 1)", self.sft_fraction)
+        check(self.over_length in policies, "over_length", one_of(policies), self.over_length)
+        check(0 < self.sft_fraction < 1, "sft_fraction", "a number in (0, 1)", self.sft_fraction)
+        check.done()
 
 
 @dataclass
@@ -148,8 +143,10 @@ class ProbeArguments:
     caption_rows: int = 256
 
     def __post_init__(self) -> None:
+        check = Checks()
         for name in ("rows", "batch_size", "caption_rows"):
-            _check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+            check(getattr(self, name) >= 1, name, "an integer >= 1", getattr(self, name))
+        check.done()
 
 
 @dataclass
@@ -171,14 +168,17 @@ class SamplingArguments:
     server: str | None = None
 
     def __post_init__(self) -> None:
+        check = Checks()
         if self.server is not None:
             is_url = self.server.startswith(("http://", "https://"))
-            _check(is_url, "server", "null or a URL such as http://host:port", self.server)
+            check(is_url, "server", "null or a URL such as http://host:port", self.server)
             self.server = self.server.rstrip("/").removesuffix("/v1")
-        _check(self.samples >= 1, "samples", "an integer >= 1", self.samples)
-        _check(self.temperature > 0, "temperature", "a number > 0", self.temperature)
-        _check(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
-        _check(self.max_new_tokens >= 1, "max_new_tokens", "an integer >= 1", self.max_new_tokens)
+        check(self.samples >= 1, "samples", "an integer >= 1", self.samples)
+        finite = is_finite(self.temperature) and self.temperature > 0
+        check(finite, "temperature", "a finite number > 0", self.temperature)
+        check(0 < self.top_p <= 1, "top_p", "a number in (0, 1]", self.top_p)
+        check(self.max_new_tokens >= 1, "max_new_tokens", "an integer >= 1", self.max_new_tokens)
+        check.done()
 
 
 @dataclass
@@ -219,25 +219,11 @@ class StageArguments(TrainingArguments):
     stop_on: list[str] = field(default_factory=list)
 
     def __post_init__(self) -> None:
-        # With a limit of 1 the library deletes the last checkpoint at the end of training unless it is the best one.
-        # A kill before the model is saved would then lose all steps since the best checkpoint.
-        limit = self.save_total_limit
-        _check(limit is None or limit >= 2, "save_total_limit", "null or an integer >= 2", limit)
-        patience = self.early_stopping_patience
-        expected = "null or an integer >= 1"
-        _check(patience is None or patience >= 1, "early_stopping_patience", expected, patience)
-        has_metric = patience is None or self.metric_for_best_model is not None
-        expected = "the name of a probe metric, as early_stopping_patience is set"
-        _check(has_metric, "metric_for_best_model", expected, None)
-        for name, default in _UNSUPPORTED.items():
-            value = getattr(self, name)
-            expected = f"{'null' if default is None else default} (the trainer does not support this option)"
-            _check(value == default, name, expected, value)
+        check = Checks()
+        self._check_options(check)
+        check.done()
         if self.greater_is_better is None and self.metric_for_best_model is not None:
             self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
-        known = finding_names(self.stage)
-        for name in self.stop_on:
-            _check(name in known, "stop_on", f"names of findings out of {', '.join(known)}", name)
         if self.use_liger_kernel:
             # Liger's kernels serve the rest of the model. Its fused heads would replace ours.
             fused_heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
@@ -245,9 +231,23 @@ class StageArguments(TrainingArguments):
         if self.activation_checkpointing is not None and not hasattr(TrainingArguments, "activation_checkpointing"):
             self.gradient_checkpointing = self.activation_checkpointing
         super().__post_init__()
+        try_training(self)
+
+    def _check_options(self, check: Checks) -> None:
+        check_training(self, check)
+        patience = self.early_stopping_patience
+        check(patience is None or patience >= 1, "early_stopping_patience", "null or an integer >= 1", patience)
+        known = finding_names(self.stage)
+        for name in self.stop_on:
+            check(name in known, "stop_on", f"names of findings out of {', '.join(known)}", name)
         installed = get_available_reporting_integrations()
-        for name in self.report_to or ():
-            _check(name in installed, "report_to", f"installed trackers, out of {installed}", name)
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for name in trackers:
+            check(name in (*installed, "all", "none"), "report_to", f"installed trackers, out of {installed}", name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the access token: the library pickles its options into every checkpoint and saved model."""
+        return {**self.__dict__, "hub_token": None}
 
     @property
     def folder(self) -> Path:
@@ -277,14 +277,14 @@ class SFTArguments(StageArguments):
     smoothing: float = GentleNegatives.smoothing
     normalize: str = "token"
 
-    def __post_init__(self) -> None:
-        _check(self.negatives in ("hinge", "smoothed"), "negatives", "hinge or smoothed", self.negatives)
+    def _check_options(self, check: Checks) -> None:
+        super()._check_options(check)
+        check(self.negatives in ("hinge", "smoothed"), "negatives", "hinge or smoothed", self.negatives)
         weight = self.negatives_weight
-        _check(math.isfinite(weight) and weight >= 0, "negatives_weight", "a finite number >= 0", weight)
-        _check(math.isfinite(self.nll_floor), "nll_floor", "a finite number", self.nll_floor)
-        _check(0 <= self.smoothing < 1, "smoothing", "a number in [0, 1)", self.smoothing)
-        _check(self.normalize in ("token", "sequence"), "normalize", "token or sequence", self.normalize)
-        super().__post_init__()
+        check(math.isfinite(weight) and weight >= 0, "negatives_weight", "a finite number >= 0", weight)
+        check(math.isfinite(self.nll_floor), "nll_floor", "a finite number", self.nll_floor)
+        check(0 <= self.smoothing < 1, "smoothing", "a number in [0, 1)", self.smoothing)
+        check(self.normalize in ("token", "sequence"), "normalize", "token or sequence", self.normalize)
 
     @property
     def gentle_negatives(self) -> GentleNegatives:
@@ -335,39 +335,43 @@ class DPOArguments(StageArguments):
 
     def __post_init__(self) -> None:
         self.cooling = "off" if self.cooling is False else self.cooling
-        _check(self.cooling in COOLING_MODES, "cooling", _one_of(COOLING_MODES), self.cooling)
-        self._check_cooling()
-        _check(self.auto_rows >= 2, "auto_rows", "an integer >= 2", self.auto_rows)
-        _check(math.isfinite(self.beta) and self.beta > 0, "beta", "a finite number > 0", self.beta)
-        _check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
-        known = self.curriculum in (None, "hardest_first")
-        _check(known, "curriculum", "null or hardest_first", self.curriculum)
-        self._check_onpolicy()
         super().__post_init__()
 
-    def _check_cooling(self) -> None:
+    def _check_options(self, check: Checks) -> None:
+        super()._check_options(check)
+        check(self.cooling in COOLING_MODES, "cooling", one_of(COOLING_MODES), self.cooling)
+        self._check_cooling(check)
+        check(self.auto_rows >= 2, "auto_rows", "an integer >= 2", self.auto_rows)
+        check(math.isfinite(self.beta) and self.beta > 0, "beta", "a finite number > 0", self.beta)
+        check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
+        known = self.curriculum in (None, "hardest_first")
+        check(known, "curriculum", "null or hardest_first", self.curriculum)
+        self._check_onpolicy(check)
+
+    def _check_cooling(self, check: Checks) -> None:
         floor, tau, weight = self.logp_floor, self.tau, self.constant_weight
-        _check(floor == AUTO or _is_finite(floor), "logp_floor", "a finite number or auto", floor)
-        _check(tau == AUTO or (_is_finite(tau) and tau > 0), "tau", "a finite number > 0 or auto", tau)
+        check(floor == AUTO or is_finite(floor), "logp_floor", "a finite number or auto", floor)
+        check(tau == AUTO or (is_finite(tau) and tau > 0), "tau", "a finite number > 0 or auto", tau)
         if self.cooling == "constant":
             ok = weight is not None and 0 <= weight <= 1
-            _check(ok, "constant_weight", "a number in [0, 1], as cooling is constant", weight)
-        else:
-            _check(weight is None, "constant_weight", "null, as cooling is not constant", weight)
+            check(ok, "constant_weight", "a number in [0, 1], as cooling is constant", weight)
+        elif self.cooling in COOLING_MODES:
+            check(weight is None, "constant_weight", "null, as cooling is not constant", weight)
         low = self.drop_below
-        _check(low is None or not math.isnan(low), "drop_below", "null or a number", low)
+        check(low is None or not math.isnan(low), "drop_below", "null or a number", low)
 
-    def _check_onpolicy(self) -> None:
+    def _check_onpolicy(self, check: Checks) -> None:
         try:
             fractions = [fraction for _, fraction in self.onpolicy_schedule.points]
-        except ValueError as error:
+        except ValueError:
+            fractions = []
             expected = "a number, or [position, fraction] points with increasing positions"
-            raise InputError(CONFIG, "onpolicy_fraction", expected, repr(self.onpolicy_fraction)) from error
+            check(False, "onpolicy_fraction", expected, self.onpolicy_fraction)
         for fraction in fractions:
-            _check(0 <= fraction <= 1, "onpolicy_fraction", "numbers in [0, 1]", fraction)
+            check(0 <= fraction <= 1, "onpolicy_fraction", "numbers in [0, 1]", fraction)
         limit = self.onpolicy_staleness
-        _check(limit is None or limit >= 0, "onpolicy_staleness", "null or a number >= 0", limit)
-        _check(self.refresh_steps >= 1, "refresh_steps", "an integer >= 1", self.refresh_steps)
+        check(limit is None or limit >= 0, "onpolicy_staleness", "null or a number >= 0", limit)
+        check(self.refresh_steps >= 1, "refresh_steps", "an integer >= 1", self.refresh_steps)
 
     @property
     def onpolicy_schedule(self) -> Schedule:

@@ -32,6 +32,7 @@ from cwdpo_trainer.data.layouts import canonical
 from cwdpo_trainer.data.source import Source
 from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError, InputErrors, require, shorten
+from cwdpo_trainer.files import NESTED
 
 SHOWN_ROWS = 10  # rows that a report lists
 Message = dict[str, Any]
@@ -105,6 +106,8 @@ def read_rows(source: Source) -> tuple[list[Row], list[InputError]]:
             rows.append(row)
         except InputError as error:
             errors.append(error)
+        except RecursionError:  # of a repr or a comparison
+            errors.append(InputError(where, "", "valid JSON", NESTED))
     return rows, errors
 
 

@@ -18,7 +18,7 @@ from typing import Any
 
 from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
 from cwdpo_trainer.errors import InputError, require
-from cwdpo_trainer.files import read_text, sha256
+from cwdpo_trainer.files import NESTED, read_text, sha256
 
 SPACE = re.compile(r"\s*")
 
@@ -55,7 +55,7 @@ class FileSource(Source):
                 where = f"{self.name}:{number}"
                 try:
                     yield where, json.loads(line)
-                except ValueError as error:
+                except (ValueError, RecursionError) as error:
                     yield where, _not_json(where, error)
 
     def digest(self) -> str:
@@ -63,8 +63,8 @@ class FileSource(Source):
         return sha256(self.path)
 
 
-def _not_json(where: str, error: ValueError) -> InputError:
-    return InputError(where, "", "valid JSON", error)
+def _not_json(where: str, error: ValueError | RecursionError) -> InputError:
+    return InputError(where, "", "valid JSON", NESTED if isinstance(error, RecursionError) else error)
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
@@ -81,7 +81,7 @@ def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         where = f"{path}:{number}"
         try:
             value, end = decoder.raw_decode(text, start)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise _not_json(where, error) from error
         yield where, value
         position = _after_space(text, end)

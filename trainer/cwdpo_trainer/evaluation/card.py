@@ -12,6 +12,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
+from cwdpo_trainer.config.sections import without_tokens
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
@@ -89,7 +90,7 @@ def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin,
         tags=["cwdpo", "dpo", "preference-optimization", "vision-language", *(["lora"] if adapter else [])],
         eval_results=_eval_results(shown, LABEL_OF_STAGE[stage]),
     )
-    settings = yaml.safe_dump(_public(origin.settings), sort_keys=False, allow_unicode=True).strip()
+    settings = yaml.safe_dump(_settings(origin), sort_keys=False, allow_unicode=True).strip()
     made_with = {
         **metrics["environment"],
         **{f"data.{name} (digest)": digest for name, digest in origin.digests.items()},
@@ -149,10 +150,9 @@ def _table_cells(shown: Mapping[str, Any]) -> list[list[str]]:
     return [[line.title, *(line.text(label) for label in shown)] for line in table(shown)]
 
 
-def _public(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without access tokens and without the path of the run folder."""
-    kept = {key: value for key, value in values.items() if not key.endswith("_token") and key != "output_dir"}
-    return {key: _public(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+def _settings(origin: Origin) -> dict[str, Any]:
+    """Without access tokens and without the path of the run folder."""
+    return without_tokens({key: value for key, value in origin.settings.items() if key != "output_dir"})
 
 
 def _bullets(lines: Iterable[str]) -> str:

@@ -12,7 +12,7 @@ import torch
 from cwdpo_kernels import Cooling
 from cwdpo_kernels.integrations.hugging_face import attach_head
 from cwdpo_trainer.config.arguments import DataArguments, ModelArguments, ProbeArguments, SamplingArguments
-from cwdpo_trainer.config.loader import read_section
+from cwdpo_trainer.config.sections import read_section
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, distinct_prompts, load_rows

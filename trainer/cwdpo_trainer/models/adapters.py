@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.files import read_json_object
+from cwdpo_trainer.models.reading import loading
 
 POLICY, REFERENCE = "default", "reference"
 ADAPTER_FILE = "adapter_config.json"
@@ -30,7 +31,7 @@ def base_model(path: str) -> str:
     if not adapter.is_file():
         return path
     name = read_json_object(adapter).get("base_model_name_or_path")
-    if not isinstance(name, str):
+    if not (isinstance(name, str) and name):
         raise InputError(str(adapter), "base_model_name_or_path", "a name or a path", repr(name))
     return name
 
@@ -39,7 +40,7 @@ def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArg
     """The model with a trainable adapter: a new one, or the one at `lora.adapter`. Raises `InputError`."""
     model = prepared_for_adapters(model, settings)
     if lora.adapter is not None:
-        return saving_policy_only(trained_adapter(model, lora.adapter, trainable=True))
+        return trained_adapter(model, lora.adapter, trainable=True)
     try:
         config = LoraConfig(
             r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
@@ -47,16 +48,14 @@ def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArg
             modules_to_save=lora.modules_to_save, task_type="CAUSAL_LM",
         )  # fmt: skip
         return saving_policy_only(get_peft_model(model, config))
-    except (OSError, ValueError) as error:
+    except Exception as error:  # peft raises many types
         raise InputError("config", "lora", "options that fit the model", describe(error)) from error
 
 
 def trained_adapter(model: PreTrainedModel, path: str, trainable: bool) -> PeftModel:
     """The model with the adapter at `path`, a folder or a name on the Hub. Raises `InputError`."""
-    try:
-        return PeftModel.from_pretrained(model, path, is_trainable=trainable)
-    except Exception as error:  # a damaged file raises any type
-        raise InputError(path, "", "an adapter that fits the model", describe(error)) from error
+    with loading(path, "an adapter that fits the model"):
+        return saving_policy_only(PeftModel.from_pretrained(model, path, is_trainable=trainable))
 
 
 def prepared_for_adapters(model: PreTrainedModel, settings: ModelArguments) -> PreTrainedModel:

@@ -15,16 +15,16 @@ from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndByte
 
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.config.loader import RunConfig
-from cwdpo_trainer.errors import InputError, describe, require
+from cwdpo_trainer.errors import require
 from cwdpo_trainer.models.adapters import (
     POLICY,
     adapter_weights,
     base_model,
     prepared_for_adapters,
-    saving_policy_only,
     trained_adapter,
     with_adapter,
 )
+from cwdpo_trainer.models.reading import loading
 
 Model = PreTrainedModel | PeftModel
 
@@ -39,7 +39,7 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     model = _load(settings, base)
     if base != path:
         model = prepared_for_adapters(model, settings) if trainable else model
-        return saving_policy_only(trained_adapter(model, path, trainable))
+        return trained_adapter(model, path, trainable)
     if not trainable:
         return model
     kind = settings.quantization
@@ -56,10 +56,8 @@ def move(model: nn.Module, device: torch.device) -> None:
 
 def load_processor(path: str) -> ProcessorMixin:
     """The processor of the model at `path`. Raises `InputError` if there is none for text and images."""
-    try:
+    with loading(path, "a vision-language model with its processor"):
         processor = AutoProcessor.from_pretrained(path)
-    except Exception as error:  # a damaged file raises any type; ImportError: some processors need torchvision
-        raise InputError(path, "", "a vision-language model with its processor", describe(error)) from error
     usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")
     require(usable, path, "processor", "a tokenizer and an image_processor", type(processor).__name__)
     return processor
@@ -79,13 +77,8 @@ def _load(settings: ModelArguments, path: str) -> PreTrainedModel:
         options["attn_implementation"] = settings.attn_implementation
     if settings.quantization is not None:
         options["quantization_config"] = _quantization(settings)
-    try:
+    with loading(path, f"a vision-language model that loads with {options or 'default options'}"):
         return AutoModelForImageTextToText.from_pretrained(path, dtype=settings.torch_dtype, **options)
-    except torch.OutOfMemoryError:
-        raise
-    except Exception as error:  # damaged weights raise SafetensorError, RuntimeError, UnpicklingError and others
-        expected = f"a vision-language model that loads with {options or 'default options'}"
-        raise InputError(path, "", expected, describe(error)) from error
 
 
 def _quantization(settings: ModelArguments) -> BitsAndBytesConfig:

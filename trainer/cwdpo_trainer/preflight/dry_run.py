@@ -10,15 +10,16 @@ import torch
 from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
-from cwdpo_trainer.config.loader import RunConfig, prepare, read_config
+from cwdpo_trainer.config.loader import COMMAND_LINE, RunConfig, prepare, read_config
 from cwdpo_trainer.data.collator import PairCollator, to_device
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, read_rows
 from cwdpo_trainer.data.sources import open_source
-from cwdpo_trainer.errors import InputError, describe, require, shorten
+from cwdpo_trainer.errors import InputError, require, shorten
 from cwdpo_trainer.models.adapters import base_model
 from cwdpo_trainer.models.causality import check_causal
-from cwdpo_trainer.models.loading import load_model, load_processor, model_path, move
+from cwdpo_trainer.models.loading import check_quantization, load_model, load_processor, model_path, move
+from cwdpo_trainer.models.reading import loading
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
 
@@ -32,20 +33,21 @@ def dry_run(path: Path, overrides: Sequence[str], rows: int) -> tuple[RunPreview
     try:
         config, mistakes = read_config(path, overrides)
     except InputError as error:
-        return None, [Problem(ERROR, "config", str(error), "correct the file")]
+        advice = "correct the override" if error.where == COMMAND_LINE else "correct the file"
+        return None, [Problem(ERROR, "config", str(error), advice)]
     problems = [Problem(ERROR, "config", str(mistake), "correct this key") for mistake in mistakes]
     if config is None:
         return None, problems
     preview = RunPreview(config)
-    for step in (_prepare, _train, _heldout, _processor, _model, _rows, _max_length):
+    for step in (_prepare, _train, _heldout, _model_path, _processor, _model, _rows, _max_length):
         try:
             for problem in step(preview, rows):  # not `extend`: keep those found before an error
                 problems.append(problem)
         except InputError as error:
             name = step.__name__.removeprefix("_")
-            problems.append(
-                Problem(ERROR, name, str(error), "correct this first; checks that depend on it were skipped")
-            )
+            advice = "correct this first; checks that depend on it were skipped"
+            if str(error) not in (problem.evidence for problem in problems):  # processor and model share files
+                problems.append(Problem(ERROR, name, str(error), advice))
     return preview, [*problems, *run_problems(preview)]
 
 
@@ -87,21 +89,28 @@ def _invalid_rows(preview: RunPreview, name: str, errors: Sequence[InputError]) 
         yield Problem(WARNING if skip else ERROR, "invalid_rows", list_evidence(summary, evidence), advice)
 
 
+def _model_path(preview: RunPreview, rows: int) -> Iterator[Problem]:
+    preview.model_path = model_path(preview.config)
+    yield from ()
+
+
 def _processor(preview: RunPreview, rows: int) -> Iterator[Problem]:
-    preview.collator = PairCollator(load_processor(model_path(preview.config)))
+    if preview.model_path is None:
+        return
+    preview.collator = PairCollator(load_processor(preview.model_path))
     preview.meter = LengthMeter(preview.collator)
     yield from ()
 
 
 def _model(preview: RunPreview, rows: int) -> Iterator[Problem]:
     """Build the model on the meta device from its config. Reads no weights."""
-    path = base_model(model_path(preview.config))
-    try:
+    if preview.model_path is None:
+        return
+    path = base_model(preview.model_path)
+    with loading(path, "the config of a vision-language model"):
         config = AutoConfig.from_pretrained(path)
         with torch.device("meta"):
             model = AutoModelForImageTextToText.from_config(config)
-    except (OSError, ValueError, ImportError) as error:
-        raise InputError(path, "", "the config of a vision-language model", describe(error)) from error
     text = config.get_text_config()
     head = model.get_output_embeddings()
     require(head is not None, path, type(model).__name__, "an output head over the vocabulary", "none")
@@ -144,6 +153,7 @@ def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch
     whatever the model raises.
     """
     model = load_model(config.model, model_path(config), config.lora)
+    check_quantization(model, device)
     move(model, device)
     head_info = attach_head(model)
     pair = collator([row])

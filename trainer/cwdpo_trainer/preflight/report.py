@@ -10,8 +10,9 @@ from pathlib import Path
 import torch
 
 import cwdpo_kernels
+from cwdpo_kernels.integrations.hugging_face import HeadError
 from cwdpo_trainer.data.lengths import Length
-from cwdpo_trainer.errors import describe
+from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.evaluation.summary import PACKAGES
 from cwdpo_trainer.preflight.dry_run import dry_run, first_pair, self_test
 from cwdpo_trainer.preflight.memory import HeadStep, format_bytes
@@ -133,12 +134,14 @@ def _model_report(preview: RunPreview) -> list[str]:
 
 def _self_test(preview: RunPreview) -> list[Problem]:
     row, stages = first_pair(preview), preview.stages()
-    if row is None or preview.collator is None or not stages:
-        say("  self-test skipped: it needs a valid pair and a stage")
+    if row is None or preview.collator is None or preview.model is None or not stages:
+        say("  self-test skipped: it needs a valid pair, a model and a stage")
         return []
     device = next(iter(stages.values())).device
     try:
         say(f"  self-test: {self_test(preview.config, preview.collator, row, device)}")
+    except (InputError, HeadError) as error:
+        return [Problem(ERROR, "self_test", str(error), "the run would stop before its first step")]
     except Exception as error:  # of any type: it would stop the run
         return [Problem(ERROR, "self_test", describe(error, 400), "the run would stop at its first batch")]
     return []

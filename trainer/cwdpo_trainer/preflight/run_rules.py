@@ -74,8 +74,9 @@ class ModelFacts:
 class RunPreview:
     """What a run would start from, as far as it can be read. Dictionaries have the keys `train` and `heldout`.
 
-    `unused`: columns that are not read. `sample`: the rows that are checked one by one. `lengths` of those without a
-    mistake, by row id. `fits`: the outcome of data.max_length for them, if it is set.
+    `unused`: columns that are not read. `model_path`: the model's folder or name. `sample`: the rows that are checked
+    one by one. `lengths` of those without a mistake, by row id. `fits`: the outcome of data.max_length for them, if it
+    is set.
     """
 
     config: RunConfig
@@ -87,6 +88,7 @@ class RunPreview:
     meter: LengthMeter | None = None
     lengths: dict[str, dict[int, Length]] = field(default_factory=dict)
     fits: dict[str, Fit] = field(default_factory=dict)
+    model_path: str | None = None
     model: ModelFacts | None = None
 
     def stages(self) -> dict[str, StageArguments]:
@@ -126,14 +128,6 @@ def list_rows(rows: Sequence[Row | str]) -> str:
     shown = [row if isinstance(row, str) else row.where for row in rows[:EVIDENCE_SHOWN]]
     more = len(rows) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
-
-
-@_rule(ERROR)
-def empty_batch(preview: RunPreview) -> Diagnosis | None:
-    names = ("per_device_train_batch_size", "gradient_accumulation_steps")
-    wrong = [f"{stage}.{name} is {getattr(args, name)}" for stage, args in preview.stages().items() for name in names
-             if getattr(args, name) < 1]  # fmt: skip
-    return ("; ".join(wrong), "set it to 1 or more") if wrong else None
 
 
 @_rule(ERROR)

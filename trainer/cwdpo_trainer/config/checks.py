@@ -1,0 +1,42 @@
+"""Checks of a section's options. All mistakes are collected, so that one report names them all."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from typing import TypeGuard
+
+from cwdpo_trainer.errors import InputError, InputErrors
+
+CONFIG = "config"  # `InputError.where` until the loader replaces it by the file name
+
+
+class Checks:
+    """Called with a condition and what it is about, it keeps an `InputError` for each condition that fails."""
+
+    def __init__(self) -> None:
+        self.errors: list[InputError] = []
+
+    def __call__(self, condition: bool, key: str, expected: str, got: object) -> None:
+        """Note a mistake in `key` unless `condition` holds. The loader adds the file and the section."""
+        if not condition:
+            self.errors.append(InputError(CONFIG, key, expected, "null" if got is None else repr(got)))
+
+    def found(self, key: str) -> bool:
+        """Whether there is a mistake in `key`."""
+        return any(error.what == key for error in self.errors)
+
+    def done(self) -> None:
+        """Raise `InputError` about the mistake, or `InputErrors` about several."""
+        if len(self.errors) == 1:
+            raise self.errors[0]
+        if self.errors:
+            raise InputErrors(f"{CONFIG}: {len(self.errors)} errors", self.errors)
+
+
+def is_finite(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and math.isfinite(value)
+
+
+def one_of(names: Iterable[str]) -> str:
+    return "one of " + ", ".join(names)

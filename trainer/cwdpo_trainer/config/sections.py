@@ -1,0 +1,201 @@
+"""Sections of a config file: keys and types are checked, and each becomes a dataclass of config/arguments.py."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
+from typing import Any
+
+from cwdpo_trainer.config.arguments import (
+    DataArguments,
+    DPOArguments,
+    LoraArguments,
+    ModelArguments,
+    ProbeArguments,
+    SamplingArguments,
+    SFTArguments,
+)
+from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
+
+SECTIONS: dict[str, type] = {
+    "model": ModelArguments,
+    "lora": LoraArguments,
+    "data": DataArguments,
+    "sft": SFTArguments,
+    "dpo": DPOArguments,
+    "probes": ProbeArguments,
+    "sampling": SamplingArguments,
+}
+STAGES = ("sft", "dpo")
+OPTIONAL = ("lora", *STAGES)  # without such a section, the run does without LoRA or without the stage
+# Options of `TrainingArguments` that no section may set.
+TOP_LEVEL = ("output_dir", "seed")
+RESERVED = (*TOP_LEVEL, "data_seed", "remove_unused_columns", "do_train", "do_eval", "do_predict")
+
+
+@contextlib.contextmanager
+def collecting(errors: list[InputError]) -> Iterator[None]:
+    """Append an `InputError` of the block to `errors`."""
+    try:
+        yield
+    except InputError as error:
+        errors.append(error)
+
+
+def read_section(where: str, name: str, raw: dict[str, Any]) -> Any:
+    """The dataclass of section `name` of a parsed file. Raises `InputError` about its first mistake."""
+    errors: list[InputError] = []
+    section = make_section(where, name, raw, errors)
+    if errors:
+        raise errors[0]
+    return section
+
+
+def make_section(where: str, name: str, raw: dict[str, Any], errors: list[InputError]) -> Any:
+    """The dataclass of section `name`, with the valid ones of its keys; every mistake is added to `errors`.
+
+    None if the section is absent and optional, or if nothing can be made of the valid keys.
+    """
+    if name in OPTIONAL and name not in raw:
+        return None
+    kind, values = SECTIONS[name], raw.get(name)
+    values = {} if values is None else values
+    options = {spec.name: spec for spec in fields(kind) if spec.init}
+    known = [option for option in options if option not in RESERVED]
+    hints = typing.get_type_hints(kind)
+    typed: dict[str, Any] = {}
+    with collecting(errors):
+        require(isinstance(values, dict), where, name, "a mapping", with_type(values))
+        for key, value in values.items():
+            with collecting(errors):
+                check_known(where, f"{name}.", key, known)
+                typed[key] = as_type(where, f"{name}.{key}", value, hints[key])
+        needed = [key for key, spec in options.items() if spec.default is MISSING and spec.default_factory is MISSING]
+        for key in needed:
+            with collecting(errors):
+                require(key in values, where, f"{name}.{key}", "a value", "none")
+        section, found = _make(kind, typed, needed)
+        errors += [InputError(where, ".".join(filter(None, (name, e.what))), e.expected, e.got) for e in found]
+        return section
+    return None
+
+
+def _make(kind: type, typed: dict[str, Any], needed: Sequence[str]) -> tuple[Any, list[InputError]]:
+    """`kind` with those of the options `typed` that it accepts, or None; and what is wrong with the others.
+
+    The checks of the dataclasses name all mistakes at once. Libraries name one at a time and not always the option, so
+    the option is found by leaving them out in turn.
+    """
+    found: list[InputError] = []
+    options = dict(typed)
+    while all(key in options for key in needed):
+        try:
+            return kind(**options), found
+        except InputError as error:
+            mistakes = list(error.errors) if isinstance(error, InputErrors) else [error]
+            if not found:  # else it is a consequence of leaving an option out
+                found = mistakes
+        except Exception as error:  # transformers, accelerate and torch raise many types for a wrong option
+            mistakes = [_about_option(kind, options, needed, error)]
+            found += [one for one in mistakes if not found or _fails_alone(kind, options, needed, one.what)]
+        wrong = {error.what for error in mistakes} & options.keys()
+        if not wrong:
+            break
+        options = {key: value for key, value in options.items() if key not in wrong}
+    return None, found
+
+
+def _about_option(kind: type, options: dict[str, Any], needed: Sequence[str], error: Exception) -> InputError:
+    """The error about the option without which `kind` can be made, or at least fails in another way."""
+    others = [key for key in options if key not in needed]
+    outcomes = {key: _failure(kind, {name: value for name, value in options.items() if name != key}) for key in others}
+    culprits = [key for key, outcome in outcomes.items() if outcome is None]
+    culprits += [key for key, outcome in outcomes.items() if outcome != _failure(kind, options)]
+    if not culprits:
+        return InputError("config", "", "valid options", describe(error))
+    key = culprits[0]
+    return InputError("config", key, "a value that can be used", f"{shorten(repr(options[key]))} ({describe(error)})")
+
+
+def _fails_alone(kind: type, options: dict[str, Any], needed: Sequence[str], key: str) -> bool:
+    return _failure(kind, {name: value for name, value in options.items() if name == key or name in needed}) is not None
+
+
+def _failure(kind: type, options: dict[str, Any]) -> str | None:
+    """What `kind(**options)` raises, as text."""
+    try:
+        kind(**options)
+    except Exception as error:
+        return describe(error)
+    return None
+
+
+def without_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without access tokens (`hub_token` and others that end in `_token`), at any depth."""
+    kept = {key: value for key, value in settings.items() if not str(key).endswith("_token")}
+    return {key: without_tokens(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+
+
+def check_known(where: str, prefix: str, key: Any, known: Sequence[str]) -> None:
+    """Raise `InputError` about a key that is not in `known`."""
+    if key in known:
+        return
+    close = difflib.get_close_matches(str(key), known, n=1)
+    expected = "a known key"
+    if prefix and key in TOP_LEVEL:
+        expected = f"no such key in a section: set {key} at the top level"
+    elif prefix and key in RESERVED:
+        expected = "no such key: the trainer sets this option itself"
+    elif close:
+        expected = f"a known key (did you mean {close[0]!r}?)"
+    elif prefix == "":
+        expected = "one of the keys " + ", ".join(known)
+    raise InputError(where, f"{prefix}{key}", expected, repr(key))
+
+
+def as_type(where: str, key: str, value: Any, hint: Any) -> Any:
+    """`value` as type `hint`. YAML reads 1e-4 as text, so text is converted where a float is expected."""
+    arms = typing.get_args(hint) if _is_union(hint) else (hint,)
+    for arm in arms:
+        matches, converted = _match(value, arm)
+        if matches:
+            return converted
+    names = " or ".join(_type_name(arm) for arm in arms)
+    raise InputError(where, key, f"type {names}", with_type(value))
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _type_name(arm: Any) -> str:
+    return "null" if arm is type(None) else getattr(arm, "__name__", str(arm))
+
+
+def _match(value: Any, arm: Any) -> tuple[bool, Any]:
+    """Whether `value` has the type `arm` (one arm of a union), and the converted value."""
+    if arm is Any:
+        return True, value
+    if arm is float and not isinstance(value, bool):
+        try:
+            return True, float(value)
+        except (TypeError, ValueError, OverflowError):
+            return False, value
+    if typing.get_origin(arm) is typing.Literal:
+        return value in typing.get_args(arm), value
+    kind = typing.get_origin(arm) or arm
+    if isinstance(value, bool):
+        return kind is bool, value
+    if kind is list:
+        item = (typing.get_args(arm) or (Any,))[0]
+        return isinstance(value, list) and all(_match(one, item)[0] for one in value), value
+    return isinstance(value, kind), value
+
+
+def with_type(value: Any) -> str:
+    """A value and its type, for a message."""
+    return "null" if value is None else f"{shorten(repr(value))} ({type(value).__name__})"
