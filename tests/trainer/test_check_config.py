@@ -115,7 +115,7 @@ def misspelled_metric(case: Case) -> None:
 def folder_of_another_run_given(case: Case) -> None:
     case.settings["output_dir"] = str(case.folder / "other")
     (case.folder / "other" / "checkpoints" / "sft" / "checkpoint-2").mkdir(parents=True)
-    (case.folder / "other" / "run.json").write_text('{"config": {"seed": 3}, "data": {}}')
+    (case.folder / "other" / "run.json").write_text('{"config": {"seed": 3}, "inputs": {}}')
 
 
 def few_new_tokens(case: Case) -> None:

@@ -107,13 +107,13 @@ def test_a_run_can_be_repeated_after_a_failed_start(settings, write_config, task
     run = Path(settings["output_dir"])
     assert not (run / "run.json").exists()
     shutil.copy(task / "model" / "model.safetensors", tmp_path / "model")
-    (run / "run.json").write_text(json.dumps({"config": {"seed": 9}, "data": {}}))  # stopped in its first steps
+    (run / "run.json").write_text(json.dumps({"config": {"seed": 9}, "inputs": {}}))  # stopped in its first steps
     assert main(["sft", str(path), "sft.max_steps=2"]) == 0
     assert json.loads((run / "run.json").read_text())["config"]["sft"]["max_steps"] == 2
     for file in run.rglob("*"):
         assert not (file.is_file() and b"hf_secret" in file.read_bytes()), file
     assert main(["sft", str(path), "sft.max_steps=3"]) == 2  # now there is something to lose
-    assert "as when this run was started" in capsys.readouterr().err
+    assert "but this run was started with 2" in capsys.readouterr().err
 
 
 def test_nested_json_is_a_bad_row(tmp_path):
