@@ -48,6 +48,7 @@ def check_head(op: str, hidden: Tensor, head: Any, hidden_name: str = "hidden", 
     tensors = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
     for name, tensor in tensors:
         arg = f"{head_name}.{name}"
+        expect(isinstance(tensor, Tensor), op, arg, "type", "Tensor", type(tensor).__name__)
         expect(tensor.dtype == hidden.dtype, op, arg, "dtype", f"{hidden.dtype} (as {hidden_name})", tensor.dtype)
         check_device(op, arg, tensor, hidden, hidden_name)
     if bias is not None:

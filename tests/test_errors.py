@@ -35,6 +35,7 @@ CASES = [
         lambda: ck.linear_logprob(H, ck.Head(W, softcap=-1.0), Y),
         "head.softcap to have value None or between 1.2e-38 and 3.4e+38, got -1.0",
     ),
+    (lambda: ck.linear_logprob(H, ck.Head(W, 3), Y), "linear_logprob: expected head.bias to have type Tensor, got int"),
     (lambda: ck.linear_logprob(H, "lm_head", Y), "expected head to have type Head or Tensor [V, D], got str"),
     (lambda: ck.linear_logprob(H.long(), W, Y), "hidden to have dtype torch.float32 or"),
     (lambda: ck.linear_logprob(H, W, Y.float()), "labels to have dtype torch.int64 or torch.int32, got torch.float32"),

@@ -85,8 +85,11 @@ def _probe_logits(vocab: int) -> Tensor:
 
 def _factor(received: list[Tensor], hidden: Tensor, bias: bool) -> float:
     """The factor by which the model multiplied the hidden states between backbone and head."""
-    if len(received) != 1 or received[0].shape[-1] != hidden.shape[-1]:
-        raise ValueError(f"expected one call of its head with its backbone's hidden states, got {len(received)}")
+    if len(received) != 1:
+        raise ValueError(f"expected one call of its head, got {len(received)}")
+    if received[0].shape[-1] != hidden.shape[-1]:
+        size, got = hidden.shape[-1], received[0].shape[-1]
+        raise ValueError(f"expected its head to get its backbone's hidden states of size {size}, got size {got}")
     ratio = received[0][0, -1].double() / hidden[0, -1].double()
     factor = ratio.median().item()
     rounding = 4 * torch.finfo(hidden.dtype).eps

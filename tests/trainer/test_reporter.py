@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import ast
 import io
+import re
 from pathlib import Path
 
 import pytest
 from tqdm.auto import tqdm
 
 import cwdpo_trainer
-from cwdpo_trainer.reporter import say, say_error
+from cwdpo_trainer.reporter import progress, say, say_error
 
 
 def test_only_rank_0_prints(monkeypatch, capsys):
@@ -38,6 +39,14 @@ def test_messages_appear_above_a_progress_bar(capsys):
     assert bar_output.getvalue().endswith("\n")
 
 
+def test_only_rank_0_shows_a_bar(monkeypatch, capsys):
+    assert list(progress(range(3), "rows")) == [0, 1, 2]
+    assert "rows" in capsys.readouterr().err
+    monkeypatch.setenv("RANK", "1")
+    assert list(progress(range(3), "rows")) == [0, 1, 2]
+    assert capsys.readouterr().err == ""
+
+
 PACKAGE = Path(cwdpo_trainer.__file__).parent
 
 
@@ -46,4 +55,5 @@ def test_nothing_else_prints(path):
     if path.name == "reporter.py":
         return
     calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
-    assert not [call.lineno for call in calls if ast.unparse(call) in ("print", "tqdm.write")]
+    others = re.compile(r"print|(.*\.)?tqdm(\.\w+)?|.*bar\.write|(.*\.)?getLogger")
+    assert not [call.lineno for call in calls if others.fullmatch(ast.unparse(call))]

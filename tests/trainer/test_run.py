@@ -182,7 +182,7 @@ def test_a_stopped_stage_whose_model_is_not_saved_trains_no_further(
     ).read_bytes()
 
 
-def test_a_kill_during_a_cache_write_loses_nothing(settings, write_config, tmp_path, caplog):
+def test_a_kill_during_a_cache_write_loses_nothing(settings, write_config, tmp_path, capsys):
     """Stage 2 runs more than one epoch; the second epoch finds the log-probs of the first one, bit for bit."""
     settings["dpo"] |= {"max_steps": 5, "logp_floor": "auto", "tau": "auto", "auto_rows": 2}
     settings["data"]["sft_fraction"] = 0.6
@@ -194,7 +194,7 @@ def test_a_kill_during_a_cache_write_loses_nothing(settings, write_config, tmp_p
     folder = Path(settings["output_dir"])
     assert cache_lines(folder) == 3
     assert main(["run", str(config)]) == 0
-    assert "the last line was cut off; its pairs are computed again" in caplog.text
+    assert "the last line was cut off; its pairs are computed again" in capsys.readouterr().out
     assert results(folder) == results(tmp_path / "uninterrupted")
     for name in ("cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):
         assert (folder / name).read_bytes() == (tmp_path / "uninterrupted" / name).read_bytes(), name

@@ -13,6 +13,7 @@ from typing import Any
 
 from cwdpo_trainer import recipes
 from cwdpo_trainer.errors import InputError, describe
+from cwdpo_trainer.files import check_writable_file
 from cwdpo_trainer.reporter import say, say_error
 
 DEMO = Path(recipes.__file__).with_name("digits.yaml")
@@ -45,6 +46,7 @@ TRAINING = {
     ),
 }
 OVERRIDE = "replace a value of the config, for example dpo.beta=0.2 or output_dir=runs/other"
+INSTALL = "pip install 'cwdpo-kernels[trainer]'"
 INTERRUPTED = 130  # exit status after Ctrl-C, as shells report it
 Commands = Any  # argparse's type of `add_subparsers` is private
 
@@ -54,15 +56,29 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     0 success, 1 errors that `check` found, 2 wrong input or a file that cannot be read or written, 130 Ctrl-C.
     """
-    parsed = _parser().parse_args(arguments)
+    parsed = _parse(arguments)
     try:
         return _execute(parsed)
+    except ModuleNotFoundError as error:
+        say_error(f"cwdpo: {error} (install what the trainer needs: {INSTALL})")
+        return 2
     except KeyboardInterrupt:
         say_error("cwdpo: interrupted (an interrupted run continues with the same command)")
         return INTERRUPTED
     except OSError as error:
         say_error(f"cwdpo: {_describe(error)}")
         return 2
+
+
+def _parse(arguments: Sequence[str] | None) -> argparse.Namespace:
+    """The parsed arguments. Overrides may also follow options, which argparse does not take into one list."""
+    parser = _parser()
+    parsed, rest = parser.parse_known_args(arguments)
+    if rest and (not hasattr(parsed, "override") or any(text.startswith("-") for text in rest)):
+        parser.error(f"unrecognized arguments: {' '.join(rest)}")
+    if rest:
+        parsed.override = [*parsed.override, *rest]
+    return parsed
 
 
 def _execute(parsed: argparse.Namespace) -> int:
@@ -186,6 +202,7 @@ def _add_probe(commands: Commands) -> None:
 def _probe(parsed: argparse.Namespace) -> int:
     from cwdpo_trainer.evaluation.measure import EvalTarget, probe
 
+    _check_results_file(parsed.json)
     probe(EvalTarget.find(parsed.target, parsed.reference), parsed.data, parsed.rows, parsed.json)
     return 0
 
@@ -205,8 +222,15 @@ def _add_eval(commands: Commands) -> None:
 def _eval(parsed: argparse.Namespace) -> int:
     from cwdpo_trainer.evaluation.measure import EvalTarget, evaluate
 
+    _check_results_file(parsed.json)
     evaluate(EvalTarget.find(parsed.target), parsed.data, parsed.rows, parsed.json)
     return 0
+
+
+def _check_results_file(path: Path | None) -> None:
+    """Raise `InputError` now rather than after the measurement."""
+    if path is not None:
+        check_writable_file(path, "command line", "--json")
 
 
 def _add_measurement(command: argparse.ArgumentParser, rows: str) -> None:
@@ -233,10 +257,9 @@ def _add_demo(commands: Commands) -> None:
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a number >= 1, got {value}")
-    return value
+    if not (text.isascii() and text.isdigit() and int(text) >= 1):
+        raise argparse.ArgumentTypeError(f"expected an integer >= 1, got {text!r}")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
 from torch.utils.checkpoint import checkpoint
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments, get_scheduler
 from transformers.training_args import ParallelMode, trainer_log_levels
 from transformers.utils import is_liger_kernel_available
@@ -141,11 +141,11 @@ def try_training(args: TrainingArguments) -> None:
     _try_optimizer(args)
     with warnings.catch_warnings(action="ignore"):  # more workers than cores
         DataLoader(
-            [0], args.per_device_train_batch_size, num_workers=args.dataloader_num_workers,
+            TensorDataset(torch.zeros(1)), args.per_device_train_batch_size, num_workers=args.dataloader_num_workers,
             prefetch_factor=args.dataloader_prefetch_factor, persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
-        )  # type: ignore[call-overload]  # fmt: skip
-    accumulation = args.accelerator_config.gradient_accumulation_kwargs or {}
+        )  # fmt: skip
+    accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
     if "num_steps" in accumulation:
         raise ValueError("use the option gradient_accumulation_steps in place of num_steps")
     GradientAccumulationPlugin(**{**accumulation, "num_steps": 1})
@@ -165,13 +165,14 @@ def try_training(args: TrainingArguments) -> None:
 def _try_optimizer(args: TrainingArguments) -> None:
     if args.optim_target_modules is not None:  # such an optimizer needs the modules of the model
         return
-    model = torch.nn.Linear(1, 1)
+    model: Any = torch.nn.ParameterList([torch.zeros(1, 1)])  # takes no random numbers
     kind, options = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    schedule_options: Any = args.lr_scheduler_kwargs
     optimizer = kind(model.parameters(), **options)
     get_scheduler(
         args.lr_scheduler_type,
         optimizer,
         args.get_warmup_steps(STEPS),
         STEPS,
-        scheduler_specific_kwargs=args.lr_scheduler_kwargs,
+        scheduler_specific_kwargs=schedule_options,
     )

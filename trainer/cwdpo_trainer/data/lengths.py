@@ -23,13 +23,13 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers.image_utils import make_flat_list_of_images
 
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.images import IMAGE_ERRORS, ImageRef, unreadable
 from cwdpo_trainer.data.rows import SHOWN_ROWS, Row
 from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.reporter import progress
 
 SMALLEST_SHARE = 1 / 64  # of an image's pixels (1 / 8 of its sides): the lowest resolution that `shrink` tries
 BISECTIONS = 8  # steps of `shrink` between that and the full resolution
@@ -178,7 +178,7 @@ def fit_rows(rows: Sequence[Row], meter: LengthMeter, max_length: int, policy: s
     fit = Fit()
     change: Callable[[Row, Length, LengthMeter, int], Row | None] = POLICIES[policy]
     changed = {"trim": fit.trimmed, "shrink": fit.shrunk}
-    for row in tqdm(rows, "lengths of rows", delay=2, leave=False, disable=None):  # about 3 ms per row
+    for row in progress(rows, "lengths of rows", delay=2, leave=False):  # about 3 ms per row
         length = meter(row)
         fitting = row if length.total <= max_length else change(row, length, meter, max_length)
         if fitting is None:

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import logging
 import math
 import uuid
 from collections.abc import Mapping, Sequence
@@ -29,6 +28,7 @@ from cwdpo_trainer.data.collator import Tokens
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.models.reference import Reference, describe_reference
+from cwdpo_trainer.reporter import say
 
 # Settings that no log-prob depends on. Most differ between a model in memory and the same model loaded from a file.
 # `Trainer.train` sets the ids of BOS and EOS to the tokenizer's; they matter for generation only.
@@ -36,7 +36,6 @@ _VOLATILE = {
     "_name_or_path", "architectures", "base_model_name_or_path", "bos_token_id", "dtype", "eos_token_id",
     "inference_mode", "peft_version", "torch_dtype", "transformers_version", "use_cache",
 }  # fmt: skip
-_log = logging.getLogger(__name__)
 
 
 class PairLogp(NamedTuple):
@@ -58,7 +57,7 @@ class ReferenceCache:
         self._refresh()
         for path, end in self._read_up_to.items():
             if path.stat().st_size > end:
-                _log.warning("%s: the last line was cut off; its pairs are computed again", path)
+                say(f"{path}: the last line was cut off; its pairs are computed again")
 
     def __len__(self) -> int:
         return len(self._pairs)
@@ -106,7 +105,7 @@ class ReferenceCache:
     def _add_line(self, path: Path, line: bytes) -> None:
         checksum, _, payload = line.partition(b" ")
         if checksum != _checksum(payload):
-            _log.warning("%s: a line is damaged; its pairs are computed again", path)
+            say(f"{path}: a line is damaged; its pairs are computed again")
             return
         for key, values in json.loads(payload).items():
             pair = PairLogp(*values)

@@ -6,13 +6,13 @@ from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
-from tqdm.auto import tqdm
 from transformers import PreTrainedTokenizerBase
 
 from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row, answer_text
+from cwdpo_trainer.reporter import progress
 
 Item = TypeVar("Item")
 GeneratingModel = Any  # what `freeze_reference` and `load_model` return, maybe wrapped: has `generate` and `device`
@@ -80,7 +80,7 @@ def caption(
 
 def batched(rows: Sequence[Item], size: int, title: str | None = None) -> Iterator[Sequence[Item]]:
     """`rows` in slices of `size`. With a `title`, shows a progress bar that counts rows."""
-    with tqdm(total=len(rows), desc=title, disable=title is None, dynamic_ncols=True, leave=False) as bar:
+    with progress(None, title or "", total=len(rows), disable=title is None, leave=False) as bar:
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             yield batch

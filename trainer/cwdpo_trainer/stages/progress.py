@@ -6,6 +6,8 @@ from typing import Any
 
 from transformers.trainer_callback import ProgressCallback
 
+from cwdpo_trainer.reporter import say
+
 BAR_METRICS = (
     "loss", "margin", "accuracy", "cooling_weight", "chosen_nll", "kept", "onpolicy", "learning_rate",
     "logp_floor", "tau", "eval_chosen_mean_logp", "eval_chosen_delta_logp", "eval_chosen_ece", "eval_chosen_tv",
@@ -21,4 +23,4 @@ class CompactProgress(ProgressCallback):
         metrics = [f"{name.removeprefix('eval_')} {logs[name]:.4g}" for name in BAR_METRICS if logs and name in logs]
         if metrics:
             kind = "probe" if any(name.startswith("eval_") for name in logs) else "train"
-            self.training_bar.write(f"{kind} {state.global_step:>5}  " + "  ".join(metrics))
+            say(f"{kind} {state.global_step:>5}  " + "  ".join(metrics))

@@ -9,7 +9,6 @@ import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from tqdm import tqdm
 from transformers import (
     CLIPImageProcessorPil,
     CLIPVisionConfig,
@@ -22,6 +21,7 @@ from transformers import (
 )
 
 from cwdpo_trainer.recipes.digits.scenes import CELL, EMPTY, SIZE, Scene, words
+from cwdpo_trainer.reporter import progress
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
 _MAX_NEW_TOKENS = 16  # the longest caption has 12 tokens, end of sequence included
@@ -84,7 +84,7 @@ def warm_up(
     parameters = [*tower.parameters(), *classifier.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=_WARMUP_RATE, weight_decay=0.01)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, _WARMUP_RATE, total_steps=max(steps, 1))
-    for _ in tqdm(range(steps), desc="vision warm-up", unit="step"):
+    for _ in progress(range(steps), "vision warm-up", unit="step"):
         batch = torch.randint(len(scenes), (_WARMUP_BATCH,))
         logits = classifier(patch_features(model, images[batch]))
         loss = nn.functional.cross_entropy(logits.flatten(0, 1), cells[batch].flatten())

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.files import only_process, read_json, replacing_folder, write_json
@@ -29,7 +28,7 @@ from cwdpo_trainer.recipes.digits.scenes import (
     near_negative,
     split_handwriting,
 )
-from cwdpo_trainer.reporter import say
+from cwdpo_trainer.reporter import progress, say
 
 STAMP = "recipe.json"
 CONTENT = frozenset({"model", "images", "train.jsonl", "heldout.jsonl", STAMP})
@@ -129,7 +128,7 @@ def _write_rows(folder: Path, name: str, scenes: list[tuple[Scene, tuple[str, ..
     """Write the image of each scene, and a line of `name`.jsonl for each of its sources of negatives."""
     (folder / "images" / name).mkdir(parents=True)
     lines = []
-    for index, (scene, sources) in enumerate(tqdm(scenes, desc=f"{name} scenes", unit="scene")):
+    for index, (scene, sources) in enumerate(progress(scenes, f"{name} scenes", unit="scene")):
         image = f"images/{name}/{index:05d}.png"
         Image.fromarray(scene.image).save(folder / image)
         lines += [json.dumps(_row(scene, source, image, rng)) + "\n" for source in sources]
