@@ -183,7 +183,7 @@ def test_files_left_by_a_killed_process_do_not_block_a_new_run(run, capsys, monk
     def stopped(*args):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("cwdpo_trainer.run.load_model", stopped)
+    monkeypatch.setattr("cwdpo_trainer.run.newest_checkpoint", stopped)
     assert rerun(run, capsys)[0] == 130
     assert json.loads((run / "run" / "run.json").read_text())["inputs"]["model"]
     assert not list((run / "run").glob(".run.*"))
@@ -198,7 +198,7 @@ def test_a_damaged_base_model_is_one_error(name, run, capsys):
     shutil.rmtree(run / "run")
     status, printed = rerun(run, capsys)
     assert status == 2
-    assert printed.err.startswith(f"cwdpo: {run}/task/model: expected a vision-language model")
+    assert printed.err.startswith(f"cwdpo: {path}: expected ")
     assert printed.err.count("\n") == 1
 
 

@@ -70,7 +70,7 @@ def test_eval_reproduces_the_scores_of_a_run(finished, task, tmp_path, capsys):
 def test_input_errors_are_reported(arguments, message, task, tmp_path, capsys):
     (tmp_path / "empty").mkdir()
     (tmp_path / "unfinished").mkdir()
-    (tmp_path / "unfinished" / "run.json").write_text(json.dumps({"config": {"model": {"path": "x"}}}))
+    (tmp_path / "unfinished" / "run.json").write_text(json.dumps({"config": {"model": {"path": "x"}}, "inputs": {}}))
     paths = {"DATA": task / "heldout.jsonl", "EMPTY": tmp_path / "empty", "MODEL": task / "model",
               "UNFINISHED": tmp_path / "unfinished"}  # fmt: skip
     assert main([str(paths.get(word, word)) for word in arguments]) == 2
