@@ -10,9 +10,13 @@ How to add a stage:
 
 1. Here: subclass `StageTrainer`, implement `_loss_output` and `_metrics`. sft.py is the shorter example.
 2. config/arguments.py: subclass `StageArguments` with the stage's options, and set `stage` to its name.
-3. Add the name to `SECTIONS` and `STAGES` (config/loader.py), `STAGES_OF_FINDING` (config/findings.py),
-   `MODEL_FOLDERS` and `LABEL_OF_STAGE` (run_folder.py), `TITLES`, `METHODS` and `STAGE_TITLES` (summary.py, card.py and
-   plot.py in evaluation/), and construct the trainer in run.py.
+3. config/: add the name to `SECTIONS`, `STAGES` and `OPTIONAL` (sections.py), a field to `RunConfig` and to its
+   `_arguments` (loader.py), and the name to the findings that apply to it in `STAGES_OF_FINDING` (findings.py).
+4. Add it to `MODEL_FOLDERS` and `LABEL_OF_STAGE` (run_folder.py), `TITLES`, `METHODS` and `STAGE_TITLES` (summary.py,
+   card.py and plot.py in evaluation/), `HIGHEST_RATE` (preflight/run_rules.py) and `TRAINING` (cli.py).
+5. run.py: construct the trainer in `_trainer`, and say in `_starts_after_sft` which model the stage starts from.
+6. These name stage "dpo" for what only it has; see whether the new stage has it too: measure.py, report.py, card.py and
+   doctor.py in evaluation/, and `Run.check` in run.py.
 """
 
 from __future__ import annotations
