@@ -63,6 +63,12 @@ def linear(**changes):
     return OPS.linear_logprob(**arguments | changes)
 
 
+def described(changes):
+    """The changed arguments, tensors by their shape: an id must be the same in every process."""
+    shown = {name: list(x.shape) if isinstance(x, torch.Tensor) else x for name, x in changes.items()}
+    return ", ".join(f"{name} {x}" for name, x in shown.items())
+
+
 @pytest.mark.parametrize(
     "changes",
     [
@@ -73,7 +79,7 @@ def linear(**changes):
         {"hidden": torch.zeros(N, D, dtype=torch.int64)}, {"hidden": torch.zeros(N, 0), "weight": torch.zeros(V, 0)},
         {"softcap": 1e-46}, {"softcap": -1.0}, {"workspace_bytes": -1}, {"kept_bytes": -2}, {"kept_bytes": 2**62},
     ],
-    ids=str,
+    ids=described,
 )  # fmt: skip
 def test_wrong_arguments_of_linear_logprob(changes):
     device = torch.empty(0).device
