@@ -88,8 +88,8 @@ LinearLogprob forward(
 
   const TilePlan plan = plan_tiles(arguments, labelled.size(), sizeof(T));
   const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), arguments.weight.size(0), grad_row_bytes(kept));
-  // Negative: the caller is autograd, which overwrites all of the weight's gradient. Zeroing would be wasted work.
-  if (!kept_bytes || *kept_bytes >= 0) kept_tiles.zero_unused();
+  // kUninitialized: the caller is autograd, which overwrites all of the weight's gradient. Zeroing is wasted work.
+  if (kept_bytes != kUninitialized) kept_tiles.zero_unused();
   if (labelled.size() == 0) return out;
 
   const TiledHead<T> head(arguments, labelled, plan);
@@ -218,7 +218,6 @@ void write_gradients(
     const char* op, const HeadArguments& arguments, const Tensor& grad_logp, const Tensor& labels, const Tensor& logp,
     const Tensor& max_logit, const Tensor& sum_exp, const Tensor& kept, int64_t ignore_index,
     const LinearLogprobGrads& out) {
-  check_head(op, arguments, labels);
   check_per_token(op, labels, grad_logp, logp, max_logit, sum_exp);
   // Kept tiles are read as numbers of the compute type, from the end of that memory.
   expect(kept.is_contiguous(), op, "kept", "layout", "contiguous", "strided");
