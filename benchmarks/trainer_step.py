@@ -39,7 +39,8 @@ from transformers import (
 import cwdpo_kernels as ck
 from benchmarks import memory, peers, timing
 from cwdpo_kernels import reference
-from cwdpo_trainer.config.arguments import DPOArguments, ProbeArguments, SamplingArguments
+from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
+from cwdpo_trainer.config.stage_arguments import DPOArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.rows import Row, load_rows
 from cwdpo_trainer.evaluation.probes import Probes

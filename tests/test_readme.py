@@ -9,9 +9,9 @@ import pytest
 import torch
 
 import cwdpo_kernels
-from cwdpo_trainer.config.arguments import StageArguments
 from cwdpo_trainer.config.loader import KEYS, load_config
 from cwdpo_trainer.config.sections import RESERVED
+from cwdpo_trainer.config.stage_arguments import StageArguments
 from cwdpo_trainer.config.training_rules import UNSUPPORTED
 
 ROOT = Path(__file__).parents[1]

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 from cwdpo_kernels import Cooling, cooling_weight
-from cwdpo_trainer.config.arguments import DPOArguments, ProbeArguments, SamplingArguments
+from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
+from cwdpo_trainer.config.stage_arguments import DPOArguments
 from cwdpo_trainer.data.collator import with_answers
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import Probes

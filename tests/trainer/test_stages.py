@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from huggingface_hub import ModelCard
 
 from cwdpo_kernels import Cooling
-from cwdpo_trainer.config.arguments import DPOArguments, ProbeArguments, SamplingArguments, SFTArguments
+from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
+from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments
 from cwdpo_trainer.data.collator import with_answers
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import Probes

@@ -10,8 +10,8 @@ import yaml
 from transformers import TrainingArguments
 
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.config.arguments import SFTArguments
 from cwdpo_trainer.config.loader import load_config, read_config
+from cwdpo_trainer.config.stage_arguments import SFTArguments
 from cwdpo_trainer.config.training_rules import RULES
 from cwdpo_trainer.errors import InputError
 

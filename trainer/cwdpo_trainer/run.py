@@ -18,9 +18,9 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import set_seed
 
 from cwdpo_kernels import Cooling
-from cwdpo_trainer.config.arguments import DPOArguments
 from cwdpo_trainer.config.loader import RunConfig, prepare
 from cwdpo_trainer.config.sections import STAGES
+from cwdpo_trainer.config.stage_arguments import DPOArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, distinct_prompts, load_rows, split_rows

@@ -16,15 +16,13 @@ from typing import Any
 
 from cwdpo_trainer.config.arguments import (
     DataArguments,
-    DPOArguments,
     LoraArguments,
     ModelArguments,
     ProbeArguments,
     SamplingArguments,
-    SFTArguments,
-    StageArguments,
 )
 from cwdpo_trainer.config.sections import SECTIONS, STAGES, as_type, check_known, collecting, make_section, with_type
+from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments, StageArguments
 from cwdpo_trainer.config.yaml_text import parse_yaml
 from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
 from cwdpo_trainer.files import check_writable_folder, read_text

@@ -1,4 +1,4 @@
-"""Sections of a config file: keys and types are checked, and each becomes a dataclass of config/arguments.py."""
+"""Sections of a config file: keys and types are checked, and each becomes a dataclass of the files *arguments.py here."""
 
 from __future__ import annotations
 
@@ -12,13 +12,12 @@ from typing import Any
 
 from cwdpo_trainer.config.arguments import (
     DataArguments,
-    DPOArguments,
     LoraArguments,
     ModelArguments,
     ProbeArguments,
     SamplingArguments,
-    SFTArguments,
 )
+from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments
 from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
 
 SECTIONS: dict[str, type] = {

@@ -16,8 +16,8 @@ from dataclasses import dataclass, field
 
 import torch
 
-from cwdpo_trainer.config.arguments import StageArguments
 from cwdpo_trainer.config.loader import RunConfig
+from cwdpo_trainer.config.stage_arguments import StageArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.images import IMAGE_ERRORS
 from cwdpo_trainer.data.lengths import Fit, Length, LengthMeter

@@ -9,7 +9,7 @@ head, labels)` gives the log-probs of all answers. Any differentiable function o
 How to add a stage:
 
 1. Here: subclass `StageTrainer`, implement `_loss_output` and `_metrics`. sft.py is the shorter example.
-2. config/arguments.py: subclass `StageArguments` with the stage's options, and set `stage` to its name.
+2. config/stage_arguments.py: subclass `StageArguments` with the stage's options, and set `stage` to its name.
 3. config/: add the name to `SECTIONS`, `STAGES` and `OPTIONAL` (sections.py), a field to `RunConfig` and to its
    `_arguments` (loader.py), and the name to the findings that apply to it in `STAGES_OF_FINDING` (findings.py).
 4. Add it to `MODEL_FOLDERS` and `LABEL_OF_STAGE` (run_folder.py), `TITLES`, `METHODS` and `STAGE_TITLES` (summary.py,
@@ -34,7 +34,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
-from cwdpo_trainer.config.arguments import StageArguments
+from cwdpo_trainer.config.stage_arguments import StageArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import require

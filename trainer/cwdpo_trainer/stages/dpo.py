@@ -26,7 +26,8 @@ from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels import Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob
-from cwdpo_trainer.config.arguments import DPOArguments, SamplingArguments
+from cwdpo_trainer.config.arguments import SamplingArguments
+from cwdpo_trainer.config.stage_arguments import DPOArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.probes import Probes

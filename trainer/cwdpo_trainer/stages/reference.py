@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cwdpo_kernels import linear_sequence_logprob
 from cwdpo_kernels.integrations.hugging_face import evaluating
-from cwdpo_trainer.config.arguments import DPOArguments
+from cwdpo_trainer.config.stage_arguments import DPOArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.models.distributed import largest

@@ -21,7 +21,7 @@ from cwdpo_kernels import (
     linear_constrained_sft_loss,
     linear_sequence_logprob,
 )
-from cwdpo_trainer.config.arguments import SFTArguments
+from cwdpo_trainer.config.stage_arguments import SFTArguments
 from cwdpo_trainer.stages.base import StageTrainer
 
 

@@ -1,0 +1,240 @@
+"""The options of the stages: the sections `sft` and `dpo` of the config file, validated on creation.
+
+Both extend `transformers.TrainingArguments`, so a stage section accepts its options too, apart from those that
+`StageArguments` names.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from transformers import TrainingArguments
+from transformers.integrations import get_available_reporting_integrations
+
+from cwdpo_kernels import Cooling, GentleNegatives
+from cwdpo_trainer.config.checks import Checks, is_finite, one_of
+from cwdpo_trainer.config.findings import finding_names
+from cwdpo_trainer.config.schedule import Schedule
+from cwdpo_trainer.config.training_rules import check_training, try_training
+
+AUTO = "auto"
+COOLING_MODES = ("adaptive", "constant", "off")
+LOWER_IS_BETTER = ("_ece", "_tv", "_js")  # suffixes of metric names
+
+
+@dataclass
+class StageArguments(TrainingArguments):
+    """Options of both stages, in addition to those of `transformers.TrainingArguments`.
+
+    The `eval_*` options control the probes. These defaults differ from the library's: `eval_strategy` steps,
+    `eval_on_start` true, `logging_steps` 10, `save_total_limit` 2 (null or >= 2),
+    `restore_callback_states_from_checkpoint` true, `dataloader_pin_memory` true only if there is an accelerator,
+    `logging_nan_inf_filter` false: a stage stops at a loss that is not finite.
+
+    Refused: `output_dir` and `seed` (top-level keys set them), `data_seed`, `remove_unused_columns`, `do_train`,
+    `do_eval` and `do_predict` (the trainer sets them), `save_only_model`, `resume_from_checkpoint`,
+    `label_smoothing_factor` and `deepspeed` (not supported).
+
+    - `activation_checkpointing`: compute activations again in the backward, to save memory. transformers before 5.23
+      names it `gradient_checkpointing`; here it has the new name with every version.
+    - `early_stopping_patience`: stop after this many probes in a row without a better `metric_for_best_model`. Any
+      probe metric can decide, such as `chosen_mean_logp`. null: never stop early.
+    - `greater_is_better`: null: true, except for calibration errors and distances to the reference (metrics that end
+      in `_ece`, `_tv` or `_js`).
+    - `stop_on`: names of the doctor's findings (config/findings.py) that stop the stage when a probe shows one. A
+      finding that holds from the start stops the stage after its first step.
+    """
+
+    stage: ClassVar[str]  # name of the section
+
+    eval_strategy: str = "steps"
+    eval_on_start: bool = True
+    logging_steps: float = 10
+    save_total_limit: int | None = 2
+    restore_callback_states_from_checkpoint: bool = True  # a resumed run keeps its early-stopping count
+    logging_nan_inf_filter: bool = False
+    remove_unused_columns: bool = False
+    dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
+    activation_checkpointing: bool | None = None
+    early_stopping_patience: int | None = None
+    stop_on: list[str] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check = Checks()
+        self._check_options(check)
+        check.done()
+        if self.greater_is_better is None and self.metric_for_best_model is not None:
+            self.greater_is_better = not self.metric_for_best_model.endswith(LOWER_IS_BETTER)
+        if self.use_liger_kernel:
+            # Liger's kernels serve the rest of the model. Its fused heads would replace ours.
+            fused_heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
+            self.liger_kernel_config = {**(self.liger_kernel_config or {}), **fused_heads}
+        if self.activation_checkpointing is not None and not hasattr(TrainingArguments, "activation_checkpointing"):
+            self.gradient_checkpointing = self.activation_checkpointing
+        super().__post_init__()
+        try_training(self)
+
+    def _check_options(self, check: Checks) -> None:
+        check_training(self, check)
+        patience = self.early_stopping_patience
+        check(patience is None or patience >= 1, "early_stopping_patience", "null or an integer >= 1", patience)
+        known = finding_names(self.stage)
+        for name in self.stop_on:
+            check(name in known, "stop_on", f"names of findings out of {', '.join(known)}", name)
+        installed = get_available_reporting_integrations()
+        trackers = [self.report_to] if isinstance(self.report_to, str) else self.report_to or []
+        for name in trackers:
+            check(name in (*installed, "all", "none"), "report_to", f"installed trackers, out of {installed}", name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the access token: the library pickles its options into every checkpoint and saved model."""
+        return {**self.__dict__, "hub_token": None}
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the stage's checkpoints."""
+        return Path(self.output_dir or "")
+
+
+@dataclass
+class SFTArguments(StageArguments):
+    """Stage 1, constrained SFT: NLL of the chosen answers plus a gentle penalty on likely rejected answers.
+
+    See `cwdpo_kernels.GentleNegatives`, whose defaults apply.
+
+    - `negatives`: penalty on rejected answers: `hinge` keeps their mean NLL above `nll_floor`; `smoothed` is
+      label-smoothed cross-entropy on them.
+    - `negatives_weight`: weight of the penalty, >= 0.
+    - `nll_floor`: NLL at which `hinge` stops pushing, in nats per token.
+    - `smoothing`: label smoothing of `smoothed`, in [0, 1).
+    - `normalize`: `token` averages an answer's NLL over its tokens, `sequence` sums it.
+    """
+
+    stage: ClassVar[str] = "sft"
+
+    negatives: str = "hinge"
+    negatives_weight: float = GentleNegatives.weight
+    nll_floor: float = GentleNegatives.nll_floor
+    smoothing: float = GentleNegatives.smoothing
+    normalize: str = "token"
+
+    def _check_options(self, check: Checks) -> None:
+        super()._check_options(check)
+        check(self.negatives in ("hinge", "smoothed"), "negatives", "hinge or smoothed", self.negatives)
+        weight = self.negatives_weight
+        check(math.isfinite(weight) and weight >= 0, "negatives_weight", "a finite number >= 0", weight)
+        check(math.isfinite(self.nll_floor), "nll_floor", "a finite number", self.nll_floor)
+        check(0 <= self.smoothing < 1, "smoothing", "a number in [0, 1)", self.smoothing)
+        check(self.normalize in ("token", "sequence"), "normalize", "token or sequence", self.normalize)
+
+    @property
+    def gentle_negatives(self) -> GentleNegatives:
+        return GentleNegatives(self.negatives_weight, self.nll_floor, self.negatives, self.smoothing, self.normalize)
+
+
+@dataclass
+class DPOArguments(StageArguments):
+    """Stage 2, CW-DPO. Log-probs are in nats.
+
+    - `beta`: the beta of DPO: scale of the log-ratios to the reference, > 0.
+    - `cooling`: weight w_c of a rejected answer: `adaptive` is sigmoid((mean log-prob - `logp_floor`) / `tau`),
+      `constant` is `constant_weight`, `off` is 1 (vanilla DPO).
+    - `logp_floor`, `tau`: a number in nats per token (`tau` > 0), or `auto`: measured on `auto_rows` pairs when the
+      stage starts (stages/cooling.py).
+    - `auto_rows`: number of pairs that `auto` measures, the first ones, >= 2.
+    - `constant_weight`: the weight of `cooling: constant`, in [0, 1]. null for the other modes.
+    - `drop_below`: drop pairs whose rejected answer has a mean log-prob below this, in nats per token (negative
+      filtering, in every cooling mode). null: drop none.
+    - `normalize`: `sequence` compares sums of log-probs (DPO), `token` means.
+    - `onpolicy_fraction`: fraction of the pairs whose negative is sampled from the policy: a number in [0, 1], or
+      [position, fraction] points with linear interpolation. Positions are fractions of the stage, or optimizer steps
+      if any is above 1.
+    - `refresh_steps`: optimizer steps after which a row's sampled answers are replaced, >= 1.
+    - `onpolicy_staleness`: replace a row's sampled answers earlier, once the policy finds them less likely by more
+      than this many nats per token, >= 0. null: do not measure it.
+    - `curriculum`: `hardest_first` orders the pairs by falling w_c under the reference (stages/curriculum.py).
+      null: random order.
+    - `reference_cache`: folder for the reference's log-probs of the dataset's pairs (models/reference_cache.py).
+      Runs can share it. A relative path is inside the run folder. null: compute them at every step.
+    """
+
+    stage: ClassVar[str] = "dpo"
+
+    beta: float = 0.1
+    cooling: str | bool = "adaptive"  # YAML reads `off` as false
+    logp_floor: float | str = Cooling.logp_floor
+    tau: float | str = Cooling.temperature
+    auto_rows: int = 256
+    constant_weight: float | None = None
+    drop_below: float | None = None
+    normalize: str = "sequence"
+    onpolicy_fraction: Any = 0.0
+    onpolicy_staleness: float | None = 0.1
+    refresh_steps: int = 50
+    curriculum: str | None = None
+    reference_cache: str | None = "reference_cache"
+
+    def __post_init__(self) -> None:
+        self.cooling = "off" if self.cooling is False else self.cooling
+        super().__post_init__()
+
+    def _check_options(self, check: Checks) -> None:
+        super()._check_options(check)
+        check(self.cooling in COOLING_MODES, "cooling", one_of(COOLING_MODES), self.cooling)
+        self._check_cooling(check)
+        check(self.auto_rows >= 2, "auto_rows", "an integer >= 2", self.auto_rows)
+        check(math.isfinite(self.beta) and self.beta > 0, "beta", "a finite number > 0", self.beta)
+        check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
+        known = self.curriculum in (None, "hardest_first")
+        check(known, "curriculum", "null or hardest_first", self.curriculum)
+        self._check_onpolicy(check)
+
+    def _check_cooling(self, check: Checks) -> None:
+        floor, tau, weight = self.logp_floor, self.tau, self.constant_weight
+        check(floor == AUTO or is_finite(floor), "logp_floor", "a finite number or auto", floor)
+        check(tau == AUTO or (is_finite(tau) and tau > 0), "tau", "a finite number > 0 or auto", tau)
+        if self.cooling == "constant":
+            ok = weight is not None and 0 <= weight <= 1
+            check(ok, "constant_weight", "a number in [0, 1], as cooling is constant", weight)
+        elif self.cooling in COOLING_MODES:
+            check(weight is None, "constant_weight", "null, as cooling is not constant", weight)
+        low = self.drop_below
+        check(low is None or not math.isnan(low), "drop_below", "null or a number", low)
+
+    def _check_onpolicy(self, check: Checks) -> None:
+        try:
+            fractions = [fraction for _, fraction in self.onpolicy_schedule.points]
+        except ValueError:
+            fractions = []
+            expected = "a number, or [position, fraction] points with increasing positions"
+            check(False, "onpolicy_fraction", expected, self.onpolicy_fraction)
+        for fraction in fractions:
+            check(0 <= fraction <= 1, "onpolicy_fraction", "numbers in [0, 1]", fraction)
+        limit = self.onpolicy_staleness
+        check(limit is None or limit >= 0, "onpolicy_staleness", "null or a number >= 0", limit)
+        check(self.refresh_steps >= 1, "refresh_steps", "an integer >= 1", self.refresh_steps)
+
+    @property
+    def onpolicy_schedule(self) -> Schedule:
+        return Schedule.of(self.onpolicy_fraction)
+
+    @property
+    def is_cooling_measured(self) -> bool:
+        """Whether `logp_floor` or `tau` is measured when the stage starts."""
+        return self.cooling == "adaptive" and AUTO in (self.logp_floor, self.tau)
+
+    @property
+    def fixed_cooling(self) -> Cooling | None:
+        """The cooling that the config determines, or None if it has to be measured."""
+        return None if self.is_cooling_measured else self.cooling_with(Cooling.logp_floor, Cooling.temperature)
+
+    def cooling_with(self, measured_floor: float, measured_tau: float) -> Cooling:
+        """The cooling with measured values instead of `auto`."""
+        floor = measured_floor if isinstance(self.logp_floor, str) else self.logp_floor  # the only string is `auto`
+        tau = measured_tau if isinstance(self.tau, str) else self.tau
+        weight = 1.0 if self.cooling == "off" else self.constant_weight
+        return Cooling(floor, tau, weight, self.drop_below)
