@@ -106,7 +106,7 @@ def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | No
         for drop, constant, per_token in ((None, None, False), (-9.0, 0.5, True)):
             cooling = (0.1, -3.0, 1.0, constant, drop, per_token, IGNORE_INDEX)
             cwdpo_loss.cwdpo_loss(logp, labels, None, cu_seqlens, refs, refs, *cooling)
-        constrained_sft_loss.constrained_sft_loss(logp, labels, None, cu_seqlens, 0.1, 3.0, True, True, IGNORE_INDEX)
+        constrained_sft_loss.constrained_sft_loss(logp, labels, None, cu_seqlens, 0.1, 3.0, "hinge", True, IGNORE_INDEX)
 
 
 def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:

@@ -101,7 +101,7 @@ def constrained_sft_loss(
     chosen: SequenceLogprob, rejected: SequenceLogprob, *, negatives: GentleNegatives,
     rejected_smoothing: Tensor | None = None,
 ) -> ConstrainedSFTOutput:  # fmt: skip
-    """Stage 1: NLL(chosen) + weight * relu(nll_floor - mean_batch NLL(rejected)), or its smoothed variant.
+    """Stage 1: NLL(chosen) + weight * relu(nll_floor - mean_batch NLL(rejected)), or another `GentleNegatives.mode`.
 
     chosen, rejected: the policy's log-probs, [P] each. Differentiable in their totals and in `rejected_smoothing`.
     rejected_smoothing [P]: required if negatives.mode is "smoothed": the sum of z_y - mean_v z_v over each rejected
@@ -182,13 +182,13 @@ def _constrained_sft(
 ) -> ConstrainedSFTOutput:  # fmt: skip
     _check_negatives(op, negatives)
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
-    hinge, per_token = negatives.mode == "hinge", negatives.normalize == "token"
+    per_token = negatives.normalize == "token"
     loss, chosen_nll, rejected_nll, penalty, sum_logp, mean, counts, _ = apply(
         "constrained_sft_loss",
         logp=logp, labels=labels, count=count, cu_seqlens=offsets, weight=float(negatives.weight),
-        nll_floor=float(negatives.nll_floor), hinge=hinge, per_token=per_token, ignore_index=ignore_index,
+        nll_floor=float(negatives.nll_floor), mode=negatives.mode, per_token=per_token, ignore_index=ignore_index,
     )  # fmt: skip
-    if not hinge:
+    if negatives.mode == "smoothed":
         if not isinstance(rejected_smoothing, Tensor):
             kind = type(rejected_smoothing).__name__
             check.fail(op, "rejected_smoothing", "type", "Tensor [P] (mode 'smoothed')", kind)

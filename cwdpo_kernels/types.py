@@ -12,7 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .validation import expect, fail
+from .validation import SFT_MODES, check_choice, expect, fail
 
 IGNORE_INDEX = -100
 
@@ -65,13 +65,18 @@ class Cooling:
 
 @dataclass(frozen=True)
 class GentleNegatives:
-    """The second term of the stage-1 loss, on the rejected answers.
+    """How the stage-1 loss treats the rejected answers.
 
-    mode "hinge":     weight * relu(nll_floor - mean_batch NLL(rejected)). It keeps rejected answers unlikely, and is
-                      zero once their mean NLL reaches `nll_floor` (lambda and C of the paper).
-    mode "smoothed":  weight * label-smoothed cross-entropy of the rejected answers, with mass `smoothing` spread
+    mode "hinge":     adds weight * relu(nll_floor - mean_batch NLL(rejected)). It keeps rejected answers unlikely, and
+                      is zero once their mean NLL reaches `nll_floor` (lambda and C of the paper).
+    mode "hard":      the constraint mean_batch NLL(rejected) >= nll_floor comes first: where a batch violates it, the
+                      loss is nll_floor - mean_batch NLL(rejected) alone, else it is NLL(chosen) alone. `weight` has no
+                      effect. It is the paper's ablation "w/o soft penalty", as a switching subgradient method (Polyak
+                      1967; CRPO, arXiv 2011.05869).
+    mode "smoothed":  adds weight * label-smoothed cross-entropy of the rejected answers, with mass `smoothing` spread
                       uniformly: the low-weight smoothed supervision of the paper's abstract.
-    normalize "token": an answer's NLL is in nats per token; "sequence": it is the sum over the answer.
+    normalize "token": an answer's NLL, and so `nll_floor`, is in nats per token; "sequence": in nats per answer, the
+                      sum over its tokens, which is the unit that the paper prints for C.
     """
 
     weight: float = 0.1
@@ -85,7 +90,7 @@ class GentleNegatives:
         ok = math.isfinite(self.weight) and self.weight >= 0
         expect(ok, op, "weight", "value", "finite and >= 0", self.weight)
         expect(math.isfinite(self.nll_floor), op, "nll_floor", "value", "finite", self.nll_floor)
-        expect(self.mode in ("hinge", "smoothed"), op, "mode", "value", "'hinge' or 'smoothed'", self.mode)
+        check_choice(op, "mode", self.mode, SFT_MODES)
         expect(0 <= self.smoothing < 1, op, "smoothing", "value", "in [0, 1)", self.smoothing)
         ok = self.normalize in ("token", "sequence")
         expect(ok, op, "normalize", "value", "'token' or 'sequence'", self.normalize)
@@ -166,8 +171,8 @@ class CWDPOOutput(NamedTuple):
 class ConstrainedSFTOutput(NamedTuple):
     """`loss` (scalar, differentiable) and, detached, its terms and the policy's log-probs.
 
-    `chosen_nll`, `rejected_nll`: batch means in nats per token (or per sequence); `penalty`: the second term, with its
-    weight.
+    `chosen_nll`, `rejected_nll`: batch means in nats per token (or per sequence); `penalty`: the term of the rejected
+    answers, with its weight. Of mode "hard", a positive `penalty` is the whole loss.
     """
 
     loss: Tensor

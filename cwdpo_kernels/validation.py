@@ -10,6 +10,7 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
+SFT_MODES = ("hinge", "hard", "smoothed")  # of constrained_sft_loss
 
 
 def fail(op: str, arg: str, prop: str, expected: Any, actual: Any) -> NoReturn:

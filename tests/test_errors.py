@@ -94,7 +94,10 @@ CASES = [
     (lambda: ck.Cooling(temperature=0.0), "expected temperature to have value finite and > 0, got 0.0"),
     (lambda: ck.Cooling(logp_floor=float("nan")), "expected logp_floor to have value finite, got nan"),
     (lambda: ck.Cooling(constant=1.5), "expected constant to have value None or in [0, 1], got 1.5"),
-    (lambda: ck.GentleNegatives(mode="hard"), "expected mode to have value 'hinge' or 'smoothed', got hard"),
+    (
+        lambda: ck.GentleNegatives(mode="harsh"),
+        "expected mode to have value 'hinge' or 'hard' or 'smoothed', got 'harsh'",
+    ),
     (lambda: ck.GentleNegatives(weight=-1.0), "expected weight to have value finite and >= 0, got -1.0"),
     (
         lambda: ck.MemoryBudget(workspace_bytes=0),

@@ -48,7 +48,7 @@ def op_cases():
         ("sequence_logprob_backward", (torch.ones(4), torch.ones(4), labels, count, CU, -100)),
         ("cwdpo_loss", (token, labels, None, CU, *refs, *cooling)),
         ("cwdpo_loss", (token[:4].detach().requires_grad_(), None, count, torch.arange(5), *refs, *cooling)),
-        ("constrained_sft_loss", (token, labels, None, CU, 0.1, 5.0, True, True, -100)),
+        ("constrained_sft_loss", (token, labels, None, CU, 0.1, 5.0, "hinge", True, -100)),
     ]
 
 

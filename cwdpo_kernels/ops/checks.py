@@ -46,6 +46,8 @@ def check_arguments(op: str, values: Values) -> None:
         matrix, rows_name, columns = ("weight", "hidden", 0) if "weight" in tensors else ("logits", "logits", 1)
         vocab = tensors[matrix].shape[columns]
         check.check_labels(op, tensors["labels"], tensors[rows_name], rows_name, vocab, values["ignore_index"])
+    if "mode" in values:
+        check.check_choice(op, "mode", values["mode"], check.SFT_MODES)
     for name in BY_VALUE:
         if values.get(name) is not None:
             least = UNINITIALIZED if name == "kept_bytes" else 0

@@ -9,7 +9,7 @@ from .schema import define, register_fake
 
 define(
     "constrained_sft_loss",
-    "(Tensor logp, Tensor? labels, Tensor? count, Tensor cu_seqlens, float weight, float nll_floor, bool hinge, "
+    "(Tensor logp, Tensor? labels, Tensor? count, Tensor cu_seqlens, float weight, float nll_floor, str mode, "
     "bool per_token, int ignore_index) -> (Tensor loss, Tensor chosen_nll, Tensor rejected_nll, Tensor penalty, "
     "Tensor sum_logp, Tensor mean, Tensor count_out, Tensor grad_logp)",
 )

@@ -29,4 +29,7 @@ def constrained_sft_loss(
     if negatives.mode == "smoothed":
         return chosen + negatives.weight * batch_nll(range(pairs, 2 * pairs), negatives.smoothing)[0]
     rejected, n_rejected = batch_nll(range(pairs, 2 * pairs))
-    return chosen + (negatives.weight * torch.relu(negatives.nll_floor - rejected) if n_rejected else 0.0)
+    shortfall = negatives.nll_floor - rejected
+    if negatives.mode == "hard":
+        return shortfall if n_rejected and shortfall > 0 else chosen
+    return chosen + (negatives.weight * torch.relu(shortfall) if n_rejected else 0.0)

@@ -32,7 +32,7 @@ def _mean_nll(sum_logp_ptr, count_ptr, offs, mask, PER_TOKEN: tl.constexpr):
 def _sft_kernel(
     logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, loss_ptr, chosen_nll_ptr, rejected_nll_ptr, penalty_ptr,
     sum_logp_ptr, mean_ptr, count_out_ptr, grad_logp_ptr, grad_sum_logp_ptr, P, weight, nll_floor, ignore_index,
-    HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, HINGE: tl.constexpr, PER_TOKEN: tl.constexpr,
+    HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, MODE: tl.constexpr, PER_TOKEN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     all_segment_sums(
@@ -46,12 +46,17 @@ def _sft_kernel(
     # A weight of 0 leaves out impossible negatives (0 * inf).
     penalty = tl.where((weight == 0) & (rejected_nll == float("inf")), 0.0, weight * rejected_nll)
     slope = -weight
-    if HINGE:
+    if MODE != "smoothed":
         # Without a rejected answer the penalty is 0, even if the floor is positive. NaN is active, to stay visible.
         active = (n_rejected > 0) & ((nll_floor > rejected_nll) | (rejected_nll != rejected_nll))
         penalty = tl.where(active, weight * (nll_floor - rejected_nll), 0.0)
         slope = tl.where(active, weight, 0.0)
-    tl.store(loss_ptr, chosen_nll + penalty)
+    loss = chosen_nll + penalty
+    if MODE == "hard":  # a violated constraint is the whole loss, but never hides a NaN of the chosen answers
+        alone = active & (chosen_nll == chosen_nll)
+        loss = tl.where(alone, penalty, loss)
+        chosen_share = tl.where(alone, 0.0, chosen_share)
+    tl.store(loss_ptr, loss)
     tl.store(chosen_nll_ptr, chosen_nll)
     tl.store(rejected_nll_ptr, rejected_nll)
     tl.store(penalty_ptr, penalty)
@@ -62,7 +67,7 @@ def _sft_kernel(
 
 def constrained_sft_loss(
     logp: Tensor, labels: Tensor | None, count: Tensor | None, cu_seqlens: Tensor, weight: float, nll_floor: float,
-    hinge: bool, per_token: bool, ignore_index: int,
+    mode: str, per_token: bool, ignore_index: int,
 ) -> tuple[Tensor, ...]:  # fmt: skip
     """(loss, chosen_nll, rejected_nll, penalty, sum_logp, mean, count, grad_logp)."""
     pairs = (cu_seqlens.shape[0] - 1) // 2
@@ -74,8 +79,8 @@ def constrained_sft_loss(
         _sft_kernel[(1,)](
             logp.contiguous(), logp if labels is None else labels.contiguous(),
             logp if count is None else count.contiguous(), cu_seqlens.contiguous(), *scalars, sum_logp, mean, count_out,
-            grad_logp, grad_sum_logp, pairs, weight, nll_floor, ignore_index, HAS_LABELS=labels is not None,
-            HAS_COUNT=count is not None, HINGE=hinge, PER_TOKEN=per_token, BLOCK_P=triton.next_power_of_2(pairs),
-            BLOCK=BLOCK_TOKENS, num_warps=8, **COMPILER_OPTIONS,
+            grad_logp, grad_sum_logp, pairs, 1.0 if mode == "hard" else weight, nll_floor, ignore_index,
+            HAS_LABELS=labels is not None, HAS_COUNT=count is not None, MODE=mode, PER_TOKEN=per_token,
+            BLOCK_P=triton.next_power_of_2(pairs), BLOCK=BLOCK_TOKENS, num_warps=8, **COMPILER_OPTIONS,
         )  # fmt: skip
     return *scalars, sum_logp, mean, count_out, grad_logp

@@ -9,6 +9,9 @@ NEGATIVES = [
     pytest.param(ck.GentleNegatives(weight=0.3, nll_floor=50.0), id="active"),
     pytest.param(ck.GentleNegatives(weight=0.3, nll_floor=0.5), id="satisfied"),
     pytest.param(ck.GentleNegatives(weight=0.3, nll_floor=500.0, normalize="sequence"), id="sequence"),
+    pytest.param(ck.GentleNegatives(mode="hard", nll_floor=50.0), id="hard-violated"),
+    pytest.param(ck.GentleNegatives(mode="hard", nll_floor=0.5), id="hard-satisfied"),
+    pytest.param(ck.GentleNegatives(mode="hard", nll_floor=500.0, normalize="sequence"), id="hard-sequence"),
     pytest.param(ck.GentleNegatives(weight=0.3, mode="smoothed", smoothing=0.2), id="smoothed"),
     pytest.param(ck.GentleNegatives(weight=0.3, mode="smoothed", normalize="sequence"), id="smoothed-sequence"),
     pytest.param(ck.GentleNegatives(weight=0.0), id="plain-sft"),
@@ -27,7 +30,8 @@ def test_against_full_logits(negatives, exact_dtype, close):
     truth = reference.constrained_sft_loss(reference.head_logits(hidden, head), labels, negatives)
     out = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=negatives)
     close(out.loss, truth)
-    close(out.loss, out.chosen_nll + out.penalty)
+    violated = negatives.mode == "hard" and out.penalty > 0
+    close(out.loss, out.penalty if violated else out.chosen_nll + out.penalty)
     grads = (torch.autograd.grad(loss, leaves(hidden, head)) for loss in (out.loss, truth))
     for actual, expected in zip(*grads, strict=True):
         close(actual, expected)
@@ -54,7 +58,7 @@ def test_from_sequences(negatives, exact_dtype, close):
         close(actual, expected)
 
 
-@pytest.mark.parametrize("mode", ["hinge", "smoothed"])
+@pytest.mark.parametrize("mode", ["hinge", "hard", "smoothed"])
 def test_nothing_labeled(mode, exact_dtype):
     hidden, head, _ = make_batch(exact_dtype)
     labels = torch.full((6, 9), -100)

@@ -38,6 +38,7 @@ FUNCTIONS = {
     "sequence_logprob": lambda hidden, weight: ck.linear_sequence_logprob(hidden, weight, labels()).mean.sum(),
     "cwdpo_loss": cwdpo,
     "constrained_sft_loss": gentle("hinge"),
+    "constrained_sft_loss, hard": gentle("hard"),
     "constrained_sft_loss, smoothed": gentle("smoothed"),
     "torch's linear_cross_entropy": lambda h, w: torch_nn.linear_cross_entropy(h.flatten(0, 1), w, labels().flatten()),
     "cut-cross-entropy": lambda hidden, weight: cut_cross_entropy.linear_cross_entropy(hidden, weight, labels()),

@@ -35,7 +35,7 @@ def test_wrong_offsets(values):
         lambda: OPS.cwdpo_loss(
             logp, labels, None, paired(values), ref, ref, 0.1, -3.0, 1.0, None, None, False, -100
         ),
-        lambda: OPS.constrained_sft_loss(logp, labels, None, paired(values), 0.1, 3.0, True, True, -100),
+        lambda: OPS.constrained_sft_loss(logp, labels, None, paired(values), 0.1, 3.0, "hinge", True, -100),
     ]  # fmt: skip
     for call in calls:
         with pytest.raises(REFUSED, match="expected cu_seqlens to have"):
@@ -131,7 +131,7 @@ def test_tokens_outside_rows_do_not_count():
     truth = ck.linear_cwdpo_loss(hidden, head, kept, ref, ref, **options)
     torch.testing.assert_close(ours.cooling_weight, truth.cooling_weight)
     torch.testing.assert_close(ours.loss, truth.loss)
-    for mode in ("hinge", "smoothed"):
+    for mode in ("hinge", "hard", "smoothed"):
         negatives = ck.GentleNegatives(mode=mode, nll_floor=50.0)
         ours = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=negatives, rows=rows)
         truth = ck.linear_constrained_sft_loss(hidden, head, kept, negatives=negatives)

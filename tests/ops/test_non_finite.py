@@ -314,7 +314,7 @@ def test_an_impossible_negative_with_a_weight():
         assert torch.isfinite(torch.cat(grads)).all()
 
 
-@pytest.mark.parametrize("mode", ["hinge", "smoothed"])
+@pytest.mark.parametrize("mode", ["hinge", "hard", "smoothed"])
 @pytest.mark.parametrize("weight", [0.0, 0.3])
 def test_constrained_sft_with_impossible_or_broken_negatives(mode, weight):
     negatives = ck.GentleNegatives(weight=weight, mode=mode, smoothing=0.0)
@@ -328,9 +328,16 @@ def test_constrained_sft_with_impossible_or_broken_negatives(mode, weight):
     assert np.isnan(loss(pair([NAN, -4.0])))
 
 
+@pytest.mark.parametrize("nll_floor", [0.5, 50.0], ids=["satisfied", "violated"])
+def test_a_hard_constraint_does_not_hide_broken_chosen_answers(nll_floor):
+    negatives = ck.GentleNegatives(mode="hard", nll_floor=nll_floor)
+    out = ck.constrained_sft_loss(pair([NAN, -4.0]), pair([-2.0, -4.0]), negatives=negatives)
+    assert np.isnan(out.loss.item())
+
+
 @pytest.mark.parametrize("value", [NAN, INF])
 @pytest.mark.parametrize("rows", [False, True], ids=["gathered", "all_rows"])
-@pytest.mark.parametrize("mode", ["hinge", "smoothed"])
+@pytest.mark.parametrize("mode", ["hinge", "hard", "smoothed"])
 def test_hidden_states_of_ignored_tokens_do_not_matter(mode, rows, value):
     hidden, head, labels = make_inputs((4, 5), 300, 12, bias=True)
     assert (labels == -100).any()

@@ -1,4 +1,4 @@
-"""Sections of a config file: keys and types are checked, and each becomes a dataclass of the files *arguments.py here."""
+"""Sections of a config file: keys and types are checked, and each becomes a dataclass of *arguments.py."""
 
 from __future__ import annotations
 
