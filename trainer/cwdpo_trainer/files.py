@@ -111,11 +111,14 @@ def sha256_of_all(paths: Sequence[Path]) -> list[str]:
         return list(threads.map(sha256, paths))
 
 
-def read_text(path: Path) -> str:
-    """The text of a file. Raises `InputError` if it does not exist or cannot be read as UTF-8."""
+def read_text(path: Path, largest: int | None = None) -> str:
+    """The text of a file. Raises `InputError` if it does not exist, has more than `largest` bytes, or cannot be read as
+    UTF-8."""
     try:
         require(path.exists(), str(path), "", "", "no such file")
         require(path.is_file(), str(path), "", "a file", "a folder" if path.is_dir() else "a special file")
+        size = path.stat().st_size
+        require(largest is None or size <= largest, str(path), "", f"at most {largest} bytes", size)
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(str(path), "", "UTF-8 text", describe(error)) from error

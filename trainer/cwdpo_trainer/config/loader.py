@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,23 +24,28 @@ from cwdpo_trainer.config.arguments import (
 )
 from cwdpo_trainer.config.sections import SECTIONS, STAGES, as_type, check_known, collecting, make_section, with_type
 from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments, StageArguments
-from cwdpo_trainer.config.yaml_text import parse_yaml
+from cwdpo_trainer.config.yaml_text import DEEPEST, LARGEST_TEXT, parse_yaml
 from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
 from cwdpo_trainer.files import check_writable_folder, read_text
 
 KEYS = (*SECTIONS, "output_dir", "seed", "prepare")
 COMMAND_LINE = "command line"  # `InputError.where` of an override
 LARGEST_SEED = 2**32 - 1  # of numpy
+FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # as package.module:function
+A_FUNCTION = "the name of a function, as package.module:function"
 
 
 @dataclass(frozen=True)
 class Preparation:
-    """The section `prepare`: the function called `name`, to call with a folder and `options` before a run reads its
-    data."""
+    """The section `prepare`: the function called `name`, as "package.module:function", to call with `folder` and
+    `options` before a run reads its data. Only `prepare` imports it."""
 
     name: str
-    function: Callable[..., Any]
+    folder: Path
     options: dict[str, Any]
+
+    def __str__(self) -> str:
+        return f"{self.name}({', '.join([repr(str(self.folder)), *(f'{k}={v!r}' for k, v in self.options.items())])})"
 
 
 @dataclass
@@ -119,7 +125,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         seed = number
     with collecting(errors):
         if raw.get("prepare") is not None:
-            base, preparation = _preparation(where, raw["prepare"])
+            preparation = _preparation(where, raw["prepare"])
+            base = preparation.folder
     if output_dir is None or sections["model"] is None or sections["data"] is None:
         return None, errors
     for name in STAGES:
@@ -142,21 +149,32 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
 
 
 def prepare(config: RunConfig) -> None:
-    """Call the function of the section `prepare`, if there is one. Raises `InputError` if it fails."""
-    if config.preparation is None:
+    """Call the function of the section `prepare`, if there is one. Raises `InputError` if it cannot be called or fails.
+
+    This imports and calls what the config names, so it is for runs only: whatever else reads a config is free of side
+    effects.
+    """
+    preparation = config.preparation
+    if preparation is None:
         return
+    where, name, options = config.where, preparation.name, preparation.options
+    function = _function(where, name)
     try:
-        config.preparation.function(config.base, **config.preparation.options)
+        inspect.signature(function).bind(preparation.folder, **options)
+    except (TypeError, ValueError) as error:
+        raise InputError(where, "prepare", f"arguments that {name} accepts", f"{options} ({error})") from error
+    try:
+        function(preparation.folder, **options)
     except InputError:
         raise
     except Exception as error:  # whatever the user's function raises
         frame = traceback.extract_tb(error.__traceback__)[-1]
         got = f"{describe(error)} ({frame.filename}:{frame.lineno})"
-        raise InputError(config.where, "prepare", f"a call of {config.preparation.name} that succeeds", got) from error
+        raise InputError(where, "prepare", f"a call of {name} that succeeds", got) from error
 
 
 def _read(path: Path) -> dict[str, Any]:
-    text = read_text(path)
+    text = read_text(path, 4 * LARGEST_TEXT)  # bytes; a character has at most 4
     try:
         raw = parse_yaml(text)
     except InputError as error:
@@ -169,6 +187,7 @@ def _override(raw: dict[str, Any], override: str) -> None:
     key, equals, value = override.partition("=")
     require(bool(equals and key), COMMAND_LINE, "", "an override of the form section.key=value", repr(override))
     *parents, last = key.split(".")
+    require(len(parents) < DEEPEST, COMMAND_LINE, shorten(key, 80), f"at most {DEEPEST} levels", len(parents) + 1)
     target = raw
     for parent in parents:
         if target.get(parent) is None:
@@ -181,19 +200,20 @@ def _override(raw: dict[str, Any], override: str) -> None:
         raise InputError(COMMAND_LINE, key, "a YAML value", f"{shorten(repr(value))} ({error.got})") from error
 
 
-def _preparation(where: str, section: Any) -> tuple[Path, Preparation]:
-    """The folder of the section `prepare`, where relative paths start, and the call that fills it."""
+def _preparation(where: str, section: Any) -> Preparation:
+    """The section `prepare`. Its folder is where relative paths start."""
     require(isinstance(section, dict), where, "prepare", "a mapping", with_type(section))
     name, folder = (as_type(where, f"prepare.{key}", section.get(key), str) for key in ("function", "folder"))
+    require(FUNCTION.fullmatch(name) is not None, where, "prepare.function", A_FUNCTION, repr(name))
+    options = {key: value for key, value in section.items() if key not in ("function", "folder")}
+    wrong = [key for key in options if not isinstance(key, str)]
+    require(not wrong, where, "prepare", "names of the function's arguments", ", ".join(map(with_type, wrong)))
+    return Preparation(name, Path(folder), options)
+
+
+def _function(where: str, name: str) -> Callable[..., Any]:
     module, _, attribute = name.partition(":")
     try:
-        function = getattr(importlib.import_module(module), attribute)
+        return getattr(importlib.import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises
-        expected = "the name of a function, as package.module:function"
-        raise InputError(where, "prepare.function", expected, f"{name!r} ({describe(error)})") from error
-    options = {key: value for key, value in section.items() if key not in ("function", "folder")}
-    try:
-        inspect.signature(function).bind(Path(folder), **options)
-    except (TypeError, ValueError) as error:
-        raise InputError(where, "prepare", f"arguments that {name} accepts", f"{options} ({error})") from error
-    return Path(folder), Preparation(name, function, options)
+        raise InputError(where, "prepare.function", A_FUNCTION, f"{name!r} ({describe(error)})") from error
