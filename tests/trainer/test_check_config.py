@@ -313,7 +313,7 @@ def test_every_probe_metric_is_accepted(case, metric):
 
 
 def test_a_missing_dependency_of_the_processor_is_named(case, monkeypatch):
-    def load(path):
+    def load(path, **options):
         raise ImportError("Qwen2VLVideoProcessor requires the Torchvision library")
 
     monkeypatch.setattr("cwdpo_trainer.models.loading.AutoProcessor.from_pretrained", load)
@@ -350,6 +350,44 @@ def test_an_unusable_config_is_reported(case, capsys, override):
 def test_an_invalid_section_prepare_is_one_problem(case):
     (problem,) = case.problems("prepare=3")
     assert (problem.name, "prepare: expected a mapping, got 3 (int)" in problem.evidence) == ("config", True)
+
+
+@pytest.mark.parametrize("function", ["shutil:rmtree", "planted:main", "cwdpo_trainer.recipes.digits:prepare"])
+def test_a_check_neither_imports_nor_calls_what_a_config_names(case, function, monkeypatch, capsys):
+    (case.folder / "planted.py").write_text("raise SystemExit('imported')")
+    monkeypatch.syspath_prepend(case.folder)
+    case.settings["prepare"] = {"function": function, "folder": str(case.folder)}
+    before = sorted(case.save().parent.rglob("*"))
+    assert main(["check", str(case.save()), "--no-model"]) == 0
+    assert sorted(case.folder.rglob("*")) == before
+    printed = capsys.readouterr().out
+    assert f"warning prepare: skipped the call {function}('{case.folder}'): check does not execute" in printed
+    assert "  -> if it makes files that are missing: cwdpo check CONFIG --prepare" in printed
+
+
+def test_a_check_calls_the_function_if_told_to(case):
+    case.settings["prepare"] = {"function": "pathlib:Path.mkdir", "folder": str(case.folder / "made")}
+    (problem,) = case.problems()
+    assert "prepare.function: expected the name of a function, as package.module:function" in problem.evidence
+    case.settings["prepare"] = {"function": "os:makedirs", "folder": str(case.folder / "made")}
+    main(["check", str(case.save()), "--no-model", "--prepare"])
+    assert (case.folder / "made").is_dir()
+
+
+@pytest.mark.parametrize("file", ["config.json", "processor_config.json"])
+def test_code_that_came_with_a_model_is_refused(case, file, monkeypatch):
+    """Nothing is run, and nobody is asked."""
+    path, name = (
+        case.folder / "model" / file,
+        {"config.json": "AutoConfig", "processor_config.json": "AutoProcessor"}[file],
+    )
+    (case.folder / "model" / "planted.py").write_text(f"open({str(case.folder / 'ran')!r}, 'w')\n")
+    settings = json.loads(path.read_text()) | {"auto_map": {name: "planted.Planted"}}
+    settings |= {"model_type": "planted"} if file == "config.json" else {"processor_class": "Planted"}
+    path.write_text(json.dumps(settings))
+    monkeypatch.setattr("builtins.input", lambda *_: pytest.fail("asked"))
+    assert any(problem.severity == ERROR for problem in case.problems())
+    assert not (case.folder / "ran").exists()
 
 
 def test_skipped_rows_are_a_warning(case):

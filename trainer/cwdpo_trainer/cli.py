@@ -162,8 +162,8 @@ def _add_check(commands: Commands) -> None:
         "find mistakes in a config and its data before training",
         "Print the installed versions and the backends. With CONFIG, also read the config,\n"
         "the data and the model as a run would, and print every mistake, the lengths of the\n"
-        "rows and the memory of the head. Writes no file, except through the config's\n"
-        "'prepare' function. The exit status is 1 if there are errors.",
+        "rows and the memory of the head. It writes no file, and calls the config's 'prepare'\n"
+        "function only with --prepare. The exit status is 1 if there are errors.",
         "cwdpo check mine.yaml --rows 2000",
     )
     command.add_argument("config", metavar="CONFIG", type=Path, nargs="?", help="the run's YAML file")
@@ -172,6 +172,8 @@ def _add_check(commands: Commands) -> None:
     command.add_argument("--rows", type=_positive, metavar="N", default=512, help=text)
     text = "skip the test that loads the model and runs one pair through it"
     command.add_argument("--no-model", action="store_true", help=text)
+    text = "call the config's 'prepare' function first, as a run does"
+    command.add_argument("--prepare", action="store_true", help=text)
     command.set_defaults(execute=_check)
 
 
@@ -179,7 +181,7 @@ def _check(parsed: argparse.Namespace) -> int:
     from cwdpo_trainer.preflight.report import check_run, environment_report
 
     if parsed.config is not None:
-        return check_run(parsed.config, parsed.override, parsed.rows, load=not parsed.no_model)
+        return check_run(parsed.config, parsed.override, parsed.rows, not parsed.no_model, parsed.prepare)
     say(environment_report())
     return 0
 

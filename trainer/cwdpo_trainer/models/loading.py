@@ -57,7 +57,8 @@ def move(model: nn.Module, device: torch.device) -> None:
 def load_processor(path: str) -> ProcessorMixin:
     """The processor of the model at `path`. Raises `InputError` if there is none for text and images."""
     with loading(path, "a vision-language model with its processor"):
-        processor = AutoProcessor.from_pretrained(path)
+        # Without a value, transformers asks on the terminal whether to run code that came with the model.
+        processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")
     require(usable, path, "processor", "a tokenizer and an image_processor", type(processor).__name__)
     return processor
@@ -78,7 +79,9 @@ def _load(settings: ModelArguments, path: str) -> PreTrainedModel:
     if settings.quantization is not None:
         options["quantization_config"] = _quantization(settings)
     with loading(path, f"a vision-language model that loads with {options or 'default options'}"):
-        return AutoModelForImageTextToText.from_pretrained(path, dtype=settings.torch_dtype, **options)
+        return AutoModelForImageTextToText.from_pretrained(
+            path, dtype=settings.torch_dtype, trust_remote_code=False, **options
+        )
 
 
 def _quantization(settings: ModelArguments) -> BitsAndBytesConfig:

@@ -49,6 +49,6 @@ def _check_files(folder: Path) -> None:
             raise InputError(str(file), "", "a whole safetensors file", describe(error)) from error
     if (folder / CONFIG_FILE).is_file():
         try:
-            AutoConfig.from_pretrained(folder)
+            AutoConfig.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # of a value with a wrong type
             raise InputError(str(folder / CONFIG_FILE), "", "the config of a model", describe(error)) from error

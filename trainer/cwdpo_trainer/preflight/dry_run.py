@@ -24,11 +24,14 @@ from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
 
 
-def dry_run(path: Path, overrides: Sequence[str], rows: int) -> tuple[RunPreview | None, list[Problem]]:
+def dry_run(
+    path: Path, overrides: Sequence[str], rows: int, call_prepare: bool = False
+) -> tuple[RunPreview | None, list[Problem]]:
     """Preview the run of the config file at `path`. Returns the preview and all problems.
 
     Checks at most `rows` rows of each dataset one by one, evenly spaced. The preview is None if the config lacks model,
-    data or output_dir. Calls the config's `prepare` function, and writes nothing else.
+    data or output_dir. Writes nothing, and imports and calls the config's `prepare` function only if `call_prepare` is
+    set.
     """
     try:
         config, mistakes = read_config(path, overrides)
@@ -38,7 +41,7 @@ def dry_run(path: Path, overrides: Sequence[str], rows: int) -> tuple[RunPreview
     problems = [Problem(ERROR, "config", str(mistake), "correct this key") for mistake in mistakes]
     if config is None:
         return None, problems
-    preview = RunPreview(config)
+    preview = RunPreview(config, call_prepare=call_prepare)
     for step in (_prepare, _train, _heldout, _model_path, _processor, _model, _rows, _max_length):
         try:
             for problem in step(preview, rows):  # not `extend`: keep those found before an error
@@ -52,8 +55,12 @@ def dry_run(path: Path, overrides: Sequence[str], rows: int) -> tuple[RunPreview
 
 
 def _prepare(preview: RunPreview, rows: int) -> Iterator[Problem]:
-    prepare(preview.config)
-    yield from ()
+    preparation = preview.config.preparation
+    if preparation is None or preview.call_prepare:
+        prepare(preview.config)
+        return
+    evidence = f"skipped the call {shorten(preparation)}: check does not execute what a config names"
+    yield Problem(WARNING, "prepare", evidence, "if it makes files that are missing: cwdpo check CONFIG --prepare")
 
 
 def _train(preview: RunPreview, rows: int) -> Iterator[Problem]:
@@ -108,9 +115,9 @@ def _model(preview: RunPreview, rows: int) -> Iterator[Problem]:
         return
     path = base_model(preview.model_path)
     with loading(path, "the config of a vision-language model"):
-        config = AutoConfig.from_pretrained(path)
+        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
         with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config)
+            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
     head = model.get_output_embeddings()
     require(head is not None, path, type(model).__name__, "an output head over the vocabulary", "none")

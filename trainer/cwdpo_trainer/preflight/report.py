@@ -51,13 +51,14 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def check_run(path: Path, overrides: Sequence[str], rows: int, load: bool) -> int:
+def check_run(path: Path, overrides: Sequence[str], rows: int, load: bool, call_prepare: bool) -> int:
     """Print the report on the config file at `path`. Returns the exit status: 1 if there are errors, else 0.
 
     Checks at most `rows` rows of each dataset one by one. `load`: load the model and run one pair through it.
+    `call_prepare`: call the config's `prepare` function, which a dry run skips.
     """
     say(environment_report())
-    preview, problems = dry_run(path, overrides, rows)
+    preview, problems = dry_run(path, overrides, rows, call_prepare)
     if preview is not None:
         for name in preview.rows:
             say("\n".join(_dataset_report(preview, name)))

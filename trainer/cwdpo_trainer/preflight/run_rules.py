@@ -76,10 +76,11 @@ class RunPreview:
 
     `unused`: columns that are not read. `model_path`: the model's folder or name. `sample`: the rows that are checked
     one by one. `lengths` of those without a mistake, by row id. `fits`: the outcome of data.max_length for them, if it
-    is set.
+    is set. `call_prepare`: call the config's `prepare` function.
     """
 
     config: RunConfig
+    call_prepare: bool = False
     digests: dict[str, str] = field(default_factory=dict)
     unused: dict[str, list[str]] = field(default_factory=dict)
     rows: dict[str, list[Row]] = field(default_factory=dict)
