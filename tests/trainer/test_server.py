@@ -16,9 +16,9 @@ from PIL import Image, ImageChops
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.negatives import server as server_module
+from cwdpo_trainer.negatives import http_json
 from cwdpo_trainer.negatives.policy import PolicyInTraining
-from cwdpo_trainer.negatives.server import AnswerServer
+from cwdpo_trainer.negatives.server import AnswerServer, chat_messages
 
 # Renders content parts, as real chat templates do.
 TEMPLATE = (
@@ -81,9 +81,13 @@ def chat_rows(rows):
 
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
-    """Replaces `time.sleep`: returns the list of requested pauses."""
+    """Replaces the pauses before further attempts: returns the list of those requested."""
     taken = []
-    monkeypatch.setattr(server_module.time, "sleep", taken.append)
+
+    async def pause(seconds):
+        taken.append(seconds)
+
+    monkeypatch.setattr(http_json, "_pause", pause)
     return taken
 
 
@@ -137,12 +141,42 @@ def test_failing_servers_are_reported(stub, chat, chat_rows, status, attempts):
 
 
 def test_unusable_servers_are_reported(chat, chat_rows, stub, pauses):
-    with pytest.raises(InputError, match=r"http://127.0.0.1:1/v1/models: expected an answer, got .*refused"):
+    with pytest.raises(InputError, match=r"http://127.0.0.1:1/v1/models: expected an answer, got ConnectError: "):
         AnswerServer.open("http://127.0.0.1:1", chat_rows)
     assert len(pauses) == 3
     stub.models = []
     with pytest.raises(InputError, match=r"expected at least 1 model, got 0"):
         AnswerServer.open(stub.url, chat_rows)
+
+
+PARTS = [
+    {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}},
+    {"type": "video_url", "video_url": {"url": "file:///etc/passwd"}},
+    {"type": "input_audio", "input_audio": {}},
+    {"type": "text", "text": 3},
+    {"type": "text"},
+    {"type": ["text"]},
+]
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_parts_that_name_something_to_fetch_are_refused(chat_rows, stub, part):
+    prompt = [{"role": "user", "content": [{"type": "image"}, part]}]
+    row = dataclasses.replace(chat_rows[0], prompt=prompt)
+    with pytest.raises(
+        InputError, match=r"train.jsonl:1: prompt: expected parts of type text or image, as .*got one of"
+    ):
+        AnswerServer.open(stub.url, [row])
+
+
+def test_nothing_but_text_and_images_is_sent(chat_rows):
+    url = {"url": "http://169.254.169.254/"}
+    content = [{"type": "image", "image_url": url, "url": "x"}, {"type": "text", "text": "describe", "image_url": url}]
+    row = dataclasses.replace(chat_rows[0], prompt=[{"role": "user", "content": content}])
+    ((image, text),) = [message["content"] for message in chat_messages(row)]
+    assert text == {"type": "text", "text": "describe"}
+    assert list(image) == ["type", "image_url"]
+    assert image["image_url"]["url"].startswith("data:image/png;base64,")
 
 
 def test_prompts_that_cannot_be_sent_are_refused(rows, chat_rows, stub):

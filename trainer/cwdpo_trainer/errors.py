@@ -55,8 +55,15 @@ def require(condition: bool, where: str, what: str, expected: Any, got: Any) -> 
 
 
 def shorten(text: object, limit: int = 300) -> str:
-    """`text` on one line of at most `limit` characters."""
+    """`text` on one line of at most `limit` characters.
+
+    Control characters, and others that a terminal does not show, are written as Python's escapes: the text may come
+    from a file or a server.
+    """
     line = " ".join(str(text).split())
+    if not line.isprintable():
+        escape = "unicode_escape"
+        line = "".join(one if one.isprintable() else one.encode(escape).decode() for one in line[: limit + 1])
     return line if len(line) <= limit else line[: limit - 3] + "..."
 
 

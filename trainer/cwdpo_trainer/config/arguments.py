@@ -5,7 +5,9 @@ stage_arguments.py has those of the stages.
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, field
+from urllib.parse import urlsplit
 
 import torch
 
@@ -135,6 +137,15 @@ class ProbeArguments:
         check.done()
 
 
+def _is_server(url: str) -> bool:
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:  # a port that is no number, half an IPv6 address
+        return False
+    return usable and url.isprintable() and not set(" @?#") & set(url)
+
+
 @dataclass
 class SamplingArguments:
     """How answers are sampled from the model, as on-policy negatives and for the probes.
@@ -156,8 +167,11 @@ class SamplingArguments:
     def __post_init__(self) -> None:
         check = Checks()
         if self.server is not None:
-            is_url = self.server.startswith(("http://", "https://"))
-            check(is_url, "server", "null or a URL such as http://host:port", self.server)
+            expected = "null or a URL such as http://host:port"
+            if re.search("[@?]", self.server):  # the run folder and the model card record the config
+                expected += ", without a user name, a password or a query"
+            shown = re.sub(r"[?].*", "?***", re.sub(r"//.*@", "//***@", self.server))
+            check(_is_server(self.server), "server", expected, shown)
             self.server = self.server.rstrip("/").removesuffix("/v1")
         check(self.samples >= 1, "samples", "an integer >= 1", self.samples)
         finite = is_finite(self.temperature) and self.temperature > 0
