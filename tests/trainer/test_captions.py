@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 from pycocoevalcap.cider.cider import Cider
 
 from cwdpo_trainer.evaluation.captions import score_captions
 from cwdpo_trainer.evaluation.cider import cider_d
+from cwdpo_trainer.recipes.digits.scenes import captions, draw_scene, split_handwriting
 
 SCENES = [
     ["a red square", "the red square", "one square that is red"],
@@ -94,7 +96,27 @@ def test_each_image_needs_a_candidate():
 def test_scores_of_captions(rows):
     perfect = score_captions(["The  red square", "a green square", "a blue square"], rows[:3])
     assert (perfect.exact_match, perfect.matches) == (1.0, [True] * 3)
+    assert perfect.by_reference == pytest.approx([2 / 3, 1 / 3])
     worse = score_captions(["a red square", "a red square", "and and"], rows[:3])
     assert worse.matches == [True, False, False]
     assert worse.exact_match == pytest.approx(1 / 3)
     assert 0 < worse.cider < perfect.cider
+
+
+def test_the_shares_of_the_wordings(rows):
+    wordings = [["a red square", "the red one"], ["a green square", "the green one"], ["a blue square", "the blue one"]]
+    rows = [replace(row, references=texts) for row, texts in zip(rows, wordings, strict=False)]
+    scores = score_captions(["the red one", "a green square", "The blue  one"], rows)
+    assert scores.by_reference == pytest.approx([1 / 3, 2 / 3])
+    assert {"equal_to_reference_1", "equal_to_reference_2"} < scores.metrics().keys()
+    rows[0] = replace(rows[0], references=["a red square"])  # of another number: the shares would mean nothing
+    assert score_captions(["a red square", "a green square", "a blue square"], rows).by_reference == []
+
+
+def test_the_digits_task_rates_right_captions_alike_in_every_wording():
+    _, heldout = split_handwriting(0.2, random.Random(0))
+    source = random.Random(1)
+    references = [captions(draw_scene(heldout, source).cells) for _ in range(64)]
+    scores = [cider_d(list(candidates), references) for candidates in zip(*references, strict=True)]
+    for of_wording in scores[1:]:
+        assert of_wording == pytest.approx(scores[0], rel=1e-12)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -69,6 +70,8 @@ def test_a_valid_run_has_no_problems_and_nothing_is_written(case, capsys):
     assert "memory of the head in one step of stage sft: " in out
     assert "self-test: LlavaForConditionalGeneration: head 17 x 32, float32" in out
     assert f"log-probs of {case.folder}/train.jsonl:1 agree within" in out
+    line = r"negative filtering: dpo.drop_below -\d+.\d\d \(nats per token\) leaves out \d+ of the first 32 pairs "
+    assert re.search(line, out)
     assert out.endswith("\n0 errors, 0 warnings\n")
     assert not Path(case.settings["output_dir"]).exists()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 import cwdpo_trainer
-from cwdpo_kernels import Cooling
+from cwdpo_kernels import Cooling, cooling_weight
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.config.loader import load_config, read_config
 from cwdpo_trainer.errors import InputError
@@ -28,11 +30,15 @@ def test_sections_become_checked_options(settings, write_config):
 @pytest.mark.parametrize(
     ("options", "cooling"),
     [
-        ("{}", Cooling()),
+        ("{}", Cooling(-3.0, 1.0, drop_below=-3.0 - math.log(19))),
+        ("{logp_floor: -2, tau: 0.5}", Cooling(-2.0, 0.5, drop_below=-2.0 - 0.5 * math.log(19))),
+        ("{logp_floor: -2, tau: 0.5, drop_below: null}", Cooling(-2.0, 0.5)),
         ("{logp_floor: -2, tau: 0.5, drop_below: -7}", Cooling(-2.0, 0.5, drop_below=-7.0)),
-        ("{cooling: constant, constant_weight: 0.4}", Cooling(constant=0.4)),
+        ("{cooling: constant, constant_weight: 0.4, drop_below: null}", Cooling(constant=0.4)),
+        ("{cooling: constant, constant_weight: 0.4}", Cooling(constant=0.4, drop_below=-3.0 - math.log(19))),
         ("{cooling: off, drop_below: -7}", Cooling(constant=1.0, drop_below=-7.0)),
-        ("{cooling: off, logp_floor: auto}", Cooling(constant=1.0)),
+        ("{cooling: off, logp_floor: auto, drop_below: null}", Cooling(constant=1.0)),
+        ("{cooling: off, logp_floor: auto}", None),  # drop_below: auto needs the measured floor
         ("{logp_floor: auto}", None),
         ("{tau: auto}", None),
     ],
@@ -40,6 +46,11 @@ def test_sections_become_checked_options(settings, write_config):
 def test_cooling_options(settings, write_config, options, cooling):
     settings["dpo"] |= yaml.safe_load(options)
     assert load_config(write_config(settings)).dpo.fixed_cooling == cooling
+
+
+def test_drop_below_auto_is_where_the_weight_is_a_twentieth(settings, write_config):
+    cooling = load_config(write_config(settings), ["dpo.logp_floor=-2.5", "dpo.tau=0.7"]).dpo.fixed_cooling
+    assert cooling_weight(torch.tensor([cooling.drop_below]), cooling).item() == pytest.approx(0.05)
 
 
 def test_the_reference_cache_can_be_elsewhere_or_disabled(settings, write_config, tmp_path):
@@ -125,7 +136,7 @@ MISTAKES = [
     ("dpo=" + "[" * 9000, "command line: dpo: expected a YAML value"),
     (
         "sft.negatives=harsh",
-        "sft.negatives: expected hinge or smoothed, got 'harsh'",
+        "sft.negatives: expected one of hinge, hard, smoothed, got 'harsh'",
     ),
     ("sft.output_dir=x", "sft.output_dir: expected no such key in a section: set output_dir at the top level"),
     ("data.sft_fraction=1", "data.sft_fraction: expected a number in (0, 1), got 1.0"),

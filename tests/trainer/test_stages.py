@@ -61,7 +61,7 @@ def test_sft_loss_agrees_with_full_logits(make, collator, rows):
 
 
 def test_cwdpo_loss_agrees_with_full_logits(make, collator, rows):
-    trainer = make(CWDPOTrainer, beta=0.3, logp_floor=-4.0, tau=0.5)
+    trainer = make(CWDPOTrainer, beta=0.3, logp_floor=-4.0, tau=0.5, drop_below=None)
     trainer._is_first_batch = False
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(0.5 * torch.randn_like(trainer.model.lm_head.weight))
@@ -74,8 +74,28 @@ def test_cwdpo_loss_agrees_with_full_logits(make, collator, rows):
     assert trainer.compute_loss(trainer.model, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
+def test_filtering_leaves_out_pairs_by_the_measured_threshold(make):
+    """drop_below: auto is logp_floor - ln(19) tau, whatever measures the two, and in every cooling mode."""
+    for options in ({}, {"cooling": "constant", "constant_weight": 0.4}):
+        trainer = make(CWDPOTrainer, max_steps=2, logp_floor="auto", tau="auto", auto_rows=12, **options)
+        trainer.train()
+        logged = next(entry for entry in trainer.state.log_history if "drop_below" in entry)
+        expected = logged["logp_floor"] - math.log(19) * logged["tau"]
+        assert logged["drop_below"] == trainer.cooling.drop_below == pytest.approx(expected)
+
+
+def test_stage_1_with_a_hard_constraint(make, collator, rows):
+    """While the rejected answers are too likely, the loss is their shortfall; then it is the NLL of the chosen ones."""
+    for floor, term in ((50.0, "rejected"), (0.1, "chosen")):
+        trainer = make(ConstrainedSFTTrainer, negatives="hard", nll_floor=floor)
+        trainer._is_first_batch = False
+        loss, output = trainer.compute_loss(trainer.model, collator(rows[:4]), return_outputs=True)
+        expected = floor - output.rejected_nll if term == "rejected" else output.chosen_nll
+        assert loss.item() == pytest.approx(expected.item())
+
+
 def test_cooling_off_is_vanilla_dpo(make, collator, rows):
-    trainer = make(CWDPOTrainer, beta=0.3, cooling=False)
+    trainer = make(CWDPOTrainer, beta=0.3, cooling=False, drop_below=None)
     trainer._is_first_batch = False
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(0.5 * torch.randn_like(trainer.model.lm_head.weight))

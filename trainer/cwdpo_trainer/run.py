@@ -63,6 +63,8 @@ def run(config: RunConfig, only: str | None = None) -> dict[str, Any]:
     on_main_process(lambda: current.check(stages))
     was_finished = current.folder.is_reported(stages)
     if not was_finished:
+        if config.preset is not None:
+            say(str(config.preset))
         say(current.describe(stages))
         with current.locked():
             current.train(stages)

@@ -1,7 +1,8 @@
 """Reads a YAML file, and `section.key=value` overrides, into a checked `RunConfig`.
 
-Sections: model, lora, data, sft, dpo, probes and sampling. Other keys: output_dir, seed and prepare. A run trains the
-stages (sft, dpo) that have a section, and LoRA adapters if there is a section lora.
+Sections: model, lora, data, sft, dpo, probes and sampling. Other keys: output_dir, seed, preset and prepare. A run
+trains the stages (sft, dpo) that have a section, and LoRA adapters if there is a section lora. `sft: off` is the same
+as no section sft; so are `dpo: off` and `lora: off`.
 """
 
 from __future__ import annotations
@@ -22,13 +23,23 @@ from cwdpo_trainer.config.arguments import (
     ProbeArguments,
     SamplingArguments,
 )
-from cwdpo_trainer.config.sections import SECTIONS, STAGES, as_type, check_known, collecting, make_section, with_type
+from cwdpo_trainer.config.presets import Preset, apply_preset
+from cwdpo_trainer.config.sections import (
+    OPTIONAL,
+    SECTIONS,
+    STAGES,
+    as_type,
+    check_known,
+    collecting,
+    make_section,
+    with_type,
+)
 from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments, StageArguments
 from cwdpo_trainer.config.yaml_text import DEEPEST, LARGEST_TEXT, parse_yaml
 from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
 from cwdpo_trainer.files import check_writable_folder, read_text
 
-KEYS = (*SECTIONS, "output_dir", "seed", "prepare")
+KEYS = (*SECTIONS, "output_dir", "seed", "preset", "prepare")
 COMMAND_LINE = "command line"  # `InputError.where` of an override
 LARGEST_SEED = 2**32 - 1  # of numpy
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # as package.module:function
@@ -52,8 +63,8 @@ class Preparation:
 class RunConfig:
     """The config of a run.
 
-    `where` is the path of the file. `raw` is its content with overrides applied; the run folder records it. Relative
-    paths in `model` and `data` start at `base`.
+    `where` is the path of the file. `raw` is its content with preset and overrides applied; the run folder records it.
+    Relative paths in `model` and `data` start at `base`.
     """
 
     where: str
@@ -61,6 +72,7 @@ class RunConfig:
     base: Path
     output_dir: Path
     seed: int
+    preset: Preset | None
     preparation: Preparation | None
     model: ModelArguments
     lora: LoraArguments | None
@@ -87,7 +99,7 @@ class RunConfig:
 
 
 def load_config(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
-    """Read the YAML file at `path`, apply `overrides` and check the result. Writes nothing.
+    """Read the YAML file at `path`, apply its preset, then `overrides`, and check the result. Writes nothing.
 
     Raises `InputError`, or `InputErrors` about several mistakes.
     """
@@ -103,10 +115,16 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     An optional section is None if nothing can be made of its valid keys. The config is None if model, data or
     output_dir is missing or invalid. Raises `InputError` if the file or an override cannot be parsed.
     """
-    raw = _read(path)
+    raw, where = _read(path), str(path)
     for override in overrides:
+        if override.partition("=")[0] == "preset":
+            _override(raw, override)
+    preset = apply_preset(where, raw)
+    for override in overrides:  # these win over the preset
         _override(raw, override)
-    where = str(path)
+    for name in OPTIONAL:
+        if raw.get(name) is False:
+            del raw[name]
     errors: list[InputError] = []
     for key in raw:
         with collecting(errors):
@@ -145,7 +163,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         require(kind is None or lora is not None, where, "model.quantization", "null without a section lora", kind)
     for name in ("probes", "sampling"):
         sections[name] = sections[name] or SECTIONS[name]()
-    return RunConfig(where, raw, base, Path(output_dir), seed, preparation, **sections), errors
+    return RunConfig(where, raw, base, Path(output_dir), seed, preset, preparation, **sections), errors
 
 
 def prepare(config: RunConfig) -> None:

@@ -22,6 +22,8 @@ from cwdpo_trainer.config.schedule import Schedule
 from cwdpo_trainer.config.training_rules import check_training, try_training
 
 AUTO = "auto"
+SFT_MODES = ("hinge", "hard", "smoothed")
+DROP_TAUS = math.log(19)  # sigmoid(-ln 19) = 0.05: the cooling weight of `drop_below: auto`
 COOLING_MODES = ("adaptive", "constant", "off")
 LOWER_IS_BETTER = ("_ece", "_tv", "_js")  # suffixes of metric names
 
@@ -106,12 +108,14 @@ class SFTArguments(StageArguments):
 
     See `cwdpo_kernels.GentleNegatives`, whose defaults apply.
 
-    - `negatives`: penalty on rejected answers: `hinge` keeps their mean NLL above `nll_floor`; `smoothed` is
-      label-smoothed cross-entropy on them.
-    - `negatives_weight`: weight of the penalty, >= 0.
-    - `nll_floor`: NLL at which `hinge` stops pushing, in nats per token.
+    - `negatives`: what happens to rejected answers: `hinge` pushes their mean NLL above `nll_floor` by a penalty;
+      `hard` trains on nothing else until it is above; `smoothed` is label-smoothed cross-entropy on them.
+    - `negatives_weight`: weight of the penalty, >= 0. 0 is plain supervised fine-tuning. `hard` has no weight.
+    - `nll_floor`: the mean NLL of a batch's rejected answers at which `hinge` and `hard` stop pushing, C of the paper.
+      Its unit is that of `normalize`: nats per token, or nats per answer as the paper prints it.
     - `smoothing`: label smoothing of `smoothed`, in [0, 1).
-    - `normalize`: `token` averages an answer's NLL over its tokens, `sequence` sums it.
+    - `normalize`: `token` averages an answer's NLL over its tokens (nats per token), `sequence` sums it (nats per
+      answer).
     """
 
     stage: ClassVar[str] = "sft"
@@ -124,7 +128,7 @@ class SFTArguments(StageArguments):
 
     def _check_options(self, check: Checks) -> None:
         super()._check_options(check)
-        check(self.negatives in ("hinge", "smoothed"), "negatives", "hinge or smoothed", self.negatives)
+        check(self.negatives in SFT_MODES, "negatives", one_of(SFT_MODES), self.negatives)
         weight = self.negatives_weight
         check(math.isfinite(weight) and weight >= 0, "negatives_weight", "a finite number >= 0", weight)
         check(math.isfinite(self.nll_floor), "nll_floor", "a finite number", self.nll_floor)
@@ -142,13 +146,14 @@ class DPOArguments(StageArguments):
 
     - `beta`: the beta of DPO: scale of the log-ratios to the reference, > 0.
     - `cooling`: weight w_c of a rejected answer: `adaptive` is sigmoid((mean log-prob - `logp_floor`) / `tau`),
-      `constant` is `constant_weight`, `off` is 1 (vanilla DPO).
+      `constant` is `constant_weight`, `off` is 1 (with `drop_below: null` that is vanilla DPO).
     - `logp_floor`, `tau`: a number in nats per token (`tau` > 0), or `auto`: measured on `auto_rows` pairs when the
       stage starts (stages/cooling.py).
     - `auto_rows`: number of pairs that `auto` measures, the first ones, >= 2.
     - `constant_weight`: the weight of `cooling: constant`, in [0, 1]. null for the other modes.
-    - `drop_below`: drop pairs whose rejected answer has a mean log-prob below this, in nats per token (negative
-      filtering, in every cooling mode). null: drop none.
+    - `drop_below`: leave out pairs whose rejected answer is extremely easy: the policy gives it a mean log-prob below
+      this, in nats per token (negative filtering, in every cooling mode). `auto`: `logp_floor` - 2.94 `tau`, where the
+      adaptive w_c is 0.05. null: leave out none.
     - `normalize`: `sequence` compares sums of log-probs (DPO), `token` means.
     - `onpolicy_fraction`: fraction of the pairs whose negative is sampled from the policy: a number in [0, 1], or
       [position, fraction] points with linear interpolation. Positions are fractions of the stage, or optimizer steps
@@ -170,7 +175,7 @@ class DPOArguments(StageArguments):
     tau: float | str = Cooling.temperature
     auto_rows: int = 256
     constant_weight: float | None = None
-    drop_below: float | None = None
+    drop_below: float | str | None = AUTO
     normalize: str = "sequence"
     onpolicy_fraction: Any = 0.0
     onpolicy_staleness: float | None = 0.1
@@ -203,7 +208,8 @@ class DPOArguments(StageArguments):
         elif self.cooling in COOLING_MODES:
             check(weight is None, "constant_weight", "null, as cooling is not constant", weight)
         low = self.drop_below
-        check(low is None or not math.isnan(low), "drop_below", "null or a number", low)
+        ok = low is None or low == AUTO or (isinstance(low, int | float) and not math.isnan(low))
+        check(ok, "drop_below", "null, a number or auto", low)
 
     def _check_onpolicy(self, check: Checks) -> None:
         try:
@@ -224,8 +230,9 @@ class DPOArguments(StageArguments):
 
     @property
     def is_cooling_measured(self) -> bool:
-        """Whether `logp_floor` or `tau` is measured when the stage starts."""
-        return self.cooling == "adaptive" and AUTO in (self.logp_floor, self.tau)
+        """Whether `logp_floor` or `tau` is needed and measured when the stage starts."""
+        needed = self.cooling == "adaptive" or self.drop_below == AUTO
+        return needed and AUTO in (self.logp_floor, self.tau)
 
     @property
     def fixed_cooling(self) -> Cooling | None:
@@ -237,4 +244,5 @@ class DPOArguments(StageArguments):
         floor = measured_floor if isinstance(self.logp_floor, str) else self.logp_floor  # the only string is `auto`
         tau = measured_tau if isinstance(self.tau, str) else self.tau
         weight = 1.0 if self.cooling == "off" else self.constant_weight
-        return Cooling(floor, tau, weight, self.drop_below)
+        drop_below = floor - DROP_TAUS * tau if isinstance(self.drop_below, str) else self.drop_below
+        return Cooling(floor, tau, weight, drop_below)

@@ -17,7 +17,7 @@ from cwdpo_trainer.errors import require
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
-from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, table
+from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, stage_metrics, table
 from cwdpo_trainer.files import replacing, write_text
 from cwdpo_trainer.models.adapters import ADAPTER_FILE
 from cwdpo_trainer.run_folder import LABEL_OF_STAGE
@@ -65,7 +65,7 @@ def write_stage_card(
     probes = probe_entries(history)
     require(bool(probes), str(folder), "", "probes of a trained stage for its card", "none")
     metrics = {
-        LABEL_OF_STAGE[stage]: {"probes": probes[-1]},
+        LABEL_OF_STAGE[stage]: stage_metrics(history, probes[-1]),
         "findings": [asdict(finding) for finding in diagnose(stage, history, settings)],
         "environment": environment(device),
     }

@@ -25,6 +25,20 @@ def training_entries(log_history: Iterable[Mapping[str, Any]]) -> History:
     return sorted((dict(entry) for entry in log_history if "loss" in entry), key=lambda entry: entry["step"])
 
 
+def left_out_share(log_history: Iterable[Mapping[str, Any]]) -> float | None:
+    """The share of a stage's pairs that were left out of the loss; None if the stage did not log it.
+
+    A log is the mean over the batches since the log before, so it counts as many times as it has steps.
+    """
+    before, steps, left_out = 0, 0, 0.0
+    for entry in training_entries(log_history):
+        if "kept" in entry:
+            left_out += (1 - entry["kept"]) * (entry["step"] - before)
+            steps += entry["step"] - before
+        before = entry["step"]
+    return left_out / steps if steps else None
+
+
 def sets_of(probe: Mapping[str, Any]) -> list[str]:
     """The names of a probe's sets of answers: chosen first, then the negatives."""
     suffix = "_delta_logp"

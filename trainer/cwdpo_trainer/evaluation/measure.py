@@ -162,8 +162,7 @@ def evaluate(target: EvalTarget, data: str, rows: int | None, json_file: Path | 
     ]
     result = {
         **_header(target, source, device),
-        "exact_match": scores.exact_match,
-        "cider": scores.cider,
+        **scores.metrics(),
         "captions": captions,
     }
     _write(json_file, result)

@@ -16,7 +16,7 @@ from cwdpo_trainer.evaluation.card import Origin, write_card
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
-from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, table
+from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, stage_metrics, table
 from cwdpo_trainer.files import replacing, write_json, write_text
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import LABEL_OF_STAGE, RunFolder
@@ -57,11 +57,10 @@ def write_report(folder: RunFolder, results: Results) -> None:
 
 def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[str, History]) -> dict[str, Any]:
     metrics: dict[str, Any] = {
-        label: {"exact_match": score.exact_match, "cider": score.cider, "captions": len(results.prompts)}
-        for label, score in scores.items()
+        label: {**score.metrics(), "captions": len(results.prompts)} for label, score in scores.items()
     }
     for stage, entries in probes.items():
-        metrics[LABEL_OF_STAGE[stage]]["probes"] = entries[-1]
+        metrics[LABEL_OF_STAGE[stage]] |= stage_metrics(results.histories[stage], entries[-1])
     if "start" in metrics:
         metrics["start"]["probes"] = probes["dpo"][0]
     first, *others = metrics

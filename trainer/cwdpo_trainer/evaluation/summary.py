@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import torch
 
 import cwdpo_kernels
-from cwdpo_trainer.evaluation.history import sets_of
+from cwdpo_trainer.evaluation.history import History, left_out_share, sets_of
 
 TITLES = {"start": "start", "after_sft": "after SFT", "after_cwdpo": "after CW-DPO"}  # by label
 NOTE = "Δ log p, TV and JS compare a model with the one that its stage started from."
+WORDINGS = 10  # references of a row, at most, whose shares are shown
 PACKAGES = ("torch", "transformers", "accelerate")
 
 
@@ -41,16 +42,24 @@ def table(metrics: Mapping[str, Any]) -> list[Line]:
     labels = labels_of(metrics)
     sets = sets_of(metrics[labels[-1]]["probes"])
     rows = [("exact match of captions", "exact_match", ".3f"), ("CIDEr of captions (x 100)", "cider", ".1f")]
+    rows += [(f"captions equal to reference {i + 1}", f"equal_to_reference_{i + 1}", ".3f") for i in range(WORDINGS)]
     rows += [(f"log p, {name} (nats per answer)", f"{name}_logp", ".3f") for name in sets]
     rows += [(f"Δ log p, {name} (nats per answer)", f"{name}_delta_logp", "+.3f") for name in sets]
     rows += [
         ("ECE, chosen", "chosen_ece", ".3f"),
         ("TV, chosen", "chosen_tv", ".3f"),
         ("JS, chosen (nats)", "chosen_js", ".3f"),
+        ("pairs left out of the loss", "pairs_left_out", ".1%"),
     ]
     values = {label: {**metrics[label], **metrics[label]["probes"]} for label in labels}
     lines = [Line(*row, {label: values[label].get(row[1]) for label in labels}) for row in rows]
     return [line for line in lines if any(value is not None for value in line.values.values())]
+
+
+def stage_metrics(history: History, probe: Mapping[str, Any]) -> dict[str, Any]:
+    """The entry of metrics.json on the model after a stage: its last probe, and the share of pairs left out."""
+    left_out = left_out_share(history)
+    return {"probes": dict(probe)} | ({} if left_out is None else {"pairs_left_out": left_out})
 
 
 def environment(device: str | torch.device) -> dict[str, str]:

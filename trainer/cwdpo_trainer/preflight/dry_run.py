@@ -20,6 +20,7 @@ from cwdpo_trainer.models.adapters import base_model
 from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.loading import check_quantization, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reading import loading
+from cwdpo_trainer.preflight.filtering import filtering_report
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
 
@@ -146,15 +147,15 @@ def _max_length(preview: RunPreview, rows: int) -> Iterator[Problem]:
     yield from ()
 
 
-def first_pair(preview: RunPreview) -> Row | None:
-    """The first valid row of the training sample, as the run would use it."""
+def valid_pairs(preview: RunPreview) -> list[Row]:
+    """The valid rows of the training sample, as the run would use them."""
     fit = preview.fits.get("train")
-    valid = fit.rows if fit else preview.valid_rows("train")
-    return valid[0] if valid else None
+    return fit.rows if fit else preview.valid_rows("train")
 
 
-def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch.device) -> str:
-    """Load the model and compare the fused log-probs of one pair with those of its own logits. Returns a summary.
+def self_test(config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device) -> Iterator[str]:
+    """Load the model, compare the fused log-probs of the first pair with those of its own logits, and count the pairs
+    that negative filtering leaves out. Yields a line about each.
 
     Raises `HeadError` if the log-probs differ, `InputError` if the model attends to later tokens of an answer, and
     whatever the model raises.
@@ -163,9 +164,12 @@ def self_test(config: RunConfig, collator: PairCollator, row: Row, device: torch
     check_quantization(model, device)
     move(model, device)
     head_info = attach_head(model)
-    pair = collator([row])
+    pair = collator([rows[0]])
     inputs, labels = collator.join(pair["prompts"], pair["chosen"], pair["rejected"])
     batch = (to_device(inputs, device), labels.to(device))
     difference = check_head(model, *batch)
     check_causal(model, *batch)
-    return f"{head_info}; log-probs of {row.where} agree within {difference:.1e} nats"
+    yield f"self-test: {head_info}; log-probs of {rows[0].where} agree within {difference:.1e} nats"
+    filtering = filtering_report(config, model, collator, rows, device)
+    if filtering is not None:
+        yield filtering

@@ -14,7 +14,7 @@ from cwdpo_kernels.integrations.hugging_face import HeadError
 from cwdpo_trainer.data.lengths import Length
 from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.evaluation.summary import PACKAGES
-from cwdpo_trainer.preflight.dry_run import dry_run, first_pair, self_test
+from cwdpo_trainer.preflight.dry_run import dry_run, self_test, valid_pairs
 from cwdpo_trainer.preflight.memory import HeadStep, format_bytes
 from cwdpo_trainer.preflight.run_rules import ERROR, Problem, RunPreview
 from cwdpo_trainer.reporter import say
@@ -60,6 +60,8 @@ def check_run(path: Path, overrides: Sequence[str], rows: int, load: bool, call_
     say(environment_report())
     preview, problems = dry_run(path, overrides, rows, call_prepare)
     if preview is not None:
+        if preview.config.preset is not None:
+            say(f"\n{preview.config.preset}")
         for name in preview.rows:
             say("\n".join(_dataset_report(preview, name)))
         say("\n".join(_model_report(preview)))
@@ -134,13 +136,14 @@ def _model_report(preview: RunPreview) -> list[str]:
 
 
 def _self_test(preview: RunPreview) -> list[Problem]:
-    row, stages = first_pair(preview), preview.stages()
-    if row is None or preview.collator is None or preview.model is None or not stages:
+    rows, stages = valid_pairs(preview), preview.stages()
+    if not rows or preview.collator is None or preview.model is None or not stages:
         say("  self-test skipped: it needs a valid pair, a model and a stage")
         return []
     device = next(iter(stages.values())).device
     try:
-        say(f"  self-test: {self_test(preview.config, preview.collator, row, device)}")
+        for line in self_test(preview.config, preview.collator, rows, device):
+            say(f"  {line}")
     except (InputError, HeadError) as error:
         return [Problem(ERROR, "self_test", str(error), "the run would stop before its first step")]
     except Exception as error:  # of any type: it would stop the run

@@ -10,6 +10,7 @@ Where each part is computed:
 - w_c and the loss: in the op `linear_cwdpo_loss`, called in `CWDPOTrainer._loss_output`. `w_c` alone is
   `cwdpo_kernels.cooling_weight`.
 - logp_floor and tau: given as numbers, or measured when the stage starts (cooling.py).
+- kept pairs: those whose negative has a mean log-prob of at least drop_below (negative filtering), in the same op.
 - the reference's log-probs: one forward per batch, or from the cache (reference.py).
 - negatives: the dataset's, a share of them replaced by the policy's own answers (negatives/pool.py).
 """
@@ -27,7 +28,7 @@ from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels import Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob
 from cwdpo_trainer.config.arguments import SamplingArguments
-from cwdpo_trainer.config.stage_arguments import DPOArguments
+from cwdpo_trainer.config.stage_arguments import AUTO, DPOArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.probes import Probes
@@ -198,5 +199,10 @@ class CWDPOTrainer(StageTrainer):
         if self.state.global_step == 0:
             ref_sums = self._reference_sums(inputs, BatchNegatives.of_dataset(inputs["rejected"]))
             check_handover(model, self._dataset_batch(inputs), torch.cat(ref_sums))
+            chosen: dict[str, float] = {}
             if self.args.is_cooling_measured:
-                self.log({"logp_floor": self.cooling.logp_floor, "tau": self.cooling.temperature})
+                chosen |= {"logp_floor": self.cooling.logp_floor, "tau": self.cooling.temperature}
+            if self.args.drop_below == AUTO and self.cooling.drop_below is not None:
+                chosen["drop_below"] = self.cooling.drop_below
+            if chosen:
+                self.log(chosen)

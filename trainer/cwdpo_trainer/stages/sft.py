@@ -35,17 +35,17 @@ class ConstrainedSFTTrainer(StageTrainer):
 
         def op(hidden: Tensor, head: Head) -> ConstrainedSFTOutput:
             negatives = self.args.gentle_negatives
-            if negatives.mode == "hinge" and self.accelerator.num_processes > 1:
-                return self._hinge_over_processes(linear_sequence_logprob(hidden, head, batch.labels), negatives)
+            if negatives.mode != "smoothed" and self.accelerator.num_processes > 1:
+                return self._floor_over_processes(linear_sequence_logprob(hidden, head, batch.labels), negatives)
             return linear_constrained_sft_loss(hidden, head, batch.labels, negatives=negatives)
 
         return model(**batch.inputs, head_op=op)
 
-    def _hinge_over_processes(self, logp: SequenceLogprob, negatives: GentleNegatives) -> ConstrainedSFTOutput:
-        """The loss whose hinge is on the mean NLL of all processes' batches.
+    def _floor_over_processes(self, logp: SequenceLogprob, negatives: GentleNegatives) -> ConstrainedSFTOutput:
+        """The loss whose floor is for the mean NLL of all processes' batches.
 
-        ReLU(floor - mean) = ReLU((floor - (mean - own)) - own), so each process shifts its floor by the difference
-        between the mean and its own NLL.
+        floor - mean = (floor - (mean - own)) - own, so each process shifts its floor by the difference between the mean
+        and its own NLL.
         """
         chosen, rejected = (SequenceLogprob(*parts) for parts in zip(*(x.chunk(2) for x in logp), strict=True))
         own = -(rejected.mean if negatives.normalize == "token" else rejected.total).detach().mean()

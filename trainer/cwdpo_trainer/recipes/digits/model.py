@@ -24,7 +24,7 @@ from cwdpo_trainer.recipes.digits.scenes import CELL, EMPTY, SIZE, Scene, words
 from cwdpo_trainer.reporter import progress
 
 PAD, BOS, EOS, UNKNOWN, IMAGE = SPECIAL = ("<pad>", "<s>", "</s>", "<unk>", "<image>")
-_MAX_NEW_TOKENS = 16  # the longest caption has 12 tokens, end of sequence included
+_MAX_NEW_TOKENS = 16  # the longest caption has 11 tokens, end of sequence included
 _WARMUP_BATCH = 64
 _WARMUP_RATE = 3e-3
 
