@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import ProcessorMixin
 
 from cwdpo_kernels import IGNORE_INDEX, shift_labels
+from cwdpo_trainer.chat_templates import render
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import require
 
@@ -76,7 +77,7 @@ class PairCollator:
         """
         if isinstance(row.prompt, list):
             answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-            prompt, full = self.prompt_text(row), self.processor.apply_chat_template(row.prompt + answer)
+            prompt, full = self.prompt_text(row), render(self.processor, row.where, row.prompt + answer)
             expected = f"prompt and answer to start with the rendered prompt {prompt!r}"
             require(full.startswith(prompt), row.where, "chat template", expected, repr(full))
             answer = full[len(prompt) :].rstrip()
@@ -89,7 +90,7 @@ class PairCollator:
         """The prompt as text: a text prompt as it is, messages as the chat template renders them."""
         if isinstance(row.prompt, str):
             return row.prompt
-        return self.processor.apply_chat_template(row.prompt, add_generation_prompt=True)
+        return render(self.processor, row.where, row.prompt, add_generation_prompt=True)
 
 
 def with_answers(

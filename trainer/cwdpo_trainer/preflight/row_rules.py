@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
+from cwdpo_trainer.chat_templates import TemplateLimit
 from cwdpo_trainer.data.lengths import LengthMeter
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import InputError, describe, shorten
@@ -86,15 +87,21 @@ def row_problems(preview: RunPreview, meter: LengthMeter, name: str) -> Iterator
     found: dict[str, list[str]] = defaultdict(list)
     lengths = preview.lengths.setdefault(name, {})
     for row in preview.sample[name]:
+        is_limit = False
         try:
             mistake = _first_mistake(meter, row)
             if mistake is None:
                 lengths[row.id] = meter(row)
-        except Exception as error:  # processors, templates and tokenizers raise all kinds; each would stop the run
+        except InputError as error:
+            mistake = PROCESSOR_ERROR, f"{error.what}: {shorten(error.mismatch)}"
+            is_limit = isinstance(error.__cause__, TemplateLimit)
+        except Exception as error:  # processors and tokenizers raise all kinds; each would stop the run
             mistake = PROCESSOR_ERROR, describe(error)
         if mistake is not None:
             rule, evidence = mistake
             found[rule].append(f"{row.where}: {evidence}")
+        if is_limit:  # each further row would take as long
+            break
     for rule, lines in found.items():
         summary = f"{len(lines)} of {len(preview.sample[name])} rows of data.{name}"
         advice = "the run would stop at these rows" if rule == PROCESSOR_ERROR else ROW_RULES[rule][1]
