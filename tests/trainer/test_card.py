@@ -13,6 +13,8 @@ from huggingface_hub import ModelCard
 from PIL import Image
 
 from cwdpo_trainer.cli import main
+from cwdpo_trainer.config.sections import without_secrets
+from cwdpo_trainer.errors import shorten
 from cwdpo_trainer.evaluation.card import Origin, make_card
 from cwdpo_trainer.evaluation.summary import table
 
@@ -94,3 +96,61 @@ def test_push_to_hub_uploads_our_card(settings, write_config, monkeypatch):
     assert results["chosen_logp"] == metrics["after_cwdpo"]["probes"]["chosen_logp"]
     assert "secret" not in card.content
     assert files["dynamics.png"].startswith(b"\x89PNG")
+
+
+HOSTILE = "a|b\n---\n# <script>x</script> [y](javascript:z) `q` **w** \x1b[2J \ud800 ``` $e$ _i_"
+
+
+def hostile_card(monkeypatch):
+    monkeypatch.setenv("HOME", "/home/alice")
+    settings = {
+        "output_dir": "/secret/run",
+        "model": {"path": "/home/alice/models/m"},
+        "prepare": {"text": "```\n# broken out <b>\n````\n~~~", "api_key": "sk-1", "list": [{"hub_token": "t1"}]},
+        "data": {"train": "https://me:pw1@host/x?token=t2&a=1", "heldout": "hf_" + "k" * 34},
+    }
+    metrics = {
+        "after_cwdpo": {"probes": {"chosen_delta_logp": 0.5}},
+        "findings": [{"name": "n", "stage": "dpo", "step": 1, "evidence": "a <img src=x>\n# b", "advice": "c"}],
+        "environment": {"device": "c|p<u>\nx"},
+    }
+    return make_card("dpo", HOSTILE, metrics, Origin(HOSTILE, settings, {"train": "`1|2`"}), adapter=False)
+
+
+def test_titles_settings_and_tables_are_escaped(monkeypatch, tmp_path):
+    card = hostile_card(monkeypatch)
+    path = tmp_path / "README.md"
+    path.write_text(str(card), encoding="utf-8")
+    again = ModelCard.load(path)
+    assert again.data.model_name == again.data.base_model == shorten(HOSTILE)
+    assert [line for line in again.text.splitlines() if line.startswith("#")] == [
+        r"# a\|b --- # \<script\>x\</script\> \[y\](javascript:z) \`q\` \*\*w\*\* \\x1b\[2J "
+        r"\\ud800 \`\`\` \$e\$ \_i\_",
+        "## Metrics on held-out rows", "## What the doctor found", "## Settings", "## Made with",
+    ]  # fmt: skip
+    assert "Fine-tuned from ```` a|b --- # <script>" in again.text
+    settings = section(again, "Settings")
+    fence = "`" * 5
+    assert settings.startswith(f"{fence}yaml\n")
+    assert settings.endswith(f"\n{fence}")
+    assert yaml.safe_load(settings.strip("`").removeprefix("yaml"))["prepare"]["text"].startswith("```\n# broken out")
+    assert "- n (stage dpo, step 1): a &lt;img src=x> # b. " in again.text
+    made = section(again, "Made with").splitlines()
+    assert made[2:] == [r"| device | c\|p\<u\> x |", r"| data.train (digest) | \`1\|2\` |"]
+
+
+def test_cards_contain_no_secrets(monkeypatch):
+    card = hostile_card(monkeypatch)
+    settings = yaml.safe_load(section(card, "Settings").strip("`").removeprefix("yaml"))
+    assert settings["model"]["path"] == "~/models/m"
+    assert settings["data"] == {"train": "https://***@host/x?token=***&a=1", "heldout": "hf_***"}
+    assert settings["prepare"].keys() == {"text", "list"}
+    assert settings["prepare"]["list"] == [{}]
+    assert not [secret for secret in ("alice", "sk-1", "t1", "pw1", "t2", "kkk", "/secret") if secret in str(card)]
+
+
+def test_names_that_look_like_secrets_only(monkeypatch):
+    settings = {"sampling": {"max_new_tokens": 6}, "dpo": {"average_tokens_across_devices": True, "hub_token": "x"},
+                "data": {"train": "a@b/c.jsonl", "heldout": "hf_data/x"}}  # fmt: skip
+    kept = without_secrets(settings)
+    assert kept == {**settings, "dpo": {"average_tokens_across_devices": True}}

@@ -32,7 +32,7 @@ from typing import Any
 from filelock import FileLock, Timeout
 
 from cwdpo_trainer.config.loader import RunConfig
-from cwdpo_trainer.config.sections import STAGES, without_tokens
+from cwdpo_trainer.config.sections import STAGES, without_secrets
 from cwdpo_trainer.errors import InputError, require, shorten
 from cwdpo_trainer.files import is_temporary, read_json_object, remove_temporary_files, write_json
 from cwdpo_trainer.manifest import verify
@@ -172,7 +172,7 @@ class RunFolder:
 
 def _record(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
     """What identifies a run. Where its folder is does not matter, nor do access tokens."""
-    settings = without_tokens({key: value for key, value in config.raw.items() if key != "output_dir"})
+    settings = without_secrets({key: value for key, value in config.raw.items() if key != "output_dir"})
     return json.loads(json.dumps({"config": settings, "inputs": inputs}, default=str))
 
 

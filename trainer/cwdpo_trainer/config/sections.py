@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import re
 import types
 import typing
 from collections.abc import Iterator, Mapping, Sequence
@@ -34,6 +35,16 @@ OPTIONAL = ("lora", *STAGES)  # without such a section, the run does without LoR
 # Options of `TrainingArguments` that no section may set.
 TOP_LEVEL = ("output_dir", "seed")
 RESERVED = (*TOP_LEVEL, "data_seed", "remove_unused_columns", "do_train", "do_eval", "do_predict")
+
+
+# Names of options, and parts of texts, that give access to something. The text up to the group 1 is kept.
+_SECRETS = "token|secret|passw(?:or)?d|api_?key|access_?key|private_?key|credentials?|signature"
+SECRET_NAME = re.compile(rf"(?:^|[_-])(?:{_SECRETS})$", re.IGNORECASE)
+SECRET_TEXTS = (
+    re.compile(r"(\w://)[^/\s@]+(?=@)"),
+    re.compile(rf"([?&][\w-]*(?:{_SECRETS}|sig|auth)=)[^&\s#]+", re.IGNORECASE),
+    re.compile(r"\b(hf_|sk-|ghp_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}"),
+)
 
 
 @contextlib.contextmanager
@@ -133,10 +144,22 @@ def _failure(kind: type, options: dict[str, Any]) -> str | None:
     return None
 
 
-def without_tokens(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings without access tokens (`hub_token` and others that end in `_token`), at any depth."""
-    kept = {key: value for key, value in settings.items() if not str(key).endswith("_token")}
-    return {key: without_tokens(value) if isinstance(value, Mapping) else value for key, value in kept.items()}
+def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings without access tokens, keys and passwords, at any depth: entries with such a name are left out, and
+    secrets inside of texts, such as the password of a URL, are replaced by `***`."""
+    return {key: _without_secrets(value) for key, value in settings.items() if not SECRET_NAME.search(str(key))}
+
+
+def _without_secrets(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return without_secrets(value)
+    if isinstance(value, list):
+        return [_without_secrets(one) for one in value]
+    if not isinstance(value, str):
+        return value
+    for secret in SECRET_TEXTS:
+        value = secret.sub(r"\1***", value)
+    return value
 
 
 def check_known(where: str, prefix: str, key: Any, known: Sequence[str]) -> None:

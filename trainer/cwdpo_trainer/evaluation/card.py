@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import MISSING, asdict, dataclass, fields
@@ -12,8 +13,8 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
-from cwdpo_trainer.config.sections import without_tokens
-from cwdpo_trainer.errors import require
+from cwdpo_trainer.config.sections import without_secrets
+from cwdpo_trainer.errors import require, shorten
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
@@ -24,6 +25,7 @@ from cwdpo_trainer.run_folder import LABEL_OF_STAGE
 
 CARD, PLOT = "README.md", "dynamics.png"
 TASK = "image-text-to-text"
+LONGEST_NAME = 200  # characters of a model's name
 SETS = (
     "Answers: `chosen` are right; `onpolicy` are wrong samples of the model that a stage started from; the others are "
     "rejected answers, by `negative_source`. All values are means."
@@ -81,7 +83,8 @@ def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin,
     shown = {label: metrics[label] for label in labels_of(metrics) if label not in later}
     findings = [Finding(**finding) for finding in metrics["findings"] if finding["stage"] in stages]
     is_folder = Path(origin.base_model).is_dir()  # the Hub accepts only its own names as base_model
-    base = Path(origin.base_model).name if is_folder else origin.base_model
+    name = shorten(name, LONGEST_NAME)
+    base = shorten(Path(origin.base_model).name if is_folder else origin.base_model, LONGEST_NAME)
     data = ModelCardData(
         model_name=name,
         base_model=None if is_folder else base,
@@ -95,9 +98,9 @@ def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin,
         **metrics["environment"],
         **{f"data.{name} (digest)": digest for name, digest in origin.digests.items()},
     }
-    text = f"""# {name}
+    text = f"""# {_escaped(name)}
 
-Fine-tuned from `{base}` with {METHODS[stage]}
+Fine-tuned from {_code(base)} with {METHODS[stage]}
 (CW-DPO, [arXiv 2510.11978](https://arxiv.org/abs/2510.11978)), using cwdpo_kernels.
 
 ## Metrics on held-out rows
@@ -110,13 +113,11 @@ Fine-tuned from `{base}` with {METHODS[stage]}
 
 ## What the doctor found
 
-{_bullets(str(finding) for finding in findings) or "Nothing."}
+{_bullets(map(str, findings)) or "Nothing."}
 
 ## Settings
 
-```yaml
-{settings}
-```
+{_fenced(settings, "yaml")}
 
 ## Made with
 
@@ -151,14 +152,48 @@ def _table_cells(shown: Mapping[str, Any]) -> list[list[str]]:
 
 
 def _settings(origin: Origin) -> dict[str, Any]:
-    """Without access tokens and without the path of the run folder."""
-    return without_tokens({key: value for key, value in origin.settings.items() if key != "output_dir"})
+    """Without access tokens and passwords, the path of the run folder and the name of the home folder."""
+    settings = {key: value for key, value in origin.settings.items() if key != "output_dir"}
+    return _without_home(without_secrets(settings), str(Path.home()))
+
+
+def _without_home(value: Any, home: str) -> Any:
+    """`value` with `~` for the home folder at the start of each text."""
+    if isinstance(value, Mapping):
+        return {key: _without_home(one, home) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_without_home(one, home) for one in value]
+    is_inside = isinstance(value, str) and len(home) > 1 and f"{value}/".startswith(f"{home}/")
+    return "~" + value[len(home) :] if is_inside else value
+
+
+def _escaped(text: str) -> str:
+    """`text` on one line, as Markdown that shows it: no links, HTML, tables or emphasis."""
+    return re.sub(r"([\\`*<>\[\]|~&$]|(?<!\w)_|_(?!\w))", r"\\\1", " ".join(text.split()))
+
+
+def _code(text: str) -> str:
+    """`text` as code within a line."""
+    ticks = _ticks(text, 1)
+    return f"{ticks} {text} {ticks}" if "`" in text else f"{ticks}{text}{ticks}"
+
+
+def _fenced(text: str, language: str) -> str:
+    """`text` as a block of code."""
+    ticks = _ticks(text, 3)
+    return f"{ticks}{language}\n{text}\n{ticks}"
+
+
+def _ticks(text: str, least: int) -> str:
+    """More backticks than `text` has in a row, so that it cannot end the code."""
+    return "`" * max(least, 1 + max(map(len, re.findall("`+", text)), default=0))
 
 
 def _bullets(lines: Iterable[str]) -> str:
-    return "\n".join(f"- {line}" for line in lines)
+    # Findings are sentences of ours with names of the user's, so only HTML is escaped.
+    return "\n".join("- " + re.sub(r"<(?=[A-Za-z/!?])", "&lt;", " ".join(line.split())) for line in lines)
 
 
 def _markdown(head: list[str], rows: Iterable[Iterable[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in lines)
+    lines = [[_escaped(str(cell)) for cell in cells] for cells in (head, *rows)]
+    return "\n".join(f"| {' | '.join(cells)} |" for cells in (lines[0], ["---"] * len(head), *lines[1:]))
