@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 from accelerate import PartialState
@@ -24,6 +24,7 @@ from cwdpo_trainer.config.stage_arguments import DPOArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, distinct_prompts, load_rows, split_rows
+from cwdpo_trainer.data.screening import bad_rows, without_bad_rows
 from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError, require
 from cwdpo_trainer.evaluation.card import Origin
@@ -92,8 +93,8 @@ def on_main_process(work: Callable[[], Result]) -> Result:
 class RunInputs:
     """What a run reads, all of it checked.
 
-    `rows` by stage; `datasets` (train, heldout): their rows as read, of any length; `model_path` and `adapter`: folder
-    or Hub name of the model to start from, and of its adapter; `digests` of the datasets, by name.
+    `rows` by stage; `datasets` (train, heldout): their rows as read, of any length, usable or not; `model_path` and
+    `adapter`: folder or Hub name of the model to start from, and of its adapter; `digests` of the datasets, by name.
     """
 
     rows: dict[str, list[Row]]
@@ -116,8 +117,13 @@ class RunInputs:
         skipped = say if config.data.skip_bad_rows else None
         train, heldout = (load_rows(source, skipped) for source in sources.values())
         datasets = {"train": train, "heldout": heldout}
+        usable = dict(datasets)
         path = model_path(config)
         collator = PairCollator(load_processor(path))
+        for name, source in sources.items():
+            errors = on_main_process(partial(bad_rows, datasets[name], collator))
+            usable[name] = without_bad_rows(source.name, datasets[name], errors, skipped)
+        train, heldout = usable.values()
         if config.data.max_length is not None:
             meter, limit = LengthMeter(collator), config.data.max_length
             fits = [fit_rows(rows, meter, limit, config.data.over_length) for rows in (train, heldout)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Iterator
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 from typing import Any
 
@@ -41,15 +41,19 @@ class DatasetSource(Source):
     def rows(self) -> Iterator[tuple[str, Any]]:
         stored = [column for column in IMAGE_COLUMNS if self._has_bytes(column)]
         counts = {column: self._image_counts(column) for column in stored}
+        empty = {column: self._rows_with_empty_images(column) for column in stored}
         others = [column for column in self.dataset.column_names if column in ALL_COLUMNS and column not in stored]
         known, found = ", ".join(sorted(ALL_COLUMNS)), ", ".join(self.dataset.column_names)
         require(bool(others), self.name, "columns", f"some of {known}", found)
         index = 0
         for table in self.tables.select_columns(others).iter(batch_size=BATCH):
             for values in table.to_pylist():
+                where = f"{self.name}[{index}]"
+                broken = [column for column in stored if index in empty[column]]
                 for column in stored:
                     values[column] = self._images(index, column, counts[column][index])
-                yield f"{self.name}[{index}]", _without_nulls(values)
+                problem = InputError(where, ", ".join(broken), "an image in each element of the list", "null")
+                yield where, problem if broken else _without_nulls(values)
                 index += 1
 
     def digest(self) -> str:
@@ -72,6 +76,18 @@ class DatasetSource(Source):
             counts += found.to_pylist()
         return counts
 
+    def _rows_with_empty_images(self, column: str) -> set[int]:
+        """The rows with a list of images that has a null, or an image without bytes and path, among its elements."""
+        found: set[int] = set()
+        start = 0
+        for table in self.tables.select_columns([column]).iter(batch_size=BATCH):
+            for chunk in table[column].chunks:
+                if _is_list(chunk.type):
+                    parents = pc.list_parent_indices(chunk).filter(_is_empty(pc.list_flatten(chunk)))
+                    found.update(start + row for row in parents.to_pylist())
+                start += len(chunk)
+        return found
+
     def _images(self, index: int, column: str, count: int | None) -> Any:
         images = [
             StoredImage(f"{self.name}[{index}] {column}[{number}]", partial(self._read, index, column, number))
@@ -83,11 +99,20 @@ class DatasetSource(Source):
         value = self.tables[index : index + 1][column][0].as_py()
         value = value[number] if isinstance(value, list) else value
         data, path = (value.get("bytes"), value.get("path")) if isinstance(value, dict) else (value, None)
-        if data is not None:
+        if isinstance(data, bytes):
             return data
-        if path is None:
-            raise OSError("the cell has neither bytes nor a path")
+        if not isinstance(path, str):
+            raise OSError("the cell has neither the bytes of an image nor a path")
         return (self.folder / path).read_bytes()
+
+
+def _is_empty(images: pa.Array) -> pa.Array:
+    """For each image whether it is null, or a struct with nulls alone."""
+    empty = pc.is_null(images)
+    if not pa.types.is_struct(images.type):
+        return empty
+    fields = [pc.is_null(field) for field in images.flatten()]
+    return pc.or_(empty, reduce(pc.and_, fields))
 
 
 def _is_list(kind: pa.DataType) -> bool:

@@ -1,4 +1,4 @@
-"""The images of rows: referenced when the rows are read, decoded when a batch needs them.
+"""The images of rows: referenced when the rows are read, decoded (pixels.py) when a batch needs them.
 
 A row's image is a file, a `data:` URI or a cell of a dataset. URLs are refused, because a run that downloads its images
 is not repeatable and fails with the network.
@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import base64
 import binascii
+import contextlib
 import hashlib
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import cached_property, partial
 from io import BytesIO
 from pathlib import Path
@@ -19,9 +20,10 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
+from cwdpo_trainer import pixels
 from cwdpo_trainer.errors import InputError, describe, require, shorten
 
-# What Pillow raises for files that are not images, are damaged, or claim to be enormous.
+# What an `ImageRef` raises about a file that is not an image, is damaged, or claims to be enormous.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
@@ -48,14 +50,15 @@ class ImageRef(ABC):
         return BytesIO(self.read_bytes())
 
     def load(self) -> Image.Image:
-        """Decode the image as RGB, or as grayscale if it is that. Raises one of `IMAGE_ERRORS` if this fails."""
-        with Image.open(self.file()) as image:
-            return image.convert("RGB") if image.mode not in ("RGB", "L") else image.copy()
+        """Decode the image as pixels.py says: RGB, or grayscale ("L") if it is that. Raises one of `IMAGE_ERRORS`."""
+        with _decoding():
+            return pixels.decode(self.file())
 
     def shape(self) -> tuple[str, tuple[int, int]]:
-        """Mode ("RGB" or "L") and size (width, height) of what `load` returns, read from the header alone."""
-        with Image.open(self.file()) as image:
-            return "L" if image.mode == "L" else "RGB", image.size
+        """Mode ("RGB" or "L") and size (width, height) of what `load` returns, from the header alone if it says them.
+        Raises one of `IMAGE_ERRORS`."""
+        with _decoding():
+            return pixels.shape_of(self.file())
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ImageRef) and self.key == other.key
@@ -101,6 +104,17 @@ class StoredImage(ImageRef):
     @cached_property
     def key(self) -> str:
         return "sha256:" + hashlib.sha256(self.read()).hexdigest()
+
+
+@contextlib.contextmanager
+def _decoding() -> Iterator[None]:
+    """Turn what else Pillow raises about damaged files (EOFError, struct.error, ...) into a `ValueError`."""
+    try:
+        yield
+    except IMAGE_ERRORS:
+        raise
+    except Exception as error:
+        raise ValueError(f"damaged image ({describe(error)})") from error
 
 
 def unreadable(where: str, image: ImageRef, error: Exception) -> InputError:

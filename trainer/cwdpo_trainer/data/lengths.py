@@ -50,9 +50,10 @@ class Length(NamedTuple):
 
 
 class LengthMeter:
-    """Row -> `Length`, as in a batch of `collator`. Raises `InputError` about an image that cannot be read.
+    """Row -> `Length`, as in a batch of `collator`.
 
-    The first row with images is also processed as it is, to verify that blank images give the same length.
+    The first row with images is also processed as it is, to verify that blank images give the same length. `measure`
+    does without. Raises `InputError` about an image that cannot be read, and what the processor raises.
     """
 
     def __init__(self, collator: PairCollator) -> None:
@@ -63,10 +64,15 @@ class LengthMeter:
         self._unverified: PairCollator | None = collator
 
     def __call__(self, row: Row) -> Length:
-        ids = self._prompt_ids(row, [_blank(row, image) for image in row.images])
+        length = self.measure(row)
         if row.images and self._unverified is not None:
-            self._verify(self._unverified, row, len(ids))
+            self._verify(self._unverified, row, length.prompt)
             self._unverified = None
+        return length
+
+    def measure(self, row: Row) -> Length:
+        """The length of a row with blank images."""
+        ids = self._prompt_ids(row, [_blank(row, image) for image in row.images])
         answers = (len(self.collator.answer_tokens(row, answer)) for answer in (row.chosen, row.rejected))
         return Length(len(ids), int(np.isin(ids, self.image_ids).sum()), *answers)
 

@@ -20,7 +20,7 @@ import json
 import math
 import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ from cwdpo_trainer.errors import InputError, InputErrors, require, shorten
 from cwdpo_trainer.files import NESTED
 
 SHOWN_ROWS = 10  # rows that a report lists
+PART_IMAGES = ("image", "image_url", "url", "path", "base64", "bytes")  # keys of message parts that name an image
 Message = dict[str, Any]
 
 
@@ -84,13 +85,18 @@ def load_rows(data: Source | Path, skipped: Callable[[str], None] | None = None)
     source = open_source(data) if isinstance(data, Path) else data
     rows, errors = read_rows(source)
     if errors:
-        title = f"{source.name}: {len(errors)} of {len(rows) + len(errors)} rows are invalid"
-        if skipped is not None and rows:
-            skipped(str(InputErrors(f"{title} and are skipped", errors, SHOWN_ROWS)))
-        else:
-            raise errors[0] if len(errors) == 1 else InputErrors(title, errors, SHOWN_ROWS)
+        report_bad_rows(source.name, len(rows) + len(errors), errors, skipped)
     require(bool(rows), source.name, "", "at least 1 row", 0)
     return rows
+
+
+def report_bad_rows(name: str, total: int, errors: Sequence[InputError], skipped: Callable[[str], None] | None) -> None:
+    """Raise the error about the invalid rows among the `total` rows of a source. Given `skipped`, call that with a
+    report instead, if there are valid rows too."""
+    title = f"{name}: {len(errors)} of {total} rows are invalid"
+    if skipped is None or len(errors) == total:
+        raise errors[0] if len(errors) == 1 else InputErrors(title, errors, SHOWN_ROWS)
+    skipped(str(InputErrors(f"{title} and are skipped", errors, SHOWN_ROWS)))
 
 
 def read_rows(source: Source) -> tuple[list[Row], list[InputError]]:
@@ -144,9 +150,14 @@ def _row(row_id: int, where: str, values: Any, folder: Path) -> Row:
     if isinstance(values, InputError):
         raise values
     require(isinstance(values, dict), where, "", "a JSON object", type(values).__name__)
+    _check_unicode(where, values)
     values = canonical(where, values)
     prompt = _content(where, values, "prompt")
     chosen, rejected = (_answer(where, values, name, prompt) for name in ("chosen", "rejected"))
+    _check_parts(where, prompt, values)
+    for name, answer in (("chosen", chosen), ("rejected", rejected)):
+        types = {part["type"] for part in _message_parts(answer)}
+        require(types <= {"text"}, where, name, "message parts of type text", ", ".join(map(repr, types)))
     require(chosen != rejected, where, "rejected", "an answer that differs from chosen", shorten(repr(rejected)))
     references = values.get("references", [answer_text(chosen)])
     texts = isinstance(references, list) and all(isinstance(text, str) and text.strip() for text in references)
@@ -158,6 +169,52 @@ def _row(row_id: int, where: str, values: Any, folder: Path) -> Row:
     require(free, where, "negative_source", expected, shorten(repr(source)))
     images = image_refs(where, values, folder)
     return Row(row_id, where, prompt, chosen, rejected, images, tuple(references), source)
+
+
+def _check_unicode(where: str, values: dict[str, Any]) -> None:
+    """JSON can write half of a surrogate pair ("\\ud83d" of an emoji), which is no text: tokenizers fail on it."""
+    for column, value in values.items():
+        for text in (column, *_texts(value)):
+            try:
+                text.encode()
+            except UnicodeEncodeError as error:
+                got = f"half of a surrogate pair at character {error.start} of {shorten(ascii(text))}"
+                raise InputError(where, ascii(column)[1:-1], "Unicode text", got) from error
+
+
+def _texts(value: Any) -> Iterator[str]:
+    """All texts in a JSON value."""
+    if isinstance(value, str):
+        yield value
+    elif isinstance(value, (list, dict)):
+        for item in value:
+            yield from _texts(item)
+        yield from _texts(list(value.values())) if isinstance(value, dict) else ()
+
+
+def _check_parts(where: str, prompt: str | list[Message], values: dict[str, Any]) -> None:
+    """Message parts are texts and placeholders of the row's images. An image that a part names itself must be the one
+    in the column, because only that one is loaded."""
+    column = [values["image"]] if "image" in values else values.get("images", [])
+    images = iter(column if isinstance(column, list) else [])
+    for part in _message_parts(prompt):
+        known = part["type"] in ("text", "image")
+        require(known, where, "prompt", "message parts of type text or image", shorten(repr(part)))
+        own = [part[key] for key in PART_IMAGES if part.get(key) is not None]
+        listed = next(images, None) if part["type"] == "image" else None
+        expected = "images in the column images, in the order of the message parts"
+        found = f"another image in a message part: {shorten(repr(part))}"
+        require(all(image == listed or _is_loaded(listed) for image in own), where, "prompt", expected, found)
+
+
+def _message_parts(text: str | list[Message]) -> list[dict[str, Any]]:
+    messages = [] if isinstance(text, str) else text
+    return [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
+
+
+def _is_loaded(image: Any) -> bool:
+    """Whether `image` comes from a dataset as bytes, so that it cannot be compared with a name."""
+    return isinstance(image, ImageRef)
 
 
 def _answer(where: str, values: dict[str, Any], name: str, prompt: str | list[Message]) -> str | list[Message]:
@@ -190,4 +247,7 @@ def _is_message(value: Any) -> bool:
     content = value.get("content")
     if not isinstance(content, list):
         return isinstance(content, str)
-    return all(isinstance(part, dict) and "type" in part and isinstance(part.get("text", ""), str) for part in content)
+    return all(
+        isinstance(part, dict) and isinstance(part.get("type"), str) and isinstance(part.get("text", ""), str)
+        for part in content
+    )

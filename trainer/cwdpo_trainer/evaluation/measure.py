@@ -16,6 +16,7 @@ from cwdpo_trainer.config.sections import read_section
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, distinct_prompts, load_rows
+from cwdpo_trainer.data.screening import bad_rows, without_bad_rows
 from cwdpo_trainer.data.source import Source
 from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import require
@@ -176,7 +177,9 @@ def _device() -> torch.device:
 def _load_rows(target: EvalTarget, collator: PairCollator, source: Source) -> list[Row]:
     """The rows of a dataset, treated as in the target's run: bad rows skipped, long ones made to fit."""
     settings = target.data
-    rows = load_rows(source, say if settings is not None and settings.skip_bad_rows else None)
+    skipped = say if settings is not None and settings.skip_bad_rows else None
+    rows = load_rows(source, skipped)
+    rows = without_bad_rows(source.name, rows, bad_rows(rows, collator), skipped)
     if settings is None or settings.max_length is None:
         return rows
     fit = fit_rows(rows, LengthMeter(collator), settings.max_length, settings.over_length)

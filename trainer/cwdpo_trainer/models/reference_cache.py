@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from transformers import ProcessorMixin
 
+from cwdpo_trainer import pixels
 from cwdpo_trainer.data.collator import Tokens
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError, require
@@ -124,8 +125,9 @@ def _checksum(payload: bytes) -> bytes:
 
 
 def image_keys(row: Row) -> list[str]:
-    """Identify a row's images, as the processor receives them, by their bytes and their pixel limit."""
-    return [f"{hashlib.sha256(image.read_bytes()).hexdigest()} {row.max_pixels}" for image in row.images]
+    """Identify a row's images, as the processor receives them, by their bytes, the decoder and their pixel limit."""
+    decoder = f"{pixels.VERSION} {row.max_pixels}"
+    return [f"{hashlib.sha256(image.read_bytes()).hexdigest()} {decoder}" for image in row.images]
 
 
 def pair_key(images: Sequence[str], prompt: Tokens, chosen: Tokens, rejected: Tokens) -> str:

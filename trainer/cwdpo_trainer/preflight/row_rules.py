@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterator, Sequence
 
 from cwdpo_trainer.chat_templates import TemplateLimit
 from cwdpo_trainer.data.lengths import LengthMeter
-from cwdpo_trainer.data.rows import Row, answer_text
+from cwdpo_trainer.data.rows import Row
+from cwdpo_trainer.data.screening import is_bad, placeholder_mismatch, token_in_answer
 from cwdpo_trainer.errors import InputError, describe, shorten
-from cwdpo_trainer.preflight.run_rules import ERROR, EVIDENCE_SHOWN, Problem, RunPreview
+from cwdpo_trainer.preflight.run_rules import ERROR, EVIDENCE_SHOWN, WARNING, Problem, RunPreview
 
 RowRule = Callable[[LengthMeter, Row], str | None]
 
@@ -27,22 +28,7 @@ def unreadable_image(meter: LengthMeter, row: Row) -> str | None:
 
 
 def placeholder_count(meter: LengthMeter, row: Row) -> str | None:
-    """Some processors add image tokens to a prompt without placeholders. Others accept any number of placeholders, and
-    the model fails during training."""
-    token = getattr(meter.collator.processor, "image_token", None)
-    if token is None:
-        return None
-    count = meter.collator.prompt_text(row).count(token)
-    if count == len(row.images) or (count == 0 and _has_image_tokens(meter, row)):
-        return None
-    return f"{count} {token} in the prompt, {len(row.images)} images"
-
-
-def _has_image_tokens(meter: LengthMeter, row: Row) -> bool:
-    try:
-        return meter(row).image > 0
-    except ValueError:
-        return False
+    return placeholder_mismatch(meter, row)
 
 
 def template_changes_prompt(meter: LengthMeter, row: Row) -> str | None:
@@ -58,13 +44,7 @@ def template_changes_prompt(meter: LengthMeter, row: Row) -> str | None:
 def special_token_in_answer(meter: LengthMeter, row: Row) -> str | None:
     """An end-of-sequence token inside an answer teaches the model to continue after it. An image token asks for an
     image."""
-    tokenizer = meter.collator.tokenizer
-    for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
-        tokens = meter.collator.answer_tokens(row, answer)[:-1]
-        for token in (tokenizer.eos_token_id, *meter.image_ids):
-            if token in tokens:
-                return f"{tokenizer.convert_ids_to_tokens(token)} in {name} {answer_text(answer)[:60]!r}"
-    return None
+    return token_in_answer(meter, row, (meter.collator.tokenizer.eos_token_id, *meter.image_ids))
 
 
 ROW_RULES: dict[str, tuple[RowRule, str]] = {
@@ -83,8 +63,11 @@ PROCESSOR_ERROR = "processor_error"
 
 
 def row_problems(preview: RunPreview, meter: LengthMeter, name: str) -> Iterator[Problem]:
-    """Apply the rules to the sample of the dataset `name`. Stores the lengths of rows without mistakes in `preview`."""
-    found: dict[str, list[str]] = defaultdict(list)
+    """Apply the rules to the sample of the dataset `name`. Stores the lengths of rows without mistakes in `preview`.
+
+    With data.skip_bad_rows, a row that the run skips is a warning.
+    """
+    found: dict[tuple[str, str], list[str]] = defaultdict(list)
     lengths = preview.lengths.setdefault(name, {})
     for row in preview.sample[name]:
         is_limit = False
@@ -95,17 +78,19 @@ def row_problems(preview: RunPreview, meter: LengthMeter, name: str) -> Iterator
         except InputError as error:
             mistake = PROCESSOR_ERROR, f"{error.what}: {shorten(error.mismatch)}"
             is_limit = isinstance(error.__cause__, TemplateLimit)
-        except Exception as error:  # processors and tokenizers raise all kinds; each would stop the run
+        except Exception as error:  # processors and tokenizers raise all kinds
             mistake = PROCESSOR_ERROR, describe(error)
         if mistake is not None:
             rule, evidence = mistake
-            found[rule].append(f"{row.where}: {evidence}")
+            is_skipped = preview.config.data.skip_bad_rows and not is_limit and is_bad(meter, row)
+            found[rule, WARNING if is_skipped else ERROR].append(f"{row.where}: {evidence}")
         if is_limit:  # each further row would take as long
             break
-    for rule, lines in found.items():
+    for (rule, severity), lines in found.items():
         summary = f"{len(lines)} of {len(preview.sample[name])} rows of data.{name}"
-        advice = "the run would stop at these rows" if rule == PROCESSOR_ERROR else ROW_RULES[rule][1]
-        yield Problem(ERROR, rule, list_evidence(summary, lines), advice)
+        advice = "correct or remove these rows" if rule == PROCESSOR_ERROR else ROW_RULES[rule][1]
+        skips = "data.skip_bad_rows is set: the run skips them" if severity == WARNING else advice
+        yield Problem(severity, rule, list_evidence(summary, lines), skips)
 
 
 def _first_mistake(meter: LengthMeter, row: Row) -> tuple[str, str] | None:
