@@ -1,6 +1,6 @@
 // cwdpo_loss on the CPU: sums, means and counts of 2P sequences, cooling weights, loss, metrics and the gradient of
-// every token in one call. cwdpo_kernels/portable/cwdpo_loss.py states the formulas. All intermediate results are
-// float64. Bytes moved: 16 per token.
+// every token in one call. cwdpo_kernels/portable/cwdpo_loss.py states the formulas. All intermediate results but the
+// sums and means are float64. Bytes moved: 16 per token.
 
 #include <cmath>
 
@@ -53,8 +53,9 @@ Sequences sum_sequences(const T* logp, const Tokens& tokens, int64_t sequences) 
     int64_t count = 0;
     tokens.for_each(s, [&](int64_t i) { sum_logp += logp[i], ++count; });
     out.count[s] = tokens.count == nullptr ? count : tokens.count[s];
-    out.sum_logp[s] = sum_logp;
-    // Rounded to T like the returned mean, so that `drop_below` is compared with the value that the caller sees.
+    // Rounded to T like the returned values. A reference with the same log-probs then gives a reward of exactly 0, and
+    // `drop_below` is compared with the value that the caller sees.
+    out.sum_logp[s] = static_cast<T>(sum_logp);
     out.mean[s] = static_cast<T>(static_cast<T>(sum_logp) / static_cast<T>(std::max<int64_t>(out.count[s], 1)));
   }
   return out;

@@ -161,3 +161,17 @@ def test_a_realistic_step_within_1e5_of_float64():
         assert relative_error(actual, expected) < 1e-5
     frozen = ck.linear_cwdpo_loss(hidden, head.weight.detach(), labels, *refs, **options)
     assert relative_error(torch.autograd.grad(frozen.loss, hidden)[0], ours[0]) < 1e-5
+
+
+@pytest.mark.parametrize("normalize", ["sequence", "token"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
+def test_rewards_are_zero_while_policy_and_reference_are_equal(normalize, frozen):
+    hidden, head, labels = make_inputs((10, 19), 211, 24, torch.float32)
+    head = ck.Head(head.weight.detach()) if frozen else head
+    with torch.no_grad():
+        reference = ck.linear_sequence_logprob(hidden, head, labels).total
+    out = ck.linear_cwdpo_loss(
+        hidden, head, labels, *reference.chunk(2), beta=0.3, cooling=COOLINGS[0].values[0], normalize=normalize
+    )
+    for name in ("chosen_reward", "rejected_reward", "margin", "accuracy"):
+        assert not getattr(out, name).any(), name

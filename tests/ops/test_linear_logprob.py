@@ -264,3 +264,13 @@ def test_sparse_grad_changes_no_result(dead, dtype, transposed):
     truths = grads(False, *as_float64(hidden, head))
     for name, actual, dense, truth in zip("hwb", grads(True), grads(False), truths, strict=True):
         check_budget(name, actual, dense, truth)
+
+
+@pytest.mark.parametrize("options", HEADS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wanted_gradients_change_no_bit_of_the_log_probs(dtype, options):
+    hidden, head, labels = make_inputs((4, 21), 507, 64, dtype, **options)
+    with torch.no_grad():
+        expected = ck.linear_logprob(hidden, head, labels)
+    for wanted in (hidden, freeze(head)), (hidden, head), (hidden.detach(), head):
+        assert torch.equal(ck.linear_logprob(*wanted, labels), expected)
