@@ -20,6 +20,10 @@ from ..validation import expect
 from .reduction import check_reduction, reduced
 
 OP = "linear_cross_entropy"
+# Options of the gradient's accuracy, and the values besides None that this gradient satisfies: it is exact.
+SATISFIED: dict[str, tuple[bool, ...]] = {
+    "accum_e_fp32": (True, False), "accum_c_fp32": (True, False), "filter_e_grad": (False,), "filter_c_grad": (False,),
+}  # fmt: skip
 
 
 def linear_cross_entropy(
@@ -43,14 +47,14 @@ def linear_cross_entropy(
         dimension.
     bias: versions up to 25.1 lack this argument, so pass everything after `targets` by name.
 
-    NotImplementedError: `impl` and the options of gradient filtering (`filter_eps`, `accum_e_fp32`, ...) unless None,
-    because gradients are exact here; `return_lse`, because the gradient of the difference between the label's logit and
-    its log-prob would lose digits at the label.
+    NotImplementedError: `impl`; values of `filter_eps`, `filter_e_grad`, ... that ask for filtered gradients, because
+    gradients are exact here (None and the values of `SATISFIED` are accepted); `return_lse`, because the gradient of
+    the difference between the label's logit and its log-prob would lose digits at the label.
     """
     if return_lse:
         raise NotImplementedError(f"{OP}: return_lse=True is not supported")
     for name, value in unsupported.items():
-        if value is not None:
+        if value is not None and value not in SATISFIED.get(name, ()):
             raise NotImplementedError(f"{OP}: {name}={value!r} is not supported")
     check_reduction(OP, reduction)
     is_tensor = bias is None or isinstance(bias, Tensor)

@@ -156,7 +156,6 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         metrics = DPOMetrics(chosen_logp, rejected_logp, chosen_mean, rejected_mean, nll, terms.w, terms.l)
         return loss, DPOMetrics(*(metric.detach() for metric in metrics))
 
-    @torch.no_grad()
     def _reference_logp(
         self, target: Tensor, ref_input: Tensor | None, ref_weight: Tensor | None, ref_bias: Tensor | None
     ) -> Tensor | float:
@@ -164,7 +163,8 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         if not self.use_ref_model:
             return 0.0
         hidden, weight = _required("ref_input", ref_input), _required("ref_weight", ref_weight)
-        logp = linear_sequence_logprob(hidden, Head(weight, ref_bias), target, ignore_index=self.ignore_index)
+        with torch.no_grad():  # as a decorator of the method it would not compile
+            logp = linear_sequence_logprob(hidden, Head(weight, ref_bias), target, ignore_index=self.ignore_index)
         return logp.mean if self.average_log_prob else logp.total
 
 

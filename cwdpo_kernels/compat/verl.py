@@ -21,6 +21,7 @@ from ..validation import expect
 from .reduction import check_reduction, reduced
 
 OP = "linear_cross_entropy"
+REFUSAL = f"{OP}: the gradient of entropy is not supported (entropy_coeff must be 0)"
 NO_LABEL = torch.iinfo(torch.int32).min  # verl ignores no token
 
 
@@ -40,8 +41,8 @@ def linear_cross_entropy(
     Gradients of the log-probs are exact; the entropy has no gradient. If no gradient is needed, one forward pass
     computes both; otherwise the entropy costs a second one.
 
-    NotImplementedError: backward through the entropy (verl's `entropy_coeff` other than 0), a `dist_process_group` of
-    more than one process (the weight must hold the whole vocabulary).
+    NotImplementedError: backward through the entropy (verl's `entropy_coeff` other than 0; RuntimeError in a compiled
+    graph), a `dist_process_group` of more than one process (the weight must hold the whole vocabulary).
     """
     if dist_process_group is not None and dist_process_group.size() > 1:
         raise NotImplementedError(f"{OP}: dist_process_group (a head sharded over processes) is not supported")
@@ -64,5 +65,9 @@ class _Entropy(torch.autograd.Function):
         return entropy.view_as(entropy)
 
     @staticmethod
-    def backward(ctx: Any, grad_entropy: Tensor) -> None:
-        raise NotImplementedError(f"{OP}: the gradient of entropy is not supported (entropy_coeff must be 0)")
+    def backward(ctx: Any, grad_entropy: Tensor) -> tuple[None, None, None]:
+        if not torch.compiler.is_compiling():
+            raise NotImplementedError(REFUSAL)
+        # A compiled graph traces this backward always, and runs it with zeros if the entropy is not used.
+        torch._assert_async((grad_entropy == 0).all(), REFUSAL)
+        return None, None, None

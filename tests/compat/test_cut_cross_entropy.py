@@ -58,13 +58,15 @@ def test_only_the_import_changes(reduction, shift):
         theirs = peer.linear_cross_entropy(e, c, targets, impl="torch_compile", **options)
     ours = linear_cross_entropy(e, c, targets, **options)
     torch.testing.assert_close(ours, theirs)
-    assert torch.equal(linear_cross_entropy(e, c, targets, filter_eps=None, **options), ours)
+    exact = {"filter_eps": None, "accum_e_fp32": True, "accum_c_fp32": False, "filter_e_grad": False}
+    assert torch.equal(linear_cross_entropy(e, c, targets, **exact, **options), ours)
 
 
 @pytest.mark.parametrize(
     ("options", "error", "message"),
     [
         ({"filter_eps": "high"}, NotImplementedError, "filter_eps='high' is not supported"),
+        ({"filter_c_grad": True}, NotImplementedError, "filter_c_grad=True is not supported"),
         ({"return_lse": True}, NotImplementedError, "return_lse=True is not supported"),
         ({"impl": "cce"}, NotImplementedError, "impl='cce' is not supported"),
         ({"reduction": "avg"}, ValueError, "expected reduction to have a value in none, mean, sum, got 'avg'"),
@@ -76,7 +78,7 @@ def test_only_the_import_changes(reduction, shift):
             r"expected bias to have type Tensor or None \(pass ignore_index by name\)",
         ),
     ],
-    ids=["filter", "lse", "impl", "reduction", "negative", "too-far", "positional"],
+    ids=["filter", "filter_grad", "lse", "impl", "reduction", "negative", "too-far", "positional"],
 )
 def test_errors_name_the_argument(options, error, message):
     (e, c, _), targets = make((3, 11), torch.float32)

@@ -68,6 +68,22 @@ def test_backward_through_the_entropy_raises():
         (logp.mean() - 0.01 * entropy.mean()).backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # dynamo does so itself
+@pytest.mark.parametrize("compiler", ["eager", "aot_eager"])
+def test_compiled_without_graph_breaks(compiler):
+    hidden, weight, labels = make((5,), torch.float32)
+
+    def results(function):
+        logp, entropy = function(hidden, weight, labels, 0.7)
+        return logp, entropy, *torch.autograd.grad(logp.sum(), (hidden, weight))
+
+    compiled = torch.compile(linear_cross_entropy, fullgraph=True, backend=compiler)
+    torch.testing.assert_close(results(compiled), results(linear_cross_entropy))
+    logp, entropy = compiled(hidden, weight, labels, 0.7)
+    with pytest.raises(RuntimeError, match="the gradient of entropy is not supported"):
+        (logp.mean() - 0.01 * entropy.mean()).backward()
+
+
 def ppo_loss(logp: Tensor, old: Tensor, advantages: Tensor, mask: Tensor, clip: float = 0.2) -> Tensor:
     ratio = (logp - old).exp()
     losses = torch.maximum(-advantages * ratio, -advantages * ratio.clamp(1 - clip, 1 + clip))
