@@ -14,24 +14,49 @@ After:
 from __future__ import annotations
 
 import contextlib
+import inspect
+import warnings
 from typing import Any
 
 import torch
 from accelerate.utils import is_peft_model
 from torch import Tensor, nn
+from torch._dynamo import OptimizedModule
 from transformers import PreTrainedModel
 from trl import DPOConfig, DPOTrainer
 from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
-from .. import IGNORE_INDEX, Cooling, CWDPOOutput, Head, linear_cwdpo_loss, linear_sequence_logprob, shift_labels
+from .. import (
+    IGNORE_INDEX,
+    Cooling,
+    CWDPOOutput,
+    Head,
+    SequenceLogprob,
+    cwdpo_loss,
+    linear_cwdpo_loss,
+    linear_sequence_logprob,
+    shift_labels,
+)
+from ..losses import NORMALIZE
+from ..validation import check_choice, expect
 from .hugging_face import attach_head
 
-# Options of DPOConfig that CoolingDPOTrainer does not implement, and the only value of each that it accepts.
-ONLY = {
-    "loss_type": ["sigmoid"], "loss_weights": None, "ld_alpha": None, "label_smoothing": 0.0, "use_weighting": False,
-    "f_divergence_type": "reverse_kl", "padding_free": False, "use_liger_kernel": False, "parallelism_config": None,
+OP = "CoolingDPOTrainer"
+# Options of DPOConfig that the trainer does not implement, and their values without effect, which it accepts.
+ONLY: dict[str, tuple[Any, ...]] = {
+    "loss_type": (["sigmoid"],), "loss_weights": (None, [1.0]), "ld_alpha": (None, 1.0), "label_smoothing": (0.0,),
+    "use_weighting": (False,), "f_divergence_type": ("reverse_kl",), "padding_free": (False,),
+    "use_liger_kernel": (False,), "parallelism_config": (None,),
 }  # fmt: skip
+# Prompt learning of peft that works. In transformers 5 prefix tuning needs a cache, which training turns off.
+PROMPTS = ("PROMPT_TUNING", "P_TUNING")
+# What the trainer logs; evaluation adds the prefix "eval_" to it and to what transformers measures.
+METRICS = (
+    "rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins", "logps/chosen", "logps/rejected",
+    "mean_logps/chosen", "mean_logps/rejected", "kept", "cooling_weight", "num_tokens",
+)  # fmt: skip
+OF_EVALUATION = ("loss", "runtime", "samples_per_second", "steps_per_second")
 
 
 class CoolingDPOTrainer(DPOTrainer):
@@ -40,17 +65,22 @@ class CoolingDPOTrainer(DPOTrainer):
     cooling: defines w_c; `Cooling(constant=1.0)` is DPO as TRL computes it.
     normalize: "sequence" for D of total log-probs, "token" for D of means.
 
-    Everything else works as TRL documents it: models by name or loaded, datasets with and without images, and the
-    reference (adapter off, precomputed, `ref_model`, or the policy reloaded by name). A policy that has been trained
-    since it was loaded needs `ref_model`.
+    Everything else works as TRL documents it: models by name or loaded, datasets with and without images, LoRA and
+    prompt tuning, `torch_compile`, and the reference (adapter off, precomputed, `ref_model`, or the policy reloaded by
+    name). A policy that has been trained since it was loaded needs `ref_model`.
+
+    `max_length` can leave an answer without tokens. DPO counts such a pair: the answer's log-prob is 0. So does this
+    trainer with `constant=1.0`. Otherwise w_c is not defined for it: the pair is left out of the loss, with a warning
+    at the first one.
 
     The head is called inside the model's forward (`attach_head`), so wrappers' hooks fire. It logs TRL's `rewards/*`,
     `logps/*` (sums, nats) and `num_tokens`, and also `cooling_weight` (mean over the kept pairs), `kept` (their share),
     `mean_logps/chosen` and `mean_logps/rejected` (nats per token). It does not log TRL's `entropy`, `logits/*` and
     `mean_token_accuracy`, which would cost another pass over the vocabulary.
 
-    NotImplementedError: options that differ from `ONLY`, router losses of mixtures of experts, `compute_metrics` and
-    `predict` (they need logits). HeadError: the head is not supported (see `attach_head`).
+    NotImplementedError: options that differ from `ONLY`, prompt learning of peft that differs from `PROMPTS`, router
+    losses of mixtures of experts, `compute_metrics` and `predict` (they need logits). ValueError: `beta` <= 0, and a
+    `metric_for_best_model` that evaluation does not measure. HeadError: the head is not supported (see `attach_head`).
     """
 
     model: PreTrainedModel  # or a peft model, which forwards attributes to it; never None after __init__
@@ -59,51 +89,60 @@ class CoolingDPOTrainer(DPOTrainer):
         self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, *more: Any,
         cooling: Cooling, normalize: str = "sequence", **options: Any,
     ) -> None:  # fmt: skip
-        for name, only in ONLY.items() if args is not None else ():
-            if (value := getattr(args, name)) != only:
-                raise NotImplementedError(f"CoolingDPOTrainer: {name}={value!r} is not supported, only {only!r} is")
+        expect(isinstance(cooling, Cooling), OP, "cooling", "type", "Cooling", type(cooling).__name__)
+        check_choice(OP, "normalize", normalize, NORMALIZE)
+        given = inspect.signature(DPOTrainer.__init__).bind(self, model, ref_model, args, *more, **options).arguments
+        _check(given)
         self.cooling, self.normalize = cooling, normalize
+        self._has_warned_of_empty_answers = False
         super().__init__(model, ref_model, args, *more, **options)
         if self.aux_loss_enabled:
-            coefficient = self.router_aux_loss_coef
-            raise NotImplementedError(
-                f"CoolingDPOTrainer: router_aux_loss_coef={coefficient} is not supported, only 0.0 is"
-            )
+            _refuse("router_aux_loss_coef", self.router_aux_loss_coef, 0.0)
 
     def __setattr__(self, name: str, value: Any) -> None:
         # Attach here: the model is loaded (by TRL or the caller), but not wrapped by TRL or accelerate yet.
         if name in ("model", "ref_model") and (isinstance(value, PreTrainedModel) or hasattr(value, "get_base_model")):
             attach_head(value)
+        if name == "ref_model" and isinstance(value, OptimizedModule) and self.precompute_ref_logps:
+            # TRL's precomputation asks for the truth value of the reference, which a compiled module does not have.
+            value = value._orig_mod
         super().__setattr__(name, value)
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Total log-probs of the chosen [P] and the rejected [P] answers under the reference, in nats."""
         labels = _labels(inputs)
-        adapter: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if self.ref_model is None and is_peft_model(self.model):
-            policy = self.accelerator.unwrap_model(self.model)
-            adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
-        options = self.args.gradient_checkpointing_kwargs
-        options = None if isinstance(options, str) else options  # never a string: DPOConfig has parsed it
-        checkpointing = disable_gradient_checkpointing(self.model, options)
+        none: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+        adapter = checkpointing = none
+        if self.ref_model is None:  # the reference is in the policy
+            options = self.args.gradient_checkpointing_kwargs
+            options = None if isinstance(options, str) else options  # never a string: DPOConfig has parsed it
+            checkpointing = disable_gradient_checkpointing(self.model, options)
+            if is_peft_model(self.model):
+                policy = self.accelerator.unwrap_model(self.model)
+                adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
             logp = model(
                 **_model_inputs(inputs),
-                head_op=lambda hidden, head: linear_sequence_logprob(hidden, head, labels).total,
+                head_op=lambda hidden, head: linear_sequence_logprob(_of_tokens(hidden, labels), head, labels).total,
             )
         chosen, rejected = logp.chunk(2)
         return chosen, rejected
 
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         if return_outputs:
-            raise NotImplementedError("CoolingDPOTrainer: compute_metrics and predict need logits: not supported")
+            raise NotImplementedError(f"{OP}: predict is not supported, because it needs logits")
         if self.precompute_ref_logps:
             chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            chosen, rejected = self.compute_ref_log_probs(self.ref_model or self.model, inputs)
+            reference = self.model if self.ref_model is None else self.ref_model
+            chosen, rejected = self.compute_ref_log_probs(reference, inputs)
         labels, beta, cooling, normalize = _labels(inputs), self.beta, self.cooling, self.normalize
 
         def head_op(hidden: Tensor, head: Head) -> CWDPOOutput:
+            hidden = _of_tokens(hidden, labels)
+            if cooling.constant == 1.0:
+                policy = _counted(linear_sequence_logprob(hidden, head, labels))
+                return cwdpo_loss(*policy, chosen, rejected, beta=beta, cooling=cooling, normalize=normalize)
             return linear_cwdpo_loss(
                 hidden, head, labels, chosen, rejected, beta=beta, cooling=cooling, normalize=normalize
             )
@@ -120,9 +159,11 @@ class CoolingDPOTrainer(DPOTrainer):
             "logps/chosen": output.chosen_logp.total, "logps/rejected": output.rejected_logp.total,
             "mean_logps/chosen": output.chosen_logp.mean, "mean_logps/rejected": output.rejected_logp.mean,
             "kept": output.kept, "cooling_weight": output.cooling_weight * output.kept,
+            "empty": (output.chosen_logp.count == 0) | (output.rejected_logp.count == 0),
         }  # fmt: skip
         table = self.accelerator.gather(torch.stack([metric.float() for metric in metrics.values()], dim=1))
         means = dict(zip(metrics, table.mean(0).tolist(), strict=True))
+        self._warn_of_empty_answers(round(means.pop("empty") * len(table)), len(table))
         weight = means.pop("cooling_weight")
         if means["kept"]:  # without a kept pair there is no mean weight
             means["cooling_weight"] = weight / means["kept"]
@@ -131,6 +172,64 @@ class CoolingDPOTrainer(DPOTrainer):
         if mode == "train":
             self._total_train_tokens += self.accelerator.gather(attention_mask.sum()).sum().item()
         self._metrics[mode]["num_tokens"] = [self._total_train_tokens]
+
+    def _warn_of_empty_answers(self, empty: int, pairs: int) -> None:
+        """Warn at the first batch that has pairs which DPO would count and this trainer leaves out."""
+        if empty and not self._has_warned_of_empty_answers:
+            self._has_warned_of_empty_answers = True
+            max_length = getattr(self.args, "max_length", None)
+            warnings.warn(
+                f"{OP}: expected answers to have at least 1 token, got {empty} of {pairs} pairs with an empty answer "
+                f"in a batch (max_length={max_length}). They are left out of the loss; TRL's DPOTrainer counts them. "
+                "Raise max_length, or remove the pairs",
+                stacklevel=2,
+            )
+
+
+def _check(given: dict[str, Any]) -> None:
+    """Check the arguments of `DPOTrainer` that are known before it loads models and precomputes log-probs."""
+    if given.get("compute_metrics") is not None:
+        raise NotImplementedError(f"{OP}: compute_metrics is not supported, because it needs logits")
+    peft_configs = [given.get("peft_config"), *getattr(given["model"], "peft_config", {}).values()]
+    for config in peft_configs:
+        kind = getattr(config, "peft_type", None)
+        if getattr(config, "is_prompt_learning", False) and kind not in PROMPTS:
+            _refuse("peft_type", str(getattr(kind, "value", kind)), *PROMPTS)
+    args = given.get("args")
+    if args is None:
+        return
+    for name, only in ONLY.items():
+        if (value := getattr(args, name)) not in only:
+            _refuse(name, value, *only)
+    expect(args.beta > 0, OP, "beta", "a value", "> 0", args.beta)
+    _check_metric(args, given.get("eval_dataset"))
+
+
+def _check_metric(args: DPOConfig, eval_dataset: Any) -> None:
+    """`metric_for_best_model` must be measured. With several datasets, TRL's own metrics do not name the dataset."""
+    if args.metric_for_best_model is None or args.eval_strategy == "no":
+        return
+    datasets = [f"{name}_" for name in eval_dataset] if isinstance(eval_dataset, dict) else [""]
+    known = [f"{dataset}{metric}" for dataset in datasets for metric in OF_EVALUATION] + list(METRICS)
+    name = args.metric_for_best_model.removeprefix("eval_")
+    expect(name in known, OP, "metric_for_best_model", "a value in", ", ".join(known), repr(name))
+
+
+def _refuse(name: str, value: Any, *only: Any) -> None:
+    accepted = " or ".join(map(repr, only))
+    raise NotImplementedError(f"{OP}: {name}={value!r} is not supported, only {accepted} is")
+
+
+def _counted(logp: SequenceLogprob) -> tuple[SequenceLogprob, SequenceLogprob]:
+    """The log-probs of chosen and rejected answers, where an empty answer counts as a token of log-prob 0."""
+    total, mean, count = logp
+    chosen, rejected = zip(total.chunk(2), mean.chunk(2), count.clamp_min(1).chunk(2), strict=True)
+    return SequenceLogprob(*chosen), SequenceLogprob(*rejected)
+
+
+def _of_tokens(hidden: Tensor, labels: Tensor) -> Tensor:
+    """The hidden states that belong to `labels` [2P, T]: prompt tuning puts those of virtual tokens before them."""
+    return hidden[:, hidden.shape[1] - labels.shape[1] :]
 
 
 def _labels(inputs: dict[str, Any]) -> Tensor:

@@ -11,13 +11,13 @@ from typing import NamedTuple
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
 from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
 from trl import DPOConfig, DPOTrainer
 
 from cwdpo_kernels import Cooling
-from cwdpo_kernels.integrations.trl import CoolingDPOTrainer
+from cwdpo_kernels.integrations.trl import METRICS, CoolingDPOTrainer
 
 # TRL 1.16 still uses names that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -123,6 +123,11 @@ def gradients(trainer, batch):
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
 
+def losses_of(trainer):
+    trainer.train()
+    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+
+
 def test_five_steps_with_models_by_name(task):
     trainer = make(CoolingDPOTrainer, task, args={"bf16": True, "eval_strategy": "steps", "eval_steps": 5},
                    eval_dataset=task.rows.select(range(8)))  # fmt: skip
@@ -138,6 +143,7 @@ def test_five_steps_with_models_by_name(task):
     assert steps[-1]["num_tokens"] > steps[0]["num_tokens"] > 0
     (evaluation,) = [entry for entry in trainer.state.log_history if "eval_loss" in entry]
     assert evaluation["eval_loss"] < 0.69
+    assert {f"eval_{name}" for name in METRICS} <= evaluation.keys()
     assert 0 < evaluation["eval_cooling_weight"] < 1
     head = "lm_head.weight"
     assert not torch.equal(trainer.model.state_dict()[head], before[head])
@@ -173,7 +179,8 @@ def test_weight_one_equals_trl(task):
         assert ours._metrics["train"][name] == pytest.approx(theirs._metrics["train"][name], rel=1e-4, abs=1e-5), name
 
 
-LORA = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")
+def lora_config():
+    return LoraConfig(r=4, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM")  # peft notes the model in it
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["new", "trained"])
@@ -181,13 +188,13 @@ def test_lora_reference(task, trained):
     """As in TRL: the reference of a new adapter is the base model; that of a trained adapter is a copy of it."""
     policy, reference = copy.deepcopy(task.model), task.model
     if trained:
-        policy = get_peft_model(policy, LORA)
+        policy = get_peft_model(policy, lora_config())
         move_adapter(policy, seed=2)
         reference = copy.deepcopy(policy).merge_and_unload()
         trainer = make(CoolingDPOTrainer, task, policy)
         assert "ref" in trainer.model.peft_config
     else:
-        trainer = make(CoolingDPOTrainer, task, policy, peft_config=LORA)
+        trainer = make(CoolingDPOTrainer, task, policy, peft_config=lora_config())
     assert trainer.ref_model is None
     move_adapter(trainer.model, seed=1)
     batch = first_batch(trainer)
@@ -204,9 +211,9 @@ def test_lora_reference(task, trained):
 @pytest.mark.parametrize("task", ["text"], indirect=True)
 @pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
 def test_precomputed_reference_changes_nothing(task, lora):
-    options = {"peft_config": LORA} if lora else {}
     losses = []
     for precompute in (False, True):
+        options = {"peft_config": lora_config()} if lora else {}
         trainer = make(CoolingDPOTrainer, task, args={"precompute_ref_log_probs": precompute}, **options)
         assert ("ref_chosen_logps" in trainer.train_dataset.column_names) is precompute
         trainer.train()
@@ -228,6 +235,99 @@ def test_dropped_pairs(task, kept):
         assert metrics["cooling_weight"] == [pytest.approx(((mean[2:] + 2.8) / 0.5).sigmoid().mean().item(), rel=1e-5)]
     else:
         assert "cooling_weight" not in metrics
+
+
+def some_empty_answers(task):
+    """The task with longer prompts in every third row, and the `max_length` at which these rows have empty answers."""
+    rows = [dict(row) for row in task.rows]
+    for row in rows[::3]:
+        row["prompt"] += " describe" * 8
+    task = task._replace(rows=Dataset.from_list(rows))
+    ids = first_batch(make(CoolingDPOTrainer, task, args={"per_device_train_batch_size": 16, "max_length": None}))
+    return task, int((ids["completion_mask"] == 0).int().argmin(1).max())
+
+
+@pytest.mark.parametrize("task", ["images"], indirect=True)  # TRL removes such rows itself if there are no images
+def test_empty_answers_count_as_in_trl_if_the_weight_is_one(task):
+    task, limit = some_empty_answers(task)
+    args = {"max_length": limit, "max_steps": 4}
+    ours = make(CoolingDPOTrainer, task, args=args, cooling=Cooling(constant=1.0))
+    mask = first_batch(ours)["completion_mask"].sum(1)
+    assert (mask == 0).any()
+    assert (mask > 0).any()
+    theirs = losses_of(make(DPOTrainer, task, args=args))
+    assert losses_of(ours) == pytest.approx(theirs, rel=1e-4)
+    assert theirs[-1] < theirs[0] - 0.05
+    assert {entry["kept"] for entry in ours.state.log_history if "kept" in entry} == {1.0}
+
+
+@pytest.mark.parametrize("task", ["images"], indirect=True)
+def test_other_weights_leave_empty_answers_out_and_warn_once(task):
+    task, limit = some_empty_answers(task)
+    trainer = make(CoolingDPOTrainer, task, args={"max_length": limit, "per_device_train_batch_size": 16})
+    message = rf"got 6 of 16 pairs with an empty answer in a batch \(max_length={limit}\)\. They are left out"
+    with pytest.warns(UserWarning, match=message) as warned:
+        trainer.train()
+    assert len([warning for warning in warned if "empty answer" in str(warning.message)]) == 1
+    assert trainer.state.log_history[0]["kept"] == 10 / 16
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["float32", "bf16"])
+@pytest.mark.parametrize("cooling", [COOLING, Cooling(constant=1.0)], ids=["adaptive", "one"])
+@pytest.mark.parametrize("lora", [False, True], ids=["full", "lora"])
+def test_rewards_of_the_first_step_are_zero(task, bf16, cooling, lora):
+    options = {"peft_config": lora_config()} if lora else {}
+    trainer = make(CoolingDPOTrainer, task, args={"max_steps": 1, "bf16": bf16}, cooling=cooling, **options)
+    trainer.train()
+    rewards = {name: value for name, value in trainer.state.log_history[0].items() if name.startswith("rewards/")}
+    assert rewards == dict.fromkeys(
+        ("rewards/chosen", "rewards/rejected", "rewards/accuracies", "rewards/margins"), 0.0
+    )
+
+
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+@pytest.mark.parametrize("case", ["full", "ref_model precomputed"])
+def test_compiled(task, case):
+    """The models are compiled once for each grad mode, not again at every step."""
+    losses = []
+    for compiled in (False, True):
+        options = {"ref_model": moved(copy.deepcopy(task.model))} if "ref_model" in case else {}
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        args = {"torch_compile": compiled, "torch_compile_backend": "eager", "pad_to_multiple_of": 16, "max_steps": 2}
+        args["precompute_ref_log_probs"] = "precomputed" in case
+        losses.append(losses_of(make(CoolingDPOTrainer, task, args=args, **options)))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert not torch._dynamo.utils.counters["graph_break"]
+
+
+PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
+
+
+@pytest.mark.parametrize("prompt", ["prompt", "p_tuning"])
+def test_prompt_tuning_equals_trl(task, prompt):
+    found = {}
+    for kind in (CoolingDPOTrainer, DPOTrainer):
+        torch.manual_seed(0)
+        args = {"max_steps": 3, "learning_rate": 0.1}
+        encoder = {"encoder_hidden_size": 8}
+        config = PromptTuningConfig(**PROMPT) if prompt == "prompt" else PromptEncoderConfig(**PROMPT, **encoder)
+        trainer = make(kind, task, args=args, cooling=Cooling(constant=1.0), peft_config=config)
+        found[kind] = losses_of(trainer)
+    assert found[CoolingDPOTrainer] == pytest.approx(found[DPOTrainer], rel=1e-4)
+
+
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_prefix_tuning_is_refused_by_name(task, wrapped):
+    config = PrefixTuningConfig(**PROMPT)
+    options = {"peft_config": config}
+    model = None
+    if wrapped:
+        model, options = get_peft_model(copy.deepcopy(task.model), config), {}
+    with pytest.raises(NotImplementedError, match=r"peft_type='PREFIX_TUNING' is not supported, only 'PROMPT_TUNING'"):
+        make(CoolingDPOTrainer, task, model, **options)
 
 
 @pytest.mark.parametrize("task", ["images"], indirect=True)
@@ -257,6 +357,57 @@ def test_unsupported_options_are_named(task, name, value):
 
 
 @pytest.mark.parametrize("task", ["text"], indirect=True)
+def test_values_without_effect_are_accepted(task):
+    changed = losses_of(make(CoolingDPOTrainer, task, args={"loss_weights": [1.0], "ld_alpha": 1.0, "max_steps": 2}))
+    assert changed == losses_of(make(CoolingDPOTrainer, task, args={"max_steps": 2}))
+
+
+@pytest.mark.parametrize(
+    ("args", "options", "message"),
+    [
+        ({"beta": 0.0}, {}, r"expected beta to have a value > 0, got 0\.0"),
+        ({}, {"normalize": "row"}, "expected normalize to have value 'sequence' or 'token', got 'row'"),
+        ({}, {"cooling": None}, "expected cooling to have type Cooling, got NoneType"),
+        ({"metric_for_best_model": "accuracy"}, {}, "metric_for_best_model to have a value in .*, got 'accuracy'"),
+        ({"metric_for_best_model": "eval_entropy"}, {}, "metric_for_best_model to have .*, got 'entropy'"),
+        ({"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 5}, {"eval_dataset": "two"},
+         "metric_for_best_model to have a value in a_loss, .*, got 'loss'"),
+    ],
+    ids=["beta", "normalize", "cooling", "metric", "entropy", "datasets"],
+)  # fmt: skip
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+def test_wrong_values_are_refused_at_construction(task, args, options, message):
+    rows = task.rows.select(range(4))
+    datasets = {"two": {"a": rows, "b": rows}}.get(options.get("eval_dataset"), rows)
+    with pytest.raises(ValueError, match=message):
+        make(CoolingDPOTrainer, task, args={"eval_strategy": "steps", "eval_steps": 5, **args},
+             **{**options, "eval_dataset": datasets})  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["eval_loss", "rewards/margins", "eval_kept", "b_loss"])
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+def test_a_measured_metric_chooses_the_best_model(task, name):
+    rows = task.rows.select(range(4))
+    args = {"metric_for_best_model": name, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2,
+            "greater_is_better": False}  # fmt: skip
+    trainer = make(
+        CoolingDPOTrainer, task, args=args, eval_dataset={"a": rows, "b": rows} if name == "b_loss" else rows
+    )
+    trainer.train()
+    assert trainer.state.best_metric is not None
+
+
+@pytest.mark.parametrize("task", ["text"], indirect=True)
+@pytest.mark.parametrize("positional", [False, True])
+def test_compute_metrics_is_refused_at_construction(task, positional):
+    function = lambda prediction: {}  # noqa: E731
+    more = (None, task.rows, None, task.processor, function) if positional else ()
+    options = {} if positional else {"compute_metrics": function}
+    with pytest.raises(NotImplementedError, match="compute_metrics is not supported, because it needs logits"):
+        CoolingDPOTrainer(str(task.folder), None, None, *more, cooling=COOLING, **options)
+
+
+@pytest.mark.parametrize("task", ["text"], indirect=True)
 def test_router_losses_are_named(task):
     config = MixtralConfig(
         vocab_size=task.model.config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
@@ -271,8 +422,8 @@ def test_router_losses_are_named(task):
 @pytest.mark.parametrize("task", ["text"], indirect=True)
 def test_calls_that_need_logits_raise(task):
     trainer = make(CoolingDPOTrainer, task)
-    with pytest.raises(NotImplementedError, match="compute_metrics and predict need logits"):
-        trainer.compute_loss(trainer.model, first_batch(trainer), return_outputs=True)
+    with pytest.raises(NotImplementedError, match="predict is not supported, because it needs logits"):
+        trainer.predict(trainer.train_dataset)
 
 
 def test_the_other_adapters_need_no_trl():
