@@ -38,7 +38,6 @@ from .. import (
     linear_sequence_logprob,
     shift_labels,
 )
-from ..losses import NORMALIZE
 from ..validation import check_choice, expect
 from .hugging_face import attach_head
 
@@ -90,7 +89,7 @@ class CoolingDPOTrainer(DPOTrainer):
         cooling: Cooling, normalize: str = "sequence", **options: Any,
     ) -> None:  # fmt: skip
         expect(isinstance(cooling, Cooling), OP, "cooling", "type", "Cooling", type(cooling).__name__)
-        check_choice(OP, "normalize", normalize, NORMALIZE)
+        check_choice(OP, "normalize", normalize, ("sequence", "token"))
         given = inspect.signature(DPOTrainer.__init__).bind(self, model, ref_model, args, *more, **options).arguments
         _check(given)
         self.cooling, self.normalize = cooling, normalize
