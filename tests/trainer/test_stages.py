@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import dataclasses
 import functools
 import math
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -15,9 +17,11 @@ from cwdpo_kernels import Cooling
 from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
 from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments
 from cwdpo_trainer.data.collator import with_answers
+from cwdpo_trainer.data.lengths import LengthMeter
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
+from cwdpo_trainer.stages.grouping import GroupedByLength
 from cwdpo_trainer.stages.sft import ConstrainedSFTTrainer
 
 OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 2, "logging_steps": 2,
@@ -415,3 +419,28 @@ def test_unknown_metrics_are_refused_before_training(make):
             ConstrainedSFTTrainer, early_stopping_patience=2, metric_for_best_model="chosen_lopg",
             greater_is_better=True,
         ).train()  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", [ConstrainedSFTTrainer, CWDPOTrainer])
+def test_batches_of_similar_length(make, collator, rows, kind):
+    trainer = make(kind, train_sampling_strategy="group_by_length", gradient_accumulation_steps=2, max_steps=1)
+    trainer.rows[:] = [dataclasses.replace(row, chosen="a " * (index % 9 + 1)) for index, row in enumerate(rows)]
+    length = dict(zip((row.id for row in trainer.rows), map(LengthMeter(collator), trainer.rows), strict=True))
+    batches = list(trainer.get_train_dataloader())
+    assert sorted(row for batch in batches for row in batch["rows"]) == sorted(length)
+    spreads = [np.ptp([length[row].total for row in batch["rows"]]) for batch in batches]
+    everything = np.ptp([one.total for one in length.values()])
+    assert np.mean(spreads) < 0.4 * everything
+    trainer.train()
+    assert trainer.state.global_step == 1
+
+
+def test_the_order_by_length_depends_on_seed_and_epoch_alone(collator, rows):
+    first, resumed = (GroupedByLength(rows, collator, 4, seed=1) for _ in range(2))
+    orders = []
+    for epoch in (0, 1):
+        first.set_epoch(epoch)
+        orders.append(list(first))
+    resumed.set_epoch(1)
+    assert list(resumed) == orders[1] != orders[0]
+    assert list(GroupedByLength(rows, collator, 4, seed=2)) != orders[0]

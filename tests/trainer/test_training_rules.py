@@ -12,7 +12,7 @@ from transformers import TrainingArguments
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.config.loader import load_config, read_config
 from cwdpo_trainer.config.stage_arguments import SFTArguments
-from cwdpo_trainer.config.training_rules import RULES
+from cwdpo_trainer.config.training_rules import RULES, check_batches
 from cwdpo_trainer.errors import InputError
 
 # One option and a value that training would stop at, or that would spoil it.
@@ -93,6 +93,7 @@ def test_every_rule_has_a_case():
         ({"fp16": True, "bf16": True, "use_cpu": True}, "bf16"),
         ({"dataloader_num_workers": 2, "dataloader_multiprocessing_context": "clone"},
          "dataloader_multiprocessing_context"),
+        ({"curriculum": "hardest_first", "train_sampling_strategy": "group_by_length"}, "train_sampling_strategy"),
     ],
 )  # fmt: skip
 def test_a_combination_is_refused_once(settings, write_config, options, wrong):
@@ -117,6 +118,7 @@ def test_a_combination_is_refused_once(settings, write_config, options, wrong):
         {"activation_checkpointing": True, "activation_checkpointing_kwargs": {"use_reentrant": False}},
         {"report_to": []},
         {"train_sampling_strategy": "sequential"},
+        {"train_sampling_strategy": "group_by_length"},
     ],
 )
 def test_good_options_are_accepted(settings, write_config, options):
@@ -132,6 +134,23 @@ def test_run_and_check_report_the_same(settings, write_config, capsys, command):
     printed = capsys.readouterr()
     for key in ("dataloader_num_workers", "learning_rate", "per_device_train_batch_size"):
         assert f"config.yaml: sft.{key}: expected " in printed.out + printed.err
+
+
+@pytest.mark.parametrize("command", ["run", "check"])
+@pytest.mark.parametrize(("stage", "batch", "rows"), [("sft", 25, 24), ("dpo", 9, 8)])
+def test_a_stage_without_a_batch_is_an_error(settings, write_config, capsys, command, stage, batch, rows):
+    """Of 32 rows stage 1 takes 24 and stage 2 takes 8."""
+    settings[stage] |= {"dataloader_drop_last": True, "per_device_train_batch_size": batch}
+    assert main([command, str(write_config(settings))]) > 0
+    printed = capsys.readouterr()
+    expected = f"{stage}.dataloader_drop_last: expected false, or at least {batch} training rows in the stage"
+    assert expected in printed.out + printed.err
+    assert f"got true with {rows} rows" in printed.out + printed.err
+
+
+def test_a_stage_with_one_full_batch_is_accepted(settings, write_config):
+    settings["dpo"] |= {"dataloader_drop_last": True, "per_device_train_batch_size": 8}
+    check_batches(load_config(write_config(settings)).stage("dpo"), "dpo", 8)
 
 
 def test_an_access_token_is_not_pickled(tmp_path):

@@ -21,6 +21,7 @@ from cwdpo_kernels import Cooling
 from cwdpo_trainer.config.loader import RunConfig, prepare
 from cwdpo_trainer.config.sections import STAGES
 from cwdpo_trainer.config.stage_arguments import DPOArguments
+from cwdpo_trainer.config.training_rules import check_batches
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, distinct_prompts, load_rows, split_rows
@@ -132,7 +133,10 @@ class RunInputs:
             train, heldout = (fit.rows for fit in fits)
         digests = {name: source.digest() for name, source in sources.items()}
         adapter = config.lora.adapter if config.lora is not None else None
-        return cls(_rows_by_stage(config, train), heldout, datasets, path, adapter, collator, digests)
+        rows = _rows_by_stage(config, train)
+        for stage, of_stage in rows.items():
+            check_batches(config.stage(stage), stage, len(of_stage))
+        return cls(rows, heldout, datasets, path, adapter, collator, digests)
 
 
 def _rows_by_stage(config: RunConfig, train: list[Row]) -> dict[str, list[Row]]:

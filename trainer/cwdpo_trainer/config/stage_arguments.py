@@ -196,6 +196,9 @@ class DPOArguments(StageArguments):
         check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
         known = self.curriculum in (None, "hardest_first")
         check(known, "curriculum", "null or hardest_first", self.curriculum)
+        random = self.curriculum is None or self.train_sampling_strategy == "random"
+        expected = "random, as curriculum sets the order"
+        check(random, "train_sampling_strategy", expected, self.train_sampling_strategy)
         self._check_onpolicy(check)
 
     def _check_cooling(self, check: Checks) -> None:

@@ -21,11 +21,12 @@ from transformers.training_args import ParallelMode, trainer_log_levels
 from transformers.utils import is_liger_kernel_available
 
 from cwdpo_trainer.config.checks import Checks, is_finite, one_of
+from cwdpo_trainer.errors import require
 
 STEPS = 100  # of the schedule that is tried
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
-# The other strategies of the library measure lengths of rows of tokens, which this trainer's rows are not.
-SAMPLING_STRATEGIES = ("random", "sequential")
+# `batch_rebalance` of the library measures lengths of rows of tokens, which this trainer's rows are not.
+SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
 TOKEN_COUNTS = ("all", "non_padding", "no")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
 # The stages ignore some of these options, and `save_only_model` would make a killed run unable to resume.
@@ -104,6 +105,17 @@ def check_training(args: TrainingArguments, checks: Checks) -> None:
             checks(_is_interval(steps), f"{what}_steps", INTERVAL, steps)
     _check_workers(args, checks)
     _check_metric(args, checks)
+
+
+def check_batches(args: TrainingArguments, stage: str, rows: int) -> None:
+    """Raise `InputError` if `dataloader_drop_last` leaves a stage of `rows` pairs without a batch.
+
+    The library would make no step and save the untrained model. Without the option every stage has a batch.
+    """
+    batch = args.train_batch_size * args.world_size
+    enough = not args.dataloader_drop_last or rows >= batch
+    expected = f"false, or at least {batch} training rows in the stage (a batch of all processes)"
+    require(enough, "config", f"{stage}.dataloader_drop_last", expected, f"true with {rows} rows")
 
 
 def _is_interval(steps: float) -> bool:

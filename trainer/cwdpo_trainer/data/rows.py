@@ -121,12 +121,17 @@ def _kind(prompt: str | list[Message]) -> str:
     return "text" if isinstance(prompt, str) else "a list of messages"
 
 
+def first_part(count: int, fraction: float) -> int:
+    """How many of `count` rows stage 1 takes: `fraction` of them, but each stage at least one."""
+    return min(max(round(fraction * count), 1), count - 1)
+
+
 def split_rows(rows: Sequence[Row], fraction: float, seed: int) -> tuple[list[Row], list[Row]]:
     """Shuffle `rows` with `seed` and split them: `fraction` of them for stage 1, the others for stage 2."""
     require(len(rows) >= 2, "config", "data.train", "at least 2 rows, as two stages share them", len(rows))
     order = list(rows)
     random.Random(seed).shuffle(order)
-    cut = min(max(round(fraction * len(order)), 1), len(order) - 1)
+    cut = first_part(len(order), fraction)
     return order[:cut], order[cut:]
 
 

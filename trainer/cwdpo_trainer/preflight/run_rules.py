@@ -18,10 +18,11 @@ import torch
 
 from cwdpo_trainer.config.loader import RunConfig
 from cwdpo_trainer.config.stage_arguments import StageArguments
+from cwdpo_trainer.config.training_rules import check_batches
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.images import IMAGE_ERRORS
 from cwdpo_trainer.data.lengths import Fit, Length, LengthMeter
-from cwdpo_trainer.data.rows import Row, answer_text
+from cwdpo_trainer.data.rows import Row, answer_text, first_part
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
 from cwdpo_trainer.models.digests import input_digests
@@ -129,6 +130,23 @@ def list_rows(rows: Sequence[Row | str]) -> str:
     shown = [row if isinstance(row, str) else row.where for row in rows[:EVIDENCE_SHOWN]]
     more = len(rows) - len(shown)
     return ", ".join(shown) + (f" and {more} more" if more > 0 else "")
+
+
+@_rule(ERROR)
+def no_training_batch(preview: RunPreview) -> Diagnosis | None:
+    fit = preview.fits.get("train")
+    rows = len(preview.rows.get("train", ())) - (len(fit.skipped) if fit is not None else 0)
+    stages = preview.config.stages
+    if rows < len(stages):
+        return None  # found elsewhere
+    first = first_part(rows, preview.config.data.sft_fraction)
+    sizes = {"sft": first, "dpo": rows - first} if len(stages) == 2 else dict.fromkeys(stages, rows)
+    try:
+        for stage, args in preview.stages().items():
+            check_batches(args, stage, sizes[stage])
+    except InputError as error:
+        return str(error), "the stage would make no step: turn the option off, or lower per_device_train_batch_size"
+    return None
 
 
 @_rule(ERROR)

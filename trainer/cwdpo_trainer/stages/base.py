@@ -49,6 +49,7 @@ from cwdpo_trainer.models.loading import Model, check_quantization, load_weights
 from cwdpo_trainer.models.reference import AdapterReference, Reference
 from cwdpo_trainer.stages.checkpoints import checkpoint_path, delete, had_stopped, keep_newest, state_of
 from cwdpo_trainer.stages.finite import check_finite, check_finite_weights
+from cwdpo_trainer.stages.grouping import GroupedByLength
 from cwdpo_trainer.stages.progress import CompactProgress
 
 
@@ -135,6 +136,12 @@ class StageTrainer(Trainer):
         if self.args.load_best_model_at_end:
             self._load_best_model()
         return TrainOutput(self.state.global_step, math.nan, {})
+
+    def _get_train_sampler(self, train_dataset: Any = None) -> Any:
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        pairs = self.args.train_batch_size * self.args.gradient_accumulation_steps
+        return GroupedByLength(self.rows, self.collator, pairs, self.args.seed)
 
     def _check_metric_name(self) -> None:
         metric = self.args.metric_for_best_model
