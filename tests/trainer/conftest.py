@@ -30,6 +30,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--write-trajectory", action="store_true", help="overwrite the trajectory that test_trajectory.py compares with"
     )
+    parser.addoption("--write-errors", action="store_true", help="write docs/errors.md again")
 
 
 WORDS = ["describe", "red", "green", "blue", "left", "right", "above", "below", "and", "a", "the", "square"]

@@ -247,7 +247,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (huge_learning_rate, WARNING, "learning_rate", ["dpo.learning_rate is 5, not in"]),
     (huge_beta, WARNING, "beta", ["dpo.beta is 50, not in [0.01, 1]"]),
     (misspelled_metric, ERROR, "unknown_metric", ["dpo.metric_for_best_model", "did you mean 'chosen_mean_logp'"]),
-    (folder_of_another_run_given, ERROR, "folder_of_another_run", ["but this run was started with"]),
+    (folder_of_another_run_given, ERROR, "folder_of_another_run", ["as this run was started with"]),
     (few_new_tokens, WARNING, "short_samples", ["max_new_tokens is 3, and 44 of 44 chosen answers are longer"]),
     (missing_image, ERROR, "invalid_rows", ["2 of 32 rows of data.train: images: expected an existing file",
                                              "data: URI:\n", "jsonl:3: got ", "jsonl:6: ", "images/gone.png"]),

@@ -160,7 +160,7 @@ MISTAKES = [
     (f"dpo.beta={10**400}", "dpo.beta: expected type float"),
     ("nonsense", "command line: expected an override of the form section.key=value, got 'nonsense'"),
     ("data.train=gone.jsonl", "gone.jsonl: no such file"),
-    ("model.path=./gone", "config: model.path: expected an existing folder"),
+    ("model.path=./gone", "config.yaml: model.path: expected an existing folder"),
 ]
 
 

@@ -113,7 +113,7 @@ def test_a_run_can_be_repeated_after_a_failed_start(settings, write_config, task
     for file in run.rglob("*"):
         assert not (file.is_file() and b"hf_secret" in file.read_bytes()), file
     assert main(["sft", str(path), "sft.max_steps=3"]) == 2  # now there is something to lose
-    assert "but this run was started with 2" in capsys.readouterr().err
+    assert "expected 2, as this run was started with (or use another output_dir), got 3" in capsys.readouterr().err
 
 
 def test_nested_json_is_a_bad_row(tmp_path):

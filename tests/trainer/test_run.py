@@ -230,11 +230,11 @@ def test_a_folder_refuses_another_run(config, settings, task, capsys):
     capsys.readouterr()
     assert main(["run", str(config)]) == 2
     error = capsys.readouterr().err
-    assert f"{folder}: sft.max_steps is " in error
-    assert ", but this run was started with 1; use another output_dir" in error
+    assert f"{folder}: sft.max_steps: " in error
+    assert "expected 1, as this run was started with (or use another output_dir), got " in error
     changed = [f"data.train={task / 'heldout.jsonl'}", "sft.max_steps=1"]
     assert main(["run", str(config), *changed]) == 2
-    assert f"{folder}: data.train is " in capsys.readouterr().err
+    assert f"{folder}: data.train: expected " in capsys.readouterr().err
     assert sorted(path.name for path in folder.iterdir()) == before
 
 

@@ -244,6 +244,7 @@ def test_a_run_on_datasets_equals_one_on_files(task, settings, tmp_path):
     shutil.rmtree(tmp_path / "set")
     DatasetDict({**sets, "train": sets["train"].select(range(8))}).save_to_disk(tmp_path / "set")
     with pytest.raises(
-        InputError, match=r"data.train is '.*', but this run was started with '.*'; use another output_dir"
+        InputError,
+        match=r"data.train: expected '.*', as this run was started with \(or .*, got '.*'",
     ):
         run(load_config(path))

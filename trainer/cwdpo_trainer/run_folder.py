@@ -90,11 +90,9 @@ class RunFolder:
             return
         before, now = _flatten(self._recorded()), _flatten(_record(config, inputs))
         for key in sorted(before.keys() | now.keys()):
-            same = before.get(key) == now.get(key)
-            problem = (
-                f"{key.removeprefix('config.')} is {now.get(key)!r}, but this run was started with {before.get(key)!r}"
-            )
-            require(same, str(self), "", "", f"{problem}; use another output_dir")
+            expected = f"{before.get(key)!r}, as this run was started with (or use another output_dir)"
+            what = key.removeprefix("config.")
+            require(before.get(key) == now.get(key), str(self), what, expected, repr(now.get(key)))
 
     def _recorded(self) -> dict[str, Any]:
         record = read_json_object(self.record_file)

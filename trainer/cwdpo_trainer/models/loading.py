@@ -68,7 +68,7 @@ def model_path(config: RunConfig) -> str:
     """The absolute path of the model's folder, or the model's name on the Hub if there is no such folder."""
     path = config.model.path
     local = config.base / Path(path).expanduser()
-    require(local.is_dir() or path[0] not in "./~", "config", "model.path", "an existing folder", local)
+    require(local.is_dir() or path[0] not in "./~", config.where, "model.path", "an existing folder", local)
     return str(local.resolve()) if local.is_dir() else path  # absolute, because an adapter stores it
 
 
