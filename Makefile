@@ -16,13 +16,14 @@ endif
 # Without TORCH any finished set-up will do.
 READY := $(VENV)/ready$(if $(TORCH),-$(shell printf %s $(call quoted,$(TORCH)) | cksum | cut -d ' ' -f 1))
 
-.PHONY: help demo test test-slow sanitize lint typecheck format docs wheel bench gpu rebuild clean
+.PHONY: help demo test test-slow sanitize sanitize-threads lint typecheck format docs wheel bench gpu rebuild clean
 
 help:
 	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics go to runs/digits"
 	@echo "make test      run the test suite; WORKERS=2 files at a time"
 	@echo "make test-slow run the tests that take minutes each"
 	@echo "make sanitize  run the op tests on a C++ backend built with ASan and UBSan"
+	@echo "make sanitize-threads  the same with ThreadSanitizer, for races between the threads of a parallel loop"
 	@echo "make lint      ruff (check and format) and mypy"
 	@echo "make format    ruff: apply fixes"
 	@echo "make typecheck mypy alone"
@@ -63,19 +64,36 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# Builds in a copy, so that the library of the source tree stays as it is. Only the C++ is instrumented, so leaks in
-# Python are not reported.
+# `make sanitize` and `make sanitize-threads` build a copy, so that the library of the source tree stays as it is. Only
+# the C++ is instrumented, so leaks in Python are not reported. The functions that are compiled for several processors
+# are compiled for this one only, because the loader selects among them before a sanitizer has started.
 SANITIZED := build/sanitized
-sanitize: $(READY)
+ADDRESS := address,undefined
+preload = $$(g++ -print-file-name=lib$(1).so) $$(g++ -print-file-name=libstdc++.so)
+define BUILD_SANITIZED
 	rm -rf $(SANITIZED) && mkdir -p $(SANITIZED)
 	cp -r cwdpo_kernels csrc tests benchmarks setup.py pyproject.toml README.md LICENSE $(SANITIZED)
 	rm -f $(SANITIZED)/cwdpo_kernels/*.so
-	cd $(SANITIZED) && CXXFLAGS="-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all" \
-		LDFLAGS="-fsanitize=address,undefined" "$(abspath $(BIN))/python" setup.py --quiet build_ext --inplace --force
-	nm -D $(SANITIZED)/cwdpo_kernels/libcwdpo_cpu.so | grep -q __asan_report  # without ASan the tests would prove nothing
-	cd $(SANITIZED) && LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libstdc++.so)" \
-		ASAN_OPTIONS=detect_leaks=0 "$(abspath $(BIN))/python" -m pytest tests/ops tests/test_library.py \
+	cd $(SANITIZED) && CXXFLAGS="-O1 -g -march=native -fno-omit-frame-pointer -fsanitize=$(1) -fno-sanitize-recover=all" \
+		LDFLAGS="-fsanitize=$(1)" "$(abspath $(BIN))/python" setup.py --quiet build_ext --inplace --force
+	nm -D $(SANITIZED)/cwdpo_kernels/libcwdpo_cpu.so | grep -q $(2)  # without it the tests would prove nothing
+endef
+
+# Compiled graphs call the same library: tests/test_registration.py has them.
+sanitize: $(READY)
+	$(call BUILD_SANITIZED,$(ADDRESS),__asan_report)
+	cd $(SANITIZED) && LD_PRELOAD="$(call preload,asan)" ASAN_OPTIONS=detect_leaks=0:allocator_may_return_null=1 \
+		"$(abspath $(BIN))/python" -m pytest tests/ops tests/test_library.py tests/test_registration.py \
 		-k "csrc or (test_library and not compiler)"
+
+# torch's parallel_for is replaced by one whose threads ThreadSanitizer sees. setarch turns off address randomization,
+# which ThreadSanitizer's memory layout does not allow.
+sanitize-threads: $(READY)
+	$(call BUILD_SANITIZED,thread,__tsan_read)
+	g++ -std=c++20 -O1 -g -fsanitize=thread -shared -fPIC -o $(SANITIZED)/parallel_for.so tools/threads/parallel_for.cpp
+	cd $(SANITIZED) && LD_PRELOAD="$(call preload,tsan) $(abspath $(SANITIZED))/parallel_for.so" \
+		TSAN_OPTIONS=ignore_noninstrumented_modules=1:allocator_may_return_null=1:halt_on_error=1:exitcode=66 \
+		setarch -R "$(abspath $(BIN))/python" -m pytest tests/ops -k csrc -p no:xdist
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -7,7 +7,8 @@
 
 // Compiles a function for AVX-512, AVX2 and the baseline; the dynamic loader selects one. With other compilers or
 // processors (clang, ARM) there is only the baseline version.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
+#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
+    !defined(__SANITIZE_THREAD__)
 #define CWDPO_FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
 #define CWDPO_FOR_EACH_PROCESSOR
