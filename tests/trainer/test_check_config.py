@@ -259,7 +259,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (template_rewrites_the_prompt, ERROR, "template_changes_prompt",
      ["32 of 32 rows", "and 27 more", "train.jsonl:1: expected prompt and answer to start with"]),
     (no_template, ERROR, "processor_error",
-     ["32 of 32 rows", "train.jsonl:1: chat template: expected a template that renders the messages", "got ValueError: "]),
+     ["32 of 32 rows", "train.jsonl:1: chat template: expected a template that renders the", "got ValueError: "]),
     (end_in_answer, ERROR, "special_token_in_answer", ["train.jsonl:1: </s> in chosen 'a red </s> square'"]),
     (image_in_answer, ERROR, "special_token_in_answer", ["train.jsonl:1: <image> in rejected 'a <image> square'"]),
     (truncated_image, ERROR, "unreadable_image", ["1 of 32 rows of data.train", "train.jsonl:8: ", "truncated"]),
