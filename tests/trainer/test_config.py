@@ -110,8 +110,14 @@ MISTAKES = [
     ("dpo.refresh_steps=0", "dpo.refresh_steps: expected an integer >= 1, got 0"),
     ("dpo.normalize=words", "dpo.normalize: expected sequence or token, got 'words'"),
     ("dpo.save_total_limit=1", "dpo.save_total_limit: expected null or an integer >= 2, got 1"),
-    ("sft.save_only_model=true", "sft.save_only_model: expected False (the trainer does not support this option)"),
-    ("dpo.label_smoothing_factor=0.1", "dpo.label_smoothing_factor: expected 0.0 (the trainer does not support this"),
+    (
+        "sft.save_only_model=true",
+        "sft.save_only_model: expected the default, false (a stage must be able",
+    ),
+    (
+        "dpo.label_smoothing_factor=0.1",
+        "dpo.label_smoothing_factor: expected the default, 0.0 (for rejected",
+    ),
     ("dpo.early_stopping_patience=2", "dpo.metric_for_best_model: expected the name of a probe metric"),
     (
         "dpo.lr_scheduler_type=wavy",

@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from cwdpo_kernels.integrations.hugging_face import attach_head
 from cwdpo_trainer.config.arguments import SamplingArguments
-from cwdpo_trainer.config.schedule import Schedule
+from cwdpo_trainer.config.stage_arguments import Schedule
 from cwdpo_trainer.negatives.log import NegativesLog
 from cwdpo_trainer.negatives.policy import PolicyInTraining, answers_logp
 from cwdpo_trainer.negatives.pool import OnPolicyPool, uniform

@@ -19,6 +19,7 @@ from cwdpo_trainer.config.arguments import (
     SamplingArguments,
 )
 from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments
+from cwdpo_trainer.config.training_options import OURS
 from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
 
 SECTIONS: dict[str, type] = {
@@ -34,7 +35,7 @@ STAGES = ("sft", "dpo")
 OPTIONAL = ("lora", *STAGES)  # without such a section, the run does without LoRA or without the stage
 # Options of `TrainingArguments` that no section may set.
 TOP_LEVEL = ("output_dir", "seed")
-RESERVED = (*TOP_LEVEL, "data_seed", "remove_unused_columns", "do_train", "do_eval", "do_predict")
+RESERVED = tuple(OURS)
 
 
 # Names of options, and parts of texts, that give access to something. The text up to the group 1 is kept.

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -18,7 +19,6 @@ from transformers.integrations import get_available_reporting_integrations
 from cwdpo_kernels import Cooling, GentleNegatives
 from cwdpo_trainer.config.checks import Checks, is_finite, one_of
 from cwdpo_trainer.config.findings import finding_names
-from cwdpo_trainer.config.schedule import Schedule
 from cwdpo_trainer.config.training_rules import check_training, try_training
 
 AUTO = "auto"
@@ -37,12 +37,29 @@ class StageArguments(TrainingArguments):
     `restore_callback_states_from_checkpoint` true, `dataloader_pin_memory` true only if there is an accelerator,
     `logging_nan_inf_filter` false: a stage stops at a loss that is not finite.
 
-    Refused: `output_dir` and `seed` (top-level keys set them), `data_seed`, `remove_unused_columns`, `do_train`,
-    `do_eval` and `do_predict` (the trainer sets them), `save_only_model`, `resume_from_checkpoint`,
-    `label_smoothing_factor` and `deepspeed` (not supported).
+    An option that a stage would ignore, or that would spoil the training, is refused unless it has its default. The
+    error says what to use instead. Refused:
 
-    - `activation_checkpointing`: compute activations again in the backward, to save memory. transformers before 5.23
-      names it `gradient_checkpointing`; here it has the new name with every version.
+    - top-level keys set them: `output_dir`, `seed`
+    - the trainer sets them: `data_seed`, `remove_unused_columns`, `do_train`, `do_eval`, `do_predict`
+    - the probes do not use them (set `batch_size` of section `probes`): `per_device_eval_batch_size`,
+      `prediction_loss_only`, `eval_do_concat_batches`, `eval_use_gather_object`, `eval_accumulation_steps`,
+      `include_for_metrics`, `batch_eval_metrics`, `bf16_full_eval`, `fp16_full_eval`
+    - training on pairs does not use them: `label_names`, `length_column_name`, `include_num_input_tokens_seen`,
+      `average_tokens_across_devices`, `label_smoothing_factor`, `use_cache`
+    - a stage stops at numbers that are not finite: `logging_nan_inf_filter`, `debug`
+    - a stage must resume as if it had not been killed: `auto_find_batch_size`, `dataloader_in_order`,
+      `save_only_model`, `resume_from_checkpoint`, `enable_jit_checkpoint`, `save_on_each_node`
+    - not supported (set `fsdp`, and start with `accelerate launch`): `deepspeed`, `parallelism_config`, `local_rank`
+
+    So are options of something that is off, such as `hub_model_id` without `push_to_hub`, and of `accelerator_config`
+    all keys but `non_blocking` and `sync_each_batch`.
+
+    The others:
+
+    - `activation_checkpointing`, `activation_checkpointing_kwargs`: compute activations again in the backward, to save
+      memory. transformers before 5.23 names them `gradient_checkpointing*`; here they have the new names with every
+      version.
     - `early_stopping_patience`: stop after this many probes in a row without a better `metric_for_best_model`. Any
       probe metric can decide, such as `chosen_mean_logp`. null: never stop early.
     - `greater_is_better`: null: true, except for calibration errors and distances to the reference (metrics that end
@@ -62,6 +79,7 @@ class StageArguments(TrainingArguments):
     remove_unused_columns: bool = False
     dataloader_pin_memory: bool = field(default_factory=torch.accelerator.is_available)
     activation_checkpointing: bool | None = None
+    activation_checkpointing_kwargs: dict[str, Any] | str | None = None
     early_stopping_patience: int | None = None
     stop_on: list[str] = field(default_factory=list)
 
@@ -75,10 +93,17 @@ class StageArguments(TrainingArguments):
             # Liger's kernels serve the rest of the model. Its fused heads would replace ours.
             fused_heads = {"fused_linear_cross_entropy": False, "cross_entropy": False}
             self.liger_kernel_config = {**(self.liger_kernel_config or {}), **fused_heads}
-        if self.activation_checkpointing is not None and not hasattr(TrainingArguments, "activation_checkpointing"):
-            self.gradient_checkpointing = self.activation_checkpointing
+        if not hasattr(TrainingArguments, "activation_checkpointing"):
+            self._use_old_names()
         super().__post_init__()
         try_training(self)
+
+    def _use_old_names(self) -> None:
+        """Set what transformers before 5.23 reads."""
+        if self.activation_checkpointing is not None:
+            self.gradient_checkpointing = self.activation_checkpointing
+        if self.activation_checkpointing_kwargs is not None:
+            self.gradient_checkpointing_kwargs = self.activation_checkpointing_kwargs
 
     def _check_options(self, check: Checks) -> None:
         check_training(self, check)
@@ -138,6 +163,39 @@ class SFTArguments(StageArguments):
     @property
     def gentle_negatives(self) -> GentleNegatives:
         return GentleNegatives(self.negatives_weight, self.nll_floor, self.negatives, self.smoothing, self.normalize)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """A number that changes over a stage, given by (position, value) points: linear between them, constant outside.
+
+    Positions are fractions of the stage if none is above 1, else optimizer steps.
+    """
+
+    points: tuple[tuple[float, float], ...]
+
+    @classmethod
+    def of(cls, value: Any) -> Schedule:
+        """From a number, or a list of [position, value] with increasing positions. Raises `ValueError` otherwise."""
+        if isinstance(value, int | float | str) and not isinstance(value, bool):
+            value = [(0.0, value)]
+        try:
+            points = tuple((float(position), float(number)) for position, number in value)
+        except (TypeError, OverflowError) as error:
+            raise ValueError("neither a number nor a list of [position, value]") from error
+        positions = [position for position, _ in points]
+        increasing = all(before < after for before, after in pairwise(positions))
+        if not points or not positions[0] >= 0 or not increasing:
+            raise ValueError("positions must be >= 0 and increasing")
+        return cls(points)
+
+    def at(self, step: int, steps: int) -> float:
+        """The value at optimizer step `step` of `steps`."""
+        position = step / max(steps, 1) if self.points[-1][0] <= 1 else float(step)
+        for (left, before), (right, after) in pairwise(self.points):
+            if left <= position < right:
+                return before + (after - before) * (position - left) / (right - left)
+        return self.points[0][1] if position < self.points[0][0] else self.points[-1][1]
 
 
 @dataclass

@@ -6,6 +6,7 @@ the other objects that the library makes of the options, so that what it refuses
 
 from __future__ import annotations
 
+import copy
 import inspect
 import math
 import warnings
@@ -13,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from accelerate.utils import GradientAccumulationPlugin, TorchDynamoPlugin
+from accelerate.utils import TorchDynamoPlugin
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 from transformers import Trainer, TrainingArguments, get_scheduler
@@ -21,21 +22,16 @@ from transformers.training_args import ParallelMode, trainer_log_levels
 from transformers.utils import is_liger_kernel_available
 
 from cwdpo_trainer.config.checks import Checks, is_finite, one_of
+from cwdpo_trainer.config.training_options import check_accelerator_config, check_supported, default_of, is_default
 from cwdpo_trainer.errors import require
 
 STEPS = 100  # of the schedule that is tried
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 # `batch_rebalance` of the library measures lengths of rows of tokens, which this trainer's rows are not.
 SAMPLING_STRATEGIES = ("random", "sequential", "group_by_length")
-TOKEN_COUNTS = ("all", "non_padding", "no")
 METRIC_SCHEDULES = ("reduce_lr_on_plateau", "greedy")
-# The stages ignore some of these options, and `save_only_model` would make a killed run unable to resume.
-UNSUPPORTED = {
-    "save_only_model": False,
-    "resume_from_checkpoint": None,
-    "label_smoothing_factor": 0.0,
-    "deepspeed": None,
-}
+CHECKPOINTED_BY_LIBRARY = {"every_n_layers", "offload"}  # these options torch does not get
+OPTIMIZER_OPTIONS = ("adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
 
 Rule = tuple[str, Callable[[Any], bool]]
 AT_LEAST_1: Rule = ("an integer >= 1", lambda value: value >= 1)
@@ -56,9 +52,7 @@ def _choice(names: tuple[str, ...]) -> Rule:
 
 RULES: dict[str, Rule] = {
     "per_device_train_batch_size": AT_LEAST_1,
-    "per_device_eval_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
-    "eval_accumulation_steps": _or_null(AT_LEAST_1),
     "num_train_epochs": ("a finite number > 0", lambda value: is_finite(value) and value > 0),
     "max_steps": ("an integer >= 1, or -1 to train num_train_epochs", lambda value: value == -1 or value >= 1),
     "learning_rate": NOT_NEGATIVE,
@@ -74,10 +68,6 @@ RULES: dict[str, Rule] = {
     "eval_delay": NOT_NEGATIVE,
     "log_level": _choice(tuple(trainer_log_levels)),
     "log_level_replica": _choice(tuple(trainer_log_levels)),
-    "include_num_input_tokens_seen": (
-        f"true, false or {one_of(TOKEN_COUNTS)}",
-        lambda value: isinstance(value, bool) or value in TOKEN_COUNTS,
-    ),
     "train_sampling_strategy": _choice(SAMPLING_STRATEGIES),
     "dataloader_num_workers": AT_LEAST_0,
     "dataloader_prefetch_factor": _or_null(AT_LEAST_1),
@@ -94,10 +84,9 @@ def check_training(args: TrainingArguments, checks: Checks) -> None:
     for key, (expected, holds) in RULES.items():
         if hasattr(args, key):  # older versions of transformers lack some
             checks(holds(getattr(args, key)), key, expected, getattr(args, key))
-    for key, only in UNSUPPORTED.items():
-        value = getattr(args, key)
-        expected = f"{'null' if only is None else only} (the trainer does not support this option)"
-        checks(value == only, key, expected, value)
+    check_supported(args, checks)
+    without = args.gradient_checkpointing and getattr(args, "activation_checkpointing", None) is False
+    checks(not without, "gradient_checkpointing", "false, as activation_checkpointing is false", True)
     for what in ("logging", "eval", "save"):
         steps = getattr(args, f"{what}_steps")
         unset = what == "eval" and steps in (None, 0)  # the library takes logging_steps
@@ -157,15 +146,15 @@ def try_training(args: TrainingArguments) -> None:
             prefetch_factor=args.dataloader_prefetch_factor, persistent_workers=args.dataloader_persistent_workers,
             multiprocessing_context=getattr(args, "dataloader_multiprocessing_context", None),
         )  # fmt: skip
-    accumulation = getattr(args.accelerator_config, "gradient_accumulation_kwargs", None) or {}
-    if "num_steps" in accumulation:
-        raise ValueError("use the option gradient_accumulation_steps in place of num_steps")
-    GradientAccumulationPlugin(**{**accumulation, "num_steps": 1})
+    checks = Checks()
+    _check_accelerator(args, checks)
+    _check_optimizer_options(args, checks)
+    checks.done()
     if args.torch_compile:
         TorchDynamoPlugin(backend=args.torch_compile_backend, mode=args.torch_compile_mode)
-    if args.activation_checkpointing_kwargs:
-        options = set(inspect.signature(checkpoint).parameters) | {"preserve_rng_state"}
-        unknown = set(args.activation_checkpointing_kwargs) - (options - {"function", "args", "kwargs"})
+    if args.gradient_checkpointing_kwargs:  # the name that all versions of the library read
+        options = set(inspect.signature(checkpoint).parameters) | {"preserve_rng_state"} | CHECKPOINTED_BY_LIBRARY
+        unknown = set(args.gradient_checkpointing_kwargs) - (options - {"function", "args", "kwargs"})
         if unknown:
             raise TypeError(f"torch.utils.checkpoint has no option {', '.join(sorted(unknown))}")
     if args.use_liger_kernel and not is_liger_kernel_available():
@@ -188,3 +177,43 @@ def _try_optimizer(args: TrainingArguments) -> None:
         STEPS,
         scheduler_specific_kwargs=schedule_options,
     )
+
+
+def _check_accelerator(args: TrainingArguments, checks: Checks) -> None:
+    config: Any = args.accelerator_config  # the library has read a file
+    check_accelerator_config(config, checks)
+    accumulation = config.gradient_accumulation_kwargs or {}
+    unknown = sorted(accumulation.keys() - {"sync_each_batch"})
+    expected = "gradient_accumulation_kwargs with sync_each_batch only (gradient_accumulation_steps has the number)"
+    checks(not unknown, "accelerator_config", expected, ", ".join(unknown))
+
+
+def _check_optimizer_options(args: TrainingArguments, checks: Checks) -> None:
+    """Note the options that the optimizer ignores: without them it would be made in the same way."""
+    if args.optim_target_modules is not None:
+        return
+    model: Any = torch.nn.ParameterList([torch.zeros(1, 1)])
+    optimizer: Any = args.optim
+    made = Trainer.get_optimizer_cls_and_kwargs(args, model)
+    for name in OPTIMIZER_OPTIONS:
+        for others in _without_option(args, name):
+            ignored = Trainer.get_optimizer_cls_and_kwargs(others, model) == made
+            expected = f"options that the optimizer {optimizer.value} does not ignore"
+            checks(not ignored, name, expected, getattr(args, name))
+
+
+def _without_option(args: TrainingArguments, name: str) -> list[TrainingArguments]:
+    """Copies of `args`, each without one of the settings in the option `name`. Of a default there are none."""
+    if is_default(args, name):
+        return []
+    if name != "optim_args":
+        return [_changed(args, name, default_of(args, name))]
+    settings = (args.optim_args or "").split(",")
+    rest = (",".join(settings[:index] + settings[index + 1 :]) for index in range(len(settings)))
+    return [_changed(args, name, value or None) for value in rest]
+
+
+def _changed(args: TrainingArguments, name: str, value: Any) -> TrainingArguments:
+    changed = copy.copy(args)
+    setattr(changed, name, value)
+    return changed

@@ -107,6 +107,13 @@ class StageTrainer(Trainer):
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
+    def create_accelerator_and_postprocess(self) -> None:
+        """The library's accelerator. The library writes num_steps into the user's options, and refuses them if it finds
+        it there: other trainers may share the options."""
+        super().create_accelerator_and_postprocess()
+        config: Any = self.args.accelerator_config
+        (config.gradient_accumulation_kwargs or {}).pop("num_steps", None)
+
     # Narrower than the library's method: a path or None, never True.
     def train(self, resume_from_checkpoint: str | None = None, **kwargs: Any) -> TrainOutput:  # type: ignore[override]
         """Train, from `resume_from_checkpoint` if given. The last probe measures the final weights."""
