@@ -1,6 +1,6 @@
 """What becomes of each option of `transformers.TrainingArguments` in a stage. This file is the only list of them.
 
-- `WORKS`: it has the effect that the library describes, and a test sees it.
+- `WORKS`: it has the effect that the library describes, and tests see it (tests/trainer/test_option_effects.py).
 - `PASSED_ON`: handed to the library as it is. The text says why no test here can see the effect.
 - `OURS`: the trainer or a top-level key sets it.
 - `REFUSED`: an error if it is not at its default. The text says why, and what to use instead.
@@ -27,7 +27,7 @@ WORKS = frozenset({
     "bf16", "use_cpu", "full_determinism", "neftune_noise_alpha",
     "activation_checkpointing", "activation_checkpointing_kwargs",
     "gradient_checkpointing", "gradient_checkpointing_kwargs",  # the names before transformers 5.23
-    "logging_strategy", "logging_steps", "logging_first_step", "log_level", "disable_tqdm", "report_to", "run_name",
+    "logging_strategy", "logging_steps", "logging_first_step", "log_level", "disable_tqdm", "report_to",
     "eval_strategy", "eval_steps", "eval_delay", "eval_on_start",
     "save_strategy", "save_steps", "save_total_limit", "ignore_data_skip", "restore_callback_states_from_checkpoint",
     "load_best_model_at_end", "metric_for_best_model", "greater_is_better",
@@ -65,6 +65,7 @@ PASSED_ON = {
     "fsdp_config": f"{_PROCESSES}: see test_distributed.py",
     "log_level_replica": _PROCESSES,
     "log_on_each_node": _NODES,
+    "run_name": "the packages of the trackers read it",
     "project": _TRACKIO,
     "trackio_space_id": _TRACKIO,
     "trackio_bucket_id": _TRACKIO,
