@@ -82,13 +82,16 @@ def precision() -> str:
 def tile_config(hidden: Tensor, *softcaps: float | None, column_divisor: int = 1) -> TileConfig:
     """The row for these operands, with block_v divided by `column_divisor`.
 
-    Epilogues that need many registers use fewer columns. A soft cap divides block_v by at least 2.
+    Epilogues that need many registers use fewer columns, and half the rows where a tile cannot be narrower. A soft cap
+    divides block_v by at least 2.
     """
     kind = precision() if hidden.dtype == torch.float32 else "half"
     config = TILES[chip(hidden.device), kind]
     if any(softcap is not None for softcap in softcaps):
         column_divisor = max(column_divisor, 2)
-    return replace(config, block_v=max(config.block_v // column_divisor, MIN_BLOCK_V))
+    block_v = config.block_v // column_divisor
+    block_n = config.block_n if block_v >= MIN_BLOCK_V else config.block_n // 2
+    return replace(config, block_n=block_n, block_v=max(block_v, MIN_BLOCK_V))
 
 
 def multiprocessors(device: torch.device) -> int:
