@@ -202,4 +202,4 @@ def test_resume(train, plain):
 
 
 def test_use_cpu(train):
-    assert train().model.device.type == "cpu"
+    assert train(use_cpu=True).model.device.type == "cpu"
