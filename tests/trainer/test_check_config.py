@@ -171,6 +171,10 @@ def image_in_answer(case: Case) -> None:
     case.change(0, rejected="a <image> square")
 
 
+def unknown_words(case: Case) -> None:
+    case.change(0, chosen="a cat", rejected="a dog")
+
+
 def truncated_image(case: Case) -> None:
     path = case.folder / case.train[7]["images"][0]
     Image.effect_noise((64, 64), 90).save(path)
@@ -262,6 +266,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
      ["32 of 32 rows", "train.jsonl:1: chat template: expected a template that renders the", "got ValueError: "]),
     (end_in_answer, ERROR, "special_token_in_answer", ["train.jsonl:1: </s> in chosen 'a red </s> square'"]),
     (image_in_answer, ERROR, "special_token_in_answer", ["train.jsonl:1: <image> in rejected 'a <image> square'"]),
+    (unknown_words, ERROR, "same_tokens", ["train.jsonl:1: chosen and rejected are the same 3 tokens: a <unk> </s>"]),
     (truncated_image, ERROR, "unreadable_image", ["1 of 32 rows of data.train", "train.jsonl:8: ", "truncated"]),
     (html_instead_of_image, ERROR, "unreadable_image", ["train.jsonl:8: ", "cannot identify image file"]),
     (long_answer, ERROR, "exceeds_model_positions", ["1 rows are longer than", "train.jsonl:9 (76)"]),

@@ -199,7 +199,7 @@ def test_sampled_answers_are_cut_to_max_answer(collator, model, make_row):
     (drawn,) = sample_answers(model, collator, [row], settings, seed=0)
     assert drawn
     assert max(map(len, drawn)) == 2
-    assert collator.answer_tokens(row, row.chosen) not in drawn
+    assert collator.answer_tokens(row, row.chosen)[0] not in drawn
 
 
 def test_a_run_reports_trimmed_rows(settings, write_config, capsys):

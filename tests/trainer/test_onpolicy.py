@@ -220,6 +220,6 @@ def test_generated_answers_end_like_those_of_the_dataset(tokens, expected):
 def test_special_tokens_of_the_chosen_answer_may_be_drawn(collator, rows):
     special = collator.tokenizer.unk_token
     row = dataclasses.replace(rows[0], chosen=f"a red square {special}", references=("a red square",))
-    drawn = [collator.answer_tokens(row, f"{text} {special}") for text in ("a blue square", "a red square")]
+    drawn = collator.answer_tokens(row, *(f"{text} {special}" for text in ("a blue square", "a red square")))
     assert wrong_answers(collator, [row], [drawn]) == [drawn[:1]]
     assert wrong_answers(collator, [rows[0]], [drawn]) == [[]]

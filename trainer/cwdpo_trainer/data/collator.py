@@ -1,13 +1,15 @@
 """Turns rows into model inputs, in two steps, because a pair's negative may change in between.
 
-`PairCollator` runs the processor on the prompts and tokenizes the answers. `with_answers` joins prompts and answers
-into one padded batch with aligned labels. Training calls it inside the step, after on-policy negatives are mixed in: a
-data loader prefetches batches, and would have to sample them from a policy that is out of date.
+`PairCollator` runs the processor on the prompts and tokenizes the answers as they stand after their prompts, because
+SentencePiece tokenizers give other tokens to an answer alone ("_a _red" instead of "a _red"). `with_answers` joins
+prompts and answers into one padded batch with aligned labels. Training calls it inside the step, after on-policy
+negatives are mixed in: a data loader prefetches batches, and would have to sample them from a policy that is out of
+date.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -17,10 +19,15 @@ from transformers import ProcessorMixin
 
 from cwdpo_kernels import IGNORE_INDEX, shift_labels
 from cwdpo_trainer.chat_templates import render
-from cwdpo_trainer.data.rows import Row
+from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import require
+from cwdpo_trainer.reporter import say
 
 Tokens = list[int]
+Answer = str | list[dict[str, Any]]  # text, or an assistant message
+TAIL = 24  # characters of a prompt, at least, that an answer is tokenized with
+# Texts to tokenize an answer after, where it shares a token with its prompt. The last one always works.
+ANCHORS = ("\n", ".", "a", " ", "0", "")
 
 
 class Batch(NamedTuple):
@@ -28,6 +35,26 @@ class Batch(NamedTuple):
 
     inputs: dict[str, Tensor]
     labels: Tensor
+
+
+class _Placed(NamedTuple):
+    """The text of an answer to a row, and the end of the prompt before it."""
+
+    row: Row
+    prompt: str
+    text: str
+
+
+class Notice:
+    """A message that is printed once."""
+
+    def __init__(self) -> None:
+        self.is_said = False
+
+    def say(self, text: str) -> None:
+        if not self.is_said:
+            self.is_said = True
+            say(text)
 
 
 class PairCollator:
@@ -40,15 +67,19 @@ class PairCollator:
         # tokens. Tokens of type 0 attend to both sides, so answers must have type 1.
         takes_suffix = {"token_type_ids", "labels"} <= set(processor.model_input_names)
         self.answer_types = {"token_type_ids": 1} if takes_suffix else {}
+        self.prompt_end = "\n" if takes_suffix else ""  # PaliGemma's processor adds it to the prompt
+        self.merge_notice = Notice()
         for name in ("eos_token_id", "pad_token_id"):
             require(getattr(self.tokenizer, name) is not None, "processor", f"tokenizer.{name}", "a token id", None)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
+        prompts = self.prompts(rows)
+        answers = self._tokenize([placed for row in rows for placed in self._placed(row, row.chosen, row.rejected)])
         return {
-            "prompts": self.prompts(rows),
+            "prompts": prompts,
             "rows": [row.id for row in rows],
-            "chosen": [self.answer_tokens(row, row.chosen) for row in rows],
-            "rejected": [self.answer_tokens(row, row.rejected) for row in rows],
+            "chosen": answers[::2],
+            "rejected": answers[1::2],
         }
 
     def prompts(self, rows: Sequence[Row], padding_side: str = "right") -> dict[str, Tensor]:
@@ -69,28 +100,84 @@ class PairCollator:
         """Append answers to the outputs of `prompts`: see `with_answers`."""
         return with_answers(prompts, *answers, pad_id=self.tokenizer.pad_token_id, answer_types=self.answer_types)
 
-    def answer_tokens(self, row: Row, answer: str | list[dict[str, Any]]) -> Tokens:
-        """The tokens that the model should generate after the row's prompt, with the end-of-sequence token last.
+    def answer_tokens(self, row: Row, *answers: Answer) -> list[Tokens]:
+        """The tokens that the model should generate after the row's prompt, for each answer: those that follow the
+        prompt's in the tokens of prompt and answer, and the end-of-sequence token.
 
         They are cut to the row's `max_answer`, if it is set; a cut answer has no end-of-sequence token. Raises
         `InputError` if the chat template does not render prompt and answer as the rendered prompt plus an answer.
         """
-        if isinstance(row.prompt, list):
-            answer = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
-            prompt, full = self.prompt_text(row), render(self.processor, row.where, row.prompt + answer)
+        return self._tokenize(self._placed(row, *answers))
+
+    def _placed(self, row: Row, *answers: Answer) -> list[_Placed]:
+        """The texts of the answers, each with the end of the prompt before it."""
+        prompt = self.prompt_text(row)
+        tail = _tail(prompt + self.prompt_end)
+        if isinstance(row.prompt, str):
+            return [_Placed(row, tail, answer_text(answer)) for answer in answers]
+        placed = []
+        for answer in answers:
+            messages = answer if isinstance(answer, list) else [{"role": "assistant", "content": answer}]
+            full = render(self.processor, row.where, row.prompt + messages)
             expected = f"prompt and answer to start with the rendered prompt {prompt!r}"
             require(full.startswith(prompt), row.where, "chat template", expected, repr(full))
-            answer = full[len(prompt) :].rstrip()
-        tokens = list(self.tokenizer(answer, add_special_tokens=False)["input_ids"])
+            placed.append(_Placed(row, tail, full[len(prompt) :].rstrip()))
+        return placed
+
+    def _tokenize(self, answers: Sequence[_Placed]) -> list[Tokens]:
+        """`answer_tokens` for answers of any rows.
+
+        A token may cross the boundary (" " + "a" gives "_a"). The model generates after the prompt's own tokens, so
+        these stay as they are, and the answer is tokenized after another text that it shares no token with.
+        """
+        found: dict[int, Tokens] = {}
+        for anchor in (None, *ANCHORS):
+            left = [(i, answer) for i, answer in enumerate(answers) if i not in found]
+            if not left:
+                break
+            befores = [answer.prompt if anchor is None else anchor for _, answer in left]
+            wholes = [before + answer.text for before, (_, answer) in zip(befores, left, strict=True)]
+            tokens = self._tokens([*befores, *wholes])
+            for (i, answer), before, whole in zip(left, befores, wholes, strict=True):
+                own, joined = tokens[before], tokens[whole]
+                if joined[: len(own)] == own:
+                    found[i] = joined[len(own) :]
+                elif anchor is None:
+                    self._say_merged(answer, own, joined)
+        return [self._ended(found[i], answer.row.max_answer) for i, answer in enumerate(answers)]
+
+    def _ended(self, tokens: Tokens, limit: int | None) -> Tokens:
         eos = self.tokenizer.eos_token_id
-        ended = tokens if tokens and tokens[-1] == eos else [*tokens, eos]
-        return ended[: row.max_answer]
+        return (tokens if tokens[-1:] == [eos] else [*tokens, eos])[:limit]
+
+    def _say_merged(self, answer: _Placed, own: Tokens, joined: Tokens) -> None:
+        merged = next((token for token, before in zip(joined, own, strict=False) if token != before), None)
+        if merged == self.tokenizer.unk_token_id:  # the text joined at the boundary was no word to train on
+            return
+        self.merge_notice.say(
+            f"{answer.row.where}: the end of the prompt {answer.prompt[-20:]!r} and the start of the answer "
+            f"{answer.text[:20]!r} share a token. It is split there, because the model generates after the prompt's "
+            "own tokens. To avoid this, move spaces from the ends of prompts to the starts of answers (further rows "
+            "are not listed)"
+        )
+
+    def _tokens(self, texts: Iterable[str]) -> dict[str, Tokens]:
+        """The tokens of each text, from one call, because a call takes as long as a short text."""
+        distinct = list(dict.fromkeys(texts))
+        encoded = self.tokenizer(distinct, add_special_tokens=False)
+        return dict(zip(distinct, encoded["input_ids"], strict=True))
 
     def prompt_text(self, row: Row) -> str:
         """The prompt as text: a text prompt as it is, messages as the chat template renders them."""
         if isinstance(row.prompt, str):
             return row.prompt
         return render(self.processor, row.where, row.prompt, add_generation_prompt=True)
+
+
+def _tail(prompt: str) -> str:
+    """The end of a prompt, from a space or newline on: what an answer's tokens may depend on. The whole prompt would
+    take several times as long."""
+    return prompt[max(prompt.rfind(" ", 0, -TAIL), prompt.rfind("\n", 0, -TAIL), 0) :]
 
 
 def with_answers(

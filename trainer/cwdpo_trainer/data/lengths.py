@@ -59,7 +59,8 @@ class LengthMeter:
     def __init__(self, collator: PairCollator) -> None:
         processor = copy.copy(collator.processor)
         processor.image_processor = _OncePerShape(processor.image_processor)
-        self.collator = PairCollator(processor)
+        self.collator = copy.copy(collator)
+        self.collator.processor = processor
         self.image_ids = [token for token in processor.image_token_ids if token is not None]
         self._unverified: PairCollator | None = collator
 
@@ -72,9 +73,13 @@ class LengthMeter:
 
     def measure(self, row: Row) -> Length:
         """The length of a row with blank images."""
-        ids = self._prompt_ids(row, [_blank(row, image) for image in row.images])
-        answers = (len(self.collator.answer_tokens(row, answer)) for answer in (row.chosen, row.rejected))
-        return Length(len(ids), int(np.isin(ids, self.image_ids).sum()), *answers)
+        ids = self.prompt_ids(row)
+        answers = self.collator.answer_tokens(row, row.chosen, row.rejected)
+        return Length(len(ids), int(np.isin(ids, self.image_ids).sum()), *map(len, answers))
+
+    def prompt_ids(self, row: Row) -> list[int]:
+        """The tokens of a row's prompt with blank images."""
+        return self._prompt_ids(row, [_blank(row, image) for image in row.images])
 
     def counts_pixels(self, row: Row) -> bool:
         """Whether the processor makes fewer tokens from smaller images."""
@@ -204,7 +209,7 @@ def _trim(row: Row, length: Length, meter: LengthMeter, max_length: int) -> Row 
     if room < 1:
         return None
     trimmed = dataclasses.replace(row, max_answer=room)
-    chosen, rejected = (meter.collator.answer_tokens(trimmed, answer) for answer in (row.chosen, row.rejected))
+    chosen, rejected = meter.collator.answer_tokens(trimmed, row.chosen, row.rejected)
     return trimmed if chosen != rejected else None
 
 

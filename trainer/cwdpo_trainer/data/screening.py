@@ -77,10 +77,11 @@ def image_token_in_answer(meter: LengthMeter, row: Row) -> str | None:
 
 def token_in_answer(meter: LengthMeter, row: Row, forbidden: Sequence[int]) -> str | None:
     """Which of the tokens `forbidden` is in which answer before its end, or None."""
-    for name, answer in (("chosen", row.chosen), ("rejected", row.rejected)):
-        tokens = meter.collator.answer_tokens(row, answer)[:-1]
+    answers = {"chosen": row.chosen, "rejected": row.rejected}
+    tokens = meter.collator.answer_tokens(row, *answers.values())
+    for (name, answer), ids in zip(answers.items(), tokens, strict=True):
         for token in forbidden:
-            if token in tokens:
+            if token in ids[:-1]:
                 text = meter.collator.tokenizer.convert_ids_to_tokens(token)
                 return f"{text} in {name} {answer_text(answer)[:60]!r}"
     return None

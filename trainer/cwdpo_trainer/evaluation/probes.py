@@ -140,7 +140,8 @@ class Probes:
             for name, answer in (("chosen", row.chosen), (row.negative_source, row.rejected)):
                 # Rows with the same prompt and images but different negatives share one chosen answer.
                 key = (repr(row.prompt), row.images, repr(answer))
-                sets.setdefault(name, {}).setdefault(key, (row, self.collator.answer_tokens(row, answer)))
+                (tokens,) = self.collator.answer_tokens(row, answer)
+                sets.setdefault(name, {}).setdefault(key, (row, tokens))
         return {name: list(answers.values()) for name, answers in sets.items()}
 
     def _batches(self, answers: Sequence[Answer], device: torch.device, title: str | None) -> Iterator[Batch]:

@@ -55,7 +55,7 @@ def wrong_answers(collator: PairCollator, rows: Sequence[Row], drawn: Sequence[S
     for row, of_row in zip(rows, drawn, strict=True):
         right = {normalize(text) for text in (*row.references, answer_text(row.chosen))}
         texts = tokenizer.batch_decode(of_row, skip_special_tokens=True)
-        chosen = collator.answer_tokens(row, row.chosen)
+        (chosen,) = collator.answer_tokens(row, row.chosen)
         forbidden = special - set(chosen)
         wrong = [
             tokens[: row.max_answer]

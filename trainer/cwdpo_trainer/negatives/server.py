@@ -68,7 +68,7 @@ class AnswerServer:
         drawn = exchange(WHERE, calls, partial(_answers, count=settings.samples, longest=limit * TOKEN_CHARACTERS))
         # An answer that reached the limit has no end-of-sequence token: the slice removes the one added here.
         return [
-            [collator.answer_tokens(row, text)[:limit] for text in texts]
+            [tokens[:limit] for tokens in collator.answer_tokens(row, *texts)]
             for row, texts in zip(rows, drawn, strict=True)
         ]
 

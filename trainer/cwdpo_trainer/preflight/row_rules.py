@@ -6,6 +6,7 @@ None.
 
 from __future__ import annotations
 
+import itertools
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 
@@ -34,8 +35,7 @@ def placeholder_count(meter: LengthMeter, row: Row) -> str | None:
 def template_changes_prompt(meter: LengthMeter, row: Row) -> str | None:
     """Rendered with an answer, the chat template must begin with what it renders for the prompt alone."""
     try:
-        for answer in (row.chosen, row.rejected):
-            meter.collator.answer_tokens(row, answer)
+        meter.collator.answer_tokens(row, row.chosen, row.rejected)
     except InputError as error:
         return shorten(error.mismatch)
     return None
@@ -45,6 +45,27 @@ def special_token_in_answer(meter: LengthMeter, row: Row) -> str | None:
     """An end-of-sequence token inside an answer teaches the model to continue after it. An image token asks for an
     image."""
     return token_in_answer(meter, row, (meter.collator.tokenizer.eos_token_id, *meter.image_ids))
+
+
+def doubled_special_token(meter: LengthMeter, row: Row) -> str | None:
+    """The tokenizer adds a token at the start that the prompt has already: the model has never seen two of them."""
+    tokenizer, ids = meter.collator.tokenizer, meter.prompt_ids(row)
+    starts = {tokenizer.bos_token_id, tokenizer.cls_token_id} - {None}
+    for index, (one, other) in enumerate(itertools.pairwise(ids)):
+        is_start = one in starts or (index == 0 and one in tokenizer.all_special_ids and one not in meter.image_ids)
+        if one == other and is_start:
+            token = tokenizer.convert_ids_to_tokens(one)
+            return f"the prompt's tokens have {token} {token} at {index}"
+    return None
+
+
+def same_tokens(meter: LengthMeter, row: Row) -> str | None:
+    """Texts that differ, in spaces or in words that the tokenizer does not know, but not for the model."""
+    chosen, rejected = meter.collator.answer_tokens(row, row.chosen, row.rejected)
+    if chosen != rejected or row.max_answer is not None:
+        return None
+    tokens = shorten(" ".join(meter.collator.tokenizer.convert_ids_to_tokens(chosen)), 120)
+    return f"chosen and rejected are the same {len(chosen)} tokens: {tokens}"
 
 
 ROW_RULES: dict[str, tuple[RowRule, str]] = {
@@ -57,6 +78,8 @@ ROW_RULES: dict[str, tuple[RowRule, str]] = {
             "use a chat template that leaves earlier messages as they are when an answer follows",
         ),
         (special_token_in_answer, "remove the token; the end-of-sequence token is appended automatically"),
+        (doubled_special_token, "remove the token from the prompts, because the tokenizer adds it"),
+        (same_tokens, "remove these pairs: the model cannot tell their answers apart"),
     )
 }
 PROCESSOR_ERROR = "processor_error"
