@@ -161,6 +161,10 @@ HOSTILE = {
     "choices by name": (lambda: http('{"choices": {"0": 1}}'), "got an object with choices", ONCE),
     "one choice": (lambda: choices("a"), "2 choices, as sampling.samples asks for, got 1", ONCE),
     "1000 choices": (lambda: choices(*"a" * 1000), "2 choices, as sampling.samples asks for, got 1000", ONCE),
+    "a failed answer": (
+        lambda: http('{"choices": [{"finish_reason": "error", "message": {"content": null}}, {}]}'),
+        "finished answers (finish_reason stop or length or eos_token or stop_sequence), got", ONCE,
+    ),
     "choices of null": (lambda: http('{"choices": [null, null]}'), "choices with an object `message`, got null", ONCE),
     "no message": (lambda: http('{"choices": [{"text": "a"}, {}]}'), "`message`, got an object with text", ONCE),
     "a message of text": (lambda: http('{"choices": [{"message": "a"}, {}]}'), "got an object with message", ONCE),

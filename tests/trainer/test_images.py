@@ -108,6 +108,16 @@ def test_damaged_exif_counts_as_upright():
     assert image.shape() == ("RGB", (12, 6)) == (image.load().mode, image.load().size)
 
 
+PHOTOMETRIC, BITS_PER_SAMPLE, SAMPLE_FORMAT = 262, 258, 339
+
+
+def with_tag(image: Image.Image, tag: int, value: int) -> bytes:
+    """A TIFF file of `image` with a tag that Pillow does not let one set. Entries are: tag, type 3, count 1, value."""
+    head, entry, tail = encoded(image, "TIFF").partition(struct.pack("<HHI", tag, 3, 1))
+    assert entry
+    return head + entry + struct.pack("<H", value) + tail[2:]
+
+
 SCALED = {
     "16-bit PNG": (encoded(array([0, 128, 129, 257, 32768, 65535], np.uint16)), [0, 0, 1, 1, 128, 255]),
     "16-bit TIFF": (encoded(array([0, 257, 65535], np.uint16), "TIFF"), [0, 1, 255]),
@@ -116,9 +126,14 @@ SCALED = {
     "32-bit as 16-bit": (encoded(array([0, 257, 65535], np.int32), "TIFF"), [0, 1, 255]),
     "32-bit": (encoded(array([-100, 0, 100], np.int32), "TIFF"), [0, 128, 255]),
     "float in 0..1": (encoded(array([0, 0.25, 1], np.float32), "TIFF"), [0, 64, 255]),
-    "float in 0..100": (encoded(array([0, 25, 100], np.float32), "TIFF"), [0, 64, 255]),
+    "float in 0..255": (encoded(array([0, 25, 100], np.float32), "TIFF"), [0, 25, 100]),
+    "float in 0..1000": (encoded(array([0, 250, 1000], np.float32), "TIFF"), [0, 64, 255]),
     "float outside": (encoded(array([-3e38, 0, 3e38], np.float32), "TIFF"), [0, 128, 255]),
-    "constant float": (encoded(array([7, 7], np.float32), "TIFF"), [0, 0]),
+    "constant float": (encoded(array([7, 7], np.float32), "TIFF"), [7, 7]),
+    "32-bit as 8-bit": (encoded(array([0, 128, 255], np.int32), "TIFF"), [0, 128, 255]),
+    "unsigned 32-bit": (with_tag(array([0, -1], np.int32), SAMPLE_FORMAT, 1), [0, 255]),
+    "16-bit with white as 0": (with_tag(array([0, 65535], np.uint16), PHOTOMETRIC, 0), [255, 0]),
+    "12-bit": (with_tag(array([0xF0FF, 0], np.uint16), BITS_PER_SAMPLE, 12), [255, 0]),
     "bilevel": (encoded(array([0, 1], np.uint8).point(lambda value: 255 * value).convert("1")), [0, 255]),
     "16-bit with a transparent value": (encoded(array([0, 257, 258], np.uint16), transparency=257), [0, 255, 1]),
     "1-bit with a transparent value": (png(2, 1, 0, b"\x40", b"\0\0"), [255, 255]),

@@ -71,9 +71,22 @@ def test_what_a_preset_changes_is_said(path):
     assert str(config.preset) == (
         "preset vanilla_dpo: sft.negatives: hinge (was smoothed), sft.negatives_weight: 0.0 (was default), "
         "dpo.cooling: off (was default), dpo.constant_weight: null (was default), dpo.drop_below: null (was -9.0), "
-        "dpo.onpolicy_fraction: 0.0 (was 0.25)"
+        "dpo.onpolicy_fraction: 0.0 (was 0.25), dpo.normalize: sequence (was default), "
+        "dpo.curriculum: null (was default)"
     )
     assert str(load_config(path, ["preset=no_stage1"]).preset) == "preset no_stage1: sft: off (was on)"
+
+
+def test_an_override_does_not_bring_back_a_stage_that_the_preset_leaves_out(path):
+    with pytest.raises(InputError, match=r"command line: dpo.beta: expected dpo to be a mapping, got off"):
+        load_config(path, ["preset=no_stage2", "dpo.beta=0.2"])
+
+
+def test_a_change_that_an_override_replaced_is_not_said(path):
+    config = load_config(path, ["preset=no_filtering", "dpo.drop_below=-3"])
+    assert str(config.preset) == "preset no_filtering: changes nothing"
+    config = load_config(path, ["preset=constant_weight", "dpo.constant_weight=0.3"])
+    assert str(config.preset) == "preset constant_weight: dpo.cooling: constant (was default)"
 
 
 def test_check_and_run_print_the_preset(path, capsys):

@@ -2,9 +2,11 @@
 
 - Orientation: EXIF (or XMP) is applied. An orientation that is damaged or unknown counts as upright.
 - Transparency (alpha channels, transparent palette entries and colors): composited on white.
-- 16 bits per channel: scaled from the full range, so that 0 to 65535 becomes 0 to 255.
-- 32-bit integers: as 16 bits if all values are in 0..65535, else from their own minimum and maximum.
-- Floats: from 0..1 if all values are in it, else from their own minimum and maximum. NaN and infinity are refused.
+- 16 bits per channel: scaled from the full range, so that 0 to 65535 becomes 0 to 255; 12 bits likewise.
+- 32-bit integers: as they are if all values are in 0..255, as 16 bits if all are in 0..65535, else from their own
+  minimum and maximum.
+- Floats: from 0..1 if all values are in it, as they are if all are in 0..255, else from their own minimum and maximum.
+  NaN and infinity are refused.
 - CMYK and other color spaces: converted to RGB. Bilevel images become grayscale.
 - Animations: the first frame.
 - Size: at least 1 pixel, at most 2 * `PIL.Image.MAX_IMAGE_PIXELS` (Pillow's limit), and sides of at most
@@ -36,6 +38,7 @@ UPRIGHT = {
     8: Image.Transpose.ROTATE_90,
 }
 SWAPS_SIDES = (5, 6, 7, 8)
+SAMPLE_FORMAT, UNSIGNED = 339, 1  # a tag of TIFF, and its default
 # The factor from a transparent sample in a PNG file to Pillow's 8 bits, by Pillow's name of the stored format.
 SAMPLE_SCALE = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}
 METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG file that may hold an orientation
@@ -129,7 +132,9 @@ def _plain(image: Image.Image, stored: str) -> Image.Image:
     """A decoded image as opaque 8-bit RGB or gray."""
     mode = "L" if _is_gray(image.mode) else "RGB"
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return Image.fromarray(_eight_bits(np.asarray(image), image.info.get("transparency")))
+        values, top = _stored_values(image)
+        scaled = _eight_bits(values, top, image.info.get("transparency"))
+        return Image.fromarray(255 - scaled if _is_white_zero(image) else scaled)
     if not image.has_transparency_data:
         return image.convert(mode)  # a copy, if it has this mode already
     if image.mode == "La":
@@ -140,16 +145,36 @@ def _plain(image: Image.Image, stored: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", visible.size, "white"), visible).convert(mode)
 
 
-def _eight_bits(values: np.ndarray, transparent: Any) -> np.ndarray:
-    """Scale 16-bit, 32-bit or float values to 0..255. Values equal to `transparent` become white."""
+def _stored_values(image: Image.Image) -> tuple[np.ndarray, float]:
+    """The pixels of a 16-bit, 32-bit or float image as the file has them, and the largest value that they may have (0:
+    it depends on the pixels)."""
+    values = np.asarray(image)
+    tags: Any = getattr(image, "tag_v2", {})  # of TIFF
+    if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED:
+        values = values.view(np.uint32)  # Pillow has signed integers only
+    if image.mode.startswith("I;16"):
+        return values, 2.0 ** max(tags.get(ExifTags.Base.BitsPerSample, (16,))[0], 9) - 1
+    return values, 0.0
+
+
+def _is_white_zero(image: Image.Image) -> bool:
+    """Whether a TIFF image stores white as 0. Pillow turns those of 8 bits or less."""
+    tags: Any = getattr(image, "tag_v2", {})
+    return tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+
+
+def _eight_bits(values: np.ndarray, top: float, transparent: Any) -> np.ndarray:
+    """Scale values up to `top` (0: the range that holds them all) to 0..255. Those equal to `transparent` become
+    white."""
     exact = values.astype(np.float64)
     low, high = exact.min(), exact.max()
     if not (np.isfinite(low) and np.isfinite(high)):
         raise ValueError("expected finite pixels, got NaN or infinity")
-    top = 1.0 if values.dtype.kind == "f" else 65535.0
-    if low < 0 or high > top:
+    ranges = (top,) if top else (1.0, 255.0) if values.dtype.kind == "f" else (255.0, 65535.0)
+    fitting = [limit for limit in ranges if low >= 0 and high <= limit]
+    if not fitting:
         exact -= low
-        top = high - low or 1.0
+    top = fitting[0] if fitting else high - low or 1.0
     scaled = np.floor(exact * 255 / top + 0.5).astype(np.uint8)
     if isinstance(transparent, int):
         scaled[values == transparent] = 255

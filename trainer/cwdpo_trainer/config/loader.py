@@ -122,6 +122,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     preset = apply_preset(where, raw)
     for override in overrides:  # these win over the preset
         _override(raw, override)
+    preset = None if preset is None else preset.in_effect(raw)
     for name in OPTIONAL:
         if raw.get(name) is False:
             del raw[name]
@@ -211,7 +212,8 @@ def _override(raw: dict[str, Any], override: str) -> None:
         if target.get(parent) is None:
             target[parent] = {}
         target = target[parent]
-        require(isinstance(target, dict), COMMAND_LINE, key, f"{parent} to be a mapping", with_type(target))
+        got = "off" if target is False else with_type(target)
+        require(isinstance(target, dict), COMMAND_LINE, key, f"{parent} to be a mapping", got)
     try:
         target[last] = parse_yaml(value)
     except InputError as error:

@@ -17,10 +17,14 @@ FOLDER = Path(__file__).with_name("presets")
 @dataclass(frozen=True)
 class Preset:
     """A preset that was applied. `changes`: (before, after) by key, such as `dpo.drop_below` or `sft` (a stage left
-    out), without those that the config had already."""
+    out), without those that the config had already or that an override replaced."""
 
     name: str
     changes: dict[str, tuple[Any, Any]]
+
+    def in_effect(self, raw: dict[str, Any]) -> Preset:
+        """The preset with the changes that still hold in `raw`, after overrides."""
+        return Preset(self.name, {key: change for key, change in self.changes.items() if _get(raw, key) == change[1]})
 
     def __str__(self) -> str:
         changes = (f"{key}: {_yaml(after)} (was {_yaml(before)})" for key, (before, after) in self.changes.items())
@@ -57,13 +61,19 @@ def apply_preset(where: str, raw: dict[str, Any]) -> Preset | None:
 
 def _change(where: str, raw: dict[str, Any], section: str, values: Any) -> dict[str, tuple[Any, Any]]:
     if values is False:  # the stage is left out
-        del raw[section]
+        raw[section] = False
         return {section: (True, False)}
     options = raw[section] if raw[section] is not None else {}
     require(isinstance(options, dict), where, section, "a mapping", repr(options))
     before = {key: options.get(key, "default") for key in values}
     raw[section] = {**options, **values}
     return {f"{section}.{key}": (before[key], after) for key, after in values.items()}
+
+
+def _get(raw: dict[str, Any], key: str) -> Any:
+    section, _, option = key.partition(".")
+    found = raw.get(section)
+    return found.get(option, "default") if option and isinstance(found, dict) else found
 
 
 def _yaml(value: Any) -> str:

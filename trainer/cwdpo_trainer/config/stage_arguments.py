@@ -269,8 +269,10 @@ class DPOArguments(StageArguments):
         elif self.cooling in COOLING_MODES:
             check(weight is None, "constant_weight", "null, as cooling is not constant", weight)
         low = self.drop_below
-        ok = low is None or low == AUTO or (isinstance(low, int | float) and not math.isnan(low))
-        check(ok, "drop_below", "null, a number or auto", low)
+        check(low is None or low == AUTO or is_finite(low), "drop_below", "null, a finite number or auto", low)
+        if low == AUTO and is_finite(floor) and is_finite(tau):
+            ok = math.isfinite(floor - DROP_TAUS * tau)
+            check(ok, "tau", "a number for which logp_floor - 2.94 tau is finite, as drop_below is auto", tau)
 
     def _check_onpolicy(self, check: Checks) -> None:
         try:

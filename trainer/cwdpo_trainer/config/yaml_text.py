@@ -45,6 +45,8 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
+        if isinstance(node, yaml.ScalarNode) and not node.value.isascii() and any(map(_is_surrogate, node.value)):
+            raise _error("half of a surrogate pair, which is no text", node.start_mark)
         try:
             return super().construct_object(node, deep)
         # What PyYAML raises about a scalar that does not fit its tag: an impossible date, `!!int ''`, `!!bool x`.
@@ -78,6 +80,10 @@ for _type in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_type}", _Loader.construct_number)
 
 
+def _is_surrogate(character: str) -> bool:
+    return "\ud800" <= character <= "\udfff"
+
+
 def _children(node: yaml.Node) -> list[yaml.Node]:
     if isinstance(node, yaml.MappingNode):
         return [each for pair in node.value for each in pair]
@@ -101,8 +107,13 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text. Raises `InputError`; its `where` is ":LINE", or "" if the line is unknown."""
     if len(text) > LARGEST_TEXT:
         raise InputError("", "", f"at most {LARGEST_TEXT} characters", len(text))
+    loader: _Loader | None = None
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)
+        return loader.get_single_data()
+    except (OverflowError, ValueError) as error:  # an escape beyond Unicode, such as "\U00110000"
+        where = f":{loader.line + 1}" if loader is not None else ""
+        raise InputError(where, "", "valid YAML", f"an error: a character that does not exist ({error})") from error
     except yaml.YAMLError as error:
         problem, line = _describe(error, text)
         raise InputError(f":{line}" if line else "", "", "valid YAML", f"an error: {shorten(problem)}") from error

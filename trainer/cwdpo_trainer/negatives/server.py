@@ -28,6 +28,7 @@ LARGEST_REPLY = 4_000_000  # bytes, beside the answers
 TOKEN_CHARACTERS = 256  # at most; the longest tokens of known vocabularies are 128 spaces
 CHARACTER_BYTES = 12  # at most, in JSON
 # What a message may have instead of content. Then the model did not answer with a text.
+FINISHED = ("stop", "length", "eos_token", "stop_sequence")  # finish reasons of the servers in use
 OTHER_CONTENT = ("reasoning_content", "reasoning", "tool_calls", "refusal")
 
 
@@ -98,6 +99,9 @@ def _answer(call: Call, choice: Any, longest: int) -> str:
     message = choice.get("message") if isinstance(choice, dict) else None
     if not isinstance(message, dict):
         raise InputError(WHERE, call.url, "choices with an object `message`", _shape(choice))
+    reason = choice.get("finish_reason")
+    finished = reason is None or reason in FINISHED
+    require(finished, WHERE, call.url, f"finished answers (finish_reason {' or '.join(FINISHED)})", _shape(reason))
     text = message.get("content")
     if text is None and not any(message.get(key) for key in OTHER_CONTENT):
         text = ""  # some servers send null for an empty answer
