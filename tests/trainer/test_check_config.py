@@ -379,6 +379,8 @@ def test_a_check_calls_the_function_if_told_to(case):
     (problem,) = case.problems()
     assert "prepare.function: expected the name of a function, as package.module:function" in problem.evidence
     case.settings["prepare"] = {"function": "os:makedirs", "folder": str(case.folder / "made")}
+    case.settings["model"]["path"] = str(case.folder / "model")  # a relative path would start at the made folder
+    case.settings["data"] = {name: str(case.folder / f"{name}.jsonl") for name in ("train", "heldout")}
     main(["check", str(case.save()), "--no-model", "--prepare"])
     assert (case.folder / "made").is_dir()
 

@@ -92,14 +92,14 @@ def write_metrics(run, text):
 STOPPED = {
     "the base model's weights": (
         lambda run: change_weights(run / "task/model/model.safetensors"),
-        "run: inputs.model.model.safetensors is",
+        "run: inputs.model.model.safetensors: expected",
     ),
     "the base model's tokenizer": (
         lambda run: put(run / "task/model/tokenizer.json", b" ", -1),
-        "run: inputs.model.tokenizer.json is",
+        "run: inputs.model.tokenizer.json: expected",
     ),
     "an image": (overwrite_image, "inputs.images."),
-    "the training data": (lambda run: put(run / "task/train.jsonl", b"\n", -1), "run: inputs.data.train is"),
+    "the training data": (lambda run: put(run / "task/train.jsonl", b"\n", -1), "run: inputs.data.train: expected"),
     "run.json cut": (lambda run: os.truncate(run / "run/run.json", 40), "run/run.json: expected valid JSON"),
     "run.json of another shape": (lambda run: (run / "run/run.json").write_text("[]"), "run.json: expected a JSON obj"),
     "run.json without a config": (lambda run: (run / "run/run.json").write_text("{}"), "run.json: config: expected"),

@@ -7,7 +7,7 @@ from transformers import TrainerCallback
 from transformers.integrations import integration_utils
 
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.config import arguments
+from cwdpo_trainer.config import stage_arguments
 
 
 @pytest.fixture
@@ -20,7 +20,7 @@ def tracked(monkeypatch):
             logged.append((state.global_step, dict(logs)))
 
     monkeypatch.setitem(integration_utils.INTEGRATION_TO_CALLBACK, "tensorboard", Tracker)
-    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
+    monkeypatch.setattr(stage_arguments, "get_available_reporting_integrations", lambda: ["tensorboard"])
     return logged
 
 
@@ -42,7 +42,7 @@ def test_no_tracker_unless_one_is_named(settings, write_config, tracked):
 
 
 def test_a_tracker_that_is_not_installed_is_refused(settings, write_config, monkeypatch, capsys):
-    monkeypatch.setattr(arguments, "get_available_reporting_integrations", lambda: ["trackio"])
+    monkeypatch.setattr(stage_arguments, "get_available_reporting_integrations", lambda: ["trackio"])
     settings["dpo"]["report_to"] = ["wandb"]
     assert main(["run", str(write_config(settings))]) == 2
     message = "dpo.report_to: expected installed trackers, out of ['trackio'], got 'wandb'"
