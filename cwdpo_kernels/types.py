@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -79,6 +79,8 @@ class GentleNegatives:
                       sum over its tokens, which is the unit that the paper prints for C.
     """
 
+    MODES: ClassVar[tuple[str, ...]] = SFT_MODES
+
     weight: float = 0.1
     nll_floor: float = 3.0
     mode: str = "hinge"
@@ -90,7 +92,7 @@ class GentleNegatives:
         ok = math.isfinite(self.weight) and self.weight >= 0
         expect(ok, op, "weight", "value", "finite and >= 0", self.weight)
         expect(math.isfinite(self.nll_floor), op, "nll_floor", "value", "finite", self.nll_floor)
-        check_choice(op, "mode", self.mode, SFT_MODES)
+        check_choice(op, "mode", self.mode, self.MODES)
         expect(0 <= self.smoothing < 1, op, "smoothing", "value", "in [0, 1)", self.smoothing)
         ok = self.normalize in ("token", "sequence")
         expect(ok, op, "normalize", "value", "'token' or 'sequence'", self.normalize)

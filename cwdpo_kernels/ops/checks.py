@@ -17,7 +17,10 @@ PER_TOKEN = ("labels", "logp", "anchor", "sum_exp", "grad_logp")  # [N]
 PER_SEQUENCE = ("count", "grad_sum_logp", "grad_mean")  # [S]
 PER_PAIR = ("ref_chosen", "ref_rejected")  # [P] of S = 2P
 BY_VALUE = ("kept_bytes", "workspace_bytes")
-UNINITIALIZED = -1  # of kept_bytes, see linear_logprob.py
+# A value of `kept_bytes`: like None, keep tiles in memory of the weight's shape, but leave its unused bytes
+# uninitialized instead of zero, and let backward write the gradient there. The op's result `kept` then differs from
+# call to call and changes in backward, so only the public functions ask for it: they drop that result.
+UNINITIALIZED = -1
 
 
 def check_arguments(op: str, values: Values) -> None:

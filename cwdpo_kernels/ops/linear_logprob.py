@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ..portable.tiles import compute_dtype, direction_dtype
+from .checks import UNINITIALIZED
 from .schema import Values, arguments, call, define, register_autograd, register_fake
 
 define(
@@ -43,12 +44,6 @@ define(
     "Tensor sum_exp, Tensor(a!) kept, float scale, float? softcap, int ignore_index, bool needs_hidden, "
     "bool needs_bias, bool sparse_grad, SymInt workspace_bytes) -> (Tensor grad_hidden, Tensor grad_bias)",
 )
-
-
-# A value of `kept_bytes`: like None, keep tiles in memory of the weight's shape, but leave its unused bytes
-# uninitialized instead of zero, and let backward write the gradient there. The op's result `kept` then differs from
-# call to call and changes in backward, so only the public functions ask for it: they drop that result.
-UNINITIALIZED = -1
 
 
 @register_fake("linear_logprob")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -116,6 +117,13 @@ def collator(task: Path) -> PairCollator:
 @pytest.fixture(scope="session")
 def rows(task: Path) -> list[Row]:
     return load_rows(task / "train.jsonl")
+
+
+@pytest.fixture
+def chat_rows(rows: list[Row]) -> list[Row]:
+    """The first three rows, with prompts as chat messages."""
+    content = [{"type": "image"}, {"type": "text", "text": "describe"}]
+    return [dataclasses.replace(row, prompt=[{"role": "user", "content": content}]) for row in rows[:3]]
 
 
 @pytest.fixture

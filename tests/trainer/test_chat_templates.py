@@ -98,9 +98,8 @@ def chat(collator, template):
 
 
 @pytest.fixture
-def row(rows):
-    content = [{"type": "image"}, {"type": "text", "text": "describe"}]
-    return dataclasses.replace(rows[0], prompt=[{"role": "user", "content": content}])
+def row(chat_rows):
+    return chat_rows[0]
 
 
 @pytest.mark.parametrize("name", HOSTILE)

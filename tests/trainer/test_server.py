@@ -73,12 +73,6 @@ def chat(collator):
     return PairCollator(processor)
 
 
-@pytest.fixture
-def chat_rows(rows):
-    content = [{"type": "image"}, {"type": "text", "text": "describe"}]
-    return [dataclasses.replace(row, prompt=[{"role": "user", "content": content}]) for row in rows[:3]]
-
-
 @pytest.fixture(autouse=True)
 def pauses(monkeypatch):
     """Replaces the pauses before further attempts: returns the list of those requested."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Sequence
 from typing import Any
 
@@ -52,6 +53,21 @@ def require(condition: bool, where: str, what: str, expected: Any, got: Any) -> 
     """Raise `InputError(where, what, expected, got)` unless `condition` holds."""
     if not condition:
         raise InputError(where, what, expected, got)
+
+
+def did_you_mean(name: object, known: Sequence[str]) -> str:
+    """ " (did you mean 'NAME'?)" with the name in `known` that is closest to `name`, or "" if none is close."""
+    close = difflib.get_close_matches(str(name), known, n=1)
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def surrogate_in(text: str) -> int | None:
+    """The index of the first half of a surrogate pair in `text`, which no file and no tokenizer can take; else None."""
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        return error.start
+    return None
 
 
 def shorten(text: object, limit: int = 300) -> str:

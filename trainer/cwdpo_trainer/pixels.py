@@ -91,7 +91,7 @@ def _is_gray(mode: str) -> bool:
 def _upright_size(image: Image.Image) -> Size:
     width, height = image.size
     if image.format == "TIFF":  # versions of Pillow differ in whether `size` is upright before the image is decoded
-        tags: Any = image.tag_v2  # type: ignore[attr-defined]
+        tags = _tiff_tags(image)
         width, height = tags[ExifTags.Base.ImageWidth], tags[ExifTags.Base.ImageLength]
         orientation = tags.get(ExifTags.Base.Orientation, 1)
     else:
@@ -145,11 +145,16 @@ def _plain(image: Image.Image, stored: str) -> Image.Image:
     return Image.alpha_composite(Image.new("RGBA", visible.size, "white"), visible).convert(mode)
 
 
+def _tiff_tags(image: Image.Image) -> Any:
+    """The tags of a TIFF image by number; empty for other formats."""
+    return getattr(image, "tag_v2", {})
+
+
 def _stored_values(image: Image.Image) -> tuple[np.ndarray, float]:
     """The pixels of a 16-bit, 32-bit or float image as the file has them, and the largest value that they may have (0:
     it depends on the pixels)."""
     values = np.asarray(image)
-    tags: Any = getattr(image, "tag_v2", {})  # of TIFF
+    tags = _tiff_tags(image)
     if image.mode == "I" and tags and tags.get(SAMPLE_FORMAT, (UNSIGNED,))[0] == UNSIGNED:
         values = values.view(np.uint32)  # Pillow has signed integers only
     if image.mode.startswith("I;16"):
@@ -159,8 +164,7 @@ def _stored_values(image: Image.Image) -> tuple[np.ndarray, float]:
 
 def _is_white_zero(image: Image.Image) -> bool:
     """Whether a TIFF image stores white as 0. Pillow turns those of 8 bits or less."""
-    tags: Any = getattr(image, "tag_v2", {})
-    return tags.get(ExifTags.Base.PhotometricInterpretation) == 0
+    return _tiff_tags(image).get(ExifTags.Base.PhotometricInterpretation) == 0
 
 
 def _eight_bits(values: np.ndarray, top: float, transparent: Any) -> np.ndarray:

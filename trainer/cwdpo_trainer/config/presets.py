@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cwdpo_trainer.config.yaml_text import parse_yaml
-from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.errors import InputError, did_you_mean, require
 from cwdpo_trainer.files import read_text
 
 FOLDER = Path(__file__).with_name("presets")
@@ -46,9 +45,8 @@ def apply_preset(where: str, raw: dict[str, Any]) -> Preset | None:
         return None
     names = preset_names()
     if name not in names:
-        close = difflib.get_close_matches(str(name), names, n=1)
-        hint = f" (did you mean {close[0]!r}?)" if close else ""
-        raise InputError(where, "preset", f"null or one of {', '.join(names)}{hint}", repr(name))
+        expected = f"null or one of {', '.join(names)}{did_you_mean(name, names)}"
+        raise InputError(where, "preset", expected, repr(name))
     sections = parse_yaml(read_text(FOLDER / f"{name}.yaml"))
     present = [section for section in sections if raw.get(section, False) is not False]
     missing = " or ".join(f"a section {section}" for section in sections)

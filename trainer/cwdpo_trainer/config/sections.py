@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import re
 import types
 import typing
@@ -20,7 +19,7 @@ from cwdpo_trainer.config.arguments import (
 )
 from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments
 from cwdpo_trainer.config.training_options import OURS
-from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
+from cwdpo_trainer.errors import InputError, InputErrors, describe, did_you_mean, require, shorten
 
 SECTIONS: dict[str, type] = {
     "model": ModelArguments,
@@ -167,15 +166,13 @@ def check_known(where: str, prefix: str, key: Any, known: Sequence[str]) -> None
     """Raise `InputError` about a key that is not in `known`."""
     if key in known:
         return
-    close = difflib.get_close_matches(str(key), known, n=1)
-    expected = "a known key"
+    hint = did_you_mean(key, known)
+    expected = f"a known key{hint}"
     if prefix and key in TOP_LEVEL:
         expected = f"no such key in a section: set {key} at the top level"
     elif prefix and key in RESERVED:
         expected = "no such key: the trainer sets this option itself"
-    elif close:
-        expected = f"a known key (did you mean {close[0]!r}?)"
-    elif prefix == "":
+    elif not hint and prefix == "":
         expected = "one of the keys " + ", ".join(known)
     raise InputError(where, f"{prefix}{key}", expected, repr(key))
 

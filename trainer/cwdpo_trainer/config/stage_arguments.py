@@ -22,7 +22,6 @@ from cwdpo_trainer.config.findings import finding_names
 from cwdpo_trainer.config.training_rules import check_training, try_training
 
 AUTO = "auto"
-SFT_MODES = ("hinge", "hard", "smoothed")
 DROP_TAUS = math.log(19)  # sigmoid(-ln 19) = 0.05: the cooling weight of `drop_below: auto`
 COOLING_MODES = ("adaptive", "constant", "off")
 LOWER_IS_BETTER = ("_ece", "_tv", "_js")  # suffixes of metric names
@@ -153,7 +152,7 @@ class SFTArguments(StageArguments):
 
     def _check_options(self, check: Checks) -> None:
         super()._check_options(check)
-        check(self.negatives in SFT_MODES, "negatives", one_of(SFT_MODES), self.negatives)
+        check(self.negatives in GentleNegatives.MODES, "negatives", one_of(GentleNegatives.MODES), self.negatives)
         weight = self.negatives_weight
         check(math.isfinite(weight) and weight >= 0, "negatives_weight", "a finite number >= 0", weight)
         check(math.isfinite(self.nll_floor), "nll_floor", "a finite number", self.nll_floor)

@@ -10,7 +10,7 @@ from typing import Any
 
 import yaml
 
-from cwdpo_trainer.errors import InputError, shorten
+from cwdpo_trainer.errors import InputError, shorten, surrogate_in
 
 LARGEST_TEXT = 1_000_000  # characters
 LARGEST_VALUE = 10_000  # scalars, sequences and mappings together
@@ -45,7 +45,7 @@ class _Loader(yaml.SafeLoader):
         return node
 
     def construct_object(self, node: yaml.Node, deep: bool = False) -> Any:
-        if isinstance(node, yaml.ScalarNode) and not node.value.isascii() and any(map(_is_surrogate, node.value)):
+        if isinstance(node, yaml.ScalarNode) and surrogate_in(node.value) is not None:
             raise _error("half of a surrogate pair, which is no text", node.start_mark)
         try:
             return super().construct_object(node, deep)
@@ -78,10 +78,6 @@ class _Loader(yaml.SafeLoader):
 
 for _type in ("int", "float"):
     _Loader.add_constructor(f"tag:yaml.org,2002:{_type}", _Loader.construct_number)
-
-
-def _is_surrogate(character: str) -> bool:
-    return "\ud800" <= character <= "\udfff"
 
 
 def _children(node: yaml.Node) -> list[yaml.Node]:

@@ -31,7 +31,7 @@ from cwdpo_trainer.data.images import IMAGE_ERRORS, ImageRef, image_refs, unread
 from cwdpo_trainer.data.layouts import canonical
 from cwdpo_trainer.data.source import Source
 from cwdpo_trainer.data.sources import open_source
-from cwdpo_trainer.errors import InputError, InputErrors, require, shorten
+from cwdpo_trainer.errors import InputError, InputErrors, require, shorten, surrogate_in
 from cwdpo_trainer.files import NESTED
 
 SHOWN_ROWS = 10  # rows that a report lists
@@ -180,11 +180,9 @@ def _check_unicode(where: str, values: dict[str, Any]) -> None:
     """JSON can write half of a surrogate pair ("\\ud83d" of an emoji), which is no text: tokenizers fail on it."""
     for column, value in values.items():
         for text in (column, *_texts(value)):
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:
-                got = f"half of a surrogate pair at character {error.start} of {shorten(ascii(text))}"
-                raise InputError(where, ascii(column)[1:-1], "Unicode text", got) from error
+            if (index := surrogate_in(text)) is not None:
+                got = f"half of a surrogate pair at character {index} of {shorten(ascii(text))}"
+                raise InputError(where, ascii(column)[1:-1], "Unicode text", got)
 
 
 def _texts(value: Any) -> Iterator[str]:

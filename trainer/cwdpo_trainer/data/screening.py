@@ -37,7 +37,7 @@ def check_tokens(meter: LengthMeter, row: Row) -> None:
     try:
         problem = placeholder_mismatch(meter, row) or image_token_in_answer(meter, row)
         require(problem is None, row.where, "", "", problem)
-        meter.measure(row)
+        meter.prompt_ids(row)  # the answers were tokenized above
     except InputError:
         raise
     except Exception as error:  # processors, templates and tokenizers raise all kinds

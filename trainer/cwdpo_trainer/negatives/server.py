@@ -20,7 +20,7 @@ from PIL import Image
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator, Tokens
 from cwdpo_trainer.data.rows import Row
-from cwdpo_trainer.errors import InputError, require, shorten
+from cwdpo_trainer.errors import InputError, require, shorten, surrogate_in
 from cwdpo_trainer.negatives.http_json import Call, exchange
 
 WHERE = "sampling.server"
@@ -110,16 +110,14 @@ def _answer(call: Call, choice: Any, longest: int) -> str:
         raise InputError(WHERE, call.url, expected, f"{_shape(message)}, with content {_shape(text)}")
     expected = f"answers of at most {longest} characters, as sampling.max_new_tokens limits them"
     require(len(text) <= longest, WHERE, call.url, expected, len(text))
-    require(_is_unicode(text), WHERE, call.url, "answers in Unicode", f"a lone surrogate in {shorten(repr(text), 80)}")
+    require(
+        surrogate_in(text) is None,
+        WHERE,
+        call.url,
+        "answers in Unicode",
+        f"a lone surrogate in {shorten(repr(text), 80)}",
+    )
     return text
-
-
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _shape(value: Any) -> str:

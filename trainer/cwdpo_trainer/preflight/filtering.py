@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,9 +31,7 @@ def filtering_report(
     rows = rows[:ROWS]
     mean_logp = _rejected_mean_logp(model, collator, rows, device)
     cooling = config.dpo.fixed_cooling or config.dpo.cooling_with(*measure_cooling(mean_logp))
-    threshold = cooling.drop_below
-    if threshold is None:
-        return None
+    threshold: Any = cooling.drop_below  # a number, as dpo.drop_below is set
     left_out = int((mean_logp < threshold).sum())
     when = " before stage 1" if config.sft is not None else ""
     return (

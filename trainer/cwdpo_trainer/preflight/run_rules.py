@@ -7,7 +7,6 @@ warning is a reason to look. Rules about single rows are in row_rules.py.
 
 from __future__ import annotations
 
-import difflib
 import hashlib
 import json
 from collections import Counter
@@ -23,7 +22,7 @@ from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.images import IMAGE_ERRORS
 from cwdpo_trainer.data.lengths import Fit, Length, LengthMeter
 from cwdpo_trainer.data.rows import Row, answer_text, first_part
-from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.errors import InputError, did_you_mean
 from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
 from cwdpo_trainer.models.digests import input_digests
 from cwdpo_trainer.models.loading import model_path
@@ -194,8 +193,7 @@ def unknown_metric(preview: RunPreview) -> Diagnosis | None:
     for stage, args in preview.stages().items():
         metric = (args.metric_for_best_model or names[0]).removeprefix("eval_")
         if sources and metric not in names:
-            close = difflib.get_close_matches(metric, names, n=1)
-            hint = f" (did you mean {close[0]!r}?)" if close else ""
+            hint = did_you_mean(metric, names)
             wrong.append(f"{stage}.metric_for_best_model is {metric!r}, which no probe measures{hint}")
     return ("; ".join(wrong), "name a metric of the probes, such as chosen_mean_logp") if wrong else None
 
