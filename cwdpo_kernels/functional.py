@@ -5,8 +5,10 @@ Labels are already aligned: hidden[t] predicts labels[t] (see `shift_labels`). L
 float32 (float64 for float64 inputs). Under autocast, the linear functions cast hidden and head to autocast's dtype, as
 torch's own linear does; the logits are never rounded below float32.
 
-Every function raises ValueError with the argument, what was expected and what it got. Source of the method and the
-losses: CW-DPO, arXiv 2510.11978.
+Every function raises ValueError with the argument, what was expected and what it got. On a GPU the values of labels and
+cu_seqlens are not read, because that would sync it: a label outside the vocabulary gives NaN for its token, and
+cu_seqlens that do not rise from 0 to N give NaN for the whole call. Source of the method and the losses: CW-DPO, arXiv
+2510.11978.
 """
 
 from __future__ import annotations
@@ -41,8 +43,8 @@ def linear_logprob(
     a frozen head take 2 N D V multiply-adds in one pass, which saves N x D for backward; a trainable head takes 3 to
     4 N D V, depending on `budget`.
 
-    rows [M]: flat indices of the labeled tokens. Pass them to avoid a device sync (required for CUDA graphs).
-        Labeled tokens outside `rows` count as ignored.
+    rows [M]: flat indices of the labeled tokens, all different. Pass them to avoid a device sync (required for CUDA
+        graphs). Labeled tokens outside `rows` count as ignored.
     """
     return token_logprob("linear_logprob", hidden, head, labels, rows, budget, ignore_index)
 

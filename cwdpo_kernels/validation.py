@@ -98,16 +98,25 @@ def check_rows(op: str, rows: Tensor, labels: Tensor) -> None:
         low, high = int(rows.min()), int(rows.max())
         ok = low >= 0 and high < labels.numel()
         expect(ok, op, "rows", "values", f"in [0, {labels.numel()})", low if low < 0 else high)
+        counts = torch.bincount(rows, minlength=1)
+        twice = int(counts.argmax())  # its gradient would count twice
+        expect(int(counts[twice]) <= 1, op, "rows", "values", "all different", f"{twice} {int(counts[twice])} times")
 
 
 def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
-    """Check the offsets [S + 1] of packed sequences; on the CPU also that they rise from 0 to the number of tokens."""
+    """Check the offsets [S + 1] of packed sequences; on the CPU also that they rise from 0 to the number of tokens.
+
+    Elsewhere the kernels check that, and wrong ones give NaN.
+    """
     check_dtype(op, "cu_seqlens", cu_seqlens, INDEX_DTYPES)
     ok = cu_seqlens.dim() == 1 and cu_seqlens.numel() >= 1
     expect(ok, op, "cu_seqlens", "shape", "[S + 1]", list(cu_seqlens.shape))
     check_device(op, "cu_seqlens", cu_seqlens, tokens, "labels")
     expect(tokens.dim() == 1, op, "labels", "shape", "[N] (packed, as cu_seqlens is given)", list(tokens.shape))
-    if cu_seqlens.device.type == "cpu" and not torch.compiler.is_compiling():
+    if torch.compiler.is_compiling():
+        return
+    expect(cu_seqlens.numel() > 1 or tokens.numel() == 0, op, "cu_seqlens", "shape", "[S + 1] with S >= 1", [1])
+    if cu_seqlens.device.type == "cpu":
         expected = f"0 <= ... <= {tokens.numel()}, rising from 0 to the number of tokens"
         ok = bool(cu_seqlens[0] == 0 and cu_seqlens[-1] == tokens.numel() and (cu_seqlens.diff() >= 0).all())
         expect(ok, op, "cu_seqlens", "values", expected, cu_seqlens.tolist())

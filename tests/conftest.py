@@ -34,6 +34,47 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
 
 
+@pytest.fixture
+def only_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Triton's interpreter raises MemoryError if a kernel reads or writes outside the tensors of its launch."""
+    if torch.cuda.is_available():
+        return  # the interpreter does not run
+    from triton.runtime import interpreter
+
+    spans: list[tuple[int, int]] = []
+    launch, builder = interpreter.GridExecutor.__call__, interpreter.InterpreterBuilder
+    load, store = builder.create_masked_load, builder.create_masked_store
+
+    def watched_launch(self: Any, *args: Any, **kwargs: Any) -> Any:
+        tensors = [getattr(arg, "base", arg) for arg in (*args, *kwargs.values())]  # of a tensor descriptor
+        spans[:] = [_span(tensor) for tensor in tensors if isinstance(tensor, torch.Tensor) and tensor.numel()]
+        return launch(self, *args, **kwargs)
+
+    def check(pointers: Any, mask: Any) -> None:
+        addresses = pointers.data[mask.data]
+        inside = sum((addresses >= start) & (addresses < end) for start, end in spans)
+        if addresses.size and not (inside > 0).all():
+            raise MemoryError("a kernel touches memory outside its tensors")
+
+    def watched_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+        check(pointers, mask)
+        return load(self, pointers, mask, *args)
+
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+        check(pointers, mask)
+        return store(self, pointers, value, mask, *args)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched_launch)
+    monkeypatch.setattr(builder, "create_masked_load", watched_load)
+    monkeypatch.setattr(builder, "create_masked_store", watched_store)
+
+
+def _span(tensor: torch.Tensor) -> tuple[int, int]:
+    """The addresses from a tensor's first entry to the end of its last one."""
+    last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.data_ptr(), tensor.data_ptr() + (last + 1) * tensor.element_size()
+
+
 @pytest.fixture(scope="session")
 def load_example() -> Callable[..., dict[str, Any]]:
     """A function that runs a file of docs/examples and returns its global names."""

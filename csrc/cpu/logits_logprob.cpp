@@ -2,6 +2,8 @@
 // Bytes moved: forward reads the logits once; backward reads them once and writes the gradient once. Half-precision
 // logits are converted block by block in a float32 buffer.
 
+#include <string>
+
 #include "../check.h"
 #include "../ops.h"
 #include "head.h"
@@ -28,6 +30,18 @@ void check_logits(const char* op, const Tensor& logits, const Tensor& labels) {
   expect_at_least(op, "V", logits.size(1), 1);
   expect_index(op, "labels", labels);
   expect_vector(op, "labels", labels, logits.size(0));
+}
+
+// No two entries of `logits`, which are overwritten, share memory. Sufficient: rows or columns do not overlap.
+void check_separate_entries(const char* op, const Tensor& logits) {
+  const bool by_rows = logits.size(0) <= 1 || (logits.size(1) > 1 && logits.stride(0) > logits.stride(1));
+  const int64_t inner = by_rows ? 1 : 0, outer = 1 - inner;
+  const auto step = [&](int64_t dim) { return logits.size(dim) > 1 ? logits.stride(dim) : int64_t{0}; };
+  const bool ok = (logits.size(inner) <= 1 || step(inner) >= 1) &&
+                  (logits.size(outer) <= 1 || step(outer) > step(inner) * (logits.size(inner) - 1));
+  const std::string rows = std::to_string(logits.stride(0)), columns = std::to_string(logits.stride(1));
+  const std::string strides = "strides [" + rows + ", " + columns + "]";
+  expect(logits.numel() == 0 || ok, op, "logits", "layout", "without entries that share memory", strides);
 }
 
 // Calls f(i, z, out) for every i, on all threads. z is row rows[i] of `logits`, converted to T if necessary. `out`
@@ -124,6 +138,8 @@ LogitsLogprob logits_logprob(
 void logits_logprob_backward_(
     const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp,
     const Tensor& max_logit, const Tensor& sum_exp, int64_t ignore_index) {
+  check_logits("logits_logprob_backward_", logits, labels);
+  check_separate_entries("logits_logprob_backward_", logits);
   check_and_write_gradient(
       "logits_logprob_backward_", grad_logp, logits, labels, logp, max_logit, sum_exp, ignore_index, logits);
 }

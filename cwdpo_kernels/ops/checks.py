@@ -39,6 +39,8 @@ def check_arguments(op: str, values: Values) -> None:
         _check_dims(op, "logits", tensors["logits"], 2)
         check.check_dtype(op, "logits", tensors["logits"], check.FLOAT_DTYPES)
         check.expect(tensors["logits"].shape[1] >= 1, op, "logits", "V", ">= 1", 0)
+        if op.endswith("_"):
+            _check_separate_entries(op, "logits", tensors["logits"])
     if "hidden_p" in tensors:
         for name, like in (("hidden_q", "hidden_p"), ("weight_q", "weight_p")):
             _check_shape(op, name, tensors[name], [tensors[like].shape[0], tensors[name].shape[1]])
@@ -103,6 +105,14 @@ def _check_sequences(op: str, tensors: dict[str, Tensor]) -> None:
         for name in PER_PAIR:
             if name in tensors:
                 _check_shape(op, name, tensors[name], [pairs])
+
+
+def _check_separate_entries(op: str, name: str, matrix: Tensor) -> None:
+    """No two entries of a matrix that a kernel overwrites share memory (sufficient: rows or columns do not overlap)."""
+    dims = sorted((stride, size) for stride, size in zip(matrix.stride(), matrix.shape, strict=True) if size > 1)
+    ends = [1, *(stride * (size - 1) + 1 for stride, size in dims)]
+    ok = matrix.numel() == 0 or all(stride >= end for (stride, _), end in zip(dims, ends, strict=False))
+    check.expect(ok, op, name, "layout", "without entries that share memory", f"strides {list(matrix.stride())}")
 
 
 def _check_dims(op: str, name: str, tensor: Tensor, dims: int) -> None:

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .cooling_weight import cooling_weight
-from .sequence_logprob import mean_of, segment_sum, to_tokens
+from .sequence_logprob import mean_of, sums_and_counts, to_tokens
 
 
 def cwdpo_loss(
@@ -59,7 +59,5 @@ def sequence_sums(
     From token log-probs if `labels` is given, or from the sums of sequences, with `count`.
     """
     labelled = torch.ones_like(logp, dtype=torch.bool) if labels is None else labels != ignore_index
-    sum_logp = segment_sum(torch.where(labelled, logp, 0.0), cu_seqlens).to(logp.dtype)
-    # Clone, because an op's outputs must not alias its inputs.
-    count = segment_sum(labelled, cu_seqlens).long() if count is None else count.clone()
+    sum_logp, count = sums_and_counts(logp, labelled, cu_seqlens, count)
     return sum_logp, mean_of(sum_logp, count), count, labelled

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
-from .segments import BLOCK_TOKENS, all_segment_sums, broadcast_all
+from .segments import BLOCK_TOKENS, all_segment_sums, broadcast_all, offsets_fit
 
 
 @triton.jit
@@ -31,13 +31,14 @@ def _mean_nll(sum_logp_ptr, count_ptr, offs, mask, PER_TOKEN: tl.constexpr):
 @triton.jit
 def _sft_kernel(
     logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, loss_ptr, chosen_nll_ptr, rejected_nll_ptr, penalty_ptr,
-    sum_logp_ptr, mean_ptr, count_out_ptr, grad_logp_ptr, grad_sum_logp_ptr, P, weight, nll_floor, ignore_index,
+    sum_logp_ptr, mean_ptr, count_out_ptr, grad_logp_ptr, grad_sum_logp_ptr, P, N, weight, nll_floor, ignore_index,
     HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, MODE: tl.constexpr, PER_TOKEN: tl.constexpr,
     BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    fit = offsets_fit(cu_seqlens_ptr, 2 * P, N, BLOCK)
     all_segment_sums(
-        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, 2 * P, ignore_index,
-        HAS_LABELS, HAS_COUNT, BLOCK,
+        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, 2 * P, N, fit,
+        ignore_index, HAS_LABELS, HAS_COUNT, BLOCK,
     )  # fmt: skip
     offs = tl.arange(0, BLOCK_P)
     mask = offs < P
@@ -62,7 +63,9 @@ def _sft_kernel(
     tl.store(penalty_ptr, penalty)
     tl.store(grad_sum_logp_ptr + offs, -chosen_share, mask=mask)
     tl.store(grad_sum_logp_ptr + P + offs, slope * rejected_share, mask=mask)
-    broadcast_all(grad_sum_logp_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, ignore_index, HAS_LABELS, BLOCK)
+    broadcast_all(
+        grad_sum_logp_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, N, fit, ignore_index, HAS_LABELS, BLOCK
+    )
 
 
 def constrained_sft_loss(
@@ -79,7 +82,7 @@ def constrained_sft_loss(
         _sft_kernel[(1,)](
             logp.contiguous(), logp if labels is None else labels.contiguous(),
             logp if count is None else count.contiguous(), cu_seqlens.contiguous(), *scalars, sum_logp, mean, count_out,
-            grad_logp, grad_sum_logp, pairs, 1.0 if mode == "hard" else weight, nll_floor, ignore_index,
+            grad_logp, grad_sum_logp, pairs, logp.numel(), 1.0 if mode == "hard" else weight, nll_floor, ignore_index,
             HAS_LABELS=labels is not None, HAS_COUNT=count is not None, MODE=mode, PER_TOKEN=per_token,
             BLOCK_P=triton.next_power_of_2(pairs), BLOCK=BLOCK_TOKENS, num_warps=8, **COMPILER_OPTIONS,
         )  # fmt: skip

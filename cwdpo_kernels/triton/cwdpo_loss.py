@@ -14,20 +14,21 @@ from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
 from .primitives import sigmoid, softplus
-from .segments import BLOCK_TOKENS, all_segment_sums, broadcast_all
+from .segments import BLOCK_TOKENS, all_segment_sums, broadcast_all, offsets_fit
 
 
 @triton.jit
 def _cwdpo_kernel(
     logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, ref_chosen_ptr, ref_rejected_ptr,
     loss_ptr, chosen_reward_ptr, rejected_reward_ptr, margin_ptr, accuracy_ptr, cooling_weight_ptr, kept_ptr,
-    sum_logp_ptr, mean_ptr, count_out_ptr, grad_logp_ptr, grad_sum_logp_ptr, P, beta, logp_floor, temperature,
+    sum_logp_ptr, mean_ptr, count_out_ptr, grad_logp_ptr, grad_sum_logp_ptr, P, N, beta, logp_floor, temperature,
     constant, drop_below, ignore_index, HAS_LABELS: tl.constexpr, HAS_COUNT: tl.constexpr, HAS_CONSTANT: tl.constexpr,
     HAS_DROP: tl.constexpr, PER_TOKEN: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
+    fit = offsets_fit(cu_seqlens_ptr, 2 * P, N, BLOCK)
     all_segment_sums(
-        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, 2 * P, ignore_index,
-        HAS_LABELS, HAS_COUNT, BLOCK,
+        logp_ptr, labels_ptr, count_ptr, cu_seqlens_ptr, sum_logp_ptr, mean_ptr, count_out_ptr, 2 * P, N, fit,
+        ignore_index, HAS_LABELS, HAS_COUNT, BLOCK,
     )  # fmt: skip
     offs = tl.arange(0, BLOCK_P)
     mask = offs < P
@@ -69,7 +70,9 @@ def _cwdpo_kernel(
     tl.store(accuracy_ptr + offs, tl.where(margin > 0, 1.0, 0.0), mask=mask)
     tl.store(cooling_weight_ptr + offs, cooling_weight, mask=mask)
     tl.store(kept_ptr + offs, kept, mask=mask)
-    broadcast_all(grad_sum_logp_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, ignore_index, HAS_LABELS, BLOCK)
+    broadcast_all(
+        grad_sum_logp_ptr, grad_logp_ptr, labels_ptr, cu_seqlens_ptr, 2 * P, N, fit, ignore_index, HAS_LABELS, BLOCK
+    )
 
 
 def cwdpo_loss(
@@ -90,7 +93,7 @@ def cwdpo_loss(
             logp.contiguous(), logp if labels is None else labels.contiguous(),
             logp if count is None else count.contiguous(), cu_seqlens.contiguous(), ref_chosen.contiguous(),
             ref_rejected.contiguous(), loss, *per_pair, kept, sum_logp, mean, count_out, grad_logp, grad_sum_logp,
-            pairs, beta, logp_floor, temperature, 0.0 if constant is None else constant,
+            pairs, logp.numel(), beta, logp_floor, temperature, 0.0 if constant is None else constant,
             0.0 if drop_below is None else drop_below, ignore_index, HAS_LABELS=labels is not None,
             HAS_COUNT=count is not None, HAS_CONSTANT=constant is not None, HAS_DROP=drop_below is not None,
             PER_TOKEN=per_token, BLOCK_P=triton.next_power_of_2(pairs), BLOCK=BLOCK_TOKENS, num_warps=8,

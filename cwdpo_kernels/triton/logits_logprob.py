@@ -68,8 +68,8 @@ def logits_logprob(logits: Tensor, labels: Tensor, ignore_index: int, reuse_logi
 
 @triton.jit
 def _backward_kernel(
-    logits_ptr, out_ptr, labels_ptr, anchor_ptr, exp_factor_ptr, grad_target_ptr, V, stride_n, stride_out,
-    BLOCK_V: tl.constexpr,
+    logits_ptr, out_ptr, labels_ptr, anchor_ptr, exp_factor_ptr, grad_target_ptr, V, stride_n, stride_v, stride_out_n,
+    stride_out_v, BLOCK_V: tl.constexpr,
 ):  # fmt: skip
     """out = grad_target at the label, exp_factor * u elsewhere."""
     row = tl.program_id(0).to(tl.int64)
@@ -79,25 +79,30 @@ def _backward_kernel(
     mask = offs < V
     # A row with zero gradient reads nothing and writes zeros.
     end = tl.where((exp_factor != 0) | (grad_target != 0), V, 0)
-    z = tl.load(logits_ptr + row * stride_n + offs, mask=offs < end, other=float("-inf")).to(tl.float32)
+    logits_ptr += row * stride_n + offs.to(tl.int64) * stride_v
+    z = tl.load(logits_ptr, mask=offs < end, other=float("-inf")).to(tl.float32)
     gradient = tl.where(exp_factor == 0, 0.0, exp_factor * exp_anchored(z, tl.load(anchor_ptr + row)))
     gradient = tl.where(offs == label, grad_target, gradient)  # replaces the target's exponential: it may overflow
-    tl.store(out_ptr + row * stride_out + offs, rounded(gradient, out_ptr.dtype.element_ty), mask=mask)
+    out_ptr += row * stride_out_n + offs.to(tl.int64) * stride_out_v
+    tl.store(out_ptr, rounded(gradient, out_ptr.dtype.element_ty), mask=mask)
 
 
 def logits_logprob_backward(
     grad_logp: Tensor, logits: Tensor, labels: Tensor, logp: Tensor, anchor: Tensor, sum_exp: Tensor, ignore_index: int
 ) -> Tensor:
     """The gradient of the logits, in new memory."""
-    out = torch.empty_like(logits, memory_format=torch.contiguous_format)
-    _write_gradient(grad_logp, _dense_rows(logits), labels, logp, anchor, sum_exp, ignore_index, out)
+    out = torch.empty_like(logits)
+    _write_gradient(grad_logp, logits, labels, logp, anchor, sum_exp, ignore_index, out)
     return out
 
 
 def logits_logprob_backward_(
     grad_logp: Tensor, logits: Tensor, labels: Tensor, logp: Tensor, anchor: Tensor, sum_exp: Tensor, ignore_index: int
 ) -> None:
-    """The same, written over the logits: the thread that reads an entry is the one that overwrites it."""
+    """The same, written over the logits: the thread that reads an entry is the one that overwrites it.
+
+    So no two entries may share memory, which the op checks.
+    """
     _write_gradient(grad_logp, logits, labels, logp, anchor, sum_exp, ignore_index, logits)
 
 
@@ -111,7 +116,7 @@ def _write_gradient(
     grad_target, exp_factor = logit_gradient(grad_logp, labels, logp, sum_exp, ignore_index)
     block = min(BACKWARD_BLOCK, triton.next_power_of_2(vocab))
     _backward_kernel[rows, triton.cdiv(vocab, block)](
-        logits, out, labels.contiguous(), anchor, exp_factor, grad_target, vocab, logits.stride(0), out.stride(0),
+        logits, out, labels.contiguous(), anchor, exp_factor, grad_target, vocab, *logits.stride(), *out.stride(),
         BLOCK_V=block, num_warps=NUM_WARPS, **COMPILER_OPTIONS,
     )  # fmt: skip
 

@@ -136,3 +136,22 @@ def test_tokens_outside_rows_do_not_count():
         ours = ck.linear_constrained_sft_loss(hidden, head, labels, negatives=negatives, rows=rows)
         truth = ck.linear_constrained_sft_loss(hidden, head, kept, negatives=negatives)
         torch.testing.assert_close(ours.loss, truth.loss)
+
+
+def test_rows_given_twice_are_refused():
+    """Their gradient would be wrong: d logp / d hidden would count twice."""
+    hidden, head, labels = make_inputs((4, 6), 50, 12, labelled=1.0)
+    if hidden.is_cuda:
+        pytest.skip("reading them would sync the device")
+    with pytest.raises(ValueError, match="expected rows to have values all different, got 5 2 times"):
+        ck.linear_logprob(hidden, head, labels, rows=torch.tensor([3, 5, 1, 5]))
+
+
+@pytest.mark.parametrize("rows", [[0, 24], [0, 10**8], [-25, 1]], ids=str)
+def test_wrong_rows_in_a_compiled_graph(rows):
+    hidden, head, labels = make_inputs((4, 6), 50, 12)
+    compiled = torch.compile(ck.linear_sequence_logprob, backend="aot_eager", fullgraph=True)
+    if hidden.is_cuda:
+        pytest.skip("torch's own device assert would make the process lose its GPU")
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
+        compiled(hidden, head.weight, labels, rows=torch.tensor(rows))

@@ -85,3 +85,58 @@ def test_non_contiguous_logits():
     assert torch.equal(ck.logits_logprob(strided, labels), ck.logits_logprob(logits, labels))
     with pytest.raises(ValueError, match="expected logits to have layout contiguous"):
         ck.logits_logprob(strided, labels, reuse_logits=True)
+
+
+def layouts(vocab=507, rows=6):
+    """Views [rows, vocab] into memory [size] that is larger, by name."""
+    return {
+        "transposed": ((rows + 2) * vocab, lambda memory: memory.view(vocab, rows + 2).T[1:-1]),
+        "every second column": (2 * rows * vocab, lambda memory: memory.view(rows, 2 * vocab)[:, 1::2]),
+        "some columns": (rows * (vocab + 9), lambda memory: memory.view(rows, vocab + 9)[:, 4:-5]),
+        "every second row": (2 * rows * vocab, lambda memory: memory.view(rows, 2, vocab)[:, 1]),
+        "one column": (rows * 3, lambda memory: memory.view(rows, 3)[:, 1:2]),
+        "a column of one row": (3 * vocab, lambda memory: memory.view(vocab, 3)[:, 1:2].T),
+    }
+
+
+@pytest.mark.parametrize("layout", layouts())
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_backward_in_place_of_strided_logits(layout, dtype, only_the_arguments):
+    """Right in every layout, and the memory between the logits stays as it was."""
+    size, view = layouts()[layout]
+    memory = (torch.randn(size, generator=torch.Generator(torch.get_default_device()).manual_seed(0)) * 3).to(dtype)
+    before, logits = memory.clone(), view(memory)
+    rows, vocab = logits.shape
+    labels = torch.arange(rows) * 7 % vocab
+    labels[1::3] = -100
+    upstream = torch.randn(rows).to(torch.float64 if dtype == torch.float64 else torch.float32)
+    upstream[2:3] = 0
+    results = []
+    for function, leaf in (
+        (reference.logits_logprob, logits.detach().clone().requires_grad_()),
+        (reference.logits_logprob, logits.detach().double().requires_grad_()),
+    ):
+        logp = function(leaf, labels)
+        results.append((logp, *torch.autograd.grad(logp, leaf, upstream.to(logp.dtype))))
+    saved = torch.ops.cwdpo.logits_logprob(logits, labels, -100, True)
+    elsewhere = torch.ops.cwdpo.logits_logprob_backward(upstream, logits, labels, *saved, -100)
+    torch.ops.cwdpo.logits_logprob_backward_(upstream, logits, labels, *saved, -100)
+    assert torch.equal(logits, elsewhere)
+    for name, ours, eager, truth in zip(("logp", "grad_logits"), (saved[0], logits), *results, strict=True):
+        check_budget(name, ours, eager, truth)
+    outside = torch.ones(size, dtype=torch.bool)
+    view(outside).fill_(False)
+    assert torch.equal(memory[outside], before[outside])
+
+
+@pytest.mark.parametrize(
+    ("size", "stride"), [((6, 507), (0, 1)), ((6, 507), (1, 1)), ((6, 507), (506, 1)), ((6, 5), (5, 0))], ids=str
+)
+def test_backward_in_place_of_logits_that_share_memory(size, stride):
+    logits = torch.randn(6 * 507).as_strided(size, stride)
+    labels, one = torch.zeros(6, dtype=torch.long), torch.ones(6)
+    saved = torch.ops.cwdpo.logits_logprob(logits, labels, -100, True)
+    before = logits.clone()
+    with pytest.raises((ValueError, RuntimeError), match="expected logits to have layout"):
+        torch.ops.cwdpo.logits_logprob_backward_(one, logits, labels, *saved, -100)
+    assert torch.equal(logits, before)
