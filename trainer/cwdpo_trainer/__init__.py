@@ -1,1 +1,1 @@
-"""A thin two-stage trainer for vision-language models: constrained SFT, then Cooling-Weighted DPO."""
+"""A thin two-stage trainer for vision-language and text-only models: constrained SFT, then Cooling-Weighted DPO."""

@@ -18,7 +18,8 @@ from cwdpo_trainer.reporter import say, say_error
 
 DEMO = Path(recipes.__file__).with_name("digits.yaml")
 DESCRIPTION = """\
-Train a vision-language model on preference pairs with Cooling-Weighted DPO.
+Train a vision-language model or a text-only one on preference pairs with
+Cooling-Weighted DPO.
 Stage 1 is supervised fine-tuning with gentle negatives, stage 2 is CW-DPO."""
 EXAMPLES = """\
 examples:
@@ -213,8 +214,9 @@ def _add_eval(commands: Commands) -> None:
     command = _add_command(
         commands,
         "eval",
-        "caption images with a trained model and score the captions",
-        "Generate a greedy caption for each distinct prompt of DATA. Print the share of\nexact matches and CIDEr.",
+        "answer held-out prompts with a trained model and score the answers",
+        "Generate a greedy caption (or answer) for each distinct prompt of DATA. Print the\n"
+        "share of exact matches and CIDEr.",
         "cwdpo eval runs/mine data/test.jsonl --rows 500",
     )
     _add_measurement(command, "caption the first N distinct prompts (default: all)")

@@ -276,4 +276,5 @@ class Run:
         return Results(prompts, captions, histories, settings, self._origin(), config.seed, str(device))
 
     def _origin(self) -> Origin:
-        return Origin(self.inputs.model_path, self.config.raw, self.inputs.digests)
+        inputs = self.inputs
+        return Origin(inputs.model_path, self.config.raw, inputs.digests, inputs.collator.is_text_only)

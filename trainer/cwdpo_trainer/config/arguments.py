@@ -18,8 +18,9 @@ from cwdpo_trainer.config.checks import Checks, is_finite, one_of
 class ModelArguments:
     """The model to train.
 
-    - `path`: a local folder or a Hub name of a vision-language model with its processor. A relative path starts at
-      the folder of the config file, or at `prepare.folder`.
+    - `path`: a local folder or a Hub name of a vision-language model with its processor, or of a text-only causal
+      language model with its tokenizer. A relative path starts at the folder of the config file, or at
+      `prepare.folder`.
     - `dtype`: dtype of the weights: `auto` (as saved), `float32`, `bfloat16` or `float16`.
     - `attn_implementation`: attention backend as transformers names it, such as `sdpa` or `flash_attention_2`.
       null: transformers chooses.

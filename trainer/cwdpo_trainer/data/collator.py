@@ -15,13 +15,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import ProcessorMixin
+from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from cwdpo_kernels import IGNORE_INDEX, shift_labels
 from cwdpo_trainer.chat_templates import render
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.reporter import say
+from cwdpo_trainer.text_processor import TextProcessor
 
 Tokens = list[int]
 Answer = str | list[dict[str, Any]]  # text, or an assistant message
@@ -58,19 +59,30 @@ class Notice:
 
 
 class PairCollator:
-    """Collates P rows to {"prompts": the processor's outputs, "rows": ids, "chosen", "rejected": P token lists}."""
+    """Collates P rows to {"prompts": the processor's outputs, "rows": ids, "chosen", "rejected": P token lists}.
 
-    def __init__(self, processor: ProcessorMixin) -> None:
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
+    `processor`: that of a vision-language model, or the tokenizer of a text-only one, whose rows have no images.
+    """
+
+    def __init__(self, processor: ProcessorMixin | PreTrainedTokenizerBase) -> None:
+        self.processing_class = processor  # what is saved with the model
+        self.processor: Any = processor
+        if isinstance(processor, PreTrainedTokenizerBase):
+            self.processor = TextProcessor(processor)
+        self.tokenizer: Any = self.processor.tokenizer
         # PaliGemma's processor takes the answer as a suffix, gives it token type 1, and makes labels of that type's
         # tokens. Tokens of type 0 attend to both sides, so answers must have type 1.
-        takes_suffix = {"token_type_ids", "labels"} <= set(processor.model_input_names)
+        takes_suffix = {"token_type_ids", "labels"} <= set(self.processor.model_input_names)
         self.answer_types = {"token_type_ids": 1} if takes_suffix else {}
         self.prompt_end = "\n" if takes_suffix else ""  # PaliGemma's processor adds it to the prompt
         self.merge_notice = Notice()
         for name in ("eos_token_id", "pad_token_id"):
             require(getattr(self.tokenizer, name) is not None, "processor", f"tokenizer.{name}", "a token id", None)
+
+    @property
+    def is_text_only(self) -> bool:
+        """Whether there is a tokenizer only, so that rows cannot have images."""
+        return isinstance(self.processor, TextProcessor)
 
     def __call__(self, rows: Sequence[Row]) -> dict[str, Any]:
         prompts = self.prompts(rows)

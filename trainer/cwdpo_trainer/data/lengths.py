@@ -58,7 +58,8 @@ class LengthMeter:
 
     def __init__(self, collator: PairCollator) -> None:
         processor = copy.copy(collator.processor)
-        processor.image_processor = _OncePerShape(processor.image_processor)
+        if not collator.is_text_only:
+            processor.image_processor = _OncePerShape(processor.image_processor)
         self.collator = copy.copy(collator)
         self.collator.processor = processor
         self.image_ids = [token for token in processor.image_token_ids if token is not None]

@@ -161,7 +161,7 @@ def _row(row_id: int, where: str, values: Any, folder: Path) -> Row:
     chosen, rejected = (_answer(where, values, name, prompt) for name in ("chosen", "rejected"))
     _check_parts(where, prompt, values)
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
-        types = {part["type"] for part in _message_parts(answer)}
+        types = {part["type"] for part in message_parts(answer)}
         require(types <= {"text"}, where, name, "message parts of type text", ", ".join(map(repr, types)))
     require(chosen != rejected, where, "rejected", "an answer that differs from chosen", shorten(repr(rejected)))
     references = values.get("references", [answer_text(chosen)])
@@ -200,7 +200,7 @@ def _check_parts(where: str, prompt: str | list[Message], values: dict[str, Any]
     in the column, because only that one is loaded."""
     column = [values["image"]] if "image" in values else values.get("images", [])
     images = iter(column if isinstance(column, list) else [])
-    for part in _message_parts(prompt):
+    for part in message_parts(prompt):
         known = part["type"] in ("text", "image")
         require(known, where, "prompt", "message parts of type text or image", shorten(repr(part)))
         own = [part[key] for key in PART_IMAGES if part.get(key) is not None]
@@ -210,7 +210,8 @@ def _check_parts(where: str, prompt: str | list[Message], values: dict[str, Any]
         require(all(image == listed or _is_loaded(listed) for image in own), where, "prompt", expected, found)
 
 
-def _message_parts(text: str | list[Message]) -> list[dict[str, Any]]:
+def message_parts(text: str | list[Message]) -> list[dict[str, Any]]:
+    """The parts of all messages; none of a text or of messages that are plain text."""
     messages = [] if isinstance(text, str) else text
     return [part for message in messages if isinstance(message["content"], list) for part in message["content"]]
 

@@ -13,7 +13,7 @@ from functools import partial
 from cwdpo_trainer.chat_templates import TemplateLimit
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter
-from cwdpo_trainer.data.rows import Row, answer_text, report_bad_rows
+from cwdpo_trainer.data.rows import Row, answer_text, message_parts, report_bad_rows
 from cwdpo_trainer.errors import InputError, describe, require
 from cwdpo_trainer.files import THREADS
 from cwdpo_trainer.reporter import progress
@@ -35,6 +35,8 @@ def is_bad(meter: LengthMeter, row: Row) -> bool:
 def check_tokens(meter: LengthMeter, row: Row) -> None:
     """`check_row` for a row whose images are known to be readable."""
     try:
+        images = images_of_text_model(meter, row)
+        require(images is None, row.where, "images", "none, because the model reads text only", images)
         problem = placeholder_mismatch(meter, row) or image_token_in_answer(meter, row)
         require(problem is None, row.where, "", "", problem)
         meter.prompt_ids(row)  # the answers were tokenized above
@@ -45,7 +47,16 @@ def check_tokens(meter: LengthMeter, row: Row) -> None:
 
 
 def processor_name(meter: LengthMeter) -> str:
-    return type(meter.collator.processor).__name__
+    return type(meter.collator.processing_class).__name__
+
+
+def images_of_text_model(meter: LengthMeter, row: Row) -> str | None:
+    """How many images a row for a text-only model has, or None. Image parts of messages count too."""
+    if not meter.collator.is_text_only:
+        return None
+    parts = sum(part["type"] == "image" for part in message_parts(row.prompt))
+    count = max(len(row.images), parts)
+    return None if count == 0 else f"{count} image{'s' if count > 1 else ''}"
 
 
 def placeholder_mismatch(meter: LengthMeter, row: Row) -> str | None:

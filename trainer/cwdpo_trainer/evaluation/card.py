@@ -24,7 +24,6 @@ from cwdpo_trainer.models.adapters import ADAPTER_FILE
 from cwdpo_trainer.run_folder import LABEL_OF_STAGE
 
 CARD, PLOT = "README.md", "dynamics.png"
-TASK = "image-text-to-text"
 LONGEST_NAME = 200  # characters of a model's name
 SETS = (
     "Answers: `chosen` are right; `onpolicy` are wrong samples of the model that a stage started from; the others are "
@@ -41,12 +40,18 @@ class Origin:
     """Where a model comes from.
 
     `base_model`: a name on the Hub, or a folder. `settings`: the run's config as in its YAML file. `digests`: hashes
-    of the training and the held-out data, by name.
+    of the training and the held-out data, by name. `text_only`: the model reads no images.
     """
 
     base_model: str
     settings: Mapping[str, Any]
     digests: Mapping[str, str]
+    text_only: bool = False
+
+    @property
+    def task(self) -> str:
+        """The task as the Hub names it."""
+        return "text-generation" if self.text_only else "image-text-to-text"
 
 
 def write_card(folder: Path, stage: str, name: str, metrics: Mapping[str, Any], origin: Origin, plot: Path) -> None:
@@ -89,9 +94,9 @@ def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin,
         model_name=name,
         base_model=None if is_folder else base,
         library_name="peft" if adapter else "transformers",
-        pipeline_tag=TASK,
-        tags=["cwdpo", "dpo", "preference-optimization", "vision-language", *(["lora"] if adapter else [])],
-        eval_results=_eval_results(shown, LABEL_OF_STAGE[stage]),
+        pipeline_tag=origin.task,
+        tags=["cwdpo", "dpo", "preference-optimization", *_tags(origin, adapter)],
+        eval_results=_eval_results(shown, LABEL_OF_STAGE[stage], origin.task),
     )
     settings = yaml.safe_dump(_settings(origin), sort_keys=False, allow_unicode=True).strip()
     made_with = {
@@ -136,11 +141,15 @@ def changed_settings(args: TrainingArguments) -> dict[str, Any]:
     return {key: value for key, value in args.to_dict().items() if defaults.get(key) != value}
 
 
-def _eval_results(shown: Mapping[str, Any], label: str) -> list[EvalResult]:
+def _tags(origin: Origin, adapter: bool) -> list[str]:
+    return ([] if origin.text_only else ["vision-language"]) + (["lora"] if adapter else [])
+
+
+def _eval_results(shown: Mapping[str, Any], label: str, task: str) -> list[EvalResult]:
     lines = [line for line in table(shown) if line.values[label] is not None]
     return [
         EvalResult(
-            task_type=TASK, dataset_type="preferences", dataset_name="held-out rows",
+            task_type=task, dataset_type="preferences", dataset_name="held-out rows",
             metric_type=line.key, metric_name=line.title, metric_value=line.values[label],
         )
         for line in lines

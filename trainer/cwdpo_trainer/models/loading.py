@@ -11,7 +11,14 @@ from peft.utils import load_peft_weights, set_peft_model_state_dict
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, set_model_state_dict
 from torch.distributed.fsdp import FSDPModule
-from transformers import AutoModelForImageTextToText, AutoProcessor, BitsAndBytesConfig, PreTrainedModel, ProcessorMixin
+from transformers import (
+    AutoProcessor,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    ProcessorMixin,
+)
 
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.config.loader import RunConfig
@@ -24,6 +31,7 @@ from cwdpo_trainer.models.adapters import (
     trained_adapter,
     with_adapter,
 )
+from cwdpo_trainer.models.kinds import EXPECTED, auto_class, is_text_only, read_config
 from cwdpo_trainer.models.reading import loading
 
 Model = PreTrainedModel | PeftModel
@@ -54,9 +62,19 @@ def move(model: nn.Module, device: torch.device) -> None:
         model.to(device)
 
 
-def load_processor(path: str) -> ProcessorMixin:
-    """The processor of the model at `path`. Raises `InputError` if there is none for text and images."""
-    with loading(path, "a vision-language model with its processor"):
+def load_processor(path: str) -> ProcessorMixin | PreTrainedTokenizerBase:
+    """The processor of the model at `path`; of a text-only model, its tokenizer. Raises `InputError` if there is none.
+
+    A tokenizer without a pad token gets the end of sequence as one. Labels and masks are made from lengths, so the
+    model never sees the difference.
+    """
+    if is_text_only(path):
+        with loading(path, EXPECTED):
+            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=False)
+        if tokenizer.pad_token_id is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        return tokenizer
+    with loading(path, EXPECTED):
         # Without a value, transformers asks on the terminal whether to run code that came with the model.
         processor = AutoProcessor.from_pretrained(path, trust_remote_code=False)
     usable = hasattr(processor, "tokenizer") and hasattr(processor, "image_processor")
@@ -78,10 +96,9 @@ def _load(settings: ModelArguments, path: str) -> PreTrainedModel:
         options["attn_implementation"] = settings.attn_implementation
     if settings.quantization is not None:
         options["quantization_config"] = _quantization(settings)
-    with loading(path, f"a vision-language model that loads with {options or 'default options'}"):
-        return AutoModelForImageTextToText.from_pretrained(
-            path, dtype=settings.torch_dtype, trust_remote_code=False, **options
-        )
+    kind = auto_class(path, read_config(path))
+    with loading(path, f"a model that loads with {options or 'default options'}"):
+        return kind.from_pretrained(path, dtype=settings.torch_dtype, trust_remote_code=False, **options)
 
 
 def _quantization(settings: ModelArguments) -> BitsAndBytesConfig:

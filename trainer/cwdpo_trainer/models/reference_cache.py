@@ -22,7 +22,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import ProcessorMixin
 
 from cwdpo_trainer import pixels
 from cwdpo_trainer.data.collator import Tokens
@@ -136,7 +135,7 @@ def pair_key(images: Sequence[str], prompt: Tokens, chosen: Tokens, rejected: To
     return hashlib.blake2b(content, digest_size=16).hexdigest()
 
 
-def fingerprint(reference: Reference, processor: ProcessorMixin, precision: str) -> str:
+def fingerprint(reference: Reference, processor: Any, precision: str) -> str:
     """Identify a reference, in 128 bits, by the bytes of its weights, its settings, the processor's settings and the
     `precision` it is computed in. Reads every weight once (1 to 2 GB/s on one core)."""
     settings, weights = describe_reference(reference)

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForImageTextToText
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_trainer.config.loader import COMMAND_LINE, RunConfig, prepare, read_config
@@ -18,6 +17,8 @@ from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError, require, shorten
 from cwdpo_trainer.models.adapters import base_model
 from cwdpo_trainer.models.causality import check_causal
+from cwdpo_trainer.models.kinds import EXPECTED, auto_class
+from cwdpo_trainer.models.kinds import read_config as read_model_config
 from cwdpo_trainer.models.loading import check_quantization, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reading import loading
 from cwdpo_trainer.preflight.filtering import filtering_report
@@ -115,10 +116,10 @@ def _model(preview: RunPreview, rows: int) -> Iterator[Problem]:
     if preview.model_path is None:
         return
     path = base_model(preview.model_path)
-    with loading(path, "the config of a vision-language model"):
-        config = AutoConfig.from_pretrained(path, trust_remote_code=False)
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(config, trust_remote_code=False)
+    config = read_model_config(path)
+    kind = auto_class(path, config)
+    with loading(path, EXPECTED), torch.device("meta"):
+        model = kind.from_config(config, trust_remote_code=False)
     text = config.get_text_config()
     head = model.get_output_embeddings()
     require(head is not None, path, type(model).__name__, "an output head over the vocabulary", "none")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from cwdpo_trainer.chat_templates import TemplateLimit
 from cwdpo_trainer.data.lengths import LengthMeter
 from cwdpo_trainer.data.rows import Row
-from cwdpo_trainer.data.screening import is_bad, placeholder_mismatch, token_in_answer
+from cwdpo_trainer.data.screening import images_of_text_model, is_bad, placeholder_mismatch, token_in_answer
 from cwdpo_trainer.errors import InputError, describe, shorten
 from cwdpo_trainer.preflight.run_rules import ERROR, EVIDENCE_SHOWN, WARNING, Problem, RunPreview
 
@@ -26,6 +26,12 @@ def unreadable_image(meter: LengthMeter, row: Row) -> str | None:
     except InputError as error:
         return shorten(error.mismatch)
     return None
+
+
+def image_for_text_model(meter: LengthMeter, row: Row) -> str | None:
+    """A text-only model has a tokenizer and no image processor."""
+    images = images_of_text_model(meter, row)
+    return None if images is None else f"{images}, but the model reads text only"
 
 
 def placeholder_count(meter: LengthMeter, row: Row) -> str | None:
@@ -72,6 +78,7 @@ ROW_RULES: dict[str, tuple[RowRule, str]] = {
     rule.__name__: (rule, advice)
     for rule, advice in (
         (unreadable_image, "replace these files or remove the rows"),
+        (image_for_text_model, "remove the images, or train a vision-language model"),
         (placeholder_count, "write one placeholder for each image of the row"),
         (
             template_changes_prompt,

@@ -86,7 +86,7 @@ class StageTrainer(Trainer):
             train_dataset=rows,  # a list is a map-style dataset
             eval_dataset=probes.rows,
             data_collator=collator,
-            processing_class=collator.processor,
+            processing_class=collator.processing_class,
         )
         check_distribution(self.accelerator, model)
         self.rows = rows
@@ -217,9 +217,8 @@ class StageTrainer(Trainer):
         """Write the model card that `push_to_hub` uploads, from the stage's log so far, instead of the library's."""
         if self.is_world_process_zero():
             folder, args = self.args.folder, self.args
-            origin = self.origin or Origin(
-                str(self.model.config.name_or_path), {args.stage: changed_settings(args)}, {}
-            )
+            name_or_path, text_only = str(self.model.config.name_or_path), self.collator.is_text_only
+            origin = self.origin or Origin(name_or_path, {args.stage: changed_settings(args)}, {}, text_only)
             name, history = model_name or folder.name, self.state.log_history
             write_stage_card(folder, args.stage, name, history, vars(args), origin, str(args.device))
 
