@@ -26,7 +26,7 @@ class ModelArguments:
       null: transformers chooses.
     - `quantization`: `4bit` or `8bit` loads quantized weights through bitsandbytes (QLoRA). Needs a section `lora`
       and a GPU. null: no quantization.
-    - `freeze`: names of modules to freeze, such as `[vision_tower]`.
+    - `freeze`: names of modules to freeze, such as `[vision_tower]`. They get no LoRA adapter either.
     """
 
     path: str

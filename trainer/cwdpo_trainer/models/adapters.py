@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from peft import LoraConfig, PeftModel, get_peft_model, prepare_model_for_kbit_training
@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.files import read_json_object
+from cwdpo_trainer.models.freezing import exclude_frozen, freeze_adapters, left_without_adapter, say_frozen
 from cwdpo_trainer.models.reading import loading
 
 POLICY, REFERENCE = "default", "reference"
@@ -37,25 +38,42 @@ def base_model(path: str) -> str:
 
 
 def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArguments) -> PeftModel:
-    """The model with a trainable adapter: a new one, or the one at `lora.adapter`. Raises `InputError`."""
+    """The model with a trainable adapter: a new one, or the one at `lora.adapter`. Raises `InputError`.
+
+    Nothing inside of `settings.freeze` is trained.
+    """
     model = prepared_for_adapters(model, settings)
+    frozen = settings.freeze
     if lora.adapter is not None:
-        return trained_adapter(model, lora.adapter, trainable=True)
+        return trained_adapter(model, lora.adapter, frozen)
     try:
         config = LoraConfig(
             r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
             target_modules=lora.target_modules, exclude_modules=lora.exclude_modules,
             modules_to_save=lora.modules_to_save, task_type="CAUSAL_LM",
         )  # fmt: skip
-        return saving_policy_only(get_peft_model(model, config))
+        exclude_frozen(config, frozen)
+        policy = saving_policy_only(get_peft_model(model, config))
     except Exception as error:  # peft raises many types
-        raise InputError("config", "lora", "options that fit the model", describe(error)) from error
+        expected = "options that fit the model"
+        expected += f", with modules outside of model.freeze ({', '.join(frozen)})" if frozen else ""
+        raise InputError("config", "lora", expected, describe(error)) from error
+    left_out = left_without_adapter(policy, config, lora.exclude_modules) if frozen else []
+    say_frozen(len(left_out), "no adapter", frozen)
+    say_frozen(len(freeze_adapters(policy, frozen)), "not trained in full", frozen)  # of modules_to_save
+    return policy
 
 
-def trained_adapter(model: PreTrainedModel, path: str, trainable: bool) -> PeftModel:
-    """The model with the adapter at `path`, a folder or a name on the Hub. Raises `InputError`."""
+def trained_adapter(model: PreTrainedModel, path: str, frozen: Sequence[str] | None) -> PeftModel:
+    """The model with the adapter at `path`, a folder or a name on the Hub. Raises `InputError`.
+
+    The adapter is trained outside of the modules `frozen`; None: it is not trained.
+    """
     with loading(path, "an adapter that fits the model"):
-        return saving_policy_only(PeftModel.from_pretrained(model, path, is_trainable=trainable))
+        policy = saving_policy_only(PeftModel.from_pretrained(model, path, is_trainable=frozen is not None))
+    if frozen:
+        say_frozen(len(freeze_adapters(policy, frozen)), "adapter kept as it is", frozen)
+    return policy
 
 
 def prepared_for_adapters(model: PreTrainedModel, settings: ModelArguments) -> PreTrainedModel:
@@ -70,8 +88,10 @@ def saving_policy_only(policy: PeftModel) -> PeftModel:
     """Make `policy.save_pretrained` save the trained adapter only.
 
     By default, peft also saves the reference's adapter. With an adapter on the head it also saves the whole head, in
-    case the vocabulary has grown; it never grows here.
+    case the vocabulary has grown; it never grows here. It leaves an empty model card in every folder; ours is written
+    by the report.
     """
+    policy.create_or_update_model_card = lambda output_dir: None  # type: ignore[method-assign]
     policy.save_pretrained = functools.partial(  # type: ignore[method-assign]  # peft has no setting for these defaults
         policy.save_pretrained, save_embedding_layers=False, selected_adapters=[POLICY]
     )

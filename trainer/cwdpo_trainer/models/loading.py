@@ -31,6 +31,7 @@ from cwdpo_trainer.models.adapters import (
     trained_adapter,
     with_adapter,
 )
+from cwdpo_trainer.models.freezing import freeze
 from cwdpo_trainer.models.kinds import EXPECTED, auto_class, is_text_only, read_config
 from cwdpo_trainer.models.reading import loading
 
@@ -47,12 +48,12 @@ def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, 
     model = _load(settings, base)
     if base != path:
         model = prepared_for_adapters(model, settings) if trainable else model
-        return trained_adapter(model, path, trainable)
+        return trained_adapter(model, path, settings.freeze if trainable else None)
     if not trainable:
         return model
     kind = settings.quantization
     require(kind is None or lora is not None, "config", "model.quantization", "null without a section lora", kind)
-    _freeze(model, settings.freeze)
+    freeze(model, settings.freeze)
     return model if lora is None else with_adapter(model, settings, lora)
 
 
@@ -125,15 +126,6 @@ def check_quantization(model: Model, device: torch.device) -> None:
 def _quantization_method(model: nn.Module) -> Any:
     base = model.get_base_model() if isinstance(model, PeftModel) else model
     return getattr(base, "quantization_method", None)
-
-
-def _freeze(model: nn.Module, prefixes: list[str]) -> None:
-    for prefix in prefixes:
-        found = [parameter for name, parameter in model.named_parameters() if f".{prefix}." in f".{name}"]
-        modules = sorted({name for name, module in model.named_modules() if name and name.count(".") <= 1})
-        require(bool(found), "config", "model.freeze", f"names of modules, such as {', '.join(modules)}", repr(prefix))
-        for parameter in found:
-            parameter.requires_grad_(False)
 
 
 def load_weights(model: Model, folder: str) -> None:

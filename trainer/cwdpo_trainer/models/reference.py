@@ -32,9 +32,13 @@ def freeze_reference(policy: Model) -> Reference:
     if changes_nothing(policy):
         return AdapterReference(policy, None)
     weights = adapter_weights(policy)
+    trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     policy.add_adapter(REFERENCE, policy.peft_config[POLICY])
     set_peft_model_state_dict(policy, {name: value.clone() for name, value in weights.items()}, REFERENCE)
     policy.set_adapter(POLICY)
+    policy.requires_grad_(False)  # set_adapter unfreezes what model.freeze has frozen
+    for parameter in trained:
+        parameter.requires_grad_(True)
     return AdapterReference(policy, REFERENCE)
 
 
