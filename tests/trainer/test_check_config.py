@@ -76,6 +76,28 @@ def test_a_valid_run_has_no_problems_and_nothing_is_written(case, capsys):
     assert not Path(case.settings["output_dir"]).exists()
 
 
+@pytest.mark.parametrize("with_sft", [True, False])
+def test_a_filter_that_leaves_out_every_pair(case, capsys, with_sft):
+    if not with_sft:
+        del case.settings["sft"]
+    case.settings["dpo"]["drop_below"] = 0.0
+    assert main(["check", str(case.save())]) == 0
+    out = capsys.readouterr().out
+    when = " before stage 1" if with_sft else ""
+    assert f"warning nothing_kept: dpo.drop_below leaves 0 of 32 pairs in the loss{when}\n  -> lower dpo." in out
+    assert out.endswith("\n0 errors, 1 warning\n")
+
+
+def test_equal_negatives_are_no_error_if_only_logp_floor_is_measured(case, capsys):
+    for row in case.train:
+        row |= {"prompt": "<image>", "rejected": "blue", "images": case.train[0]["images"]}
+    case.settings["dpo"] |= {"logp_floor": "auto", "tau": 0.5}
+    main(["check", str(case.save())])
+    out = capsys.readouterr().out
+    assert "leaves out 0 of the first 32 pairs" in out
+    assert "error self_test" not in out
+
+
 def test_memory_is_predicted_for_trimmed_rows(case, capsys):
     case.settings["data"]["max_length"] = 9  # prompts have 5 tokens, answers 4 or 6
     assert main(["check", str(case.save())]) == 0

@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 
+from cwdpo_trainer.config.stage_arguments import DPOArguments
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.stages.cooling import measure_cooling
 
@@ -32,3 +33,29 @@ def test_equal_negatives_are_refused():
         InputError, match=r"automatic cooling: expected rejected answers whose mean log-probs differ .*got"
     ):
         measure_cooling(torch.full((8,), -2.5))
+
+
+def test_equal_negatives_have_a_floor():
+    floor, tau = measure_cooling(torch.full((8,), -2.5), needs_tau=False)
+    assert floor == -2.5
+    assert math.isnan(tau)
+
+
+@pytest.mark.parametrize("value", [math.nan, -math.inf])
+@pytest.mark.parametrize("needs_tau", [True, False])
+def test_log_probs_that_are_not_finite_are_refused(value, needs_tau):
+    with pytest.raises(InputError, match="expected rejected answers with a finite median of log-probs"):
+        measure_cooling(torch.full((8,), value), needs_tau=needs_tau)
+
+
+@pytest.mark.parametrize(
+    ("changes", "measured"),
+    [
+        ({"logp_floor": "auto", "tau": 0.5}, False), ({"logp_floor": -3.0, "tau": "auto"}, True),
+        ({"logp_floor": "auto", "tau": "auto"}, True), ({"logp_floor": -3.0, "tau": 0.5}, False),
+        ({"tau": "auto", "cooling": "off", "drop_below": None}, False), ({"tau": "auto", "cooling": "off"}, True),
+    ],
+    ids=str,
+)  # fmt: skip
+def test_when_tau_is_measured(changes, measured, tmp_path):
+    assert DPOArguments(output_dir=str(tmp_path), **changes).is_tau_measured is measured

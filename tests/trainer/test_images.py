@@ -165,6 +165,9 @@ COLORS = {
     "RGB with a transparent color": (encoded(Image.new("RGB", (2, 1), (9, 8, 7)), transparency=(9, 8, 7)), [CLEAR] * 2),
     "16-bit RGB with a transparent color": (png(2, 16, 2, b"\1\x2c" * 3 + b"\xff\xff\0\0\0\0", b"\1\x2c" * 3),
                                             [CLEAR, (255, 0, 0)]),
+    "16-bit RGB close to a transparent color": (png(3, 16, 2, b"\1\x2c" * 3 + b"\1\x2c\1\x2c\1\x2d" + b"\1\x2d" * 3,
+                                                    b"\1\x2d" * 3), [(1, 1, 1), (1, 1, 1), CLEAR]),
+    "8-bit RGB with a transparent color": (png(2, 8, 2, b"\1\2\3\1\2\4", b"\0\1\0\2\0\3"), [CLEAR, (1, 2, 4)]),
     "palette": (palette(), [(10, 20, 30), (200, 0, 0)]),
     "palette with a transparent entry": (palette(transparency=0), [CLEAR, (200, 0, 0)]),
     "palette with alpha": (palette(transparency=b"\x80\xff"), [HALF, (200, 0, 0)]),
@@ -231,3 +234,25 @@ def test_an_image_without_pixels_is_refused():
 def test_what_is_not_a_file_is_an_image_error(tmp_path: Path, path: str):
     with pytest.raises(IMAGE_ERRORS):
         FileImage(tmp_path / path).load()
+
+
+def test_interlaced_16_bit_rgb_with_a_transparent_color():
+    """Adam7, and filtered lines: the lower bytes come from the same pixels as the upper ones."""
+    values = np.random.default_rng(0).integers(0, 2**16, (9, 7, 3), dtype=np.uint16)
+    values[4, 2] = values[0, 0] ^ 1  # another color with the same upper bytes
+    passes = [(0, 0, 8, 8), (0, 4, 8, 8), (4, 0, 8, 4), (0, 2, 4, 4), (2, 0, 4, 2), (0, 1, 2, 2), (1, 0, 2, 1)]
+    lines = []
+    for top, left, down, right in passes:
+        part = values[top::down, left::right].astype(">u2")
+        for line in part if part.size else []:
+            raw = line.tobytes()
+            left_of = bytes(6) + raw[:-6]  # filter 1: the difference to the pixel on the left
+            lines.append(b"\1" + bytes((a - b) % 256 for a, b in zip(raw, left_of, strict=True)))
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 7, 9, 16, 2, 0, 0, 1))
+    data = (
+        b"\x89PNG\r\n\x1a\n" + header + chunk(b"tRNS", values[0, 0].astype(">u2").tobytes())
+        + chunk(b"IDAT", zlib.compress(b"".join(lines))) + chunk(b"IEND", b"")
+    )  # fmt: skip
+    expected = (values >> 8).astype(np.uint8)
+    expected[0, 0] = 255
+    assert np.array_equal(np.asarray(stored(data).load()), expected)

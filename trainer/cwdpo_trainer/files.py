@@ -21,7 +21,7 @@ from typing import Any
 from filelock import FileLock
 from safetensors import SafetensorError
 
-from cwdpo_trainer.errors import InputError, describe, require
+from cwdpo_trainer.errors import InputError, describe, require, shorten
 
 THREADS = min(8, os.cpu_count() or 1)  # that read files to hash them; hashing releases the interpreter's lock
 _TEMPORARY = re.compile(r"\..+\.\d+(\.\w+)?")  # names that `replacing` gives
@@ -142,6 +142,24 @@ def read_json_object(path: Path) -> dict[str, Any]:
     value = read_json(path)
     require(isinstance(value, dict), str(path), "", "a JSON object", type(value).__name__)
     return value
+
+
+class RepeatedKey(ValueError):
+    """A key is twice in a JSON object. Parsers keep one of the two values; which one differs."""
+
+    EXPECTED = "each key once in an object"
+
+    def __init__(self, key: str) -> None:
+        super().__init__(f"{shorten(ascii(key))} more than once")
+
+
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """The `object_pairs_hook` of a JSON parser that raises `RepeatedKey`."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise RepeatedKey(next(key for key in keys if keys.count(key) > 1))
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

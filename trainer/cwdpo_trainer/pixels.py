@@ -23,7 +23,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import ExifTags, Image
 
-VERSION = 2  # of what `decode` returns: log-probs in a reference cache are those of one version
+VERSION = 3  # of what `decode` returns: log-probs in a reference cache are those of one version
 LARGEST_ASPECT = 1000
 # Pillow knows their size and mode before it decodes them. Other formats (ICO, ICNS) may say something else.
 EXACT_HEADERS = {"AVIF", "BMP", "GIF", "JPEG", "MPO", "PNG", "PPM", "TIFF", "WEBP"}
@@ -41,6 +41,8 @@ SWAPS_SIDES = (5, 6, 7, 8)
 SAMPLE_FORMAT, UNSIGNED = 339, 1  # a tag of TIFF, and its default
 # The factor from a transparent sample in a PNG file to Pillow's 8 bits, by Pillow's name of the stored format.
 SAMPLE_SCALE = {"1": 255, "L;1": 255, "L;2": 85, "L;4": 17}
+# Pillow's names of 16-bit RGB. PNG files are big-endian, of which the second one unpacks the lower bytes.
+HIGH_BYTES, LOW_BYTES = "RGB;16B", "RGB;16L"
 METADATA = (b"eXIf", b"iTXt", b"tEXt", b"zTXt")  # chunks of a PNG file that may hold an orientation
 
 Size = tuple[int, int]
@@ -57,7 +59,8 @@ def decode(file: Path | BinaryIO) -> Image.Image:
         image.load()
         orientation = _orientation(image)  # after load: Pillow turns TIFF itself, and PNG may have it at its end
         upright = UPRIGHT.get(orientation)
-        plain = _plain(image, stored)
+        low_bytes = _low_bytes(file) if _is_deep_transparent(image, stored) else None
+        plain = _plain(image, stored, low_bytes)
         turned = plain if upright is None else plain.transpose(upright)
     turned.info = {}  # or a processor would apply the orientation once more
     return turned
@@ -128,13 +131,35 @@ def _stored_format(image: Image.Image) -> str:
     return stored if isinstance(stored, str) else ""
 
 
-def _plain(image: Image.Image, stored: str) -> Image.Image:
-    """A decoded image as opaque 8-bit RGB or gray."""
+def _is_deep_transparent(image: Image.Image, stored: str) -> bool:
+    """Whether this is a PNG file of 16-bit RGB with a transparent color."""
+    return image.format == "PNG" and stored == HIGH_BYTES and isinstance(image.info.get("transparency"), tuple)
+
+
+def _low_bytes(file: Path | BinaryIO) -> np.ndarray:
+    """The lower 8 of the 16 bits per channel of a PNG file, which Pillow drops: its unpacker for the other byte order
+    keeps them instead of the upper ones."""
+    if not isinstance(file, Path):
+        file.seek(0)
+    with Image.open(file) as image:
+        image.tile = [tile._replace(args=LOW_BYTES) for tile in image.tile]
+        image.load()
+        return np.asarray(image)
+
+
+def _plain(image: Image.Image, stored: str, low_bytes: np.ndarray | None) -> Image.Image:
+    """A decoded image as opaque 8-bit RGB or gray. `low_bytes`: what `image` lacks of 16-bit RGB."""
     mode = "L" if _is_gray(image.mode) else "RGB"
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
         values, top = _stored_values(image)
         scaled = _eight_bits(values, top, image.info.get("transparency"))
         return Image.fromarray(255 - scaled if _is_white_zero(image) else scaled)
+    if low_bytes is not None:
+        high_bytes = np.array(image)
+        color = np.array(image.info["transparency"])
+        transparent = ((high_bytes == color >> 8) & (low_bytes == (color & 0xFF))).all(2)
+        high_bytes[transparent] = 255
+        return Image.fromarray(high_bytes)
     if not image.has_transparency_data:
         return image.convert(mode)  # a copy, if it has this mode already
     if image.mode == "La":
@@ -190,8 +215,6 @@ def _with_transparent_color(image: Image.Image, stored: str) -> Image.Image:
     color = image.info["transparency"]
     if isinstance(color, int):
         color *= SAMPLE_SCALE.get(stored, 1)
-    elif isinstance(color, tuple) and ";16" in stored:
-        color = tuple(value >> 8 for value in color)  # as Pillow does with the pixels
     image = image.convert("L") if image.mode == "1" else image.copy()
     image.info["transparency"] = color
     return image

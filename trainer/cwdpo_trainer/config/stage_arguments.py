@@ -297,6 +297,10 @@ class DPOArguments(StageArguments):
         return needed and AUTO in (self.logp_floor, self.tau)
 
     @property
+    def is_tau_measured(self) -> bool:
+        return self.is_cooling_measured and self.tau == AUTO
+
+    @property
     def fixed_cooling(self) -> Cooling | None:
         """The cooling that the config determines, or None if it has to be measured."""
         return None if self.is_cooling_measured else self.cooling_with(Cooling.logp_floor, Cooling.temperature)

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
-from cwdpo_trainer.errors import InputError, require, shorten
-from cwdpo_trainer.files import NESTED, read_text, sha256
+from cwdpo_trainer.errors import InputError, require
+from cwdpo_trainer.files import NESTED, RepeatedKey, read_text, sha256, unique_keys
 
 SPACE = re.compile(r"\s*")
 
@@ -54,7 +54,7 @@ class FileSource(Source):
             if line.strip():
                 where = f"{self.name}:{number}"
                 try:
-                    yield where, json.loads(line, object_pairs_hook=_unique)
+                    yield where, json.loads(line, object_pairs_hook=unique_keys)
                 except (ValueError, RecursionError) as error:
                     yield where, _not_json(where, error)
 
@@ -63,28 +63,16 @@ class FileSource(Source):
         return sha256(self.path)
 
 
-class _RepeatedKey(ValueError):
-    """A key is twice in a JSON object. Parsers keep one of the two values; which one differs."""
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise _RepeatedKey(next(key for key in keys if keys.count(key) > 1))
-    return found
-
-
 def _not_json(where: str, error: ValueError | RecursionError) -> InputError:
-    if isinstance(error, _RepeatedKey):
-        return InputError(where, "", "each key once in an object", f"{shorten(ascii(str(error)))} more than once")
+    if isinstance(error, RepeatedKey):
+        return InputError(where, "", error.EXPECTED, error)
     return InputError(where, "", "valid JSON", NESTED if isinstance(error, RecursionError) else error)
 
 
 def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
     """The elements of an array, each with the line it starts on. Raises `InputError` at the first syntax error, as what
     follows cannot be parsed."""
-    decoder = json.JSONDecoder(object_pairs_hook=_unique)
+    decoder = json.JSONDecoder(object_pairs_hook=unique_keys)
     position, number, separator = text.index("["), 1, "["
     counted = 0  # `number` is the line of this position
     while separator != "]":
@@ -95,7 +83,7 @@ def _array(path: Path, text: str) -> Iterator[tuple[str, Any]]:
         where = f"{path}:{number}"
         try:
             value, end = decoder.raw_decode(text, start)
-        except _RepeatedKey as error:
+        except RepeatedKey as error:
             value, end = _not_json(where, error), json.JSONDecoder().raw_decode(text, start)[1]
         except (ValueError, RecursionError) as error:
             raise _not_json(where, error) from error

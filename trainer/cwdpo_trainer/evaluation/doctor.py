@@ -279,15 +279,15 @@ def entropy_collapse(history: StageHistory) -> Diagnosis | None:
 
 @_rule
 def onpolicy_empty(history: StageHistory) -> Diagnosis | None:
-    """Samples that equal a reference answer cannot be negatives. If nearly all of them do, training falls back to the
-    dataset's negatives."""
+    """Samples that equal a right answer or hold special tokens cannot be negatives (`wrong_answers`). If nearly all of
+    them do, training falls back to the dataset's negatives. The logs do not say which of the two it is."""
     wanted, drawn = history.recent("onpolicy_fraction"), history.recent("onpolicy")
     if not (wanted > 0 and drawn < ONPOLICY_SHARE * wanted):
         return None
     return (
         f"only {drawn:.1%} of the pairs got an on-policy negative, but onpolicy_fraction asks for {wanted:.0%}: almost "
-        "all samples are right answers",
-        "raise sampling.temperature or sampling.samples",
+        "all samples equal a right answer or contain special tokens (such as image placeholders)",
+        "look at some samples; if they are right, raise sampling.temperature or sampling.samples",
     )
 
 

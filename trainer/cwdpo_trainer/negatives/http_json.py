@@ -28,6 +28,7 @@ import anyio.to_thread
 import httpx2
 
 from cwdpo_trainer.errors import InputError, describe, shorten
+from cwdpo_trainer.files import RepeatedKey, unique_keys
 
 DEADLINE = 600.0  # seconds for a request, with all its attempts
 CONNECT = 30.0  # seconds to connect, in each attempt
@@ -208,7 +209,9 @@ async def _read(response: httpx2.Response, largest: int) -> bytes:
 
 def _parse(data: bytes) -> Any:
     try:
-        return json.loads(data.decode("utf-8-sig"), parse_constant=_refuse)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_refuse, object_pairs_hook=unique_keys)
+    except RepeatedKey as error:
+        raise _Failure(error.EXPECTED, str(error)) from error
     except RecursionError:
         problem = "brackets that are nested too deeply"
     except ValueError as error:  # no JSON, no UTF-8, or a number with thousands of digits

@@ -21,7 +21,7 @@ from cwdpo_trainer.models.kinds import EXPECTED, auto_class
 from cwdpo_trainer.models.kinds import read_config as read_model_config
 from cwdpo_trainer.models.loading import check_quantization, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reading import loading
-from cwdpo_trainer.preflight.filtering import filtering_report
+from cwdpo_trainer.preflight.filtering import measure_filtering
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
 
@@ -154,9 +154,11 @@ def valid_pairs(preview: RunPreview) -> list[Row]:
     return fit.rows if fit else preview.valid_rows("train")
 
 
-def self_test(config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device) -> Iterator[str]:
+def self_test(
+    config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device
+) -> Iterator[str | Problem]:
     """Load the model, compare the fused log-probs of the first pair with those of its own logits, and count the pairs
-    that negative filtering leaves out. Yields a line about each.
+    that negative filtering leaves out. Yields a line about each, or a warning.
 
     Raises `HeadError` if the log-probs differ, `InputError` if the model attends to later tokens of an answer, and
     whatever the model raises.
@@ -171,6 +173,13 @@ def self_test(config: RunConfig, collator: PairCollator, rows: Sequence[Row], de
     difference = check_head(model, *batch)
     check_causal(model, *batch)
     yield f"self-test: {head_info}; log-probs of {rows[0].where} agree within {difference:.1e} nats"
-    filtering = filtering_report(config, model, collator, rows, device)
-    if filtering is not None:
-        yield filtering
+    filtering = measure_filtering(config, model, collator, rows, device)
+    if filtering is None:
+        return
+    yield str(filtering)
+    if filtering.leaves_almost_none:
+        evidence = (
+            f"dpo.drop_below leaves {filtering.pairs - filtering.left_out} of {filtering.pairs} pairs in the loss"
+        )
+        advice = "lower dpo.drop_below, set it to null, or use harder negatives"
+        yield Problem(WARNING, "nothing_kept", f"{evidence}{filtering.when}", advice)

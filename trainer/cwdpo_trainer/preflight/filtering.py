@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -12,32 +13,52 @@ from cwdpo_kernels import linear_sequence_logprob
 from cwdpo_trainer.config.loader import RunConfig
 from cwdpo_trainer.data.collator import PairCollator, to_device
 from cwdpo_trainer.data.rows import Row
+from cwdpo_trainer.evaluation.doctor import KEPT_FEW
 from cwdpo_trainer.models.loading import Model
 from cwdpo_trainer.stages.cooling import measure_cooling
 
 ROWS = 32  # that are measured
 
 
-def filtering_report(
-    config: RunConfig, model: Model, collator: PairCollator, rows: Sequence[Row], device: torch.device
-) -> str | None:
-    """One line on the first `ROWS` of `rows`, or None if the run filters nothing.
+@dataclass(frozen=True)
+class Filtering:
+    """`left_out` of the first `pairs` pairs have a negative below `threshold`, in nats per token. Stage 1 changes what
+    the model finds likely, so `when` says if it comes first."""
 
-    `auto` values are measured on these rows. Stage 1 changes what the model finds likely, so the line says if it comes
-    first. Raises `InputError` if `auto` cannot be measured.
+    threshold: float
+    left_out: int
+    pairs: int
+    when: str
+
+    def __str__(self) -> str:
+        return (
+            f"negative filtering: dpo.drop_below {self.threshold:.2f} (nats per token) leaves out {self.left_out} of "
+            f"the first {self.pairs} pairs{self.when}"
+        )
+
+    @property
+    def leaves_almost_none(self) -> bool:
+        return self.pairs - self.left_out <= KEPT_FEW * self.pairs
+
+
+def measure_filtering(
+    config: RunConfig, model: Model, collator: PairCollator, rows: Sequence[Row], device: torch.device
+) -> Filtering | None:
+    """The filtering of the first `ROWS` of `rows`, or None if the run filters nothing.
+
+    `auto` values are measured on these rows. Raises `InputError` if they cannot be measured.
     """
     if config.dpo is None or config.dpo.drop_below is None:
         return None
     rows = rows[:ROWS]
     mean_logp = _rejected_mean_logp(model, collator, rows, device)
-    cooling = config.dpo.fixed_cooling or config.dpo.cooling_with(*measure_cooling(mean_logp))
+    cooling = config.dpo.fixed_cooling
+    if cooling is None:
+        cooling = config.dpo.cooling_with(*measure_cooling(mean_logp, needs_tau=config.dpo.is_tau_measured))
     threshold: Any = cooling.drop_below  # a number, as dpo.drop_below is set
     left_out = int((mean_logp < threshold).sum())
     when = " before stage 1" if config.sft is not None else ""
-    return (
-        f"negative filtering: dpo.drop_below {threshold:.2f} (nats per token) leaves out {left_out} of the "
-        f"first {len(rows)} pairs{when}"
-    )
+    return Filtering(threshold, left_out, len(rows), when)
 
 
 @torch.no_grad()

@@ -121,7 +121,8 @@ class CWDPOTrainer(StageTrainer):
     def _measure_cooling(self) -> Cooling:
         """The cooling with `auto` values measured on the first `auto_rows` pairs."""
         mean_logp = self._rejected_mean_logp(self.rows[: self.args.auto_rows], "cooling")
-        return self.args.cooling_with(*broadcast_object_list(list(measure_cooling(mean_logp))))
+        measured = measure_cooling(mean_logp, needs_tau=self.args.is_tau_measured)
+        return self.args.cooling_with(*broadcast_object_list(list(measured)))
 
     def _rejected_mean_logp(self, rows: list[Row], title: str) -> Tensor:
         """The mean log-prob [R] of each row's rejected answer under the reference, in nats per token."""
