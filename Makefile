@@ -56,10 +56,12 @@ $(READY): pyproject.toml setup.py constraints.txt tools/set_up.py $(shell find c
 demo: $(READY)
 	$(BIN)/cwdpo demo
 
-# A file stays with one worker, which shares its fixtures. pytest-benchmark refuses to run beside other workers.
+# A file stays with one worker, which shares its fixtures. By default those with the fewest tests come last: the slowest
+# here. pytest-benchmark refuses to run beside other workers.
 WORKERS ?= 2
 test: $(READY)
-	$(BIN)/python -m pytest -m "not slow" --numprocesses $(call quoted,$(WORKERS)) --dist loadfile -p no:benchmark
+	$(BIN)/python -m pytest -m "not slow" --numprocesses $(call quoted,$(WORKERS)) --dist loadfile --no-loadscope-reorder \
+		-p no:benchmark
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow

@@ -6,68 +6,22 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
 import torch
 from datasets import Dataset
-from peft import LoraConfig, PrefixTuningConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
+from peft import LoraConfig, PromptEncoderConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
-from transformers import LlamaConfig, LlamaForCausalLM, MixtralConfig, MixtralForCausalLM
-from trl import DPOConfig, DPOTrainer
+from trl import DPOTrainer
 
 from cwdpo_kernels import Cooling
 from cwdpo_kernels.integrations.trl import METRICS, CoolingDPOTrainer
 
+sys.path.insert(0, str(Path(__file__).parent))
+from dpo_task import BETA, COOLING, PROMPT, first_batch, losses_of, make, moved
+
 # TRL 1.16 still uses names that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
-BETA = 0.3
-COOLING = Cooling(logp_floor=-2.8, temperature=0.5)
-
-
-class Task(NamedTuple):
-    folder: Path  # of the saved model
-    model: torch.nn.Module
-    processor: object
-    rows: Dataset
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    torch.set_num_threads(1)
-
-
-@pytest.fixture(scope="module")
-def tiny(load_example):
-    return load_example("tiny_llava")
-
-
-@pytest.fixture(params=["images", "text"])
-def task(request, tiny, tmp_path):
-    """A saved model, its processing class and preference pairs."""
-    model, processor = tiny["tiny_llava"]()
-    rows = tiny["color_pairs"](16)
-    if request.param == "text":
-        config = LlamaConfig(
-            vocab_size=len(tiny["WORDS"]), hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-            num_attention_heads=2, num_key_value_heads=2, max_position_embeddings=64, initializer_range=0.1,
-            pad_token_id=0, bos_token_id=1, eos_token_id=2,
-        )  # fmt: skip
-        model, processor = LlamaForCausalLM(config), processor.tokenizer
-        rows = [{**row, "prompt": "<s> describe"} for row in rows]
-        for row in rows:
-            del row["images"]
-    model.save_pretrained(tmp_path / "model")
-    return Task(tmp_path / "model", model, processor, Dataset.from_list(rows))
-
-
-def moved(model: torch.nn.Module, seed: int = 1) -> torch.nn.Module:
-    """The model with every weight perturbed: a policy that differs from its reference."""
-    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-    return model
 
 
 def move_adapter(model, seed):
@@ -76,22 +30,6 @@ def move_adapter(model, seed):
         for name, parameter in model.named_parameters():
             if "lora_" in name and ".default." in name:
                 parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
-
-
-def make(kind, task, model=None, *, args=None, cooling=COOLING, **options):
-    args = {
-        "output_dir": str(task.folder / "run"), "max_steps": 5, "per_device_train_batch_size": 4, "learning_rate": 1e-3,
-        "per_device_eval_batch_size": 4, "logging_steps": 1, "beta": BETA, "bf16": False, "use_cpu": True,
-        "report_to": "none", "save_strategy": "no", "disable_tqdm": True, "seed": 3, **(args or {}),
-    }  # fmt: skip
-    if kind is CoolingDPOTrainer:
-        options["cooling"] = cooling
-    model = str(task.folder) if model is None else model
-    return kind(model, args=DPOConfig(**args), train_dataset=task.rows, processing_class=task.processor, **options)
-
-
-def first_batch(trainer):
-    return next(iter(trainer.get_train_dataloader()))
 
 
 def float64_sequences(task, model, batch):
@@ -121,11 +59,6 @@ def gradients(trainer, batch):
     loss = trainer.compute_loss(trainer.model, batch)
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
-
-
-def losses_of(trainer):
-    trainer.train()
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
 def test_five_steps_with_models_by_name(task):
@@ -302,9 +235,6 @@ def test_compiled(task, case):
     assert not torch._dynamo.utils.counters["graph_break"]
 
 
-PROMPT = {"task_type": "CAUSAL_LM", "num_virtual_tokens": 3}
-
-
 @pytest.mark.parametrize("prompt", ["prompt", "p_tuning"])
 def test_prompt_tuning_equals_trl(task, prompt):
     found = {}
@@ -318,18 +248,6 @@ def test_prompt_tuning_equals_trl(task, prompt):
     assert found[CoolingDPOTrainer] == pytest.approx(found[DPOTrainer], rel=1e-4)
 
 
-@pytest.mark.parametrize("task", ["text"], indirect=True)
-@pytest.mark.parametrize("wrapped", [False, True])
-def test_prefix_tuning_is_refused_by_name(task, wrapped):
-    config = PrefixTuningConfig(**PROMPT)
-    options = {"peft_config": config}
-    model = None
-    if wrapped:
-        model, options = get_peft_model(copy.deepcopy(task.model), config), {}
-    with pytest.raises(NotImplementedError, match=r"peft_type='PREFIX_TUNING' is not supported, only 'PROMPT_TUNING'"):
-        make(CoolingDPOTrainer, task, model, **options)
-
-
 @pytest.mark.parametrize("task", ["images"], indirect=True)
 def test_every_key_of_the_processor_reaches_the_model(task):
     trainer = make(CoolingDPOTrainer, task)
@@ -340,90 +258,6 @@ def test_every_key_of_the_processor_reaches_the_model(task):
     trainer.compute_loss(trainer.model, {**batch, "mm_token_type_ids": torch.zeros_like(batch["input_ids"])})
     expected = {"input_ids", "attention_mask", "pixel_values", "mm_token_type_ids", "use_cache"}
     assert seen == [expected, expected]
-
-
-@pytest.mark.parametrize(
-    ("name", "value"),
-    [
-        ("loss_type", ["ipo"]), ("loss_type", ["sigmoid", "sft"]), ("loss_weights", [0.5]), ("ld_alpha", 0.5),
-        ("label_smoothing", 0.1), ("use_weighting", True), ("f_divergence_type", "js_divergence"),
-        ("padding_free", True), ("use_liger_kernel", True),
-    ],
-)  # fmt: skip
-@pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_unsupported_options_are_named(task, name, value):
-    with pytest.raises(NotImplementedError, match=rf"CoolingDPOTrainer: {name}=.* is not supported, only .* is"):
-        make(CoolingDPOTrainer, task, args={name: value})
-
-
-@pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_values_without_effect_are_accepted(task):
-    changed = losses_of(make(CoolingDPOTrainer, task, args={"loss_weights": [1.0], "ld_alpha": 1.0, "max_steps": 2}))
-    assert changed == losses_of(make(CoolingDPOTrainer, task, args={"max_steps": 2}))
-
-
-@pytest.mark.parametrize(
-    ("args", "options", "message"),
-    [
-        ({"beta": 0.0}, {}, r"expected beta to have a value > 0, got 0\.0"),
-        ({}, {"normalize": "row"}, "expected normalize to have value 'sequence' or 'token', got 'row'"),
-        ({}, {"cooling": None}, "expected cooling to have type Cooling, got NoneType"),
-        ({"metric_for_best_model": "accuracy"}, {}, "metric_for_best_model to have a value in .*, got 'accuracy'"),
-        ({"metric_for_best_model": "eval_entropy"}, {}, "metric_for_best_model to have .*, got 'entropy'"),
-        ({"load_best_model_at_end": True, "save_strategy": "steps", "save_steps": 5}, {"eval_dataset": "two"},
-         "metric_for_best_model to have a value in a_loss, .*, got 'loss'"),
-    ],
-    ids=["beta", "normalize", "cooling", "metric", "entropy", "datasets"],
-)  # fmt: skip
-@pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_wrong_values_are_refused_at_construction(task, args, options, message):
-    rows = task.rows.select(range(4))
-    datasets = {"two": {"a": rows, "b": rows}}.get(options.get("eval_dataset"), rows)
-    with pytest.raises(ValueError, match=message):
-        make(CoolingDPOTrainer, task, args={"eval_strategy": "steps", "eval_steps": 5, **args},
-             **{**options, "eval_dataset": datasets})  # fmt: skip
-
-
-@pytest.mark.parametrize("name", ["eval_loss", "rewards/margins", "eval_kept", "b_loss"])
-@pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_a_measured_metric_chooses_the_best_model(task, name):
-    rows = task.rows.select(range(4))
-    args = {"metric_for_best_model": name, "eval_strategy": "steps", "eval_steps": 2, "max_steps": 2,
-            "greater_is_better": False}  # fmt: skip
-    trainer = make(
-        CoolingDPOTrainer, task, args=args, eval_dataset={"a": rows, "b": rows} if name == "b_loss" else rows
-    )
-    trainer.train()
-    assert trainer.state.best_metric is not None
-
-
-@pytest.mark.parametrize("task", ["text"], indirect=True)
-@pytest.mark.parametrize("positional", [False, True])
-def test_compute_metrics_is_refused_at_construction(task, positional):
-    function = lambda prediction: {}  # noqa: E731
-    more = (None, task.rows, None, task.processor, function) if positional else ()
-    options = {} if positional else {"compute_metrics": function}
-    with pytest.raises(NotImplementedError, match="compute_metrics is not supported, because it needs logits"):
-        CoolingDPOTrainer(str(task.folder), None, None, *more, cooling=COOLING, **options)
-
-
-@pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_router_losses_are_named(task):
-    config = MixtralConfig(
-        vocab_size=task.model.config.vocab_size, hidden_size=32, intermediate_size=32, num_hidden_layers=1,
-        num_attention_heads=2, num_key_value_heads=2, num_local_experts=2, pad_token_id=0,
-    )  # fmt: skip
-    model = MixtralForCausalLM(config)
-    options = {"ref_model": copy.deepcopy(model), "args": {"router_aux_loss_coef": 0.01}}
-    with pytest.raises(NotImplementedError, match=r"router_aux_loss_coef=0\.01 is not supported, only 0.0 is"):
-        make(CoolingDPOTrainer, task, model, **options)
-
-
-@pytest.mark.parametrize("task", ["text"], indirect=True)
-def test_calls_that_need_logits_raise(task):
-    trainer = make(CoolingDPOTrainer, task)
-    with pytest.raises(NotImplementedError, match="predict is not supported, because it needs logits"):
-        trainer.predict(trainer.train_dataset)
 
 
 def test_the_other_adapters_need_no_trl():

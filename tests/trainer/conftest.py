@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +25,19 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
+from cwdpo_kernels import Cooling
 from cwdpo_trainer.cli import main
+from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
+from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.rows import Row, load_rows
+from cwdpo_trainer.evaluation.probes import Probes
+from cwdpo_trainer.stages.dpo import CWDPOTrainer
+from cwdpo_trainer.stages.sft import ConstrainedSFTTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from check_case import Case
+from forked import Forks
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -36,6 +49,9 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 WORDS = ["describe", "red", "green", "blue", "left", "right", "above", "below", "and", "a", "the", "square"]
 PROMPT = "<image> describe"
+STAGE_OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 2, "logging_steps": 2,
+                 "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
+SAMPLING = SamplingArguments(max_new_tokens=5)
 
 
 def save_tiny_llava(folder: Path) -> None:
@@ -99,6 +115,19 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
+@pytest.fixture(autouse=True)
+def no_plot(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Runs save an empty plot, because drawing takes longer than training. The marker `plot` asks for the real one."""
+    if request.node.get_closest_marker("plot") is None:
+        monkeypatch.setattr("cwdpo_trainer.evaluation.report.draw_dynamics", lambda path, histories: path.touch())
+
+
+@pytest.fixture(scope="session")
+def forks() -> Iterator[Forks]:
+    with Forks() as forks:
+        yield forks
+
+
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with model/, train.jsonl, heldout.jsonl and images/. Tests must not modify it."""
@@ -107,6 +136,12 @@ def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
     write_rows(folder / "train.jsonl", 32)
     write_rows(folder / "heldout.jsonl", 12)
     return folder
+
+
+@pytest.fixture
+def case(tmp_path: Path, task: Path, settings: dict, write_config: Callable[[dict], Path]) -> Case:
+    """A valid run in a folder of its own, for `cwdpo check`."""
+    return Case(tmp_path, task, settings, write_config)
 
 
 @pytest.fixture(scope="session")
@@ -130,6 +165,23 @@ def chat_rows(rows: list[Row]) -> list[Row]:
 def model(task: Path) -> LlavaForConditionalGeneration:
     """A fresh copy of the tiny model."""
     return AutoModelForImageTextToText.from_pretrained(task / "model")
+
+
+@pytest.fixture
+def make_stage(model, collator, rows, tmp_path):
+    """Makes a trainer of the tiny model. The reference is a copy, changed by `tamper` if given."""
+
+    def make(kind, tamper=None, **options):
+        reference = copy.deepcopy(model)
+        if tamper is not None:
+            tamper(reference)
+        probes = Probes(rows, collator, ProbeArguments(rows=6), SAMPLING, Cooling(), seed=0)
+        arguments = SFTArguments if kind is ConstrainedSFTTrainer else DPOArguments
+        args = arguments(**{"output_dir": str(tmp_path / "stage"), **STAGE_OPTIONS, **options})
+        more = {"sampling": SAMPLING} if kind is CWDPOTrainer else {}
+        return kind(model, reference, args, rows, collator, probes, **more)
+
+    return make
 
 
 @pytest.fixture

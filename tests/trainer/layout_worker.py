@@ -1,6 +1,6 @@
 """One of two gloo processes. Trains a tiny model in every layout; rank 0 writes the results.
 
-test_distributed.py calls `python layout_worker.py OUT`, with RANK, WORLD_SIZE and the address in the environment. Each
+test_sharded_head.py calls `python layout_worker.py OUT`, with RANK, WORLD_SIZE and the address in the environment. Each
 process has one pair of a batch of two.
 """
 

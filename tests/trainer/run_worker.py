@@ -11,9 +11,11 @@ import sys
 
 import torch
 from accelerate import PartialState
+from accelerate.state import AcceleratorState
 from accelerate.utils import DistributedType
 
 from cwdpo_trainer import cli
+from cwdpo_trainer.evaluation import report
 from cwdpo_trainer.stages import dpo
 
 FSDP2 = {
@@ -36,6 +38,7 @@ def end_at(step: int) -> None:
 
 def main(kind: str, config: str, stop: str | None = None) -> int:
     torch.set_num_threads(1)
+    report.draw_dynamics = lambda path, histories: path.touch()  # other tests look at the plot
     if stop is not None:
         end_at(int(stop))
     if kind == "fsdp":
@@ -49,7 +52,9 @@ def main(kind: str, config: str, stop: str | None = None) -> int:
                 self.distributed_type = DistributedType.MULTI_GPU
 
         PartialState.__init__ = as_if_on_accelerators
-    return cli.main(["run", config])
+    status = cli.main(["run", config])
+    assert (AcceleratorState().distributed_type == DistributedType.FSDP) is (kind == "fsdp")
+    return status
 
 
 if __name__ == "__main__":

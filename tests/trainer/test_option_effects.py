@@ -27,12 +27,12 @@ OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 4, "logging_steps": 1,
 TESTS = Path(__file__).parent
 
 ELSEWHERE = {
-    "test_stages.py": {
+    "test_stopping.py": {
         "metric_for_best_model",
         "greater_is_better",
         "load_best_model_at_end",
-        "train_sampling_strategy",
     },
+    "test_stages.py": {"train_sampling_strategy"},
     "test_trackers.py": {"report_to"},
     "test_card.py": {"push_to_hub", "hub_token", "hub_model_id", "hub_strategy"},
 }

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import json
 import signal
-import subprocess
 import sys
 from pathlib import Path
 
@@ -14,6 +13,9 @@ from PIL import Image
 
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from forked import Forks
 
 KILLED_IN_A_SAVE = """
 import os, signal, sys
@@ -63,13 +65,10 @@ def results(folder: Path) -> dict:
     return metrics
 
 
-def run_killed(config: Path, step: int, program: str = KILLED_IN_A_SAVE) -> None:
-    process = subprocess.run(
-        [sys.executable, "-c", program.format(step=step), str(config)],
-        capture_output=True,
-        text=True,
-    )
-    assert process.returncode == -signal.SIGKILL, process.stderr[-2000:]
+def run_killed(forks: Forks, config: Path, step: int, program: str = KILLED_IN_A_SAVE) -> None:
+    out = config.with_name("killed.txt")
+    process = forks.start("-c", program.format(step=step), str(config), stdout=out, stderr=out)
+    assert forks.wait(process) == -signal.SIGKILL, out.read_text()[-2000:]
 
 
 def cache_lines(folder: Path) -> int:
@@ -82,6 +81,7 @@ def config(settings, write_config) -> Path:
     return write_config(settings)
 
 
+@pytest.mark.plot
 def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
     folder = Path(settings["output_dir"])
     assert main(["run", str(config)]) == 0
@@ -130,11 +130,11 @@ def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
     assert (folder / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(settings, write_config, tmp_path, capsys):
+def test_a_resumed_run_ends_like_an_uninterrupted_one(forks, settings, write_config, tmp_path, capsys):
     uninterrupted = write_config({**settings, "output_dir": str(tmp_path / "uninterrupted")})
     assert main(["run", str(uninterrupted)]) == 0
     config = write_config(settings)
-    run_killed(config, step=4)
+    run_killed(forks, config, step=4)
     folder = Path(settings["output_dir"])
     assert not (folder / "checkpoints" / "dpo" / "checkpoint-4" / "COMPLETE").exists()
     assert not (folder / "cwdpo").exists()
@@ -182,7 +182,7 @@ def test_a_stopped_stage_whose_model_is_not_saved_trains_no_further(
     ).read_bytes()
 
 
-def test_a_kill_during_a_cache_write_loses_nothing(settings, write_config, tmp_path, capsys):
+def test_a_kill_during_a_cache_write_loses_nothing(forks, settings, write_config, tmp_path, capsys):
     """Stage 2 runs more than one epoch; the second epoch finds the log-probs of the first one, bit for bit."""
     settings["dpo"] |= {"max_steps": 5, "logp_floor": "auto", "tau": "auto", "auto_rows": 2}
     settings["data"]["sft_fraction"] = 0.6
@@ -190,7 +190,7 @@ def test_a_kill_during_a_cache_write_loses_nothing(settings, write_config, tmp_p
     uninterrupted = write_config({**settings, "output_dir": str(tmp_path / "uninterrupted")})
     assert main(["run", str(uninterrupted)]) == 0
     config = write_config(settings)
-    run_killed(config, step=4, program=KILLED_IN_A_CACHE_WRITE)
+    run_killed(forks, config, step=4, program=KILLED_IN_A_CACHE_WRITE)
     folder = Path(settings["output_dir"])
     assert cache_lines(folder) == 3
     assert main(["run", str(config)]) == 0

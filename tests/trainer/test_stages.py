@@ -1,4 +1,4 @@
-"""The stages on the tiny model: losses, checks, logs and checkpoints."""
+"""The stages on the tiny model: losses, the reference, logs and batches."""
 
 from __future__ import annotations
 
@@ -13,37 +13,12 @@ import torch
 import torch.nn.functional as F
 from huggingface_hub import ModelCard
 
-from cwdpo_kernels import Cooling
-from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
-from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments
 from cwdpo_trainer.data.collator import with_answers
 from cwdpo_trainer.data.lengths import LengthMeter
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
 from cwdpo_trainer.stages.grouping import GroupedByLength
 from cwdpo_trainer.stages.sft import ConstrainedSFTTrainer
-
-OPTIONS = {"max_steps": 4, "per_device_train_batch_size": 4, "eval_steps": 2, "logging_steps": 2,
-           "save_strategy": "no", "disable_tqdm": True}  # fmt: skip
-SAMPLING = SamplingArguments(max_new_tokens=5)
-
-
-@pytest.fixture
-def make(model, collator, rows, tmp_path):
-    """Makes a trainer of the tiny model. The reference is a copy, changed by `tamper` if given."""
-
-    def make(kind, tamper=None, **options):
-        reference = copy.deepcopy(model)
-        if tamper is not None:
-            tamper(reference)
-        probes = Probes(rows, collator, ProbeArguments(rows=6), SAMPLING, Cooling(), seed=0)
-        arguments = SFTArguments if kind is ConstrainedSFTTrainer else DPOArguments
-        args = arguments(**{"output_dir": str(tmp_path / "stage"), **OPTIONS, **options})
-        more = {"sampling": SAMPLING} if kind is CWDPOTrainer else {}
-        return kind(model, reference, args, rows, collator, probes, **more)
-
-    return make
 
 
 def answer_logp(model, batch):
@@ -54,8 +29,8 @@ def answer_logp(model, batch):
     return (logp * mask).sum(-1), mask.sum(-1)
 
 
-def test_sft_loss_agrees_with_full_logits(make, collator, rows):
-    trainer = make(ConstrainedSFTTrainer, negatives_weight=0.5, nll_floor=6.0)
+def test_sft_loss_agrees_with_full_logits(make_stage, collator, rows):
+    trainer = make_stage(ConstrainedSFTTrainer, negatives_weight=0.5, nll_floor=6.0)
     pairs = collator(rows[:4])
     batch = with_answers(pairs["prompts"], pairs["chosen"], pairs["rejected"], pad_id=0)
     total, count = answer_logp(trainer.model, batch)
@@ -64,8 +39,8 @@ def test_sft_loss_agrees_with_full_logits(make, collator, rows):
     assert trainer.compute_loss(trainer.model, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_cwdpo_loss_agrees_with_full_logits(make, collator, rows):
-    trainer = make(CWDPOTrainer, beta=0.3, logp_floor=-4.0, tau=0.5, drop_below=None)
+def test_cwdpo_loss_agrees_with_full_logits(make_stage, collator, rows):
+    trainer = make_stage(CWDPOTrainer, beta=0.3, logp_floor=-4.0, tau=0.5, drop_below=None)
     trainer._is_first_batch = False
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(0.5 * torch.randn_like(trainer.model.lm_head.weight))
@@ -78,28 +53,28 @@ def test_cwdpo_loss_agrees_with_full_logits(make, collator, rows):
     assert trainer.compute_loss(trainer.model, pairs).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_filtering_leaves_out_pairs_by_the_measured_threshold(make):
+def test_filtering_leaves_out_pairs_by_the_measured_threshold(make_stage):
     """drop_below: auto is logp_floor - ln(19) tau, whatever measures the two, and in every cooling mode."""
     for options in ({}, {"cooling": "constant", "constant_weight": 0.4}):
-        trainer = make(CWDPOTrainer, max_steps=2, logp_floor="auto", tau="auto", auto_rows=12, **options)
+        trainer = make_stage(CWDPOTrainer, max_steps=2, logp_floor="auto", tau="auto", auto_rows=12, **options)
         trainer.train()
         logged = next(entry for entry in trainer.state.log_history if "drop_below" in entry)
         expected = logged["logp_floor"] - math.log(19) * logged["tau"]
         assert logged["drop_below"] == trainer.cooling.drop_below == pytest.approx(expected)
 
 
-def test_stage_1_with_a_hard_constraint(make, collator, rows):
+def test_stage_1_with_a_hard_constraint(make_stage, collator, rows):
     """While the rejected answers are too likely, the loss is their shortfall; then it is the NLL of the chosen ones."""
     for floor, term in ((50.0, "rejected"), (0.1, "chosen")):
-        trainer = make(ConstrainedSFTTrainer, negatives="hard", nll_floor=floor)
+        trainer = make_stage(ConstrainedSFTTrainer, negatives="hard", nll_floor=floor)
         trainer._is_first_batch = False
         loss, output = trainer.compute_loss(trainer.model, collator(rows[:4]), return_outputs=True)
         expected = floor - output.rejected_nll if term == "rejected" else output.chosen_nll
         assert loss.item() == pytest.approx(expected.item())
 
 
-def test_cooling_off_is_vanilla_dpo(make, collator, rows):
-    trainer = make(CWDPOTrainer, beta=0.3, cooling=False, drop_below=None)
+def test_cooling_off_is_vanilla_dpo(make_stage, collator, rows):
+    trainer = make_stage(CWDPOTrainer, beta=0.3, cooling=False, drop_below=None)
     trainer._is_first_batch = False
     with torch.no_grad():
         trainer.model.lm_head.weight.add_(0.5 * torch.randn_like(trainer.model.lm_head.weight))
@@ -129,10 +104,12 @@ def losses(trainer, collator, rows):
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.4])
-def test_the_reference_cache_saves_forwards_and_changes_no_loss(make, collator, rows, tmp_path, fraction):
+def test_the_reference_cache_saves_forwards_and_changes_no_loss(make_stage, collator, rows, tmp_path, fraction):
     """The third batch consists of rows of the first two."""
     options = {"onpolicy_fraction": fraction, "reference_cache": str(tmp_path / "cache"), "seed": 2}
-    plain, filling, filled = (make(CWDPOTrainer, **{**options, **more}) for more in ({"reference_cache": None}, {}, {}))
+    plain, filling, filled = (
+        make_stage(CWDPOTrainer, **{**options, **more}) for more in ({"reference_cache": None}, {}, {})
+    )
     for trainer in (plain, filling, filled):
         trainer.model = plain.model
     with torch.no_grad():
@@ -149,29 +126,29 @@ def test_the_reference_cache_saves_forwards_and_changes_no_loss(make, collator, 
     assert sizes == [size for size in drawn if size > 0]
 
 
-def test_training_on_a_filled_cache_runs_the_reference_for_probes_only(make):
-    first = make(CWDPOTrainer, max_steps=4, eval_strategy="no", eval_on_start=False)
+def test_training_on_a_filled_cache_runs_the_reference_for_probes_only(make_stage):
+    first = make_stage(CWDPOTrainer, max_steps=4, eval_strategy="no", eval_on_start=False)
     computed = counted_reference(first)
     first.train()
     probes = len(computed) - 4  # each of the four batches is computed once, the check of the first one included
     first.model.load_state_dict(first.reference.state_dict())
-    again = make(CWDPOTrainer, max_steps=4, eval_strategy="no", eval_on_start=False)
+    again = make_stage(CWDPOTrainer, max_steps=4, eval_strategy="no", eval_on_start=False)
     computed = counted_reference(again)
     again.train()
     assert len(computed) == probes
 
 
-def test_wrong_cached_values_are_refused(make):
-    trainer = make(CWDPOTrainer)
+def test_wrong_cached_values_are_refused(make_stage):
+    trainer = make_stage(CWDPOTrainer)
     trainer._reference_logp = lambda batch: torch.zeros(len(batch.labels))
     trainer.cached_reference._forward = trainer._reference_logp
     with pytest.raises(RuntimeError, match=r"handover: expected log-ratios"):
         trainer.train()
 
 
-def test_all_ranks_run_a_forward_if_one_must(make, collator, rows, monkeypatch):
+def test_all_ranks_run_a_forward_if_one_must(make_stage, collator, rows, monkeypatch):
     """Because forwards of a sharded model are collective."""
-    trainer = make(CWDPOTrainer)
+    trainer = make_stage(CWDPOTrainer)
     losses(trainer, collator, rows)
     sizes = counted_reference(trainer)
     before = losses(trainer, collator, rows)
@@ -182,9 +159,9 @@ def test_all_ranks_run_a_forward_if_one_must(make, collator, rows, monkeypatch):
     assert len(trainer.cached_reference.cache) == 8
 
 
-def test_automatic_cooling_is_measured_once(make, rows, tmp_path, monkeypatch):
+def test_automatic_cooling_is_measured_once(make_stage, rows, tmp_path, monkeypatch):
     options = {"logp_floor": "auto", "tau": "auto", "auto_rows": 10, "save_strategy": "steps", "save_steps": 2}
-    trainer = make(CWDPOTrainer, **options)
+    trainer = make_stage(CWDPOTrainer, **options)
     trainer.train()
     batch = trainer._dataset_batch(trainer._collate(rows[:10]))
     total, count = answer_logp(trainer.reference, batch)
@@ -196,14 +173,14 @@ def test_automatic_cooling_is_measured_once(make, rows, tmp_path, monkeypatch):
     assert trainer.probes.cooling == trainer.cooling
 
     monkeypatch.setattr(CWDPOTrainer, "_measure_cooling", None)  # a resumed run must not measure again
-    resumed = make(CWDPOTrainer, **options)
+    resumed = make_stage(CWDPOTrainer, **options)
     resumed.train(resume_from_checkpoint=str(tmp_path / "stage" / "checkpoint-2"))
     assert resumed.cooling == trainer.cooling
     assert resumed.state.global_step == 4
 
 
-def test_training_changes_the_policy_and_not_the_reference(make):
-    trainer = make(CWDPOTrainer, learning_rate=1e-3, onpolicy_fraction=0.5)
+def test_training_changes_the_policy_and_not_the_reference(make_stage):
+    trainer = make_stage(CWDPOTrainer, learning_rate=1e-3, onpolicy_fraction=0.5)
     before = copy.deepcopy(trainer.reference.state_dict())
     trainer.train()
     for name, value in trainer.reference.state_dict().items():
@@ -230,150 +207,18 @@ def test_training_changes_the_policy_and_not_the_reference(make):
     assert probes[-1]["eval_chosen_delta_logp"] != 0
 
 
-def test_a_reference_that_is_not_the_initial_policy_is_refused(make):
+def test_a_reference_that_is_not_the_initial_policy_is_refused(make_stage):
     def tamper(reference):
         with torch.no_grad():
             reference.lm_head.weight[7] *= 1.01
 
-    trainer = make(CWDPOTrainer, tamper=tamper)
+    trainer = make_stage(CWDPOTrainer, tamper=tamper)
     with pytest.raises(RuntimeError, match=r"handover: expected log-ratios .* <= .* nats, got .*mean"):
         trainer.train()
 
 
-def test_the_last_probe_measures_the_final_weights(make):
-    trainer = make(ConstrainedSFTTrainer, max_steps=3)
-    trainer.train()
-    steps = [entry["step"] for entry in trainer.state.log_history if "eval_chosen_logp" in entry]
-    assert steps == [0, 2, 3]
-
-
-def test_early_stopping_on_a_probe(make):
-    trainer = make(
-        ConstrainedSFTTrainer, max_steps=20, eval_steps=1, learning_rate=0.0, early_stopping_patience=2,
-        metric_for_best_model="chosen_mean_logp", greater_is_better=True,
-    )  # fmt: skip
-    trainer.train()
-    # At learning rate 0 no probe is better than the first. The second and third use up the patience.
-    assert trainer.state.global_step == 3
-
-
-def test_early_stopping_keeps_its_count_on_resume(make, tmp_path):
-    options = {
-        "max_steps": 20, "eval_steps": 1, "save_strategy": "steps", "save_steps": 1, "learning_rate": 0.0,
-        "save_total_limit": None, "early_stopping_patience": 4, "metric_for_best_model": "chosen_mean_logp",
-    }  # fmt: skip
-    make(ConstrainedSFTTrainer, **options).train()
-    resumed = make(ConstrainedSFTTrainer, **options)
-    resumed.train(resume_from_checkpoint=str(tmp_path / "stage" / "checkpoint-3"))
-    assert resumed.state.global_step == 5
-
-
-@pytest.mark.parametrize(("metric", "is_greater"), [("chosen_logp", True), ("near_tv", False), ("chosen_ece", False)])
-def test_greater_is_better_depends_on_the_metric(metric, is_greater, tmp_path):
-    assert SFTArguments(output_dir=str(tmp_path), metric_for_best_model=metric).greater_is_better == is_greater
-    assert DPOArguments(
-        output_dir=str(tmp_path), metric_for_best_model=metric, greater_is_better=not is_greater
-    ).greater_is_better != is_greater  # fmt: skip
-
-
-def test_older_checkpoints_are_deleted_once_a_newer_one_is_complete(make, tmp_path, monkeypatch):
-    """`save_total_limit` is kept, and the best checkpoint counts toward it."""
-    complete = []
-
-    def save_stage_files(self, folder):
-        complete.append(sorted(path.parent.name for path in tmp_path.glob("stage/*/COMPLETE")))
-
-    monkeypatch.setattr(ConstrainedSFTTrainer, "_save_stage_files", save_stage_files)
-    make(
-        ConstrainedSFTTrainer, max_steps=4, eval_steps=1, save_steps=1, save_strategy="steps", learning_rate=0.0,
-        load_best_model_at_end=True, metric_for_best_model="chosen_logp", save_total_limit=2,
-    ).train()  # fmt: skip
-    first = "checkpoint-1"  # the best
-    assert complete == [[], [first], [first, "checkpoint-2"], [first, "checkpoint-3"]]
-    assert sorted(path.name for path in tmp_path.glob("stage/checkpoint-*")) == [first, "checkpoint-4"]
-
-
-@pytest.mark.parametrize("kind", [ConstrainedSFTTrainer, CWDPOTrainer])
-def test_a_stage_that_diverges_stops_and_names_the_step(kind, make, tmp_path):
-    """The first step moves the weights by 1e36, and the second one cannot compute its loss."""
-    trainer = make(kind, learning_rate=1e36, eval_strategy="no", lr_scheduler_type="constant")
-    name = "dpo" if kind is CWDPOTrainer else "sft"
-    with pytest.raises(InputError, match=rf"stage {name}, step 2, learning_rate 1e\+36: loss: .* got nan"):
-        trainer.train()
-
-
-def test_a_filter_of_pairs_does_not_hide_that_a_stage_diverged(make):
-    trainer = make(CWDPOTrainer, learning_rate=1e36, lr_scheduler_type="constant", drop_below=-8.0)
-    with pytest.raises(InputError, match=r"stage dpo, step 2, .*: expected a finite number .* got nan"):
-        trainer.train()
-
-
-def test_weights_that_are_not_finite_are_not_saved(make, tmp_path):
-    """The loss and gradients of the step that broke them are finite, and no later step shows it."""
-    trainer = make(
-        ConstrainedSFTTrainer, learning_rate=1e39, max_steps=1, eval_strategy="no", save_strategy="steps", save_steps=1
-    )
-    with pytest.raises(InputError, match=r"step 1, .*: weights: expected finite numbers .* got NaN or infinity in "):
-        trainer.train()
-    assert not list(tmp_path.glob("stage/checkpoint-*"))
-
-
-@pytest.mark.parametrize("value", [math.nan, math.inf])
-def test_gradients_that_are_not_finite_do_not_reach_the_weights(value, make):
-    trainer = make(ConstrainedSFTTrainer, eval_strategy="no")
-    weight = trainer.model.lm_head.weight
-    before = weight.detach().clone()
-    weight.register_hook(lambda grad: torch.full_like(grad, value))
-    with pytest.raises(InputError, match=f"stage sft, step 1, .*: norm of the gradients: .*got {value}"):
-        trainer.train()
-    assert torch.equal(weight, before)
-
-
-def test_a_diverged_model_is_not_sampled_from(make):
-    """torch's own error about probabilities would not say why."""
-    trainer = make(CWDPOTrainer, learning_rate=1e39, lr_scheduler_type="constant", eval_strategy="no",
-                   onpolicy_fraction=1.0)  # fmt: skip
-    with pytest.raises(InputError, match=r"stage dpo, step 1, .*: weights"):
-        trainer.train()
-
-
-def test_the_best_checkpoint_is_found_in_a_folder_that_has_moved(make, tmp_path, monkeypatch):
-    options = {
-        "max_steps": 4, "eval_steps": 1, "save_steps": 1, "save_strategy": "steps", "learning_rate": 0.0,
-        "load_best_model_at_end": True, "metric_for_best_model": "chosen_logp",
-    }  # fmt: skip
-    make(ConstrainedSFTTrainer, **options, output_dir=str(tmp_path / "before")).train()
-    (tmp_path / "before").rename(tmp_path / "stage")
-    best, last = (str(tmp_path / "stage" / f"checkpoint-{step}") for step in (1, 4))
-    loaded = []
-    monkeypatch.setattr("cwdpo_trainer.stages.base.load_weights", lambda model, folder: loaded.append(folder))
-    resumed = make(ConstrainedSFTTrainer, **options)
-    resumed.train(resume_from_checkpoint=last)
-    assert loaded == [last, best]
-    assert resumed.state.best_model_checkpoint == best
-    (tmp_path / "stage" / "checkpoint-1" / "optimizer.pt").unlink()
-    with pytest.raises(InputError, match=r"checkpoint-1/optimizer.pt: expected the .* bytes that were saved"):
-        make(ConstrainedSFTTrainer, **options).train(resume_from_checkpoint=last)
-
-
-def test_a_finding_in_stop_on_ends_a_stage(make, capsys):
-    """With every pair dropped, the first probe after a training log shows nothing_kept."""
-    trainer = make(CWDPOTrainer, max_steps=20, drop_below=0.0, stop_on=["nothing_kept"])
-    trainer.train()
-    assert trainer.state.global_step == 2
-    printed = capsys.readouterr().out
-    assert printed.count("found nothing_kept (stage dpo, step 2): drop_below = 0.0 leaves 0.0% of the pairs") == 1
-    assert "stage dpo stops at step 2, because stop_on names nothing_kept" in printed
-
-
-@pytest.mark.parametrize(("kind", "name"), [(DPOArguments, "squezing"), (SFTArguments, "squeezing")])
-def test_unknown_findings_are_refused(kind, name, tmp_path):
-    with pytest.raises(ValueError, match=f"stop_on: expected names of findings out of not_finite, .*got '{name}'"):
-        kind(output_dir=str(tmp_path), stop_on=[name])
-
-
-def test_the_card_of_a_stage_trained_without_a_run(make, tmp_path):
-    trainer = make(CWDPOTrainer, beta=0.3, hub_token="hf_secret")
+def test_the_card_of_a_stage_trained_without_a_run(make_stage, tmp_path):
+    trainer = make_stage(CWDPOTrainer, beta=0.3, hub_token="hf_secret")
     with pytest.raises(InputError, match=r"expected probes of a trained stage for its card, got none"):
         trainer.create_model_card()
     trainer.train()
@@ -387,25 +232,8 @@ def test_the_card_of_a_stage_trained_without_a_run(make, tmp_path):
     assert "secret" not in card.content
 
 
-def test_the_best_weights_are_loaded_at_the_end(make, tmp_path):
-    trainer = make(
-        ConstrainedSFTTrainer, max_steps=8, eval_steps=2, save_steps=2, save_strategy="steps",
-        learning_rate=1e-3,
-        load_best_model_at_end=True, metric_for_best_model="near_mean_logp", greater_is_better=True,
-        save_total_limit=8, lr_scheduler_type="constant",
-    )  # fmt: skip
-    trainer.train()
-    probes = [entry for entry in trainer.state.log_history if "eval_near_mean_logp" in entry]
-    best = max(probes[1:-1], key=lambda entry: entry["eval_near_mean_logp"])
-    assert trainer.state.best_global_step == best["step"]
-    stored = type(trainer.model).from_pretrained(tmp_path / "stage" / f"checkpoint-{best['step']}")
-    for name, value in stored.state_dict().items():
-        assert torch.equal(trainer.model.state_dict()[name], value), name
-    assert probes[-1]["eval_near_mean_logp"] == best["eval_near_mean_logp"]
-
-
-def test_dropped_pairs_are_counted(make):
-    trainer = make(CWDPOTrainer, drop_below=0.0)
+def test_dropped_pairs_are_counted(make_stage):
+    trainer = make_stage(CWDPOTrainer, drop_below=0.0)
     trainer.train()
     logs = [entry for entry in trainer.state.log_history if "loss" in entry]
     assert [entry["kept"] for entry in logs] == [0, 0]
@@ -413,17 +241,9 @@ def test_dropped_pairs_are_counted(make):
     assert [entry["loss"] for entry in logs] == [0, 0]
 
 
-def test_unknown_metrics_are_refused_before_training(make):
-    with pytest.raises(InputError, match=r"metric_for_best_model: expected a probe metric .*chosen_logp"):
-        make(
-            ConstrainedSFTTrainer, early_stopping_patience=2, metric_for_best_model="chosen_lopg",
-            greater_is_better=True,
-        ).train()  # fmt: skip
-
-
 @pytest.mark.parametrize("kind", [ConstrainedSFTTrainer, CWDPOTrainer])
-def test_batches_of_similar_length(make, collator, rows, kind):
-    trainer = make(kind, train_sampling_strategy="group_by_length", gradient_accumulation_steps=2, max_steps=1)
+def test_batches_of_similar_length(make_stage, collator, rows, kind):
+    trainer = make_stage(kind, train_sampling_strategy="group_by_length", gradient_accumulation_steps=2, max_steps=1)
     trainer.rows[:] = [dataclasses.replace(row, chosen="a " * (index % 9 + 1)) for index, row in enumerate(rows)]
     length = dict(zip((row.id for row in trainer.rows), map(LengthMeter(collator), trainer.rows), strict=True))
     batches = list(trainer.get_train_dataloader())

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import random
@@ -10,7 +9,6 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -18,8 +16,12 @@ from pathlib import Path
 import pytest
 import yaml
 
+from cwdpo_trainer import cli
+
+sys.path.insert(0, str(Path(__file__).parent))
+from forked import Forks
+
 pytestmark = pytest.mark.slow
-WORKER = Path(__file__).with_name("survival_worker.py")
 KILLS = 20
 STAGE = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3, "eval_steps": 2, "logging_steps": 1,
          "save_steps": 1, "disable_tqdm": True}  # fmt: skip
@@ -28,45 +30,25 @@ STAGE = {"max_steps": 6, "per_device_train_batch_size": 4, "learning_rate": 1e-3
 class Server:
     """Runs `cwdpo run CONFIG output_dir=FOLDER` in a process each."""
 
-    def __init__(self, config: Path, prefix: tuple[str, ...] = ()) -> None:
-        self.config = config
+    def __init__(self, forks: Forks, config: Path) -> None:
+        self.forks, self.config = forks, config
         self.errors = config.with_name(f"stderr-{time.monotonic_ns()}.txt")
-        self._process = subprocess.Popen(
-            [*prefix, sys.executable, str(WORKER)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
-        )
-        assert self._line() == "ready"
 
     def run(self, folder: Path, kill_after: float | None = None, kill_at: Path | None = None) -> int:
         """The exit status. `kill_after` seconds, or once the file `kill_at` exists, the process is killed."""
-        process = self._start("run", str(self.config), f"output_dir={folder}")
-        kill = threading.Timer(kill_after or 0, os.kill, (process, signal.SIGKILL))
-        if kill_after is not None:
-            kill.start()
+        process = self._start(cli.__file__, "run", str(self.config), f"output_dir={folder}")
         while kill_at is not None and not kill_at.exists():
             time.sleep(0.001)
         if kill_at is not None:
             os.kill(process, signal.SIGKILL)
-        status = int(self._line())
-        kill.cancel()
-        return status
+        return self.forks.wait(process, 300 if kill_after is None else kill_after)
 
     def shell(self, *command: str) -> None:
-        self._start("sh", list(command))
-        status = int(self._line())
-        assert status == 0, self.errors.read_text()
+        code = "import subprocess, sys; sys.exit(subprocess.call(sys.argv[1:]))"
+        assert self.forks.wait(self._start("-c", code, *command)) == 0, self.errors.read_text()
 
-    def _start(self, *arguments) -> int:
-        self._process.stdin.write(json.dumps([str(self.errors), *arguments]) + "\n")
-        self._process.stdin.flush()
-        return int(self._line())
-
-    def _line(self) -> str:
-        return self._process.stdout.readline().strip()
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.stdout.close()
-        self._process.wait()
+    def _start(self, *command: str) -> int:
+        return self.forks.start(*command, stdout=Path(os.devnull), stderr=self.errors)
 
 
 @pytest.fixture(scope="module")
@@ -87,9 +69,8 @@ def config(task, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def server(config) -> Iterator[Server]:
-    with contextlib.closing(Server(config)) as server:
-        yield server
+def server(forks, config) -> Server:
+    return Server(forks, config)
 
 
 @pytest.fixture(scope="module")
@@ -188,8 +169,8 @@ def small_disk(config) -> Iterator[Server]:
     namespace = ("unshare", "--user", "--map-root-user", "--mount")
     if shutil.which("unshare") is None or subprocess.run([*namespace, "true"], capture_output=True).returncode:
         pytest.skip("no user namespaces")
-    with contextlib.closing(Server(config, namespace)) as server:
-        yield server
+    with Forks(namespace) as forks:
+        yield Server(forks, config)
 
 
 @pytest.mark.parametrize("share", [0.1, 0.3, 0.5, 0.7, 0.85])
