@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from matplotlib.figure import Figure
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from cwdpo_trainer.evaluation.plot import PANELS, draw_dynamics
 from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
@@ -22,13 +22,13 @@ def probe(step: int, weight: float | None) -> dict[str, float]:
 @pytest.fixture
 def drawn(tmp_path, monkeypatch):
     """A function that draws log histories and returns the axes of each panel by title."""
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, *_, **__: figures.append(self))
+    canvases = []
+    plain = FigureCanvasAgg.draw
+    monkeypatch.setattr(FigureCanvasAgg, "draw", lambda self: (canvases.append(self), plain(self)))
 
     def draw(histories):
         draw_dynamics(tmp_path / "dynamics.png", histories)
-        fields = figures[-1].subfigs
-        figures[-1].canvas.draw()
+        fields = canvases[-1].figure.subfigs
         return {panel.title: field.axes for panel, field in zip(PANELS, fields, strict=True)}
 
     return draw

@@ -14,6 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.colors import PowerNorm
 from matplotlib.figure import Figure, SubFigure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from cwdpo_trainer.evaluation.history import History, probe_entries, sets_of, training_entries
 from cwdpo_trainer.evaluation.probes import COOLING_BINS
@@ -56,12 +57,14 @@ def draw_dynamics(path: Path, histories: dict[str, History]) -> None:
     """
     probes = [probe for history in histories.values() for probe in probe_entries(history)]
     sets = list(dict.fromkeys(name for probe in probes for name in sets_of(probe)))
-    figure = Figure(figsize=(12 + 6 * len(histories), 9), layout="constrained")
-    FigureCanvasAgg(figure)
+    figure = Figure(figsize=(12 + 6 * len(histories), 9), layout="constrained", dpi=100)
+    canvas = FigureCanvasAgg(figure)
     fields = np.array(figure.subfigures(2, 5)).flat
     for index, (field, panel) in enumerate(zip(fields, PANELS, strict=True)):
         _draw_panel(field, panel, histories, sets, last_row=index >= 5)
-    figure.savefig(path, dpi=100)
+    canvas.draw()
+    # savefig would draw everything twice, the first time only to place the axes.
+    Image.fromarray(np.asarray(canvas.buffer_rgba())).save(path, format="png")
 
 
 def _draw_panel(field: SubFigure, panel: Panel, histories: dict[str, History], sets: list[str], last_row: bool) -> None:
