@@ -149,8 +149,41 @@ def test_cards_contain_no_secrets(monkeypatch):
     assert not [secret for secret in ("alice", "sk-1", "t1", "pw1", "t2", "kkk", "/secret") if secret in str(card)]
 
 
+NAMES = [
+    "token", "hub_token", "HF_TOKEN", "api_key", "apiKey", "x-api-key", "OPENAI_API_KEY", "accessToken", "clientSecret",
+    "secret_key", "aws_secret_access_key", "password", "passwd", "passphrase", "private-key", "credentials",
+    "Authorization", "Cookie", "wandb api key", "account_key",
+]  # fmt: skip
+TEXTS = {
+    "hf_" + "K" * 34: "hf_***", "sk-proj-" + "K" * 40: "sk-***", "sk-ant-api03-" + "K" * 40: "sk-***",
+    "ghp_" + "K" * 36: "ghp_***", "gho_" + "K" * 36: "gho_***", "github_pat_" + "K" * 40: "github_pat_***",
+    "glpat-" + "K" * 20: "glpat-***", "xoxb-1-2-" + "K" * 24: "xoxb-***", "AKIA" + "K" * 16: "AKIA***",
+    "AIza" + "K" * 35: "AIza***", "eyJhbGciOi.eyJzdWIi." + "K" * 43: "eyJ***",
+    "Bearer " + "K" * 20: "Bearer ***", "Authorization: Bearer " + "K" * 20: "Authorization: ***",
+    "authorization=Basic KKK": "authorization=***",
+    "https://user:KKK@host/x": "https://***@host/x", "https://KKK@host/x": "https://***@host/x",
+    "s3://b/x?X-Amz-Signature=KKK&y=1": "s3://b/x?X-Amz-Signature=***&y=1",
+    "https://h/x?sig=KKK#top": "https://h/x?sig=***#top", "run --hub-token=KKK now": "run --hub-token=*** now",
+    "export HF_TOKEN=KKK": "export HF_TOKEN=***", "password: KKK": "password: ***",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_options_with_a_secret_name_are_left_out(name):
+    assert without_secrets({"prepare": {name: "KKK", "list": [{name: 1}], "kept": 1}}) == {
+        "prepare": {"list": [{}], "kept": 1}
+    }
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_secrets_in_texts_are_hidden(text):
+    hidden = without_secrets({"prepare": {"folder": text, "list": [f"see {text}"]}})["prepare"]
+    assert hidden == {"folder": TEXTS[text], "list": [f"see {TEXTS[text]}"]}
+
+
 def test_names_that_look_like_secrets_only(monkeypatch):
     settings = {"sampling": {"max_new_tokens": 6}, "dpo": {"average_tokens_across_devices": True, "hub_token": "x"},
-                "data": {"train": "a@b/c.jsonl", "heldout": "hf_data/x"}}  # fmt: skip
+                "data": {"train": "a@b/c.jsonl", "heldout": "hf_data/x"}, "prepare": {"monkey": 1, "tokenizer": "x",
+                "key": "k", "pad_tokens": 2, "text": "Basic visualizations: eyJack, the token of love"}}  # fmt: skip
     kept = without_secrets(settings)
     assert kept == {**settings, "dpo": {"average_tokens_across_devices": True}}

@@ -202,3 +202,9 @@ DIGITS_CWDPO = (
 def test_real_runs(rows, settings, expected):
     probes = [START | dict(zip(KEYS, values, strict=True)) for values in (DIGITS_START, *rows)]
     assert [found("dpo", *probes[: end + 1], **settings) for end in range(1, 4)] == expected
+
+
+def test_missing_onpolicy_negatives_have_two_possible_reasons():
+    """The logs do not say whether samples were right or had special tokens."""
+    (finding,) = diagnose("dpo", history(START, END, logs=[LOG | {"onpolicy": 0.01}] * 5), SETTINGS)
+    assert "almost all samples equal a right answer or contain special tokens" in str(finding)

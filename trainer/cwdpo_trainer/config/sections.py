@@ -38,12 +38,19 @@ RESERVED = tuple(OURS)
 
 
 # Names of options, and parts of texts, that give access to something. The text up to the group 1 is kept.
-_SECRETS = "token|secret|passw(?:or)?d|api_?key|access_?key|private_?key|credentials?|signature"
-SECRET_NAME = re.compile(rf"(?:^|[_-])(?:{_SECRETS})$", re.IGNORECASE)
+_SECRETS = (
+    "token|secret|passw(?:or)?d|passphrase|(?:api|access|secret|private|signing|encryption|account)[ _-]?key|"
+    "credentials?|signature|authorization|cookie"
+)
+SECRET_NAME = re.compile(rf"(?:^|[_\s-])(?:{_SECRETS})$", re.IGNORECASE)
+CAMEL_CASE = re.compile(r"(?<=[a-z0-9])(?=[A-Z])")
 SECRET_TEXTS = (
     re.compile(r"(\w://)[^/\s@]+(?=@)"),
     re.compile(rf"([?&][\w-]*(?:{_SECRETS}|sig|auth)=)[^&\s#]+", re.IGNORECASE),
-    re.compile(r"\b(hf_|sk-|ghp_|github_pat_|glpat-)[A-Za-z0-9_-]{16,}"),
+    re.compile(r"\b(bearer\s+)[\w.~+/=-]{16,}", re.IGNORECASE),
+    # KEY=value, "Key: value", "Authorization: Basic value"
+    re.compile(rf"(\b(?:[\w-]*[_-])?(?:{_SECRETS})\s*[=:]\s*)(?:(?:bearer|basic)\s+)?[^\s&#]+", re.IGNORECASE),
+    re.compile(r"\b(hf_|sk-|gh[opsur]_|github_pat_|glpat-|xox[abeprs]-|AKIA|ASIA|AIza|eyJ)[\w.-]{16,}"),
 )
 
 
@@ -147,7 +154,11 @@ def _failure(kind: type, options: dict[str, Any]) -> str | None:
 def without_secrets(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings without access tokens, keys and passwords, at any depth: entries with such a name are left out, and
     secrets inside of texts, such as the password of a URL, are replaced by `***`."""
-    return {key: _without_secrets(value) for key, value in settings.items() if not SECRET_NAME.search(str(key))}
+    return {key: _without_secrets(value) for key, value in settings.items() if not _is_secret(str(key))}
+
+
+def _is_secret(name: str) -> bool:
+    return SECRET_NAME.search(CAMEL_CASE.sub("_", name)) is not None
 
 
 def _without_secrets(value: Any) -> Any:
