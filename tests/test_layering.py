@@ -43,7 +43,7 @@ PEERS_OF = {"integrations/trl.py": {"trl", "transformers", "accelerate"}}
 # The parts of the trainer (subpackages and top-level modules), lowest first. Each imports only from those before it.
 PARTS = (
     "errors", "chat_templates", "files", "manifest", "reporter", "config", "run_folder", "pixels", "text_processor",
-    "data", "models", "negatives", "evaluation", "stages", "preflight", "run", "recipes", "cli",
+    "rounding", "data", "models", "negatives", "evaluation", "stages", "preflight", "run", "recipes", "cli",
 )  # fmt: skip
 LARGEST_PART = 10  # modules
 

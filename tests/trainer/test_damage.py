@@ -152,7 +152,7 @@ def test_checkpoints_that_are_damaged_or_not_ours_are_passed_over(run, capsys, m
     status, printed = rerun(run, capsys)
     assert status == 0
     assert f"damaged checkpoint: {stage}/checkpoint-4/optimizer.pt: expected the " in printed.out
-    assert f"dpo: resumes from {stage}/checkpoint-2\n" in printed.out
+    assert f"dpo: resuming at step 2 of 6, from {stage}/checkpoint-2\n" in printed.out
     assert steps == [2, 3, 4, 5]
     assert sorted(path.name for path in stage.glob("checkpoint-*")) == [
         "checkpoint-4", "checkpoint-6", "checkpoint-8.bak"

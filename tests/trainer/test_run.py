@@ -143,7 +143,7 @@ def test_a_resumed_run_ends_like_an_uninterrupted_one(forks, settings, write_con
     assert main(["run", str(config)]) == 0
     out = capsys.readouterr().out
     assert f"sft: finished before, in {folder / 'sft'}\n" in out
-    assert f"dpo: resumes from {folder / 'checkpoints/dpo/checkpoint-2'}\n" in out
+    assert f"dpo: resuming at step 2 of 6, from {folder / 'checkpoints/dpo/checkpoint-2'}\n" in out
     assert (folder / "sft" / "model.safetensors").stat().st_mtime_ns == sft
     assert results(folder) == results(tmp_path / "uninterrupted")
     for name in ("probes.csv", "predictions.jsonl", "cwdpo/model.safetensors", "checkpoints/dpo/negatives_0.jsonl"):

@@ -41,7 +41,7 @@ from cwdpo_trainer.negatives.server import AnswerServer
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import COOLING_FILE, LABEL_OF_STAGE, STATE_FILE, RunFolder
 from cwdpo_trainer.stages.base import StageTrainer
-from cwdpo_trainer.stages.checkpoints import newest_checkpoint
+from cwdpo_trainer.stages.checkpoints import newest_checkpoint, state_of
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
 from cwdpo_trainer.stages.sft import ConstrainedSFTTrainer
 
@@ -207,7 +207,8 @@ class Run:
         say(f"{stage}: {trainer.head_info}")
         checkpoint = on_main_process(lambda: newest_checkpoint(trainer.args.folder))
         if checkpoint is not None:
-            say(f"{stage}: resumes from {checkpoint}")
+            state = state_of(checkpoint)
+            say(f"{stage}: resuming at step {state.global_step} of {state.max_steps}, from {checkpoint}")
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         policy.zero_grad()  # or the next reference would copy the gradients
         self._save(stage, trainer)

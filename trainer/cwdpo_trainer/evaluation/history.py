@@ -39,6 +39,12 @@ def left_out_share(log_history: Iterable[Mapping[str, Any]]) -> float | None:
     return left_out / steps if steps else None
 
 
+def moved_share(log_history: Iterable[Mapping[str, Any]]) -> float | None:
+    """The share of the trained weights that a stage changed; None if it did not log it, as only
+    stages with low-precision weights do."""
+    return next((entry["weights_moved"] for entry in reversed(list(log_history)) if "weights_moved" in entry), None)
+
+
 def sets_of(probe: Mapping[str, Any]) -> list[str]:
     """The names of a probe's sets of answers: chosen first, then the negatives."""
     suffix = "_delta_logp"

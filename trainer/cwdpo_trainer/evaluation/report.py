@@ -76,7 +76,7 @@ def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[st
     metrics["data"] = dict(results.origin.digests)
     metrics["seed"] = results.seed
     metrics["timing"] = {
-        f"{stage}_train_seconds": entry["train_runtime"]  # since the last resume
+        f"{stage}_train_seconds": entry["train_runtime"]  # of all processes
         for stage, history in results.histories.items()
         for entry in history
         if "train_runtime" in entry

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 import cwdpo_kernels
-from cwdpo_trainer.evaluation.history import History, left_out_share, sets_of
+from cwdpo_trainer.evaluation.history import History, left_out_share, moved_share, sets_of
 
 TITLES = {"start": "start", "after_sft": "after SFT", "after_cwdpo": "after CW-DPO"}  # by label
 NOTE = "Δ log p, TV and JS compare a model with the one that its stage started from."
@@ -50,6 +50,7 @@ def table(metrics: Mapping[str, Any]) -> list[Line]:
         ("TV, chosen", "chosen_tv", ".3f"),
         ("JS, chosen (nats)", "chosen_js", ".3f"),
         ("pairs left out of the loss", "pairs_left_out", ".1%"),
+        ("trained weights that moved", "weights_moved", ".1%"),
     ]
     values = {label: {**metrics[label], **metrics[label]["probes"]} for label in labels}
     lines = [Line(*row, {label: values[label].get(row[1]) for label in labels}) for row in rows]
@@ -58,8 +59,8 @@ def table(metrics: Mapping[str, Any]) -> list[Line]:
 
 def stage_metrics(history: History, probe: Mapping[str, Any]) -> dict[str, Any]:
     """The entry of metrics.json on the model after a stage: its last probe, and the share of pairs left out."""
-    left_out = left_out_share(history)
-    return {"probes": dict(probe)} | ({} if left_out is None else {"pairs_left_out": left_out})
+    shares = {"pairs_left_out": left_out_share(history), "weights_moved": moved_share(history)}
+    return {"probes": dict(probe)} | {name: share for name, share in shares.items() if share is not None}
 
 
 def environment(device: str | torch.device) -> dict[str, str]:

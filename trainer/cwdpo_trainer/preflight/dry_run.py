@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -19,11 +20,12 @@ from cwdpo_trainer.models.adapters import base_model
 from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.kinds import EXPECTED, auto_class
 from cwdpo_trainer.models.kinds import read_config as read_model_config
-from cwdpo_trainer.models.loading import check_quantization, load_model, load_processor, model_path, move
+from cwdpo_trainer.models.loading import Model, check_quantization, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reading import loading
 from cwdpo_trainer.preflight.filtering import measure_filtering
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
+from cwdpo_trainer.rounding import FEW, REMEDIES, is_rounded, share_that_moves
 
 
 def dry_run(
@@ -158,13 +160,14 @@ def self_test(
     config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device
 ) -> Iterator[str | Problem]:
     """Load the model, compare the fused log-probs of the first pair with those of its own logits, and count the pairs
-    that negative filtering leaves out. Yields a line about each, or a warning.
+    that negative filtering leaves out. Yields a line about each, and what is wrong with the precision of the weights.
 
     Raises `HeadError` if the log-probs differ, `InputError` if the model attends to later tokens of an answer, and
     whatever the model raises.
     """
     model = load_model(config.model, model_path(config), config.lora)
     check_quantization(model, device)
+    yield from rounded_updates(config, model)
     move(model, device)
     head_info = attach_head(model)
     pair = collator([rows[0]])
@@ -183,3 +186,18 @@ def self_test(
         )
         advice = "lower dpo.drop_below, set it to null, or use harder negatives"
         yield Problem(WARNING, "nothing_kept", f"{evidence}{filtering.when}", advice)
+
+
+def rounded_updates(config: RunConfig, model: Model) -> Iterator[Problem]:
+    """Warn of stages whose updates most weights would not notice, with the share for the weights of `model`."""
+    shares = {}
+    for stage in config.stages:
+        args: Any = config.stage(stage)
+        share = share_that_moves(model, args.learning_rate) if is_rounded(args.optim.value, args.optim_args) else None
+        if share is not None and share < FEW:
+            shares[f"{stage}.learning_rate {args.learning_rate:g}"] = share
+    if shares:
+        listed = "; ".join(f"{what} moves at most {share:.2%} of them" for what, share in shares.items())
+        dtypes = sorted({str(p.dtype).removeprefix("torch.") for p in model.parameters() if p.requires_grad})
+        evidence = f"the {', '.join(dtypes)} weights would lose most updates to rounding: {listed} per step"
+        yield Problem(WARNING, "rounded_updates", evidence, REMEDIES)

@@ -141,15 +141,15 @@ def _self_test(preview: RunPreview) -> list[Problem]:
         say("  self-test skipped: it needs a valid pair, a model and a stage")
         return []
     device = next(iter(stages.values())).device
-    warnings: list[Problem] = []
+    problems: list[Problem] = []
     try:
         for found in self_test(preview.config, preview.collator, rows, device):
             if isinstance(found, Problem):
-                warnings.append(found)
+                problems.append(found)
             else:
                 say(f"  {found}")
     except (InputError, HeadError) as error:
-        return [Problem(ERROR, "self_test", str(error), "the run would stop before its first step")]
+        problems.append(Problem(ERROR, "self_test", str(error), "the run would stop before its first step"))
     except Exception as error:  # of any type: it would stop the run
-        return [Problem(ERROR, "self_test", describe(error, 400), "the run would stop at its first batch")]
-    return warnings
+        problems.append(Problem(ERROR, "self_test", describe(error, 400), "the run would stop at its first batch"))
+    return problems

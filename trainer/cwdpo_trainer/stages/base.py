@@ -47,10 +47,12 @@ from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.distributed import check_distribution, prepare_reference, saved_parameters_only
 from cwdpo_trainer.models.loading import Model, check_quantization, load_weights, move
 from cwdpo_trainer.models.reference import AdapterReference, Reference
+from cwdpo_trainer.reporter import say
+from cwdpo_trainer.rounding import FEW, REMEDIES, count_moved, is_low_precision
 from cwdpo_trainer.stages.checkpoints import checkpoint_path, delete, had_stopped, keep_newest, state_of
 from cwdpo_trainer.stages.finite import check_finite, check_finite_weights
 from cwdpo_trainer.stages.grouping import GroupedByLength
-from cwdpo_trainer.stages.progress import CompactProgress
+from cwdpo_trainer.stages.progress import CompactProgress, TrainingClock
 
 
 class StageTrainer(Trainer):
@@ -104,6 +106,7 @@ class StageTrainer(Trainer):
             self.remove_callback(ProgressCallback)
             self.add_callback(CompactProgress)
         self.add_callback(Doctor)
+        self.add_callback(TrainingClock)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
 
@@ -129,7 +132,23 @@ class StageTrainer(Trainer):
         # Loading the best weights changes the model after the last probe.
         if self.args.load_best_model_at_end or not probed or probed[-1] != self.state.global_step:
             self.evaluate()
+        self._log_moved_weights()
         return output
+
+    def _log_moved_weights(self) -> None:
+        """Log the share of the weights that moved, if rounding may have kept them. Adapters are float32."""
+        if isinstance(self.reference, AdapterReference) or not is_low_precision(self.model):
+            return
+        counts = torch.tensor(count_moved(self.model, self.reference), device=self.args.device)
+        moved, total = self.accelerator.reduce(counts, "sum").tolist()
+        advice = f"; {REMEDIES}" if moved < FEW * total else ""
+        say(f"{self.args.stage}: {moved / total:.2%} of the trained weights moved{advice}")
+        self.log({"weights_moved": moved / total})
+
+    @property
+    def _clock(self) -> TrainingClock:
+        """The stage's clock. Resuming replaces the callback."""
+        return next(each for each in self.callback_handler.callbacks if isinstance(each, TrainingClock))
 
     def _finish_stopped_stage(self, checkpoint: str) -> TrainOutput:
         """Resume a stage that was killed after its last checkpoint but before its model was saved. No steps are left.
@@ -142,6 +161,8 @@ class StageTrainer(Trainer):
         self._load_from_checkpoint(checkpoint)
         if self.args.load_best_model_at_end:
             self._load_best_model()
+        self._clock.before = TrainingClock.saved_seconds(self.state)
+        self.log({"train_runtime": 0.0})
         return TrainOutput(self.state.global_step, math.nan, {})
 
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
@@ -196,7 +217,12 @@ class StageTrainer(Trainer):
         return metrics
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
-        """Add to a training log the mean of each recorded metric over all batches since the previous one."""
+        """Add to a training log the mean of each recorded metric over all batches since the previous one.
+
+        The runtime of the last log includes that of earlier processes, if the stage was resumed.
+        """
+        if "train_runtime" in logs:
+            logs["train_runtime"] = round(self._clock.seconds, 4)
         if "loss" in logs:
             for name, values in sorted(self._recorded.items()):
                 stacked = torch.stack(values)
