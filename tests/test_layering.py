@@ -32,14 +32,18 @@ ALLOWED = {
     "validation": set(),
     "testing": {"types"},
     # The package's public names, and helpers of its own functions.
-    **{group: {group, "__init__", "_inputs", "_smoothing", "validation"} for group in ADAPTERS},
+    **{group: {group, "__init__", "_inputs", "_smoothing", "trees", "validation"} for group in ADAPTERS},
+    "trees": {"trees", "validation"},
     "ops": {"ops", "_ops", "validation", *BACKENDS},
     "reference": {"reference", "types"},
     **{backend: {backend} for backend in BACKENDS},
 }
 # An adapter may import another project only to subclass its classes. Function signatures are copied.
 PEERS = {"transformers", "accelerate", "peft", "datasets", "trl", "lightning", "liger_kernel", "verl"}
-PEERS_OF = {"integrations/trl.py": {"trl", "transformers", "accelerate"}}
+PEERS_OF = {
+    "integrations/trl.py": {"trl", "transformers", "accelerate"},
+    "integrations/shared_prefix.py": {"transformers"},  # it registers an attention there
+}
 # The parts of the trainer (subpackages and top-level modules), lowest first. Each imports only from those before it.
 PARTS = (
     "errors", "chat_templates", "files", "manifest", "reporter", "config", "run_folder", "pixels", "text_processor",
@@ -94,10 +98,10 @@ def test_the_kernels_do_not_name_their_package(path):
 @pytest.mark.parametrize("path", sorted(TRAINER.rglob("*.py")), ids=lambda p: str(p.relative_to(TRAINER)))
 def test_trainer_uses_the_public_names_only(path):
     import cwdpo_kernels
-    from cwdpo_kernels.integrations import hugging_face
+    from cwdpo_kernels.integrations import hugging_face, shared_prefix
 
     public = {f"cwdpo_kernels.{name}" for name in [*cwdpo_kernels.__all__, "__version__"]}
-    public |= {f"cwdpo_kernels.integrations.hugging_face.{name}" for name in hugging_face.__all__}
+    public |= {f"{module.__name__}.{name}" for module in (hugging_face, shared_prefix) for name in module.__all__}
     used = {name for name in imported_modules(path) if name.startswith("cwdpo_kernels.")}
     assert used <= public, f"{path}: {used - public}"
 

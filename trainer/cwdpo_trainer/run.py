@@ -205,6 +205,7 @@ class Run:
         if trainer.args.should_save:  # now that the model and the options are known to work
             self.folder.write_record(self.config, self.inputs.identity)
         say(f"{stage}: {trainer.head_info}")
+        say(f"{stage}: {trainer.sharing}")
         checkpoint = on_main_process(lambda: newest_checkpoint(trainer.args.folder))
         if checkpoint is not None:
             state = state_of(checkpoint)
@@ -243,9 +244,10 @@ class Run:
         cooling = config.dpo.fixed_cooling if config.dpo is not None else Cooling()
         probes = Probes(inputs.heldout, inputs.collator, config.probes, config.sampling, cooling, config.seed)
         args, data = config.stage(stage), (inputs.rows[stage], inputs.collator, probes)
+        options: dict[str, Any] = {"origin": self._origin(), "prefix_sharing": config.model.prefix_sharing}
         if isinstance(args, DPOArguments):
-            return CWDPOTrainer(policy, reference, args, *data, sampling=config.sampling, origin=self._origin())
-        return ConstrainedSFTTrainer(policy, reference, args, *data, origin=self._origin())
+            return CWDPOTrainer(policy, reference, args, *data, sampling=config.sampling, **options)
+        return ConstrainedSFTTrainer(policy, reference, args, *data, **options)
 
     def write_report(self) -> None:
         """Write the report on all finished stages, including those of earlier processes."""

@@ -27,6 +27,8 @@ class ModelArguments:
     - `quantization`: `4bit` or `8bit` loads quantized weights through bitsandbytes (QLoRA). Needs a section `lora`
       and a GPU. null: no quantization.
     - `freeze`: names of modules to freeze, such as `[vision_tower]`. They get no LoRA adapter either.
+    - `prefix_sharing`: encode each prompt and its images once for all answers to it. `auto`: where that is exact and
+      pays, as found on the first rows; `on`: always, an error if the model cannot; `off`: never.
     """
 
     path: str
@@ -34,6 +36,7 @@ class ModelArguments:
     attn_implementation: str | None = None
     quantization: str | None = None
     freeze: list[str] = field(default_factory=list)
+    prefix_sharing: str = "auto"
 
     def __post_init__(self) -> None:
         check = Checks()
@@ -42,6 +45,8 @@ class ModelArguments:
         check(self.dtype in dtypes, "dtype", one_of(dtypes), self.dtype)
         known = self.quantization in (None, "4bit", "8bit")
         check(known, "quantization", "null, 4bit or 8bit", self.quantization)
+        settings = ("auto", "on", "off")
+        check(self.prefix_sharing in settings, "prefix_sharing", one_of(settings), self.prefix_sharing)
         check.done()
 
     @property

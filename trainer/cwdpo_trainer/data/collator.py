@@ -9,15 +9,17 @@ date.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+import copy
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
-from cwdpo_kernels import IGNORE_INDEX, shift_labels
+from cwdpo_kernels import IGNORE_INDEX, Head, shift_labels
+from cwdpo_kernels.integrations.shared_prefix import TreeBatch, token_tree, tree_batch
 from cwdpo_trainer.chat_templates import render
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import require
@@ -32,10 +34,31 @@ ANCHORS = ("\n", ".", "a", " ", "0", "")
 
 
 class Batch(NamedTuple):
-    """`inputs` of the model for S sequences, and `labels` [S, T] aligned with the hidden states that predict them."""
+    """S answers as inputs of the model, and their labels.
+
+    Padded: one row per answer, with its prompt, and labels [S, T] aligned with the hidden states that predict them. As
+    `tree`: all on one token axis with each prompt once, and the labels [N] of all answers, with bounds `cu_seqlens`
+    [S + 1].
+    """
 
     inputs: dict[str, Tensor]
     labels: Tensor
+    cu_seqlens: Tensor | None = None
+    tree: TreeBatch | None = None
+
+    def run(self, model: nn.Module, op: Callable[[Tensor, Head], Any]) -> Any:
+        """The result of `op(hidden, head)` inside the forward of `model`; `hidden` is aligned with `labels`."""
+        if self.tree is None:
+            return model(**self.inputs, head_op=op)
+        tree = self.tree
+        with token_tree(tree.tree):
+            return model(**self.inputs, head_op=lambda hidden, head: op(tree.packed(hidden), head))
+
+    def to(self, device: torch.device) -> Batch:
+        """The batch with its tensors on `device`."""
+        bounds = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
+        tree = None if self.tree is None else self.tree._replace(states=self.tree.states.to(device))
+        return Batch(to_device(self.inputs, device), self.labels.to(device), bounds, tree)
 
 
 class _Placed(NamedTuple):
@@ -76,6 +99,7 @@ class PairCollator:
         self.answer_types = {"token_type_ids": 1} if takes_suffix else {}
         self.prompt_end = "\n" if takes_suffix else ""  # PaliGemma's processor adds it to the prompt
         self.merge_notice = Notice()
+        self.tree_model: nn.Module | None = None  # see `on_trees`
         for name in ("eos_token_id", "pad_token_id"):
             require(getattr(self.tokenizer, name) is not None, "processor", f"tokenizer.{name}", "a token id", None)
 
@@ -108,7 +132,27 @@ class PairCollator:
         )
         return {name: value for name, value in outputs.items() if name != "labels"}  # PaliGemma's, for its suffix
 
-    def join(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens]) -> Batch:
+    def on_trees(self, model: nn.Module) -> PairCollator:
+        """A collator whose `join` shares prompts, for `model` and its copies."""
+        shared = copy.copy(self)
+        shared.tree_model = model
+        return shared
+
+    @property
+    def shares_prompts(self) -> bool:
+        return self.tree_model is not None
+
+    def join(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens | None]) -> Batch:
+        """Append groups of P answers to the outputs of P `prompts`, on trees if the collator is for them, else padded.
+
+        On trees, None stands for an answer that a prompt does not have in a group.
+        """
+        if self.tree_model is None:
+            return self.join_padded(prompts, *answers)  # type: ignore[arg-type]  # no None, as its caller knows
+        tree = tree_batch(self.tree_model, prompts, answers, self.answer_types)
+        return Batch(tree.inputs, tree.labels, tree.cu_seqlens, tree)
+
+    def join_padded(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens]) -> Batch:
         """Append answers to the outputs of `prompts`: see `with_answers`."""
         return with_answers(prompts, *answers, pad_id=self.tokenizer.pad_token_id, answer_types=self.answer_types)
 

@@ -24,6 +24,7 @@ forward over prompt and image.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import zip_longest
 from typing import NamedTuple
 
 import torch
@@ -43,7 +44,7 @@ from cwdpo_kernels import (
 )
 from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
-from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens, to_device
+from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.negatives.sampling import GeneratingModel, batched, sample_answers
 
@@ -118,17 +119,20 @@ class Probes:
         self, policy: nn.Module, reference: nn.Module, device: torch.device, title: str | None = None
     ) -> dict[str, float]:
         """All metrics of all sets. `policy` may be wrapped (DDP, FSDP). With a `title`, shows progress bars."""
-        metrics: dict[str, float] = {}
+        found: dict[str, list[_Measured]] = {name: [] for name in self.sets}
         with evaluating(policy):
-            for name, answers in self.sets.items():
-                batches = self._batches(answers, device, None if title is None else f"{title}: {name}")
-                parts = [_measure_batch(policy, reference, batch) for batch in batches]
-                measured = _Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
-                summary = _summarize(measured)
-                cooling = self._cooling_of(name)
-                if cooling is not None:
-                    summary |= _summarize_cooling(cooling_weight(measured.mean_logp, cooling))
-                metrics |= {f"{name}_{key}": value for key, value in summary.items()}
+            for names, batch in self._batches(device, title):
+                measured = _measure_batch(policy, reference, batch)
+                for name in dict.fromkeys(names):
+                    found[name].append(_of_set(measured, batch, torch.tensor([each == name for each in names])))
+        metrics: dict[str, float] = {}
+        for name, parts in found.items():
+            of_set = _Measured(*(torch.cat(column) for column in zip(*parts, strict=True)))
+            summary = _summarize(of_set)
+            cooling = self._cooling_of(name)
+            if cooling is not None:
+                summary |= _summarize_cooling(cooling_weight(of_set.mean_logp, cooling))
+            metrics |= {f"{name}_{key}": value for key, value in summary.items()}
         return metrics
 
     def _cooling_of(self, name: str) -> Cooling | None:
@@ -139,16 +143,37 @@ class Probes:
         for row in self.rows:
             for name, answer in (("chosen", row.chosen), (row.negative_source, row.rejected)):
                 # Rows with the same prompt and images but different negatives share one chosen answer.
-                key = (repr(row.prompt), row.images, repr(answer))
+                key = (*_prompt_key(row), repr(answer))
                 (tokens,) = self.collator.answer_tokens(row, answer)
                 sets.setdefault(name, {}).setdefault(key, (row, tokens))
         return {name: list(answers.values()) for name, answers in sets.items()}
 
-    def _batches(self, answers: Sequence[Answer], device: torch.device, title: str | None) -> Iterator[Batch]:
-        for batch in batched(answers, self.batch_size, title):
-            prompts = self.collator.prompts([row for row, _ in batch])
-            inputs, labels = self.collator.join(prompts, [tokens for _, tokens in batch])
-            yield Batch(to_device(inputs, device), labels.to(device))
+    def _batches(self, device: torch.device, title: str | None) -> Iterator[tuple[list[str], Batch]]:
+        """Batches of answers, and each answer's set. With shared prompts, a batch has all answers to its prompts."""
+        if self.collator.shares_prompts:
+            yield from self._batches_of_prompts(device, title)
+            return
+        for name, answers in self.sets.items():
+            for batch in batched(answers, self.batch_size, None if title is None else f"{title}: {name}"):
+                prompts = self.collator.prompts([row for row, _ in batch])
+                joined = self.collator.join(prompts, [tokens for _, tokens in batch])
+                yield [name] * len(batch), joined.to(device)
+
+    def _batches_of_prompts(self, device: torch.device, title: str | None) -> Iterator[tuple[list[str], Batch]]:
+        by_prompt: dict[tuple[object, ...], list[tuple[str, Row, Tokens]]] = {}
+        for name, answers in self.sets.items():
+            for row, tokens in answers:
+                by_prompt.setdefault(_prompt_key(row), []).append((name, row, tokens))
+        for batch in batched(list(by_prompt.values()), self.batch_size, title):
+            columns = list(zip_longest(*batch))  # groups of at most one answer to each prompt
+            names = [each[0] for column in columns for each in column if each is not None]
+            groups = [[None if each is None else each[2] for each in column] for column in columns]
+            joined = self.collator.join(self.collator.prompts([of_prompt[0][1] for of_prompt in batch]), *groups)
+            yield names, joined.to(device)
+
+
+def _prompt_key(row: Row) -> tuple[object, ...]:
+    return repr(row.prompt), row.images
 
 
 def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Measured:
@@ -156,9 +181,8 @@ def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Me
 
     The reference's forward runs inside the policy's head call: TV and JS need both heads at the same time.
     """
-    inputs, labels = batch
-    labeled = labels != IGNORE_INDEX
-    targets = labels[labeled]
+    labeled = batch.labels != IGNORE_INDEX
+    targets = batch.labels[labeled]
 
     def op(hidden: Tensor, head: Head) -> _Measured:
         rows = hidden[labeled]
@@ -168,21 +192,29 @@ def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Me
             divergence = token_divergence(rows, head, ref_rows, ref_head)
             return linear_logprob(ref_rows, ref_head, targets), divergence.tv, divergence.js
 
-        ref_logp, tv, js = reference(**inputs, head_op=reference_op)
+        ref_logp, tv, js = batch.run(reference, reference_op)
         stats = token_stats(rows, head, targets)
-        own, ref = (_per_answer(logp, labels) for logp in (stats.logp, ref_logp))
+        own, ref = (_per_answer(logp, batch) for logp in (stats.logp, ref_logp))
         return _Measured(
             own.total, own.mean, ref.total, ref.mean, stats.entropy, stats.top1_prob, stats.is_top1, tv, js
         )
 
-    return policy(**inputs, head_op=op)
+    return batch.run(policy, op)
 
 
-def _per_answer(logp: Tensor, labels: Tensor) -> SequenceLogprob:
+def _per_answer(logp: Tensor, batch: Batch) -> SequenceLogprob:
     """From the labeled tokens' log-probs [N] to those of the answers [S]."""
-    padded = logp.new_zeros(labels.shape)
-    padded[labels != IGNORE_INDEX] = logp
-    return sequence_logprob(padded, labels)
+    full = logp.new_zeros(batch.labels.shape)
+    full[batch.labels != IGNORE_INDEX] = logp
+    return sequence_logprob(full, batch.labels, batch.cu_seqlens)
+
+
+def _of_set(measured: _Measured, batch: Batch, chosen: Tensor) -> _Measured:
+    """The values of the answers that `chosen` [S] marks, and of their tokens."""
+    answers = chosen.to(batch.labels.device)
+    bounds = batch.cu_seqlens
+    tokens = answers.repeat_interleave((batch.labels != IGNORE_INDEX).sum(1) if bounds is None else bounds.diff())
+    return _Measured(*(value[answers if len(value) == len(answers) else tokens] for value in measured))
 
 
 def _summarize(measured: _Measured) -> dict[str, float]:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import SamplingArguments
-from cwdpo_trainer.data.collator import PairCollator, Tokens, to_device
+from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.models.distributed import is_sharded, largest
 from cwdpo_trainer.negatives.sampling import sample_answers, wrong_answers
@@ -64,22 +64,38 @@ def answers_logp(
 ) -> list[list[float]]:
     """The mean log-prob (nats per token) of each answer to each row under `model`, which has its head attached.
 
-    Forward k scores answer k of every row. `forwards` is at least the largest number of answers to a row; processes
-    that share a sharded model pass the same number.
+    With shared prompts one forward scores all answers. Otherwise forward k scores answer k of every row. `forwards` is
+    at least the largest number of answers to a row; processes that share a sharded model pass the same number.
     """
     logp: list[list[float]] = [[] for _ in rows]
     prompts = to_device(collator.prompts(rows), model.device)
     with evaluating(model):
-        for index in range(forwards):
-            # Rows without an answer `index` score an end of sequence, so that one batch of prompts serves all forwards.
-            column = [of_row[index] if index < len(of_row) else [collator.tokenizer.eos_token_id] for of_row in answers]
-            inputs, labels = collator.join(prompts, column)
-            mean = model(**inputs, head_op=lambda hidden, head, labels=labels: _mean_logp(hidden, head, labels))
-            for of_row, scored, value in zip(answers, logp, mean.tolist(), strict=True):
-                if index < len(of_row):
-                    scored.append(value)
-    return logp
+        for groups in _groups(answers, forwards, [collator.tokenizer.eos_token_id], collator.shares_prompts):
+            batch = collator.join(prompts, *groups).to(model.device)
+
+            def op(hidden: Tensor, head: Head, batch: Batch = batch) -> Tensor:
+                return linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).mean
+
+            scored = [row for group in groups for row, tokens in enumerate(group) if tokens is not None]
+            for row, value in zip(scored, batch.run(model, op).tolist(), strict=True):
+                logp[row].append(value)
+    return [values[: len(of_row)] for values, of_row in zip(logp, answers, strict=True)]
 
 
-def _mean_logp(hidden: Tensor, head: Head, labels: Tensor) -> Tensor:
-    return linear_sequence_logprob(hidden, head, labels).mean
+def _groups(
+    answers: Sequence[Sequence[Tokens]], count: int, stand_in: Tokens, at_once: bool
+) -> list[list[list[Tokens | None]]]:
+    """The groups of answers that each forward scores: all `count` groups at once, or one after the other.
+
+    `stand_in` takes the place of answers that a row does not have, if there must be one: in a forward for one group,
+    so that one batch of prompts serves all forwards, and where no row has any answer.
+    """
+    columns: list[list[Tokens | None]] = [
+        [of_row[index] if index < len(of_row) else None for of_row in answers] for index in range(count)
+    ]
+    if at_once and any(answers):
+        return [columns]
+    filled: list[list[Tokens | None]] = [
+        [stand_in if tokens is None else tokens for tokens in column] for column in columns
+    ]
+    return [filled] if at_once else [[column] for column in filled]

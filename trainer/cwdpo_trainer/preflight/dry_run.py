@@ -11,7 +11,7 @@ import torch
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_trainer.config.loader import COMMAND_LINE, RunConfig, prepare, read_config
-from cwdpo_trainer.data.collator import PairCollator, to_device
+from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, read_rows
 from cwdpo_trainer.data.sources import open_source
@@ -22,6 +22,7 @@ from cwdpo_trainer.models.kinds import EXPECTED, auto_class
 from cwdpo_trainer.models.kinds import read_config as read_model_config
 from cwdpo_trainer.models.loading import Model, check_quantization, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reading import loading
+from cwdpo_trainer.models.sharing import choose_sharing
 from cwdpo_trainer.preflight.filtering import measure_filtering
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
@@ -171,11 +172,11 @@ def self_test(
     move(model, device)
     head_info = attach_head(model)
     pair = collator([rows[0]])
-    inputs, labels = collator.join(pair["prompts"], pair["chosen"], pair["rejected"])
-    batch = (to_device(inputs, device), labels.to(device))
-    difference = check_head(model, *batch)
-    check_causal(model, *batch)
+    batch = collator.join_padded(pair["prompts"], pair["chosen"], pair["rejected"]).to(device)
+    difference = check_head(model, batch.inputs, batch.labels)
+    check_causal(model, batch.inputs, batch.labels)
     yield f"self-test: {head_info}; log-probs of {rows[0].where} agree within {difference:.1e} nats"
+    yield str(choose_sharing(config.model.prefix_sharing, [model], model.eval(), collator, rows, device))
     filtering = measure_filtering(config, model, collator, rows, device)
     if filtering is None:
         return

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cwdpo_kernels import linear_sequence_logprob
+from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_trainer.config.loader import RunConfig
-from cwdpo_trainer.data.collator import PairCollator, to_device
+from cwdpo_trainer.data.collator import Batch, PairCollator
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.doctor import KEPT_FEW
 from cwdpo_trainer.models.loading import Model
@@ -67,12 +67,10 @@ def _rejected_mean_logp(model: Model, collator: PairCollator, rows: Sequence[Row
     values = []
     for row in rows:
         pair = collator([row])
-        inputs, labels = collator.join(pair["prompts"], pair["rejected"])
-        labels = labels.to(device)
-        values.append(
-            model(
-                **to_device(inputs, device),
-                head_op=lambda hidden, head, labels=labels: linear_sequence_logprob(hidden, head, labels).mean,
-            )
-        )
+        batch = collator.join(pair["prompts"], pair["rejected"]).to(device)
+
+        def op(hidden: Tensor, head: Head, batch: Batch = batch) -> Tensor:
+            return linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).mean
+
+        values.append(batch.run(model, op))
     return torch.cat(values).cpu()

@@ -47,6 +47,7 @@ from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.distributed import check_distribution, prepare_reference, saved_parameters_only
 from cwdpo_trainer.models.loading import Model, check_quantization, load_weights, move
 from cwdpo_trainer.models.reference import AdapterReference, Reference
+from cwdpo_trainer.models.sharing import choose_sharing
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.rounding import FEW, REMEDIES, count_moved, is_low_precision
 from cwdpo_trainer.stages.checkpoints import checkpoint_path, delete, had_stopped, keep_newest, state_of
@@ -59,7 +60,8 @@ class StageTrainer(Trainer):
     """Trains `model` on `rows`, probes it on held-out rows and writes complete checkpoints.
 
     `reference` is a frozen copy of `model` as the stage starts (`freeze_reference`). `origin` says where the model
-    comes from, for the model card. The attribute `head_info` describes the model's output head.
+    comes from, for the model card. The attribute `head_info` describes the model's output head, and `sharing` says
+    whether prompts are encoded once for all their answers.
 
     Subclasses implement `_loss_output` and `_metrics`, and may override `_pairs_in_mean` and `_save_stage_files`.
     """
@@ -77,6 +79,7 @@ class StageTrainer(Trainer):
         collator: PairCollator,
         probes: Probes,
         origin: Origin | None = None,
+        prefix_sharing: str = "auto",
     ) -> None:
         check_quantization(model, args.device)
         self.head_info = attach_head(model)
@@ -98,6 +101,12 @@ class StageTrainer(Trainer):
         reference.eval().requires_grad_(False)
         move(reference, args.device)
         self.reference: Any = prepare_reference(self.accelerator, reference)
+        models = [model] if isinstance(reference, AdapterReference) else [model, reference]
+        self.sharing = choose_sharing(
+            prefix_sharing, models, self.reference, collator, rows, args.device, args.torch_compile
+        )
+        if self.sharing.is_shared:
+            self.collator = self.probes.collator = collator.on_trees(model)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
         self._recorded: dict[str, list[Tensor]] = defaultdict(list)  # metrics of the batches since the last log
         self._is_first_batch = True
@@ -327,9 +336,10 @@ class StageTrainer(Trainer):
 
         One pair is enough, and its full logits fit into memory.
         """
-        batch = self._dataset_batch(self._collate([self.rows[0]]))
-        check_head(model, *batch)
-        check_causal(model, *batch)
+        pair = self._collate([self.rows[0]])
+        batch = self.collator.join_padded(pair["prompts"], pair["chosen"], pair["rejected"])
+        check_head(model, batch.inputs, batch.labels)
+        check_causal(model, batch.inputs, batch.labels)
 
     def _collate(self, rows: list[Row]) -> dict[str, Any]:
         """A batch of `PairCollator`, on the device."""

@@ -75,7 +75,7 @@ class CWDPOTrainer(StageTrainer):
         self.cached_reference = None
         if cache is not None:
             self.cached_reference = CachedReference(
-                cache, self._reference_logp, self.rows_by_id, collator, self.accelerator
+                cache, self._reference_logp, self.rows_by_id, self.collator, self.accelerator
             )
 
     # Narrower than the library's method, as in `StageTrainer`.
@@ -142,10 +142,10 @@ class CWDPOTrainer(StageTrainer):
         batch = self.collator.join(inputs["prompts"], inputs["chosen"], negatives.answers)
         ref_chosen, ref_rejected = self._reference_sums(inputs, negatives)
         # The op computes w_c from the policy's log-probs in the same pass as the loss.
-        return model(
-            **batch.inputs,
-            head_op=lambda hidden, head: linear_cwdpo_loss(
-                hidden, head, batch.labels, ref_chosen, ref_rejected,
+        return batch.run(
+            model,
+            lambda hidden, head: linear_cwdpo_loss(
+                hidden, head, batch.labels, ref_chosen, ref_rejected, cu_seqlens=batch.cu_seqlens,
                 beta=self.args.beta, cooling=self.cooling, normalize=self.args.normalize,
             ),
         )  # fmt: skip
@@ -179,9 +179,9 @@ class CWDPOTrainer(StageTrainer):
     def _reference_logp(self, batch: Batch) -> Tensor:
         """The summed log-prob [S] of each answer of a batch under the reference, in nats."""
         with torch.no_grad():
-            return self.reference(
-                **batch.inputs,
-                head_op=lambda hidden, head: linear_sequence_logprob(hidden, head, batch.labels).total,
+            return batch.run(
+                self.reference,
+                lambda hidden, head: linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).total,
             )
 
     def _pairs_in_mean(self, output: CWDPOOutput, pairs: int) -> Tensor:

@@ -115,10 +115,12 @@ def check_handover(model: nn.Module, batch: Batch, reference_sums: Tensor) -> No
     Raises `RuntimeError` with the largest log-ratio if it is more than rounding explains.
     """
     with evaluating(model):
-        logp, dtype = model(
-            **batch.inputs,
-            head_op=lambda hidden, head: (linear_sequence_logprob(hidden, head, batch.labels).total, hidden.dtype),
-        )
+        logp, dtype = batch.run(
+            model,
+            lambda hidden, head: (
+                linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).total, hidden.dtype
+            ),
+        )  # fmt: skip
     ratios = (logp - reference_sums).abs()
     worst = ratios.max().item()
     tolerance = 64 * torch.finfo(dtype).eps * max(1.0, logp.abs().max().item())

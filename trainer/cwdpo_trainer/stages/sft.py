@@ -36,10 +36,13 @@ class ConstrainedSFTTrainer(StageTrainer):
         def op(hidden: Tensor, head: Head) -> ConstrainedSFTOutput:
             negatives = self.args.gentle_negatives
             if negatives.mode != "smoothed" and self.accelerator.num_processes > 1:
-                return self._floor_over_processes(linear_sequence_logprob(hidden, head, batch.labels), negatives)
-            return linear_constrained_sft_loss(hidden, head, batch.labels, negatives=negatives)
+                logp = linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens)
+                return self._floor_over_processes(logp, negatives)
+            return linear_constrained_sft_loss(
+                hidden, head, batch.labels, negatives=negatives, cu_seqlens=batch.cu_seqlens
+            )
 
-        return model(**batch.inputs, head_op=op)
+        return batch.run(model, op)
 
     def _floor_over_processes(self, logp: SequenceLogprob, negatives: GentleNegatives) -> ConstrainedSFTOutput:
         """The loss whose floor is for the mean NLL of all processes' batches.

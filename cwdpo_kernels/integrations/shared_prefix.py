@@ -1,0 +1,327 @@
+"""Hugging Face models on token trees: prompt and images are encoded once, however many answers are scored.
+
+    enable_trees(model)
+    batch = tree_batch(model, prompts, [chosen, rejected], ignored)       # prompts: the processor's outputs
+    with token_tree(batch.tree):
+        out = model(**batch.inputs, head_op=lambda hidden, head: linear_cwdpo_loss(
+            batch.packed(hidden), head, batch.labels, ..., cu_seqlens=batch.cu_seqlens))
+
+`enable_trees` gives the language model an attention implementation of its own, which it registers with transformers:
+`tree_sdpa` for a model that uses `sdpa`, and so on. Outside `token_tree` it does what the original one does. Within it
+attention is `cwdpo_kernels.trees.tree_attention`. Vision towers keep their attention.
+
+The registered mask function returns a `TreeMask` in place of a mask tensor. Layers receive it as an argument, so a
+layer that is computed again for gradient checkpointing sees its tree as well.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import causal_mask_function, sdpa_mask
+
+from ..trees import TokenTree, tree_attention
+from .module_types import is_peft_model
+
+__all__ = ["TreeBatch", "TreeMask", "TreesUnsupported", "enable_trees", "token_tree", "tree_batch", "why_no_trees"]
+
+PREFIX = "tree_"
+_RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")  # in the names of `config.layer_types`
+_FOREIGN_OPTIONS = ("s_aux", "position_bias", "relative_position_bias")  # of attention functions
+_CURRENT: ContextVar[TokenTree | None] = ContextVar("token_tree", default=None)
+
+
+class TreesUnsupported(NotImplementedError):
+    """The model cannot run on token trees; the message says why."""
+
+
+class TreeBatch(NamedTuple):
+    """Inputs of a model on one token axis T, and what its hidden states predict.
+
+    `inputs`: input_ids [1, T] and everything else the model's forward takes. `states` [N]: indices on the token axis of
+    the hidden states that predict `labels` [N]. `cu_seqlens` [S + 1]: bounds of the S answers in them, group after
+    group: for two groups all chosen answers, then all rejected ones.
+    """
+
+    inputs: dict[str, Tensor]
+    tree: TokenTree
+    states: Tensor
+    labels: Tensor
+    cu_seqlens: Tensor
+
+    def packed(self, hidden: Tensor) -> Tensor:
+        """The hidden states [N, D] of the labels, from the model's [1, T, D]."""
+        return hidden[0].index_select(0, self.states)
+
+
+@dataclass(frozen=True)
+class TreeMask:
+    """What a layer of the language model gets in place of a mask: the tree, the layer's sliding window (None: no
+    window), and for some prompts their own visibility [n, n], by root: image tokens that see later ones."""
+
+    tree: TokenTree
+    window: int | None
+    visible: dict[int, Tensor]
+    _added: dict[torch.dtype, dict[int, Tensor]] = field(default_factory=dict, compare=False)
+    ndim: ClassVar[int] = (
+        4  # PaliGemma passes its mask to the mask function of its language model, as if it was a tensor
+    )
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return 1, 1, self.tree.tokens, self.tree.tokens
+
+    def added(self, dtype: torch.dtype) -> dict[int, Tensor]:
+        """`visible` as masks to add to scores."""
+        if dtype not in self._added:
+            self._added[dtype] = {
+                root: torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
+                for root, seen in self.visible.items()
+            }
+        return self._added[dtype]
+
+
+@contextlib.contextmanager
+def token_tree(tree: TokenTree) -> Iterator[None]:
+    """Forwards within this context take their token axis [1, T] for `tree`."""
+    token = _CURRENT.set(tree)
+    try:
+        yield
+    finally:
+        _CURRENT.reset(token)
+
+
+def why_no_trees(wrapped: nn.Module) -> str | None:
+    """Why a model, which peft or DDP may wrap, cannot run on token trees, as far as its class and config tell.
+
+    None: nothing speaks against it.
+    """
+    model = _base(wrapped)
+    name, text = type(model).__name__, model.config.get_text_config()
+    layers = sorted(set(getattr(text, "layer_types", None) or ()))
+    recurrent = [kind for kind in layers if any(part in kind for part in _RECURRENT)]
+    if recurrent or getattr(model, "_is_stateful", False):
+        what = f" ({', '.join(recurrent)})" if recurrent else ""
+        return f"{name} has layers with a recurrent state{what}, which cannot branch"
+    dropout = getattr(text, "attention_dropout", 0.0)
+    if dropout:
+        return f"{name} has a dropout of {dropout} in its attention (attention_dropout)"
+    if getattr(text, "is_encoder_decoder", False) or getattr(model.config, "is_encoder_decoder", False):
+        return f"{name} is an encoder-decoder model"
+    implementation = text._attn_implementation
+    if implementation is None or not model._can_set_attn_implementation():
+        return f"{name} does not take its attention from transformers' AttentionInterface"
+    base = implementation.removeprefix(PREFIX)
+    if base != "eager" and (base not in AttentionInterface() or base not in AttentionMaskInterface()):
+        return f"{name} uses the attention {base!r}, which is not registered with transformers"
+    return None
+
+
+def enable_trees(model: nn.Module) -> None:
+    """Let the language model of `model`, which peft may wrap, run on token trees within `token_tree`.
+
+    Raises `TreesUnsupported` if `why_no_trees` has a reason. A second call changes nothing.
+    """
+    reason = why_no_trees(model)
+    if reason is not None:
+        raise TreesUnsupported(reason)
+    config = _base(model).config.get_text_config()
+    base = config._attn_implementation
+    if base.startswith(PREFIX):
+        return
+    AttentionInterface.register(PREFIX + base, _attention(base))
+    AttentionMaskInterface.register(PREFIX + base, _mask(AttentionMaskInterface()[base]))
+    config._attn_implementation = PREFIX + base
+
+
+def _base(model: nn.Module) -> Any:
+    model = getattr(model, "module", model)
+    return model.get_base_model() if is_peft_model(model) else model
+
+
+def _attention(base: str) -> Callable[..., Any]:
+    """An attention function with transformers' signature, for a model whose own one is registered as `base`."""
+
+    def attention(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
+    ) -> tuple[Tensor, Tensor | None]:
+        if isinstance(attention_mask, TreeMask):
+            return _on_tree(module, query, key, value, attention_mask, base, **options), None
+        return _original(base, module)(module, query, key, value, attention_mask, **options)
+
+    return attention
+
+
+def _original(base: str, module: nn.Module) -> Callable[..., Any]:
+    if base != "eager":
+        return AttentionInterface()[base]
+    return sys.modules[type(module).__module__].eager_attention_forward  # each modeling file has its own
+
+
+def _on_tree(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, mask: TreeMask, base: str, *,
+    scaling: float | None = None, dropout: float = 0.0, softcap: float | None = None, **options: Any,
+) -> Tensor:  # fmt: skip
+    name = type(module).__name__
+    if dropout > 0:
+        raise TreesUnsupported(f"{name} has a dropout of {dropout} in its attention")
+    foreign = [option for option in _FOREIGN_OPTIONS if options.get(option) is not None]
+    if foreign:
+        raise TreesUnsupported(f"{name} passes {', '.join(foreign)} to its attention")
+    if torch.is_autocast_enabled(query.device.type):
+        query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
+    out = tree_attention(
+        query, key, value, mask.tree, scale=scaling, window=mask.window,
+        softcap=None if base == "sdpa" else softcap,  # sdpa ignores it
+        masks=mask.added(query.dtype),
+    )  # fmt: skip
+    return out.transpose(1, 2)
+
+
+def _mask(base: Callable[..., Any]) -> Callable[..., Any]:
+    """A mask function with transformers' signature that returns a `TreeMask` within `token_tree`."""
+
+    def mask(
+        *, mask_function: Callable[..., Any] = causal_mask_function, use_vmap: bool = False,
+        device: torch.device | str = "cpu", **options: Any,
+    ) -> Any:  # fmt: skip
+        tree = _CURRENT.get()
+        if tree is None:
+            return base(mask_function=mask_function, use_vmap=use_vmap, device=device, **options)
+        if isinstance(options.get("attention_mask"), TreeMask):
+            return options["attention_mask"]
+        if mask_function is causal_mask_function:
+            return TreeMask(tree, None, {})
+
+        def visible(rows: slice, columns: slice) -> Tensor:
+            """Part of the model's own mask over the token axis, which it computes from indices."""
+            seen: Any = sdpa_mask(
+                1,
+                rows.stop - rows.start,
+                columns.stop - columns.start,
+                rows.start,
+                columns.start,
+                mask_function=mask_function,
+                use_vmap=use_vmap,
+                device=device,
+                allow_is_causal_skip=False,
+            )
+            return seen[0, 0]
+
+        return TreeMask(tree, _window(tree, visible), _own_masks(tree, visible))
+
+    return mask
+
+
+def _window(tree: TokenTree, visible: Callable[[slice, slice], Tensor]) -> int | None:
+    """The sliding window of a mask, from what the last token sees."""
+    count = tree.tokens
+    row = visible(slice(count - 1, count), slice(0, count))[0]
+    seen = int(row.sum())
+    if not bool(row[count - seen :].all()):
+        raise TreesUnsupported("a mask that is neither causal nor a sliding window")
+    return None if seen == count else seen
+
+
+def _own_masks(tree: TokenTree, visible: Callable[[slice, slice], Tensor]) -> dict[int, Tensor]:
+    """For roots in which a token sees the next one, what their tokens see."""
+    own = {}
+    for root, parent in enumerate(tree.parents):
+        if parent == -1:
+            seen = visible(tree.span(root), tree.span(root))
+            if bool(seen.diagonal(1).any()):
+                own[root] = seen
+    return own
+
+
+def tree_batch(
+    model: nn.Module,
+    prompts: Mapping[str, Tensor],
+    answers: Sequence[Sequence[Sequence[int] | None]],
+    answer_types: Mapping[str, int] = MappingProxyType({}),
+) -> TreeBatch:
+    """One token axis with P prompts, each followed by its answers.
+
+    Args:
+        model: takes the batch
+        prompts: a processor's outputs for P prompts: input_ids, attention_mask [P, L] and the images' entries, if any
+        answers: groups of P answers, each at least 1 token; None where a prompt has no answer in a group
+        answer_types: the value over the answers' tokens of other entries with the shape of input_ids (default: 0)
+
+    The last token of an answer is a label, but no input: nothing is predicted from it.
+    """
+    ids, kept = prompts["input_ids"], prompts["attention_mask"].bool()
+    lengths = kept.sum(1).tolist()
+    of_prompt = [[tokens for tokens in column if tokens is not None] for column in zip(*answers, strict=True)]
+    tree = TokenTree.of_answers(lengths, [[len(tokens) - 1 for tokens in each] for each in of_prompt])
+    inputs: dict[str, Tensor] = {}
+    for key, value in prompts.items():
+        if value.shape != ids.shape:
+            inputs[key] = _without_rows(key, value, prompts)
+            continue
+        fill = {"attention_mask": 1, **answer_types}.get(key, 0)
+        parts: list[Tensor] = []
+        for row, each in enumerate(of_prompt):
+            parts.append(value[row, kept[row]])
+            for tokens in each:
+                parts.append(value.new_tensor(tokens[:-1] if key == "input_ids" else [fill] * (len(tokens) - 1)))
+        inputs[key] = torch.cat(parts).unsqueeze(0)
+    inputs["position_ids"] = _positions(model, prompts, tree)
+    segments = _segments(answers)
+    ordered = [tokens for group in answers for tokens in group if tokens is not None]
+    states = torch.cat([tree.predicting(segment) for segment in segments])
+    labels = torch.tensor([token for tokens in ordered for token in tokens])
+    bounds = torch.tensor([0, *map(len, ordered)]).cumsum(0)
+    return TreeBatch(inputs, tree, *(each.to(ids.device) for each in (states, labels, bounds)))
+
+
+def _segments(answers: Sequence[Sequence[Sequence[int] | None]]) -> list[int]:
+    """The segment of each answer, group after group. In the tree they stand prompt after prompt."""
+    by_answer: dict[tuple[int, int], int] = {}
+    segment = 0
+    for row in range(len(answers[0])):
+        for group, column in enumerate(answers):
+            if column[row] is not None:
+                segment += 1
+                by_answer[group, row] = segment
+        segment += 1  # the next prompt
+    return [by_answer[key] for key in sorted(by_answer)]
+
+
+def _without_rows(key: str, value: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:
+    """Idefics3 and SmolVLM have [P, images of a row, ...] (rows with fewer are padded, and the model removes that)."""
+    has_rows = "image_sizes" not in prompts and (
+        (key == "pixel_values" and value.dim() == 5) or (key == "pixel_attention_mask" and value.dim() == 4)
+    )
+    return value.flatten(0, 1).unsqueeze(0) if has_rows else value
+
+
+def _positions(model: nn.Module, prompts: Mapping[str, Tensor], tree: TokenTree) -> Tensor:
+    """The position of each token on its path: [1, T], or [3, 1, T] for models with positions in three dimensions."""
+    ids, kept = prompts["input_ids"], prompts["attention_mask"].bool()
+    plain = tree.positions(ids.device)
+    get_rope_index = getattr(_base(model).base_model, "get_rope_index", None)
+    grids = [name for name in ("image_grid_thw", "video_grid_thw") if prompts.get(name) is not None]
+    if get_rope_index is None or not grids or "mm_token_type_ids" not in prompts:
+        return plain.unsqueeze(0)
+    accepted = inspect.signature(get_rope_index).parameters
+    of_prompts, deltas = get_rope_index(**{key: value for key, value in prompts.items() if key in accepted})
+    positions = plain.expand(of_prompts.shape[0], -1).clone()
+    row = -1
+    for segment, parent in enumerate(tree.parents):
+        if parent == -1:
+            row += 1
+            positions[:, tree.span(segment)] = of_prompts[:, row, kept[row]]
+        else:
+            positions[:, tree.span(segment)] += deltas[row]
+    return positions.unsqueeze(1)

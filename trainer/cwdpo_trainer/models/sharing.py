@@ -1,0 +1,104 @@
+"""Whether a stage encodes each prompt once for all its answers (`model.prefix_sharing`), and why.
+
+    off    every answer has its prompt in front of it
+    on     prompts are shared; an error if the model cannot
+    auto   prompts are shared if that is worth it and exact, as far as the first rows tell
+
+Sharing is exact if the log-probs of the first rows equal those of separate sequences within rounding: 1e-4 nats, or
+4 eps max |log-prob| in the dtype of the hidden states, whichever is larger.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from accelerate.utils import broadcast_object_list
+from torch import Tensor, nn
+
+from cwdpo_kernels import IGNORE_INDEX, Head, linear_logprob
+from cwdpo_kernels.integrations.shared_prefix import TreesUnsupported, enable_trees, why_no_trees
+from cwdpo_trainer.data.collator import PairCollator, to_device
+from cwdpo_trainer.data.rows import Row
+from cwdpo_trainer.errors import InputError
+
+LOOKED_AT = 4  # rows
+COMPARED = 2  # of them
+SHORTEST_PROMPT = 64  # tokens, on average: `auto` does not share shorter ones (see docs/notes.md)
+
+
+class Choice(NamedTuple):
+    """Whether prompts are shared, and why or why not."""
+
+    is_shared: bool
+    reason: str
+
+    def __str__(self) -> str:
+        return f"prefix sharing {'on' if self.is_shared else 'off'}: {self.reason}"
+
+
+def choose_sharing(
+    setting: str, models: Sequence[nn.Module], forward: nn.Module, collator: PairCollator, rows: Sequence[Row],
+    device: torch.device, is_compiled: bool = False,
+) -> Choice:  # fmt: skip
+    """Choose by `setting` on the first of `rows`. If prompts are shared, all `models` are ready for it.
+
+    The `models` have the same architecture. `forward` is one of them, maybe wrapped, on `device` and in evaluation
+    mode. All processes get the choice of the first one. Raises `InputError` if the setting is `on` and the models
+    cannot share prompts.
+    """
+    if setting == "off":
+        return Choice(False, "model.prefix_sharing is off")
+    reason = "torch_compile is on" if is_compiled else why_no_trees(models[0])
+    if reason is None:
+        choice = _on_first_rows(setting, models, forward, collator, rows[:LOOKED_AT], device)
+    else:
+        choice = Choice(False, reason)
+    (choice,) = broadcast_object_list([choice])
+    if setting == "on" and not choice.is_shared:
+        raise InputError("config", "model.prefix_sharing", f"auto or off, as {choice.reason}", "on")
+    return choice
+
+
+def _on_first_rows(
+    setting: str, models: Sequence[nn.Module], forward: nn.Module, collator: PairCollator, rows: Sequence[Row],
+    device: torch.device,
+) -> Choice:  # fmt: skip
+    length = collator.prompts(rows)["attention_mask"].sum(1).float().mean().item()
+    if setting == "auto" and length < SHORTEST_PROMPT:
+        return Choice(False, f"prompts of {length:.0f} tokens, where it pays from {SHORTEST_PROMPT} on")
+    try:
+        for model in models:
+            enable_trees(model)
+        shared = collator.on_trees(models[0])
+        difference, tolerance = compare_sharing(forward, shared, rows[:COMPARED], device)
+    except TreesUnsupported as error:
+        return Choice(False, str(error))
+    found = f"log-probs within {difference:.1e} nats of those of separate sequences (tolerance {tolerance:.1e})"
+    if not difference <= tolerance:
+        name = type(models[0]).__name__
+        return Choice(False, f"{name} gives log-probs {difference:.2g} nats off ({tolerance:.1e} allowed)")
+    return Choice(True, f"prompts of {length:.0f} tokens; {found}")
+
+
+@torch.no_grad()
+def compare_sharing(
+    forward: nn.Module, collator: PairCollator, rows: Sequence[Row], device: torch.device
+) -> tuple[float, float]:
+    """The largest difference between log-probs with shared prompts and with separate sequences, and the tolerance, in
+    nats per token. `collator` is for trees, and `forward` has them enabled."""
+    inputs = collator(rows)
+    prompts = to_device(inputs["prompts"], device)
+    parts = (prompts, inputs["chosen"], inputs["rejected"])
+    logp: list[Tensor] = []
+    for joined in (collator.join_padded(*parts), collator.join(*parts)):
+        batch = joined.to(device)
+
+        def op(hidden: Tensor, head: Head, labels: Tensor = batch.labels) -> tuple[Tensor, torch.dtype]:
+            return linear_logprob(hidden, head, labels), hidden.dtype
+
+        values, dtype = batch.run(forward, op)
+        logp.append(values[batch.labels != IGNORE_INDEX])
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * logp[0].abs().max().item())
+    return (logp[0] - logp[1]).abs().max().item(), tolerance
