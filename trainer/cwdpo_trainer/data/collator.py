@@ -34,31 +34,51 @@ ANCHORS = ("\n", ".", "a", " ", "0", "")
 
 
 class Batch(NamedTuple):
-    """S answers as inputs of the model, and their labels.
-
-    Padded: one row per answer, with its prompt, and labels [S, T] aligned with the hidden states that predict them. As
-    `tree`: all on one token axis with each prompt once, and the labels [N] of all answers, with bounds `cu_seqlens`
-    [S + 1].
-    """
+    """S answers, each with its prompt in front of it: `inputs` of the model, padded, and `labels` [S, T] aligned with
+    the hidden states that predict them."""
 
     inputs: dict[str, Tensor]
     labels: Tensor
-    cu_seqlens: Tensor | None = None
-    tree: TreeBatch | None = None
+
+    @property
+    def cu_seqlens(self) -> None:
+        """Labels are padded, not packed."""
+        return None
 
     def run(self, model: nn.Module, op: Callable[[Tensor, Head], Any]) -> Any:
         """The result of `op(hidden, head)` inside the forward of `model`; `hidden` is aligned with `labels`."""
-        if self.tree is None:
-            return model(**self.inputs, head_op=op)
-        tree = self.tree
-        with token_tree(tree.tree):
-            return model(**self.inputs, head_op=lambda hidden, head: op(tree.packed(hidden), head))
+        return model(**self.inputs, head_op=op)
 
     def to(self, device: torch.device) -> Batch:
         """The batch with its tensors on `device`."""
-        bounds = None if self.cu_seqlens is None else self.cu_seqlens.to(device)
-        tree = None if self.tree is None else self.tree._replace(states=self.tree.states.to(device))
-        return Batch(to_device(self.inputs, device), self.labels.to(device), bounds, tree)
+        return Batch(to_device(self.inputs, device), self.labels.to(device))
+
+
+class SharedBatch(NamedTuple):
+    """S answers on one token axis, with each prompt once. It has the methods of `Batch`."""
+
+    tree: TreeBatch
+
+    @property
+    def labels(self) -> Tensor:
+        """The labels [N] of all answers."""
+        return self.tree.labels
+
+    @property
+    def cu_seqlens(self) -> Tensor:
+        """The bounds [S + 1] of the answers in the labels."""
+        return self.tree.cu_seqlens
+
+    def run(self, model: nn.Module, op: Callable[[Tensor, Head], Any]) -> Any:
+        """The result of `op(hidden, head)` inside the forward of `model`; `hidden` is aligned with `labels`."""
+        tree = self.tree
+        with token_tree(tree.tree):
+            return model(**tree.inputs, head_op=lambda hidden, head: op(tree.packed(hidden), head))
+
+    def to(self, device: torch.device) -> SharedBatch:
+        """The batch with its tensors on `device`."""
+        inputs, tree, *tensors = self.tree
+        return SharedBatch(TreeBatch(to_device(inputs, device), tree, *(each.to(device) for each in tensors)))
 
 
 class _Placed(NamedTuple):
@@ -142,15 +162,14 @@ class PairCollator:
     def shares_prompts(self) -> bool:
         return self.tree_model is not None
 
-    def join(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens | None]) -> Batch:
+    def join(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens | None]) -> Batch | SharedBatch:
         """Append groups of P answers to the outputs of P `prompts`, on trees if the collator is for them, else padded.
 
         On trees, None stands for an answer that a prompt does not have in a group.
         """
         if self.tree_model is None:
             return self.join_padded(prompts, *answers)  # type: ignore[arg-type]  # no None, as its caller knows
-        tree = tree_batch(self.tree_model, prompts, answers, self.answer_types)
-        return Batch(tree.inputs, tree.labels, tree.cu_seqlens, tree)
+        return SharedBatch(tree_batch(self.tree_model, prompts, answers, self.answer_types))
 
     def join_padded(self, prompts: dict[str, Tensor], *answers: Sequence[Tokens]) -> Batch:
         """Append answers to the outputs of `prompts`: see `with_answers`."""

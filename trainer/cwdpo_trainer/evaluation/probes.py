@@ -44,7 +44,7 @@ from cwdpo_kernels import (
 )
 from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
-from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens
+from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch, Tokens
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.negatives.sampling import GeneratingModel, batched, sample_answers
 
@@ -148,7 +148,7 @@ class Probes:
                 sets.setdefault(name, {}).setdefault(key, (row, tokens))
         return {name: list(answers.values()) for name, answers in sets.items()}
 
-    def _batches(self, device: torch.device, title: str | None) -> Iterator[tuple[list[str], Batch]]:
+    def _batches(self, device: torch.device, title: str | None) -> Iterator[tuple[list[str], Batch | SharedBatch]]:
         """Batches of answers, and each answer's set. With shared prompts, a batch has all answers to its prompts."""
         if self.collator.shares_prompts:
             yield from self._batches_of_prompts(device, title)
@@ -159,7 +159,9 @@ class Probes:
                 joined = self.collator.join(prompts, [tokens for _, tokens in batch])
                 yield [name] * len(batch), joined.to(device)
 
-    def _batches_of_prompts(self, device: torch.device, title: str | None) -> Iterator[tuple[list[str], Batch]]:
+    def _batches_of_prompts(
+        self, device: torch.device, title: str | None
+    ) -> Iterator[tuple[list[str], Batch | SharedBatch]]:
         by_prompt: dict[tuple[object, ...], list[tuple[str, Row, Tokens]]] = {}
         for name, answers in self.sets.items():
             for row, tokens in answers:
@@ -176,7 +178,7 @@ def _prompt_key(row: Row) -> tuple[object, ...]:
     return repr(row.prompt), row.images
 
 
-def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Measured:
+def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch | SharedBatch) -> _Measured:
     """Score the labeled tokens of a batch with both models.
 
     The reference's forward runs inside the policy's head call: TV and JS need both heads at the same time.
@@ -202,14 +204,14 @@ def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch) -> _Me
     return batch.run(policy, op)
 
 
-def _per_answer(logp: Tensor, batch: Batch) -> SequenceLogprob:
+def _per_answer(logp: Tensor, batch: Batch | SharedBatch) -> SequenceLogprob:
     """From the labeled tokens' log-probs [N] to those of the answers [S]."""
     full = logp.new_zeros(batch.labels.shape)
     full[batch.labels != IGNORE_INDEX] = logp
     return sequence_logprob(full, batch.labels, batch.cu_seqlens)
 
 
-def _of_set(measured: _Measured, batch: Batch, chosen: Tensor) -> _Measured:
+def _of_set(measured: _Measured, batch: Batch | SharedBatch, chosen: Tensor) -> _Measured:
     """The values of the answers that `chosen` [S] marks, and of their tokens."""
     answers = chosen.to(batch.labels.device)
     bounds = batch.cu_seqlens

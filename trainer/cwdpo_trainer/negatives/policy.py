@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import SamplingArguments
-from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens, to_device
+from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch, Tokens, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.models.distributed import is_sharded, largest
 from cwdpo_trainer.negatives.sampling import sample_answers, wrong_answers
@@ -73,7 +73,7 @@ def answers_logp(
         for groups in _groups(answers, forwards, [collator.tokenizer.eos_token_id], collator.shares_prompts):
             batch = collator.join(prompts, *groups).to(model.device)
 
-            def op(hidden: Tensor, head: Head, batch: Batch = batch) -> Tensor:
+            def op(hidden: Tensor, head: Head, batch: Batch | SharedBatch = batch) -> Tensor:
                 return linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).mean
 
             scored = [row for group in groups for row, tokens in enumerate(group) if tokens is not None]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_trainer.config.loader import RunConfig
-from cwdpo_trainer.data.collator import Batch, PairCollator
+from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.doctor import KEPT_FEW
 from cwdpo_trainer.models.loading import Model
@@ -69,7 +69,7 @@ def _rejected_mean_logp(model: Model, collator: PairCollator, rows: Sequence[Row
         pair = collator([row])
         batch = collator.join(pair["prompts"], pair["rejected"]).to(device)
 
-        def op(hidden: Tensor, head: Head, batch: Batch = batch) -> Tensor:
+        def op(hidden: Tensor, head: Head, batch: Batch | SharedBatch = batch) -> Tensor:
             return linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).mean
 
         values.append(batch.run(model, op))

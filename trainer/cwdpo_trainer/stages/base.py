@@ -35,7 +35,7 @@ from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_trainer.config.stage_arguments import StageArguments
-from cwdpo_trainer.data.collator import Batch, PairCollator, to_device
+from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.evaluation.card import Origin, changed_settings, write_stage_card
@@ -346,7 +346,7 @@ class StageTrainer(Trainer):
         inputs = self.collator(rows)
         return {**inputs, "prompts": to_device(inputs["prompts"], self.args.device)}
 
-    def _dataset_batch(self, inputs: dict[str, Any]) -> Batch:
+    def _dataset_batch(self, inputs: dict[str, Any]) -> Batch | SharedBatch:
         """Model inputs and labels for the dataset's pairs: P chosen answers, then P rejected ones."""
         return self.collator.join(inputs["prompts"], inputs["chosen"], inputs["rejected"])
 

@@ -29,7 +29,7 @@ from transformers.trainer_utils import TrainOutput
 from cwdpo_kernels import Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.config.stage_arguments import AUTO, DPOArguments
-from cwdpo_trainer.data.collator import Batch, PairCollator
+from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.files import read_json, write_json
@@ -176,7 +176,7 @@ class CWDPOTrainer(StageTrainer):
         chosen, rejected = self._reference_logp(batch).chunk(2)
         return chosen, rejected
 
-    def _reference_logp(self, batch: Batch) -> Tensor:
+    def _reference_logp(self, batch: Batch | SharedBatch) -> Tensor:
         """The summed log-prob [S] of each answer of a batch under the reference, in nats."""
         with torch.no_grad():
             return batch.run(

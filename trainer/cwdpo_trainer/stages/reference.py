@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cwdpo_kernels import linear_sequence_logprob
 from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.stage_arguments import DPOArguments
-from cwdpo_trainer.data.collator import Batch, PairCollator, Tokens, to_device
+from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch, Tokens, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.models.distributed import largest
 from cwdpo_trainer.models.reference import Reference
@@ -36,7 +36,7 @@ class CachedReference:
     def __init__(
         self,
         cache: ReferenceCache,
-        forward: Callable[[Batch], Tensor],
+        forward: Callable[[Batch | SharedBatch], Tensor],
         rows: dict[int, Row],
         collator: PairCollator,
         accelerator: Accelerator,
@@ -108,7 +108,7 @@ def open_cache(args: DPOArguments, reference: Reference, collator: PairCollator)
 
 
 @torch.no_grad()
-def check_handover(model: nn.Module, batch: Batch, reference_sums: Tensor) -> None:
+def check_handover(model: nn.Module, batch: Batch | SharedBatch, reference_sums: Tensor) -> None:
     """Check that stage 2 starts from its reference: all log-ratios of the batch are 0 within rounding.
 
     `reference_sums` [S]: the answers' summed log-probs under the reference, in nats; they may come from a cache.
