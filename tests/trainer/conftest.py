@@ -171,7 +171,7 @@ def model(task: Path) -> LlavaForConditionalGeneration:
 def make_stage(model, collator, rows, tmp_path):
     """Makes a trainer of the tiny model. The reference is a copy, changed by `tamper` if given."""
 
-    def make(kind, tamper=None, **options):
+    def make(kind, tamper=None, prefix_sharing="auto", **options):
         reference = copy.deepcopy(model)
         if tamper is not None:
             tamper(reference)
@@ -179,7 +179,7 @@ def make_stage(model, collator, rows, tmp_path):
         arguments = SFTArguments if kind is ConstrainedSFTTrainer else DPOArguments
         args = arguments(**{"output_dir": str(tmp_path / "stage"), **STAGE_OPTIONS, **options})
         more = {"sampling": SAMPLING} if kind is CWDPOTrainer else {}
-        return kind(model, reference, args, rows, collator, probes, **more)
+        return kind(model, reference, args, rows, collator, probes, prefix_sharing=prefix_sharing, **more)
 
     return make
 
