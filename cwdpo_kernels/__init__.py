@@ -19,6 +19,7 @@ from .losses import (
     logits_cwdpo_loss,
 )
 from .ops import backend, default_workspace_bytes, missing_backend
+from .trees import TokenTree, tree_attention
 from .types import (
     IGNORE_INDEX,
     ConstrainedSFTOutput,
@@ -45,6 +46,7 @@ __all__ = [
     "MemoryBudget",
     "SequenceLogprob",
     "TokenStats",
+    "TokenTree",
     "backend",
     "constrained_sft_loss",
     "cooling_weight",
@@ -62,4 +64,5 @@ __all__ = [
     "shift_labels",
     "token_divergence",
     "token_stats",
+    "tree_attention",
 ]

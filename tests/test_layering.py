@@ -22,7 +22,7 @@ BACKENDS = {"portable", "triton"}
 ADAPTERS = {"compat", "integrations"}
 # What each part of cwdpo_kernels may import from it. Only tests and benchmarks import `reference` and `testing`.
 ALLOWED = {
-    "__init__": {"functional", "losses", "ops", "types"},
+    "__init__": {"functional", "losses", "ops", "trees", "types"},
     "losses": {"functional", "_inputs", "_ops", "_smoothing", "ops", "types", "validation"},
     "functional": {"_inputs", "_ops", "ops", "types", "validation"},
     "_inputs": {"_ops", "ops", "types", "validation"},

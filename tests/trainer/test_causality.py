@@ -14,7 +14,7 @@ from cwdpo_trainer.data.collator import PairCollator, with_answers
 from cwdpo_trainer.data.images import FileImage
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.models.causality import check_causal
+from cwdpo_trainer.models.forward_checks import check_causal
 
 sys.path.insert(0, str(Path(__file__).parent))
 from tiny_models import TEXT, VISION

@@ -18,7 +18,7 @@ from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.files import read_json
-from cwdpo_trainer.models.sharing import choose_sharing
+from cwdpo_trainer.models.forward_checks import choose_sharing
 from cwdpo_trainer.negatives.policy import answers_logp
 from cwdpo_trainer.run_folder import STATE_FILE, RunFolder
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
@@ -125,7 +125,7 @@ def test_auto_leaves_short_prompts_alone(model, collator, rows):
 
 
 def test_auto_shares_long_prompts(model, collator, rows, monkeypatch):
-    monkeypatch.setattr("cwdpo_trainer.models.sharing.SHORTEST_PROMPT", 4)
+    monkeypatch.setattr("cwdpo_trainer.models.forward_checks.SHORTEST_PROMPT", 4)
     choice = choose("auto", model, collator, rows)
     assert choice.is_shared
     assert choice.reason.startswith("prompts of 5 tokens; log-probs within ")

@@ -17,12 +17,11 @@ from cwdpo_trainer.data.rows import Row, read_rows
 from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError, require, shorten
 from cwdpo_trainer.models.adapters import base_model
-from cwdpo_trainer.models.causality import check_causal
+from cwdpo_trainer.models.forward_checks import check_causal, choose_sharing
 from cwdpo_trainer.models.kinds import EXPECTED, auto_class
 from cwdpo_trainer.models.kinds import read_config as read_model_config
 from cwdpo_trainer.models.loading import Model, check_quantization, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reading import loading
-from cwdpo_trainer.models.sharing import choose_sharing
 from cwdpo_trainer.preflight.filtering import measure_filtering
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems

@@ -43,11 +43,10 @@ from cwdpo_trainer.evaluation.doctor import Doctor
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.files import writing
 from cwdpo_trainer.manifest import is_sealed, seal, verify
-from cwdpo_trainer.models.causality import check_causal
 from cwdpo_trainer.models.distributed import check_distribution, prepare_reference, saved_parameters_only
+from cwdpo_trainer.models.forward_checks import check_causal, choose_sharing
 from cwdpo_trainer.models.loading import Model, check_quantization, load_weights, move
 from cwdpo_trainer.models.reference import AdapterReference, Reference
-from cwdpo_trainer.models.sharing import choose_sharing
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.rounding import FEW, REMEDIES, count_moved, is_low_precision
 from cwdpo_trainer.stages.checkpoints import checkpoint_path, delete, had_stopped, keep_newest, state_of
