@@ -14,6 +14,8 @@ from cwdpo_kernels import Cooling, cooling_weight
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.config.loader import load_config, read_config
 from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.models.loading import model_path
+from cwdpo_trainer.run_folder import _record
 
 
 def test_sections_become_checked_options(settings, write_config):
@@ -51,6 +53,17 @@ def test_cooling_options(settings, write_config, options, cooling):
 def test_drop_below_auto_is_where_the_weight_is_a_twentieth(settings, write_config):
     cooling = load_config(write_config(settings), ["dpo.logp_floor=-2.5", "dpo.tau=0.7"]).dpo.fixed_cooling
     assert cooling_weight(torch.tensor([cooling.drop_below]), cooling).item() == pytest.approx(0.05)
+
+
+def test_a_path_may_start_with_the_home_folder(settings, write_config, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "my model").mkdir()
+    config = load_config(write_config(settings), ["model.path=~/my model", "dpo.reference_cache=~/shared"])
+    assert model_path(config) == str(tmp_path / "my model")
+    assert config.dpo.reference_cache == f"{tmp_path}/shared"
+    config.model.path = "~/gone"  # is no name on the Hub
+    with pytest.raises(InputError, match=f"model.path: expected an existing folder, got {tmp_path}/gone"):
+        model_path(config)
 
 
 def test_the_reference_cache_can_be_elsewhere_or_disabled(settings, write_config, tmp_path):
@@ -307,3 +320,11 @@ def test_a_wrong_key_of_prepare_is_named(settings, write_config, tmp_path, capsy
     assert main(["run", str(write_config(settings))]) == 2
     assert "prepare: expected arguments that os:makedirs accepts" in capsys.readouterr().err
     assert not (tmp_path / "made").exists()
+
+
+def test_the_record_of_a_run_has_no_secrets(settings, write_config):
+    settings["prepare"] = {"function": "os:makedirs", "folder": ".", "api_key": "KKK", "url": "https://me:KKK@host"}
+    config = load_config(write_config(settings), ["dpo.hub_token=hf_KKK"])
+    recorded = _record(config, {})
+    assert recorded["config"]["prepare"]["url"] == "https://***@host"
+    assert "KKK" not in str(recorded)
