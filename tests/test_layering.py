@@ -98,10 +98,14 @@ def test_the_kernels_do_not_name_their_package(path):
 @pytest.mark.parametrize("path", sorted(TRAINER.rglob("*.py")), ids=lambda p: str(p.relative_to(TRAINER)))
 def test_trainer_uses_the_public_names_only(path):
     import cwdpo_kernels
-    from cwdpo_kernels.integrations import hugging_face, shared_prefix
+    from cwdpo_kernels.integrations import hugging_face, shared_images, shared_prefix
 
     public = {f"cwdpo_kernels.{name}" for name in [*cwdpo_kernels.__all__, "__version__"]}
-    public |= {f"{module.__name__}.{name}" for module in (hugging_face, shared_prefix) for name in module.__all__}
+    public |= {
+        f"{module.__name__}.{name}"
+        for module in (hugging_face, shared_images, shared_prefix)
+        for name in module.__all__
+    }
     used = {name for name in imported_modules(path) if name.startswith("cwdpo_kernels.")}
     assert used <= public, f"{path}: {used - public}"
 

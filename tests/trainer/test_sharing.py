@@ -157,3 +157,24 @@ def test_on_is_refused_where_it_cannot_work(model, collator, rows):
 def test_lora_on_the_shared_path(model, collator, rows):
     policy = peft.get_peft_model(model, peft.LoraConfig(r=2, target_modules=["q_proj"], init_lora_weights=False))
     assert choose("on", policy, collator, rows).is_shared
+
+
+def test_a_step_encodes_frozen_images_once(make_stage, model, collator, rows):
+    model.model.vision_tower.requires_grad_(False)
+    model.model.multi_modal_projector.requires_grad_(False)
+    trainer = make_stage(CWDPOTrainer, prefix_sharing="on")
+    encoded = []
+    for each in (trainer.model, trainer.reference):
+        each.model.vision_tower.register_forward_hook(lambda *_: encoded.append(1))
+    inputs = collator(rows[:2])
+    trainer._is_first_batch = False
+    counts = []
+    for _ in range(2):
+        encoded.clear()
+        trainer.compute_loss(trainer.model, inputs).backward()
+        counts.append(len(encoded))
+    assert counts == [2, 1]  # the first step finds out that the features need no gradient
+    encoded.clear()
+    trainer.probes.measure(trainer.model, trainer.reference, CPU)
+    batches = -(-len(trainer.probes.rows) // trainer.probes.batch_size)
+    assert len(encoded) == batches  # one for policy, reference and all sets

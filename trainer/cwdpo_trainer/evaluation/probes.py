@@ -23,6 +23,7 @@ forward over prompt and image.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Sequence
 from itertools import zip_longest
 from typing import NamedTuple
@@ -43,6 +44,7 @@ from cwdpo_kernels import (
     token_stats,
 )
 from cwdpo_kernels.integrations.hugging_face import evaluating
+from cwdpo_kernels.integrations.shared_images import ImageFeatures
 from cwdpo_trainer.config.arguments import ProbeArguments, SamplingArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch, Tokens
 from cwdpo_trainer.data.rows import Row
@@ -92,6 +94,7 @@ class Probes:
         self.cooling = cooling
         self.sampling = sampling
         self.seed = seed
+        self.image_features: ImageFeatures | None = None  # set if policy and reference may share them
         self.rows = list(rows[: settings.rows])
         self.sets = self._dataset_answers()
 
@@ -122,7 +125,8 @@ class Probes:
         found: dict[str, list[_Measured]] = {name: [] for name in self.sets}
         with evaluating(policy):
             for names, batch in self._batches(device, title):
-                measured = _measure_batch(policy, reference, batch)
+                with contextlib.nullcontext() if self.image_features is None else self.image_features.once():
+                    measured = _measure_batch(policy, reference, batch)
                 for name in dict.fromkeys(names):
                     found[name].append(_of_set(measured, batch, torch.tensor([each == name for each in names])))
         metrics: dict[str, float] = {}

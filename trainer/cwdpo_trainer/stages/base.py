@@ -34,6 +34,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback, Tra
 from transformers.trainer_utils import TrainOutput
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
+from cwdpo_kernels.integrations.shared_images import ImageFeatures
 from cwdpo_trainer.config.stage_arguments import StageArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch, to_device
 from cwdpo_trainer.data.rows import Row
@@ -104,8 +105,10 @@ class StageTrainer(Trainer):
         self.sharing = choose_sharing(
             prefix_sharing, models, self.reference, collator, rows, args.device, args.torch_compile
         )
+        self.image_features: ImageFeatures | None = None
         if self.sharing.is_shared:
             self.collator = self.probes.collator = collator.on_trees(model)
+            self.image_features = self.probes.image_features = ImageFeatures(*models)
         self.loss_is_scaled_for_ga = True  # compute_loss divides by the pairs of the whole optimizer step
         self._recorded: dict[str, list[Tensor]] = defaultdict(list)  # metrics of the batches since the last log
         self._is_first_batch = True

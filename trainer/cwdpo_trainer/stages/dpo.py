@@ -17,6 +17,7 @@ Where each part is computed:
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 from pathlib import Path
 from typing import Any
@@ -33,6 +34,7 @@ from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.files import read_json, write_json
+from cwdpo_trainer.models.distributed import is_sharded
 from cwdpo_trainer.models.loading import Model
 from cwdpo_trainer.models.reference import Reference
 from cwdpo_trainer.negatives.log import NegativesLog
@@ -139,6 +141,18 @@ class CWDPOTrainer(StageTrainer):
 
     def _loss_output(self, model: nn.Module, inputs: dict[str, Any]) -> CWDPOOutput:
         negatives = self._choose_negatives(model, inputs)
+        with self._images_once():
+            return self._loss_of(model, inputs, negatives)
+
+    def _images_once(self) -> contextlib.AbstractContextManager[None]:
+        """Within it, policy and reference share frozen image features.
+
+        Not if a cache may answer for a sharded reference: processes must agree on which modules they run.
+        """
+        is_uneven = self.cached_reference is not None and is_sharded(self.accelerator)
+        return contextlib.nullcontext() if self.image_features is None or is_uneven else self.image_features.once()
+
+    def _loss_of(self, model: nn.Module, inputs: dict[str, Any], negatives: BatchNegatives) -> CWDPOOutput:
         batch = self.collator.join(inputs["prompts"], inputs["chosen"], negatives.answers)
         ref_chosen, ref_rejected = self._reference_sums(inputs, negatives)
         # The op computes w_c from the policy's log-probs in the same pass as the loss.
