@@ -23,6 +23,7 @@ def interrupted(task, tmp_path_factory):
     stage = "{max_steps: 6, per_device_train_batch_size: 4, save_steps: 2, eval_strategy: 'no', disable_tqdm: true}"
     (folder / "config.yaml").write_text(
         f"""output_dir: {folder}/run
+checkpoints: keep
 model: {{path: task/model}}
 data: {{train: task/train.jsonl, heldout: task/heldout.jsonl}}
 sft: {stage}

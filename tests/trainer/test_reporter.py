@@ -57,3 +57,21 @@ def test_nothing_else_prints(path):
     calls = (node.func for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     others = re.compile(r"print|(.*\.)?tqdm(\.\w+)?|.*bar\.write|(.*\.)?getLogger")
     assert not [call.lineno for call in calls if others.fullmatch(ast.unparse(call))]
+
+
+def test_a_redirected_log_shows_progress_as_lines(monkeypatch, capsys):
+    monkeypatch.setattr("cwdpo_trainer.reporter.SECONDS", 0.0)
+    assert list(progress(range(3), "rows")) == [0, 1, 2]
+    with progress(None, "probe 5: chosen", total=12, leave=False) as bar:
+        bar.update(8)
+        bar.update(4)
+    with progress(None, "", total=12, disable=True) as bar:
+        bar.update(8)
+    lines = capsys.readouterr().err.splitlines()
+    probes = ["probe 5: chosen: 8 of 12", "probe 5: chosen: 12 of 12"]
+    assert lines == [*(f"rows: {n} of 3" for n in (1, 2, 3)), *probes]
+
+
+def test_a_redirected_log_has_no_lines_about_short_work(capsys):
+    assert list(progress(range(3), "rows", delay=2)) == [0, 1, 2]
+    assert capsys.readouterr().err == ""

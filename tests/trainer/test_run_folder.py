@@ -67,3 +67,48 @@ def test_a_released_folder_can_be_locked_again(folder):
     second = RunFolder(folder)
     second.acquire()
     first.release()  # nothing is held: no error
+
+
+@pytest.mark.parametrize("moment", ["freeze_reference", "write_record", "train"])
+def test_a_run_killed_before_its_first_step_does_not_lock_its_folder(settings, write_config, monkeypatch, moment):
+    """Another config can use the folder."""
+    del settings["sft"]
+    settings["dpo"] |= {"max_steps": 2, "disable_tqdm": True}
+
+    def killed(*args, **kwargs):
+        raise KeyboardInterrupt
+
+    target = {
+        "freeze_reference": "cwdpo_trainer.run.freeze_reference",
+        "write_record": "cwdpo_trainer.run_folder.RunFolder.write_record",
+        "train": "cwdpo_trainer.stages.dpo.CWDPOTrainer.training_step",
+    }[moment]
+    with monkeypatch.context() as patch:
+        patch.setattr(target, killed)
+        assert main(["run", str(write_config(settings))]) == 130
+    assert main(["run", str(write_config(settings)), "dpo.beta=0.2", "seed=5"]) == 0
+
+
+@pytest.mark.parametrize("checkpoints", [None, "keep", "prune"])
+def test_checkpoints_of_a_finished_stage_are_pruned_unless_kept(settings, write_config, checkpoints):
+    settings["lora"] = {"r": 2, "lora_alpha": 4, "target_modules": ["q_proj"]}
+    settings["sft"] |= {"max_steps": 2}
+    settings["dpo"] |= {"max_steps": 2}
+    if checkpoints is not None:
+        settings["checkpoints"] = checkpoints
+    assert main(["run", str(write_config(settings))]) == 0
+    run = Path(settings["output_dir"])
+    left = sorted(str(path.relative_to(run)) for path in run.glob("checkpoints/*/checkpoint-*"))
+    kept = ["checkpoints/dpo/checkpoint-2", "checkpoints/sft/checkpoint-2"]
+    assert left == (kept if checkpoints == "keep" else [])
+    assert not list(run.glob("checkpoints/*/*/README.md"))  # peft's is empty
+    assert (run / "checkpoints/dpo/negatives_0.jsonl").is_file()
+    if checkpoints == "keep":  # what is kept is no part of the run: the same run goes on, and prunes
+        (run / "metrics.json").unlink()
+        assert main(["run", str(write_config(settings)), "checkpoints=prune"]) == 0
+        assert not list(run.glob("checkpoints/*/checkpoint-*"))
+
+
+def test_what_to_do_with_checkpoints_is_checked(settings, write_config, capsys):
+    assert main(["run", str(write_config(settings)), "checkpoints=all"]) == 2
+    assert "checkpoints: expected keep or prune, got 'all' (str)" in capsys.readouterr().err

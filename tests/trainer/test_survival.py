@@ -56,6 +56,7 @@ def config(task, tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("survival") / "config.yaml"
     settings = {
         "output_dir": "unused",
+        "checkpoints": "keep",  # to be compared
         "model": {"path": str(task / "model")},
         "data": {"train": str(task / "train.jsonl"), "heldout": str(task / "heldout.jsonl")},
         "sft": STAGE,

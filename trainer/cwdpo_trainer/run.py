@@ -18,7 +18,7 @@ from torch.distributed.fsdp import FSDPModule
 from transformers import set_seed
 
 from cwdpo_kernels import Cooling
-from cwdpo_trainer.config.loader import RunConfig, prepare
+from cwdpo_trainer.config.loader import PRUNE, RunConfig, prepare
 from cwdpo_trainer.config.sections import STAGES
 from cwdpo_trainer.config.stage_arguments import DPOArguments
 from cwdpo_trainer.config.training_rules import check_batches
@@ -41,7 +41,7 @@ from cwdpo_trainer.negatives.server import AnswerServer
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import COOLING_FILE, LABEL_OF_STAGE, STATE_FILE, RunFolder
 from cwdpo_trainer.stages.base import StageTrainer
-from cwdpo_trainer.stages.checkpoints import newest_checkpoint, state_of
+from cwdpo_trainer.stages.checkpoints import newest_checkpoint, prune, state_of
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
 from cwdpo_trainer.stages.sft import ConstrainedSFTTrainer
 
@@ -190,6 +190,7 @@ class Run:
         for stage in stages:
             if self.folder.is_done(stage):
                 say(f"{stage}: finished before, in {self.folder.model(stage)}")
+                self._prune(stage)  # a kill may have come before it
                 continue
             if policy is None:
                 self._verify_start(stage)
@@ -228,6 +229,12 @@ class Run:
                     write_json(unfinished / COOLING_FILE, asdict(trainer.cooling))
                 seal(unfinished)
         trainer.accelerator.wait_for_everyone()
+        self._prune(stage)
+
+    def _prune(self, stage: str) -> None:
+        """Delete the checkpoints of a finished stage, unless the config keeps them."""
+        if self.config.checkpoints == PRUNE and PartialState().is_main_process:
+            prune(self.folder.checkpoints(stage))
 
     def _starts_after_sft(self, stage: str) -> bool:
         return stage == "dpo" and self.config.sft is not None

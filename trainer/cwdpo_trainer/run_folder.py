@@ -4,7 +4,7 @@
                         the model that the run starts from, before the first step. Once there is a checkpoint, the
                         folder continues this run only (`RunFolder.check`).
     run.lock            locked by the main process while it trains (`RunFolder.acquire`)
-    checkpoints/STAGE/checkpoint-STEP/
+    checkpoints/STAGE/checkpoint-STEP/, until the stage is done, unless the config says checkpoints: keep
                         stages/base.py: a checkpoint of transformers.Trainer and the stage's own state. The file
                         COMPLETE, written last, lists the files and their checksums (manifest.py); a run resumes from
                         the newest checkpoint whose files are as they were written (stages/checkpoints.py).
@@ -35,7 +35,7 @@ from cwdpo_trainer.config.loader import RunConfig
 from cwdpo_trainer.config.sections import STAGES, without_secrets
 from cwdpo_trainer.errors import InputError, require, shorten
 from cwdpo_trainer.files import is_temporary, read_json_object, remove_temporary_files, write_json
-from cwdpo_trainer.manifest import verify
+from cwdpo_trainer.manifest import COMPLETE, verify
 
 STATE_FILE = "trainer_state.json"  # in a checkpoint and in a stage's model folder
 COOLING_FILE = "cooling.json"  # the `Cooling` of stage 2, in its checkpoints and in its model folder
@@ -81,7 +81,7 @@ class RunFolder:
             return
         require(self.path.is_dir(), str(self), "output_dir", "a folder", "a file")
         if not self.is_run():
-            others = (path for path in self.path.iterdir() if path.name != "run.lock" and not is_temporary(path))
+            others = (path for path in self.path.iterdir() if not self._is_before_record(path))
             found = sorted(path.name for path in others)
             require(not found, str(self), "output_dir", "an empty folder or that of a run",
                     f"one with {', '.join(found[:5])}")  # fmt: skip
@@ -93,6 +93,11 @@ class RunFolder:
             expected = f"{before.get(key)!r}, as this run was started with (or use another output_dir)"
             what = key.removeprefix("config.")
             require(before.get(key) == now.get(key), str(self), what, expected, repr(now.get(key)))
+
+    def _is_before_record(self, path: Path) -> bool:
+        """Whether a run that was killed before it wrote run.json may have left `path`."""
+        own = path.name in ("run.lock", "reference_cache") or (path.name == "checkpoints" and not self.has_progress())
+        return own or is_temporary(path)
 
     def _recorded(self) -> dict[str, Any]:
         record = read_json_object(self.record_file)
@@ -137,7 +142,9 @@ class RunFolder:
         try:
             verify(self.model(stage))
         except InputError as error:
-            advice = f"{error.expected}; delete {self.model(stage)} to write it again from the stage's last checkpoint"
+            has_checkpoint = any(self.checkpoints(stage).glob(f"checkpoint-*/{COMPLETE}"))
+            again = "write it again from the stage's last checkpoint" if has_checkpoint else "train the stage again"
+            advice = f"{error.expected}; delete {self.model(stage)} to {again}"
             raise InputError(error.where, error.what, advice, error.got) from error
 
     def done_stages(self) -> list[str]:
@@ -169,8 +176,9 @@ class RunFolder:
 
 
 def _record(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:
-    """What identifies a run. Where its folder is does not matter, nor do access tokens."""
-    settings = without_secrets({key: value for key, value in config.raw.items() if key != "output_dir"})
+    """What identifies a run. Where its folder is does not matter, nor do access tokens and what is kept."""
+    kept = {key: value for key, value in config.raw.items() if key not in ("output_dir", "checkpoints")}
+    settings = without_secrets(kept)
     return json.loads(json.dumps({"config": settings, "inputs": inputs}, default=str))
 
 

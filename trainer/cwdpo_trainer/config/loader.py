@@ -1,8 +1,8 @@
 """Reads a YAML file, and `section.key=value` overrides, into a checked `RunConfig`.
 
-Sections: model, lora, data, sft, dpo, probes and sampling. Other keys: output_dir, seed, preset and prepare. A run
-trains the stages (sft, dpo) that have a section, and LoRA adapters if there is a section lora. `sft: off` is the same
-as no section sft; so are `dpo: off` and `lora: off`.
+Sections: model, lora, data, sft, dpo, probes and sampling. Other keys: output_dir, seed, checkpoints, preset and
+prepare. A run trains the stages (sft, dpo) that have a section, and LoRA adapters if there is a section lora. `sft:
+off` is the same as no section sft; so are `dpo: off` and `lora: off`.
 """
 
 from __future__ import annotations
@@ -39,7 +39,8 @@ from cwdpo_trainer.config.yaml_text import DEEPEST, LARGEST_TEXT, parse_yaml
 from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
 from cwdpo_trainer.files import check_writable_folder, read_text
 
-KEYS = (*SECTIONS, "output_dir", "seed", "preset", "prepare")
+KEYS = (*SECTIONS, "output_dir", "seed", "checkpoints", "preset", "prepare")
+KEEP, PRUNE = "keep", "prune"  # values of the key checkpoints
 COMMAND_LINE = "command line"  # `InputError.where` of an override
 LARGEST_SEED = 2**32 - 1  # of numpy
 FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # as package.module:function
@@ -64,7 +65,8 @@ class RunConfig:
     """The config of a run.
 
     `where` is the path of the file. `raw` is its content with preset and overrides applied; the run folder records it.
-    Relative paths in `model` and `data` start at `base`.
+    Relative paths in `model` and `data` start at `base`. `checkpoints` of a finished stage: `PRUNE` deletes them,
+    because its saved model replaces them and nothing resumes from them any more; `KEEP` does not.
     """
 
     where: str
@@ -81,6 +83,7 @@ class RunConfig:
     sampling: SamplingArguments
     sft: SFTArguments | None
     dpo: DPOArguments | None
+    checkpoints: str = PRUNE
 
     @property
     def stages(self) -> list[str]:
@@ -131,7 +134,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         with collecting(errors):
             check_known(where, "", key, KEYS)
     sections = {name: make_section(where, name, raw, errors) for name in SECTIONS}
-    output_dir, seed, base, preparation = None, 0, path.parent, None
+    output_dir, seed, base, preparation, checkpoints = None, 0, path.parent, None, PRUNE
     with collecting(errors):
         found = ", ".join(map(str, raw)) or "an empty file"
         require(any(name in raw for name in STAGES), where, "", "a section sft or dpo", found)
@@ -142,6 +145,10 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         number = as_type(where, "seed", raw.get("seed", 0), int)
         require(0 <= number <= LARGEST_SEED, where, "seed", f"an integer in [0, {LARGEST_SEED}]", number)
         seed = number
+    with collecting(errors):
+        value = raw.get("checkpoints", PRUNE)
+        require(value in (KEEP, PRUNE), where, "checkpoints", f"{KEEP} or {PRUNE}", with_type(value))
+        checkpoints = value
     with collecting(errors):
         if raw.get("prepare") is not None:
             preparation = _preparation(where, raw["prepare"])
@@ -164,7 +171,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         require(kind is None or lora is not None, where, "model.quantization", "null without a section lora", kind)
     for name in ("probes", "sampling"):
         sections[name] = sections[name] or SECTIONS[name]()
-    return RunConfig(where, raw, base, Path(output_dir), seed, preset, preparation, **sections), errors
+    return RunConfig(
+        where, raw, base, Path(output_dir), seed, preset, preparation, checkpoints=checkpoints, **sections
+    ), errors
 
 
 def prepare(config: RunConfig) -> None:

@@ -79,8 +79,8 @@ def caption(
 
 
 def batched(rows: Sequence[Item], size: int, title: str | None = None) -> Iterator[Sequence[Item]]:
-    """`rows` in slices of `size`. With a `title`, shows a progress bar that counts rows."""
-    with progress(None, title or "", total=len(rows), disable=title is None, leave=False) as bar:
+    """`rows` in slices of `size`. With a `title`, shows a progress bar that counts rows, after 2 seconds."""
+    with progress(None, title or "", total=len(rows), disable=title is None, delay=2, leave=False) as bar:
         for start in range(0, len(rows), size):
             batch = rows[start : start + size]
             yield batch

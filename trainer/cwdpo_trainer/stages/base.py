@@ -218,7 +218,7 @@ class StageTrainer(Trainer):
         """Probe the model. The metrics are logged as `eval_*`, as in any evaluation of the library."""
         self._check_weights()
         model = self.model_wrapped if self.is_in_train else self.model
-        measured = self.probes.measure(model, self.reference, self.args.device)
+        measured = self.probes.measure(model, self.reference, self.args.device, f"probe {self.state.global_step}")
         # All processes use rank 0's metrics. They may differ in the last bits, and all must stop at the same step.
         (probed,) = broadcast_object_list([measured])
         check_finite(self._where(self.state.global_step), "log-probs of the chosen answers", probed["chosen_logp"])

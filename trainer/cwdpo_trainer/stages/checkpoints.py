@@ -58,6 +58,12 @@ def keep_newest(folder: Path, step: int, best: Path | None, limit: int | None) -
             delete(path)
 
 
+def prune(folder: Path) -> None:
+    """Delete all checkpoints in `folder`."""
+    for path in _all(folder):
+        delete(path)
+
+
 def delete(checkpoint: Path) -> None:
     """Delete a checkpoint. It is incomplete from the first moment on, should the process be killed meanwhile."""
     (checkpoint / COMPLETE).unlink(missing_ok=True)
