@@ -47,7 +47,7 @@ PEERS_OF = {
 # The parts of the trainer (subpackages and top-level modules), lowest first. Each imports only from those before it.
 PARTS = (
     "errors", "chat_templates", "files", "manifest", "reporter", "config", "run_folder", "pixels", "text_processor",
-    "rounding", "data", "models", "negatives", "evaluation", "stages", "preflight", "run", "recipes", "cli",
+    "rounding", "data", "models", "negatives", "evaluation", "stages", "preflight", "run", "merge", "recipes", "cli",
 )  # fmt: skip
 LARGEST_PART = 10  # modules
 

@@ -117,6 +117,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_check(commands)
     _add_probe(commands)
     _add_eval(commands)
+    _add_merge(commands)
     _add_demo(commands)
     return parser
 
@@ -244,6 +245,26 @@ def _add_measurement(command: argparse.ArgumentParser, rows: str) -> None:
     command.add_argument("data", metavar="DATA", help=text)
     command.add_argument("--rows", type=_positive, metavar="N", help=rows)
     command.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+
+
+def _add_merge(commands: Commands) -> None:
+    command = _add_command(
+        commands,
+        "merge",
+        "write a full model from a run with LoRA",
+        "Merge the adapter of a run's last finished stage into its base model, and compare\nthe logits of both.",
+        "cwdpo merge runs/mine --output models/mine",
+    )
+    command.add_argument("target", metavar="RUN_OR_ADAPTER", help="a run folder, or the folder of an adapter")
+    command.add_argument("--output", type=Path, metavar="FOLDER", help="default: the folder merged in it")
+    command.set_defaults(execute=_merge)
+
+
+def _merge(parsed: argparse.Namespace) -> int:
+    from cwdpo_trainer.merge import merge
+
+    merge(parsed.target, parsed.output)
+    return 0
 
 
 def _add_demo(commands: Commands) -> None:
