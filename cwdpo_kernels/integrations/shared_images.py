@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 from collections.abc import Callable, Iterator, Mapping
 from contextvars import ContextVar
 from types import MethodType
@@ -43,7 +44,7 @@ class ImageFeatures:
         bases = [_backbone(model) for model in models]
         self._is_possible = all(hasattr(base, _METHOD) and not _is_random(base) for base in bases)
         for base in bases if self._is_possible else ():
-            vars(base)[_METHOD] = MethodType(_get_image_features, base)  # a bound method, so copies call their own
+            vars(base)[_METHOD] = MethodType(_sharing(type(base)), base)  # a bound method, so copies call their own
 
     @contextlib.contextmanager
     def once(self) -> Iterator[None]:
@@ -71,10 +72,18 @@ class ImageFeatures:
 _CURRENT: ContextVar[ImageFeatures | None] = ContextVar("image_features", default=None)
 
 
-def _get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    compute = MethodType(getattr(type(self), _METHOD), self)
-    current = _CURRENT.get()
-    return compute(*args, **kwargs) if current is None else current.take(compute, args, kwargs)
+def _sharing(kind: type[nn.Module]) -> Callable[..., Any]:
+    """The method of `kind` that computes image features, sharing them within `ImageFeatures.once`. It has the plain
+    method's signature: `generate` passes only arguments that it finds there."""
+    plain: Callable[..., Any] = getattr(kind, _METHOD)
+
+    @functools.wraps(plain)
+    def get_image_features(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        compute = MethodType(plain, self)
+        current = _CURRENT.get()
+        return compute(*args, **kwargs) if current is None else current.take(compute, args, kwargs)
+
+    return get_image_features
 
 
 def _key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:

@@ -116,6 +116,17 @@ def test_dropout_and_copies():
     assert copied.model.get_image_features.__self__ is copied.model
 
 
+@pytest.mark.parametrize("name", VISION)
+def test_generation_is_unchanged(name):
+    """`generate` reads the signature of get_image_features, and passes only what it finds there."""
+    model, inputs = tiny_models.CLASSES[name]()
+    options = {"max_new_tokens": 3, "do_sample": False}
+    expected = model.generate(**inputs, **options)
+    ImageFeatures(model)
+    assert torch.equal(model.generate(**inputs, **options), expected)
+    assert torch.equal(copy.deepcopy(model).generate(**inputs, **options), expected)
+
+
 def test_models_without_images():
     model, _ = tiny_models.llama()
     with ImageFeatures(model).once():
