@@ -1,9 +1,9 @@
 """Benchmark of a whole CW-DPO step of the trainer on a small LLaVA, with the fused head and with full logits (CPU).
 
 A step collates two pairs, computes their reference log-probs, runs forward and backward of the policy, and updates its
-weights. The cache of reference log-probs is off, because with it only the first epoch would compute them. The two paths
-differ only in the two functions of the head. The model has SmolVLM's vocabulary, 256 image tokens in every prompt, and
-answers of 64 tokens.
+weights. The cache of reference log-probs is off, because with it only the first epoch would compute them, and every
+answer has its own prompt (sharing.py measures shared ones). The two paths differ only in the two functions of the head.
+The model has SmolVLM's vocabulary, 256 image tokens in every prompt, and answers of 64 tokens.
 """
 
 from __future__ import annotations
@@ -68,12 +68,14 @@ class Shape:
 SHAPE = Shape()
 
 
-def full_logits_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> ck.SequenceLogprob:
-    """Sequence log-probs from eager token log-probs."""
+def full_logits_logp(hidden: Tensor, head: ck.Head, labels: Tensor, cu_seqlens: None = None) -> ck.SequenceLogprob:
+    """Sequence log-probs of padded rows from eager token log-probs."""
     return reference.sequence_logprob(peers.eager_logp(hidden, head, labels), labels)
 
 
-def full_logits_loss(hidden: Tensor, head: ck.Head, labels: Tensor, *refs: Tensor, **options) -> ck.CWDPOOutput:
+def full_logits_loss(
+    hidden: Tensor, head: ck.Head, labels: Tensor, *refs: Tensor, cu_seqlens: None = None, **options
+) -> ck.CWDPOOutput:
     """The same loss and metrics from eager log-probs."""
     sequences = full_logits_logp(hidden, head, labels)
     pairs = labels.shape[0] // 2
@@ -162,7 +164,9 @@ def train(path: str, trainable: bool, steps: int, shape: Shape) -> Recorder:
         )  # fmt: skip
         probes = Probes(rows[:1], collator, ProbeArguments(rows=1, batch_size=1), SAMPLING, args.fixed_cooling, seed=0)
         recorder = Recorder()
-        trainer = dpo.CWDPOTrainer(policy, copy.deepcopy(policy), args, rows, collator, probes, sampling=SAMPLING)
+        trainer = dpo.CWDPOTrainer(
+            policy, copy.deepcopy(policy), args, rows, collator, probes, sampling=SAMPLING, prefix_sharing="off"
+        )
         trainer.add_callback(recorder)
         trainer.train()
     return recorder

@@ -155,13 +155,20 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        grads = [torch.zeros_like(each) for each in (query, key, value)]
+        # Without a window, the rectangles that do not merge are squares that each token is in once: they can be written
+        # to memory that is not zeroed.
+        squares = all(block.merges or block.keys == (block.queries,) for block in ctx.blocks)
+        grads = [torch.empty_like(each) if squares else torch.zeros_like(each) for each in (query, key, value)]
         for block in ctx.blocks:
             rows = block.queries
             part = _BACKWARD[ctx.kernel](
                 grad_out[:, :, rows], query[:, :, rows], _gathered(key, block), _gathered(value, block),
                 out[:, :, rows], lse[:, :, rows], Rectangle(block.causal, block.mask, ctx.scale, ctx.softcap),
             )  # fmt: skip
+            if squares and not block.merges:
+                for grad, of_block in zip(grads, part, strict=True):
+                    grad[:, :, rows] = of_block
+                continue
             grads[0][:, :, rows] += part[0]
             for grad, of_block in zip(grads[1:], part[1:], strict=True):
                 pieces = of_block.split([span.stop - span.start for span in block.keys], dim=2)
