@@ -42,6 +42,7 @@ ALLOWED = {
 PEERS = {"transformers", "accelerate", "peft", "datasets", "trl", "lightning", "liger_kernel", "verl"}
 PEERS_OF = {
     "integrations/trl.py": {"trl", "transformers", "accelerate"},
+    "integrations/trl_sharing.py": {"accelerate"},
     "integrations/shared_prefix.py": {"transformers"},  # it registers an attention there
 }
 # The parts of the trainer (subpackages and top-level modules), lowest first. Each imports only from those before it.

@@ -23,17 +23,21 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import causal_mask_function, sdpa_mask
 
+from .. import IGNORE_INDEX, Head, linear_logprob
 from ..trees import TokenTree, tree_attention
 from .module_types import is_peft_model
 
-__all__ = ["TreeBatch", "TreeMask", "TreesUnsupported", "enable_trees", "token_tree", "tree_batch", "why_no_trees"]
+__all__ = [
+    "TreeBatch", "TreeMask", "TreesUnsupported", "compare_forwards", "enable_trees", "token_tree", "tree_batch",
+    "why_no_trees",
+]  # fmt: skip
 
 PREFIX = "tree_"
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")  # in the names of `config.layer_types`
@@ -62,6 +66,11 @@ class TreeBatch(NamedTuple):
     def packed(self, hidden: Tensor) -> Tensor:
         """The hidden states [N, D] of the labels, from the model's [1, T, D]."""
         return hidden[0].index_select(0, self.states)
+
+    def run(self, model: nn.Module, op: Callable[[Tensor, Head], Any]) -> Any:
+        """The result of `op(hidden, head)` inside the forward of `model`; `hidden` [N, D] is aligned with `labels`."""
+        with token_tree(self.tree):
+            return model(**self.inputs, head_op=lambda hidden, head: op(self.packed(hidden), head))
 
 
 @dataclass(frozen=True)
@@ -99,6 +108,36 @@ def token_tree(tree: TokenTree) -> Iterator[None]:
         yield
     finally:
         _CURRENT.reset(token)
+
+
+class Answers(Protocol):
+    """A batch of answers: padded, or on token trees (`TreeBatch`)."""
+
+    @property
+    def labels(self) -> Tensor: ...
+
+    def run(self, model: nn.Module, op: Callable[[Tensor, Head], Any]) -> Any:
+        """The result of `op(hidden, head)` inside the forward of `model`; `hidden` is aligned with `labels`."""
+
+
+@torch.no_grad()
+def compare_forwards(model: nn.Module, separate: Answers, shared: Answers) -> tuple[float, float]:
+    """The largest difference between the log-probs of the labels of two batches, and the tolerance, in nats per token.
+
+    The tolerance is rounding: 1e-4 nats, or 4 eps max |log-prob| in the dtype of the hidden states if that is larger.
+    """
+    logp: list[Tensor] = []
+    for batch in (separate, shared):
+
+        def op(hidden: Tensor, head: Head, labels: Tensor = batch.labels) -> tuple[Tensor, torch.dtype]:
+            return linear_logprob(hidden, head, labels), hidden.dtype
+
+        values, dtype = batch.run(model, op)
+        logp.append(values[batch.labels != IGNORE_INDEX])
+    if not len(logp[0]):
+        return 0.0, 1e-4
+    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * logp[0].abs().max().item())
+    return (logp[0] - logp[1]).abs().max().item(), tolerance
 
 
 def why_no_trees(wrapped: nn.Module) -> str | None:
@@ -267,7 +306,7 @@ def tree_batch(
     inputs: dict[str, Tensor] = {}
     for key, value in prompts.items():
         if value.shape != ids.shape:
-            inputs[key] = _without_rows(key, value, prompts)
+            inputs[key] = image_entry(key, value, prompts)
             continue
         fill = {"attention_mask": 1, **answer_types}.get(key, 0)
         parts: list[Tensor] = []
@@ -298,8 +337,10 @@ def _segments(answers: Sequence[Sequence[Sequence[int] | None]]) -> list[int]:
     return [by_answer[key] for key in sorted(by_answer)]
 
 
-def _without_rows(key: str, value: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:
-    """Idefics3 and SmolVLM have [P, images of a row, ...] (rows with fewer are padded, and the model removes that)."""
+def image_entry(key: str, value: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:
+    """An entry of the images of P `prompts` for a batch of one token axis.
+
+    Idefics3 and SmolVLM have [P, images of a row, ...] (rows with fewer are padded, and the model removes that)."""
     has_rows = "image_sizes" not in prompts and (
         (key == "pixel_values" and value.dim() == 5) or (key == "pixel_attention_mask" and value.dim() == 4)
     )
@@ -308,14 +349,12 @@ def _without_rows(key: str, value: Tensor, prompts: Mapping[str, Tensor]) -> Ten
 
 def _positions(model: nn.Module, prompts: Mapping[str, Tensor], tree: TokenTree) -> Tensor:
     """The position of each token on its path: [1, T], or [3, 1, T] for models with positions in three dimensions."""
-    ids, kept = prompts["input_ids"], prompts["attention_mask"].bool()
-    plain = tree.positions(ids.device)
-    get_rope_index = getattr(_base(model).base_model, "get_rope_index", None)
-    grids = [name for name in ("image_grid_thw", "video_grid_thw") if prompts.get(name) is not None]
-    if get_rope_index is None or not grids or "mm_token_type_ids" not in prompts:
+    kept = prompts["attention_mask"].bool()
+    plain = tree.positions(kept.device)
+    found = rope_index(model, prompts)
+    if found is None:
         return plain.unsqueeze(0)
-    accepted = inspect.signature(get_rope_index).parameters
-    of_prompts, deltas = get_rope_index(**{key: value for key, value in prompts.items() if key in accepted})
+    of_prompts, deltas = found
     positions = plain.expand(of_prompts.shape[0], -1).clone()
     row = -1
     for segment, parent in enumerate(tree.parents):
@@ -325,3 +364,14 @@ def _positions(model: nn.Module, prompts: Mapping[str, Tensor], tree: TokenTree)
         else:
             positions[:, tree.span(segment)] += deltas[row]
     return positions.unsqueeze(1)
+
+
+def rope_index(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+    """The positions [3, S, L] of S rows with images in three dimensions, and by how much the next position of each row
+    differs from its length. None if the model has positions in one dimension, or the rows have no images."""
+    get_rope_index = getattr(_base(model).base_model, "get_rope_index", None)
+    grids = [name for name in ("image_grid_thw", "video_grid_thw") if rows.get(name) is not None]
+    if get_rope_index is None or not grids or "mm_token_type_ids" not in rows:
+        return None
+    accepted = inspect.signature(get_rope_index).parameters
+    return get_rope_index(**{key: value for key, value in rows.items() if key in accepted})

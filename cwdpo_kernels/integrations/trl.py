@@ -28,7 +28,6 @@ from trl.models.utils import disable_gradient_checkpointing
 from trl.trainer.utils import use_adapter
 
 from .. import (
-    IGNORE_INDEX,
     Cooling,
     CWDPOOutput,
     Head,
@@ -36,12 +35,11 @@ from .. import (
     cwdpo_loss,
     linear_cwdpo_loss,
     linear_sequence_logprob,
-    shift_labels,
 )
 from ..validation import check_choice, expect
 from .hugging_face import attach_head
+from .trl_sharing import OP, Batch, PromptSharing
 
-OP = "CoolingDPOTrainer"
 # Options of DPOConfig that the trainer does not implement, and their values without effect, which it accepts.
 ONLY: dict[str, tuple[Any, ...]] = {
     "loss_type": (["sigmoid"],), "loss_weights": (None, [1.0]), "ld_alpha": (None, 1.0), "label_smoothing": (0.0,),
@@ -63,6 +61,9 @@ class CoolingDPOTrainer(DPOTrainer):
 
     cooling: defines w_c; `Cooling(constant=1.0)` is DPO as TRL computes it.
     normalize: "sequence" for D of total log-probs, "token" for D of means.
+    prefix_sharing: True encodes the prompt of each pair, and its images, once for both answers, in the policy and in
+        the reference. Losses, metrics and gradients stay the same within rounding. On the first batch the log-probs are
+        compared with those of separate rows. The default is False.
 
     Everything else works as TRL documents it: models by name or loaded, datasets with and without images, LoRA and
     prompt tuning, `torch_compile`, and the reference (adapter off, precomputed, `ref_model`, or the policy reloaded by
@@ -78,20 +79,25 @@ class CoolingDPOTrainer(DPOTrainer):
     `mean_token_accuracy`, which would cost another pass over the vocabulary.
 
     NotImplementedError: options that differ from `ONLY`, prompt learning of peft that differs from `PROMPTS`, router
-    losses of mixtures of experts, `compute_metrics` and `predict` (they need logits). ValueError: `beta` <= 0, and a
-    `metric_for_best_model` that evaluation does not measure. HeadError: the head is not supported (see `attach_head`).
+    losses of mixtures of experts, `compute_metrics` and `predict` (they need logits); with `prefix_sharing`, models
+    that cannot share prompts (see `why_no_trees`), `torch_compile` and prompt learning. ValueError: `beta` <= 0, a
+    `metric_for_best_model` that evaluation does not measure, and on the first batch a model that gives other log-probs
+    with `prefix_sharing`. HeadError: the head is not supported (see `attach_head`).
     """
 
     model: PreTrainedModel  # or a peft model, which forwards attributes to it; never None after __init__
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, *more: Any,
-        cooling: Cooling, normalize: str = "sequence", **options: Any,
+        cooling: Cooling, normalize: str = "sequence", prefix_sharing: bool | None = None, **options: Any,
     ) -> None:  # fmt: skip
         expect(isinstance(cooling, Cooling), OP, "cooling", "type", "Cooling", type(cooling).__name__)
         check_choice(OP, "normalize", normalize, ("sequence", "token"))
         given = inspect.signature(DPOTrainer.__init__).bind(self, model, ref_model, args, *more, **options).arguments
+        is_known = prefix_sharing is None or isinstance(prefix_sharing, bool)
+        expect(is_known, OP, "prefix_sharing", "value", "True or False", repr(prefix_sharing))
         _check(given)
+        self.sharing = PromptSharing(bool(prefix_sharing), given)
         self.cooling, self.normalize = cooling, normalize
         self._has_warned_of_empty_answers = False
         super().__init__(model, ref_model, args, *more, **options)
@@ -102,6 +108,7 @@ class CoolingDPOTrainer(DPOTrainer):
         # Attach here: the model is loaded (by TRL or the caller), but not wrapped by TRL or accelerate yet.
         if name in ("model", "ref_model") and (isinstance(value, PreTrainedModel) or hasattr(value, "get_base_model")):
             attach_head(value)
+            self.sharing.enable(value)
         if name == "ref_model" and isinstance(value, OptimizedModule) and self.precompute_ref_logps:
             # TRL's precomputation asks for the truth value of the reference, which a compiled module does not have.
             value = value._orig_mod
@@ -109,7 +116,9 @@ class CoolingDPOTrainer(DPOTrainer):
 
     def compute_ref_log_probs(self, model: nn.Module, inputs: dict[str, Any]) -> tuple[Tensor, Tensor]:
         """Total log-probs of the chosen [P] and the rejected [P] answers under the reference, in nats."""
-        labels = _labels(inputs)
+        return self._reference(model, self.sharing.batch(self.model, inputs))
+
+    def _reference(self, model: nn.Module, batch: Batch) -> tuple[Tensor, Tensor]:
         none: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
         adapter = checkpointing = none
         if self.ref_model is None:  # the reference is in the policy
@@ -120,9 +129,11 @@ class CoolingDPOTrainer(DPOTrainer):
                 policy = self.accelerator.unwrap_model(self.model)
                 adapter = use_adapter(policy, "ref" if "ref" in policy.peft_config else None)
         with torch.no_grad(), checkpointing, adapter, self.accelerator.autocast():
-            logp = model(
-                **_model_inputs(inputs),
-                head_op=lambda hidden, head: linear_sequence_logprob(_of_tokens(hidden, labels), head, labels).total,
+            self.sharing.check(model, batch, self.accelerator)
+            answers = batch.answers
+            logp = answers.run(
+                model,
+                lambda hidden, head: linear_sequence_logprob(hidden, head, answers.labels, answers.cu_seqlens).total,
             )
         chosen, rejected = logp.chunk(2)
         return chosen, rejected
@@ -130,23 +141,26 @@ class CoolingDPOTrainer(DPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool) -> Tensor:
         if return_outputs:
             raise NotImplementedError(f"{OP}: predict is not supported, because it needs logits")
+        batch = self.sharing.batch(self.model, inputs)
+        self.sharing.check(model, batch, self.accelerator)
         if self.precompute_ref_logps:
             chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
             reference = self.model if self.ref_model is None else self.ref_model
-            chosen, rejected = self.compute_ref_log_probs(reference, inputs)
-        labels, beta, cooling, normalize = _labels(inputs), self.beta, self.cooling, self.normalize
+            chosen, rejected = self._reference(reference, batch)
+        answers, beta, cooling, normalize = batch.answers, self.beta, self.cooling, self.normalize
 
-        def head_op(hidden: Tensor, head: Head) -> CWDPOOutput:
-            hidden = _of_tokens(hidden, labels)
+        def op(hidden: Tensor, head: Head) -> CWDPOOutput:
+            labels, cu_seqlens = answers.labels, answers.cu_seqlens
             if cooling.constant == 1.0:
-                policy = _counted(linear_sequence_logprob(hidden, head, labels))
+                policy = _counted(linear_sequence_logprob(hidden, head, labels, cu_seqlens))
                 return cwdpo_loss(*policy, chosen, rejected, beta=beta, cooling=cooling, normalize=normalize)
             return linear_cwdpo_loss(
-                hidden, head, labels, chosen, rejected, beta=beta, cooling=cooling, normalize=normalize
-            )
+                hidden, head, labels, chosen, rejected, beta=beta, cooling=cooling, normalize=normalize,
+                cu_seqlens=cu_seqlens,
+            )  # fmt: skip
 
-        output = model(**_model_inputs(inputs), head_op=head_op)
+        output = answers.run(model, op)
         self._record(output, inputs["attention_mask"])
         return output.loss
 
@@ -224,18 +238,3 @@ def _counted(logp: SequenceLogprob) -> tuple[SequenceLogprob, SequenceLogprob]:
     total, mean, count = logp
     chosen, rejected = zip(total.chunk(2), mean.chunk(2), count.clamp_min(1).chunk(2), strict=True)
     return SequenceLogprob(*chosen), SequenceLogprob(*rejected)
-
-
-def _of_tokens(hidden: Tensor, labels: Tensor) -> Tensor:
-    """The hidden states that belong to `labels` [2P, T]: prompt tuning puts those of virtual tokens before them."""
-    return hidden[:, hidden.shape[1] - labels.shape[1] :]
-
-
-def _labels(inputs: dict[str, Any]) -> Tensor:
-    return shift_labels(inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX))
-
-
-def _model_inputs(inputs: dict[str, Any]) -> dict[str, Any]:
-    """The model's inputs: all keys but TRL's own, because processors may add any."""
-    own = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
-    return {name: value for name, value in inputs.items() if name not in own}

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, ProcessorMixin
 
 from cwdpo_kernels import IGNORE_INDEX, Head, shift_labels
-from cwdpo_kernels.integrations.shared_prefix import TreeBatch, token_tree, tree_batch
+from cwdpo_kernels.integrations.shared_prefix import TreeBatch, tree_batch
 from cwdpo_trainer.chat_templates import render
 from cwdpo_trainer.data.rows import Row, answer_text
 from cwdpo_trainer.errors import require
@@ -71,9 +71,7 @@ class SharedBatch(NamedTuple):
 
     def run(self, model: nn.Module, op: Callable[[Tensor, Head], Any]) -> Any:
         """The result of `op(hidden, head)` inside the forward of `model`; `hidden` is aligned with `labels`."""
-        tree = self.tree
-        with token_tree(tree.tree):
-            return model(**tree.inputs, head_op=lambda hidden, head: op(tree.packed(hidden), head))
+        return self.tree.run(model, op)
 
     def to(self, device: torch.device) -> SharedBatch:
         """The batch with its tensors on `device`."""

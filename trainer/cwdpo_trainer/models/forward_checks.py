@@ -22,7 +22,12 @@ from torch import Tensor, nn
 
 from cwdpo_kernels import IGNORE_INDEX, Head, linear_logprob
 from cwdpo_kernels.integrations.hugging_face import evaluating
-from cwdpo_kernels.integrations.shared_prefix import TreesUnsupported, enable_trees, why_no_trees
+from cwdpo_kernels.integrations.shared_prefix import (
+    TreesUnsupported,
+    compare_forwards,
+    enable_trees,
+    why_no_trees,
+)
 from cwdpo_trainer.data.collator import PairCollator, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError
@@ -86,7 +91,6 @@ def _on_first_rows(
     return Choice(True, f"prompts of {length:.0f} tokens; {found}")
 
 
-@torch.no_grad()
 def compare_sharing(
     forward: nn.Module, collator: PairCollator, rows: Sequence[Row], device: torch.device
 ) -> tuple[float, float]:
@@ -95,17 +99,7 @@ def compare_sharing(
     inputs = collator(rows)
     prompts = to_device(inputs["prompts"], device)
     parts = (prompts, inputs["chosen"], inputs["rejected"])
-    logp: list[Tensor] = []
-    for joined in (collator.join_padded(*parts), collator.join(*parts)):
-        batch = joined.to(device)
-
-        def op(hidden: Tensor, head: Head, labels: Tensor = batch.labels) -> tuple[Tensor, torch.dtype]:
-            return linear_logprob(hidden, head, labels), hidden.dtype
-
-        values, dtype = batch.run(forward, op)
-        logp.append(values[batch.labels != IGNORE_INDEX])
-    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * logp[0].abs().max().item())
-    return (logp[0] - logp[1]).abs().max().item(), tolerance
+    return compare_forwards(forward, collator.join_padded(*parts).to(device), collator.join(*parts).to(device))
 
 
 @torch.no_grad()
