@@ -130,11 +130,15 @@ def forks() -> Iterator[Forks]:
 
 @pytest.fixture(scope="session")
 def task(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with model/, train.jsonl, heldout.jsonl and images/. Tests must not modify it."""
+    """A folder with model/, train.jsonl, heldout.jsonl, heldout_many.jsonl (enough for the doctor) and images/.
+
+    Tests must not modify it.
+    """
     folder = tmp_path_factory.mktemp("task")
     save_tiny_llava(folder / "model")
     write_rows(folder / "train.jsonl", 32)
     write_rows(folder / "heldout.jsonl", 12)
+    write_rows(folder / "heldout_many.jsonl", 40)
     return folder
 
 
@@ -222,10 +226,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, task: Path) -> Path:
     settings = {
         "output_dir": str(folder / "run"),
         "model": {"path": str(task / "model")},
-        "data": {"train": str(task / "train.jsonl"), "heldout": str(task / "heldout.jsonl"), "max_length": 40},
+        "data": {"train": str(task / "train.jsonl"), "heldout": str(task / "heldout_many.jsonl"), "max_length": 40},
         "sft": {**stage, "hub_token": "hf_secret"},
         "dpo": {**stage, "logp_floor": -4.0, "tau": 2.0},
-        "probes": {"rows": 12, "caption_rows": 12},
+        "probes": {"rows": 40, "caption_rows": 12},
         "sampling": {"max_new_tokens": 6},
     }
     (folder / "config.yaml").write_text(yaml.safe_dump(settings))

@@ -16,7 +16,7 @@ from cwdpo_trainer.cli import main
 from cwdpo_trainer.config.sections import without_secrets
 from cwdpo_trainer.errors import shorten
 from cwdpo_trainer.evaluation.card import Origin, make_card
-from cwdpo_trainer.evaluation.summary import table
+from cwdpo_trainer.evaluation.summary import NOTE, table
 
 
 def section(card, title):
@@ -43,6 +43,14 @@ def test_the_card_shows_the_metrics_of_the_run(finished, name, label):
         if line.values[label] is not None:
             assert shown[line.title] == format(line.values[label], line.format)
     assert ("after CW-DPO" in card.text) == (name == "cwdpo")
+    head = [cell.strip("| ") for cell in section(card, "Metrics on held-out rows").splitlines()[0].split(" | ")]
+    assert head == ["", "n", "start", "after SFT", "after CW-DPO"][: 4 + (name == "cwdpo")]
+    counts = {row[0].strip("| "): row[1] for row in rows}
+    assert counts["log p, chosen (nats per answer)"] == counts["ECE, chosen"] == "40 answers"
+    assert counts["log p, near (nats per answer)"] == "20 answers"
+    assert counts["CIDEr of captions (x 100)"] == "12 captions"
+    assert all(n.split()[0].isdigit() for title, n in counts.items() if title not in ("", "---"))
+    assert all(", n = " in result.metric_name for result in card.data.eval_results)
     with Image.open(finished / name / "dynamics.png") as plot:
         assert plot.width > 1000
     assert "](dynamics.png)" in card.text
@@ -187,3 +195,55 @@ def test_names_that_look_like_secrets_only(monkeypatch):
                 "key": "k", "pad_tokens": 2, "text": "Basic visualizations: eyJack, the token of love"}}  # fmt: skip
     kept = without_secrets(settings)
     assert kept == {**settings, "dpo": {"average_tokens_across_devices": True}}
+
+
+def two_stages(n: int) -> dict:
+    """Metrics of a run of both stages with `n` chosen answers, as in metrics.json."""
+    probes = {f"{name}_{key}": 0.5 for name in ("chosen", "near", "onpolicy") for key in ("logp", "delta_logp")}
+    answers = {"chosen": n, "near": n}
+    return {
+        "start": {"cider": 1.0, "captions": 7, "probes": probes, "answers": answers | {"onpolicy": 31}},
+        "after_sft": {"cider": 1.0, "captions": 7, "probes": probes, "answers": answers | {"onpolicy": 31}},
+        "after_cwdpo": {
+            "cider": 1.0, "captions": 7, "probes": probes, "answers": answers | {"onpolicy": 32},
+            "pairs_left_out": 0.2, "pairs_left_out_steps": 6, "weights_moved": 0.3, "trained_weights": 99,
+        },
+        "findings": [],
+        "environment": {},
+    }  # fmt: skip
+
+
+def test_no_line_compares_on_policy_answers_of_two_stages():
+    lines = {line.title: line for line in table(two_stages(40))}
+    for key in ("log p", "Δ log p"):
+        first, second = (lines[f"{key}, onpolicy of stage {stage} (nats per answer)"] for stage in (1, 2))
+        assert first.values == {"start": 0.5, "after_sft": 0.5, "after_cwdpo": None}
+        assert second.values == {"start": None, "after_sft": None, "after_cwdpo": 0.5}
+        assert (first.n, second.n) == ("31 answers", "32 answers")
+    assert lines["log p, near (nats per answer)"].values == {"start": 0.5, "after_sft": 0.5, "after_cwdpo": 0.5}
+    assert "no line compares answers of one stage with those of another" in NOTE
+    only_dpo = {label: entry for label, entry in two_stages(40).items() if label != "after_sft"}
+    (line,) = [line for line in table(only_dpo) if line.title.startswith("log p, onpolicy")]
+    assert line.title == "log p, onpolicy of stage 2 (nats per answer)"
+    assert line.values == {"start": 0.5, "after_cwdpo": 0.5}
+
+
+def test_every_line_says_n():
+    counts = {line.key: line.n for line in table(two_stages(40))}
+    assert counts["cider"] == "7 captions"
+    assert counts["chosen_logp"] == "40 answers"
+    assert counts["pairs_left_out"] == "6 steps"
+    assert counts["weights_moved"] == "99 weights"
+    earlier = {"after_cwdpo": {"probes": {"chosen_delta_logp": 0.5}}}  # of a version that did not count
+    assert [line.n for line in table(earlier)] == ["-"]
+
+
+def test_the_card_says_that_there_are_too_few_answers():
+    origin = Origin("owner/name", {}, {})
+    card = make_card("dpo", "mine", two_stages(6), origin, adapter=False)
+    few = "n = 6 answers are too few for a diagnosis (20 needed)"
+    assert section(ModelCard(str(card)), "What the doctor found") == f"- stage sft: {few}\n- stage dpo: {few}"
+    card = make_card("sft", "mine", two_stages(6), origin, adapter=False)
+    assert section(ModelCard(str(card)), "What the doctor found") == f"- stage sft: {few}"
+    card = make_card("dpo", "mine", two_stages(40), origin, adapter=False)
+    assert section(ModelCard(str(card)), "What the doctor found") == "Nothing."

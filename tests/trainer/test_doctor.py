@@ -8,7 +8,8 @@ from types import SimpleNamespace
 import pytest
 
 from cwdpo_trainer.config.findings import finding_names
-from cwdpo_trainer.evaluation.doctor import Doctor, diagnose, new_findings
+from cwdpo_trainer.evaluation.doctor import Doctor, diagnose, new_findings, too_few
+from cwdpo_trainer.evaluation.history import MIN_ANSWERS
 
 # A healthy stage 2: near negatives become less likely, easy ones are cooled, chosen answers do not change.
 START = {
@@ -26,6 +27,7 @@ END = START | {
 }  # fmt: skip
 LOG = {"loss": 0.6, "kept": 1.0, "onpolicy": 0.2, "onpolicy_fraction": 0.5, "margin": 0.2}
 SETTINGS = {"cooling": "adaptive", "drop_below": None}
+ANSWERS = {"chosen": 40, "near": 25, "easy": 20, "onpolicy": 30}
 SQUEEZED = {
     "chosen_delta_logp": -0.6, "chosen_delta_mean_logp": -0.06, "chosen_mean_logp": -0.26, "chosen_top1_prob": 0.93,
 }  # fmt: skip
@@ -38,7 +40,7 @@ def history(*probes, logs=(LOG,) * 5):
 
 
 def found(stage, *probes, logs=(LOG,) * 5, **settings):
-    return {finding.name for finding in diagnose(stage, history(*probes, logs=logs), SETTINGS | settings)}
+    return {finding.name for finding in diagnose(stage, history(*probes, logs=logs), SETTINGS | settings, ANSWERS)}
 
 
 def means(*values):
@@ -120,20 +122,23 @@ def test_the_tables_above_cover_every_rule():
 
 
 def test_findings_give_evidence_and_advice():
-    (finding,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS)
+    (finding,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS, ANSWERS)
     words = str(finding)
     assert words.startswith(
         "squeezing (stage dpo, step 20): the log-prob of chosen answers fell by 0.60 nats per answer (0.060 per token)"
     )
     assert "margin rose by 0.15 nats and the top-1 probability by 0.015" in words
-    assert words.endswith(". Try this: raise logp_floor, raise onpolicy_fraction, or lower the learning rate.")
-    (control,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS | {"cooling": "off"})
+    assert words.endswith(
+        " (n = 40 chosen, 25 near, 20 easy answers). "
+        "Try this: raise logp_floor, raise onpolicy_fraction, or lower the learning rate."
+    )
+    (control,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS | {"cooling": "off"}, ANSWERS)
     assert "cooling: adaptive" in control.advice
 
 
 def test_no_findings_before_the_first_probe():
-    assert diagnose("dpo", history(), SETTINGS) == []
-    assert new_findings("dpo", history(), SETTINGS) == []
+    assert diagnose("dpo", history(), SETTINGS, ANSWERS) == []
+    assert new_findings("dpo", history(), SETTINGS, ANSWERS) == []
 
 
 def test_only_recent_logs_count():
@@ -150,7 +155,7 @@ def test_a_finding_is_new_once():
         ([START, bad, END, bad], []),
         ([START, bad, bad | SQUEEZED], ["squeezing"]),
     ):
-        assert [finding.name for finding in new_findings("dpo", history(*probes), SETTINGS)] == expected
+        assert [finding.name for finding in new_findings("dpo", history(*probes), SETTINGS, ANSWERS)] == expected
 
 
 def test_earlier_probes_are_judged_by_the_logs_before_them():
@@ -158,7 +163,7 @@ def test_earlier_probes_are_judged_by_the_logs_before_them():
     logs = [LOG] * 4 + [LOG | {"kept": 0.0}] * 12  # at steps 5 to 80; probes at 0, 20, 40, ...
     for probes, expected in ((2, []), (3, []), (4, ["nothing_kept"]), (5, [])):
         past = history(START, *[END] * (probes - 1), logs=logs[: 4 * (probes - 1)])
-        assert [finding.name for finding in new_findings("dpo", past, SETTINGS)] == expected
+        assert [finding.name for finding in new_findings("dpo", past, SETTINGS, ANSWERS)] == expected
 
 
 @pytest.mark.parametrize(("stop_on", "stops"), [([], False), (["drift"], True), (["squeezing"], False)])
@@ -168,7 +173,7 @@ def test_a_finding_in_stop_on_ends_the_stage(stop_on, stops, capsys):
         log_history=history(START, END | {"chosen_tv": 0.4}), global_step=20, is_world_process_zero=True
     )
     control = SimpleNamespace(should_training_stop=False)
-    Doctor().on_evaluate(args, state, control)
+    Doctor(lambda: ANSWERS).on_evaluate(args, state, control)
     assert control.should_training_stop is stops
     printed = capsys.readouterr().out
     assert "found drift (stage dpo, step 20): " in printed
@@ -206,5 +211,91 @@ def test_real_runs(rows, settings, expected):
 
 def test_missing_onpolicy_negatives_have_two_possible_reasons():
     """The logs do not say whether samples were right or had special tokens."""
-    (finding,) = diagnose("dpo", history(START, END, logs=[LOG | {"onpolicy": 0.01}] * 5), SETTINGS)
+    (finding,) = diagnose("dpo", history(START, END, logs=[LOG | {"onpolicy": 0.01}] * 5), SETTINGS, ANSWERS)
     assert "almost all samples equal a right answer or contain special tokens" in str(finding)
+
+
+BAD = {
+    "squeezing": SQUEEZED, "margin_from_rejected": SQUEEZED | {"chosen_top1_prob": 0.915},
+    "overconfidence": OVERCONFIDENT, "drift": {"chosen_tv": 0.31}, "all_cooled": COOL, "no_cooling": HOT,
+    "easy_negatives_pushed": {"easy_cooling": 0.6}, "entropy_collapse": COLLAPSED,
+}  # fmt: skip
+COUNTED = {
+    "squeezing": "40 chosen, 25 near, 20 easy answers", "margin_from_rejected": "40 chosen, 25 near, 20 easy answers",
+    "overconfidence": "40 chosen answers", "drift": "40 chosen answers", "entropy_collapse": "40 chosen answers",
+    "all_cooled": "25 near, 20 easy, 30 onpolicy answers", "no_cooling": "25 near, 20 easy, 30 onpolicy answers",
+    "easy_negatives_pushed": "40 chosen, 25 near, 20 easy, 30 onpolicy answers",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_findings_say_n_and_need_enough_answers(name):
+    case = "dpo", history(START, END | BAD[name]), SETTINGS
+    (finding,) = diagnose(*case, ANSWERS)
+    assert finding.name == name
+    assert finding.evidence.endswith(f" (n = {COUNTED[name]})")
+    for chosen in (MIN_ANSWERS - 1, 0):
+        assert diagnose(*case, ANSWERS | {"chosen": chosen}) == new_findings(*case, ANSWERS | {"chosen": chosen}) == []
+    (finding,) = diagnose(*case, dict.fromkeys(ANSWERS, MIN_ANSWERS))
+    assert f"n = {MIN_ANSWERS} " in finding.text
+
+
+def test_past_best_says_n_and_needs_enough_answers():
+    case = "sft", history(*means(-4.0, -0.30, -0.31, -0.33)), SETTINGS
+    assert [finding.evidence.endswith(" (n = 40 chosen answers)") for finding in diagnose(*case, ANSWERS)] == [True]
+    assert diagnose(*case, {"chosen": 19, "near": 40}) == []
+
+
+def test_a_set_with_few_answers_is_left_out():
+    """The few easy answers can neither make a finding nor prevent one."""
+    few = ANSWERS | {"easy": 19}
+    pushed, cooled = (history(START, END | last) for last in ({"easy_cooling": 0.6}, COOL | {"easy_cooling": 0.9}))
+    assert diagnose("dpo", pushed, SETTINGS, few) == []
+    (finding,) = diagnose("dpo", cooled, SETTINGS, few)
+    assert finding.name == "all_cooled"
+    assert finding.evidence.endswith(" (n = 25 near, 30 onpolicy answers)")
+    # Without the easy answers, which fell by 0.5, the margin is that of the near ones.
+    (finding,) = diagnose("dpo", history(START, END | SQUEEZED), SETTINGS, few)
+    assert "the margin rose by 0.40 nats" in finding.evidence
+
+
+@pytest.mark.parametrize(
+    ("name", "last", "logs", "n"),
+    [
+        ("nothing_kept", {}, {"kept": 0.0}, "25 training steps"),
+        ("onpolicy_empty", {}, {"onpolicy": 0.01}, "25 training steps"),
+        ("not_finite", {"chosen_logp": math.nan, "chosen_mean_logp": math.nan}, {}, "6 chosen answers"),
+    ],
+)
+def test_training_logs_and_nan_need_no_held_out_answers(name, last, logs, n):
+    """They come from training pairs, and one NaN is enough."""
+    case = "dpo", history(START, END | last, logs=[LOG | logs] * 7), SETTINGS
+    (finding,) = diagnose(*case, {"chosen": 6, "near": 3, "easy": 3})
+    assert finding.name == name
+    assert finding.evidence.endswith(f" (n = {n})")
+
+
+@pytest.mark.parametrize(
+    ("answers", "line"),
+    [
+        ({"chosen": 6, "near": 3}, "n = 6 answers are too few for a diagnosis (20 needed)"),
+        ({"chosen": 19, "near": 40}, "n = 19 answers are too few for a diagnosis (20 needed)"),
+        ({"chosen": 20, "near": 20}, None),
+        (
+            {"chosen": 20, "near": 12, "easy": 8},
+            "n = 12 near, n = 8 easy answers are too few for a diagnosis (20 needed), so these sets are left out",
+        ),
+    ],
+)
+def test_too_few_answers_are_one_line(answers, line, capsys):
+    assert too_few(answers) == line
+    args = SimpleNamespace(stage="dpo", stop_on=["drift"], **SETTINGS)
+    for probes in ([START], [START, END | {"chosen_tv": 0.4}], [START, END, END | {"chosen_tv": 0.4}]):
+        state = SimpleNamespace(log_history=history(*probes), global_step=20, is_world_process_zero=True)
+        control = SimpleNamespace(should_training_stop=False)
+        Doctor(lambda: answers).on_evaluate(args, state, control)
+    assert control.should_training_stop is (answers["chosen"] >= MIN_ANSWERS)
+    printed = capsys.readouterr().out
+    assert printed.count("too few") == (line is not None)
+    assert line is None or f"dpo: {line}\n" in printed
+    assert ("found" in printed) == (answers["chosen"] >= MIN_ANSWERS)

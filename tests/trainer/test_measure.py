@@ -12,7 +12,7 @@ from cwdpo_trainer.cli import main
 
 def test_probe_reproduces_the_metrics_of_a_run(finished, task, tmp_path, capsys):
     target = tmp_path / "probe.json"
-    assert main(["probe", str(finished), str(task / "heldout.jsonl"), "--json", str(target)]) == 0
+    assert main(["probe", str(finished), str(task / "heldout_many.jsonl"), "--json", str(target)]) == 0
     result = json.loads(target.read_text())
     metrics = json.loads((finished / "metrics.json").read_text())
     expected = metrics["after_cwdpo"]["probes"]
@@ -23,9 +23,12 @@ def test_probe_reproduces_the_metrics_of_a_run(finished, task, tmp_path, capsys)
     assert after - before == pytest.approx(expected["chosen_delta_logp"], rel=1e-4)
     found = {finding["name"] for finding in metrics["findings"] if finding["stage"] == "dpo"}
     assert {finding["name"] for finding in result["findings"]} == found != set()
-    assert result["answers"] == {"chosen": 12, "near": 6, "easy": 6, "onpolicy": result["answers"]["onpolicy"]}
+    assert result["answers"] == {"chosen": 40, "near": 20, "easy": 20, "onpolicy": result["answers"]["onpolicy"]}
     printed = capsys.readouterr().out
     assert f"{before:.3f} -> {after:.3f}" in printed
+    assert result["answers"] == metrics["after_cwdpo"]["answers"]
+    for name, count in result["answers"].items():
+        assert f" {name} (n = {count})" in printed
     assert all(f"found {name}: " in printed for name in found)
     assert str(target) in printed
 
@@ -37,7 +40,12 @@ def test_probe_of_a_model_with_and_without_a_reference(finished, task, tmp_path,
     assert result["reference"] is None
     assert not any("delta" in name or name.endswith(("_tv", "_js")) for name in result["metrics"]["model"])
     assert result["answers"]["chosen"] == 4
-    assert "no reference to compare with" in capsys.readouterr().out
+    assert result["findings"] == []
+    printed = capsys.readouterr().out
+    assert "no reference to compare with" in printed
+    assert "\nn = 4 answers are too few for a diagnosis (20 needed)\n" in printed
+    assert "the doctor found nothing" not in printed
+    data = str(task / "heldout_many.jsonl")
     arguments = ["probe", str(finished / "sft"), data, "--reference", str(task / "model"), "--json", str(target)]
     assert main(arguments) == 0
     metrics = json.loads((finished / "metrics.json").read_text())
@@ -47,7 +55,7 @@ def test_probe_of_a_model_with_and_without_a_reference(finished, task, tmp_path,
 
 def test_eval_reproduces_the_scores_of_a_run(finished, task, tmp_path, capsys):
     target = tmp_path / "eval.json"
-    assert main(["eval", str(finished), str(task / "heldout.jsonl"), "--json", str(target)]) == 0
+    assert main(["eval", str(finished), str(task / "heldout_many.jsonl"), "--rows", "12", "--json", str(target)]) == 0
     result = json.loads(target.read_text())
     metrics = json.loads((finished / "metrics.json").read_text())["after_cwdpo"]
     assert (result["exact_match"], result["cider"]) == (metrics["exact_match"], metrics["cider"])

@@ -82,8 +82,10 @@ def config(settings, write_config) -> Path:
 
 
 @pytest.mark.plot
-def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
-    folder = Path(settings["output_dir"])
+def test_a_run_writes_its_results_and_is_not_repeated(settings, write_config, task, capsys):
+    settings["data"]["heldout"] = str(task / "heldout_many.jsonl")
+    settings["probes"]["rows"] = 40
+    config, folder = write_config(settings), Path(settings["output_dir"])
     assert main(["run", str(config)]) == 0
     metrics = results(folder)
     for label in ("after_sft", "after_cwdpo"):
@@ -92,12 +94,20 @@ def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
         assert metrics[label]["probes"]["step"] == 6
     delta = metrics["after_cwdpo"]["cider"] - metrics["after_sft"]["cider"]
     assert metrics["delta"]["cider"] == pytest.approx(delta)
+    start = metrics["start"]
+    assert 0 <= start["exact_match"] <= 1
+    assert (start["captions"], start["probes"]["step"], start["probes"]["chosen_delta_logp"]) == (12, 0, 0)
+    for label in ("start", "after_sft", "after_cwdpo"):
+        answers = metrics[label]["answers"]
+        assert answers == {"chosen": 40, "near": 20, "easy": 20, "onpolicy": answers["onpolicy"]}
+    assert json.loads((folder / "cwdpo" / "heldout_answers.json").read_text()) == metrics["after_cwdpo"]["answers"]
     assert metrics["environment"]["torch"]
     with (folder / "probes.csv").open() as file:
         probes = list(csv.DictReader(file))
     assert [(row["stage"], row["step"]) for row in probes] == [(s, t) for s in ("sft", "dpo") for t in "036"]
     assert float(probes[-1]["chosen_ece"]) == metrics["after_cwdpo"]["probes"]["chosen_ece"]
     assert float(probes[3]["chosen_delta_logp"]) == 0
+    assert float(probes[0]["chosen_logp"]) == start["probes"]["chosen_logp"]
     predictions = [json.loads(line) for line in (folder / "predictions.jsonl").read_text().splitlines()]
     assert len(predictions) == 12
     share = sum(line["match_after_cwdpo"] for line in predictions) / 12
@@ -109,11 +119,16 @@ def test_a_run_writes_its_results_and_is_not_repeated(config, settings, capsys):
     (finding,) = metrics["findings"]  # the high learning rate makes the model drift
     assert (finding["stage"], finding["step"], finding["name"]) == ("dpo", 6, "drift")
     training, _, table = capsys.readouterr().out.partition("after CW-DPO")
-    assert training.startswith(f"run in {folder}: 24 pairs for sft, 8 pairs for dpo, 12 held-out pairs\n")
+    assert training.startswith(f"run in {folder}: 24 pairs for sft, 8 pairs for dpo, 40 held-out pairs\n")
     assert training.count("found drift (stage dpo, step 3): ") == 1
     assert f"reference cache: 8 pairs, 1 KiB in {folder / 'reference_cache'}" in training
     for text in (
         "exact match of captions",
+        "12 captions",
+        "20 answers",
+        "log p, onpolicy of stage 1",
+        "log p, onpolicy of stage 2",
+        "each stage has its own lines on them",
         "CIDEr",
         "ECE, chosen",
         "TV, chosen",
@@ -206,7 +221,7 @@ def test_separate_stages_equal_a_run_of_both(config, settings, write_config, tmp
     assert main(["dpo", str(config)]) == 2
     assert "expected a finished stage sft" in capsys.readouterr().err
     assert main(["sft", str(config)]) == 0
-    kept = {"after_sft", "findings", "environment", "base_model", "data", "seed"}
+    kept = {"start", "after_sft", "delta", "findings", "environment", "base_model", "data", "seed"}
     assert set(results(Path(settings["output_dir"]))) == kept
     assert main(["dpo", str(config)]) == 0
     uninterrupted = write_config({**settings, "output_dir": str(tmp_path / "uninterrupted")})

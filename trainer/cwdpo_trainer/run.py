@@ -39,7 +39,7 @@ from cwdpo_trainer.models.reference import Reference, freeze_reference
 from cwdpo_trainer.negatives.sampling import caption
 from cwdpo_trainer.negatives.server import AnswerServer
 from cwdpo_trainer.reporter import say
-from cwdpo_trainer.run_folder import COOLING_FILE, LABEL_OF_STAGE, STATE_FILE, RunFolder
+from cwdpo_trainer.run_folder import ANSWERS_FILE, COOLING_FILE, LABEL_OF_STAGE, STATE_FILE, RunFolder
 from cwdpo_trainer.stages.base import StageTrainer
 from cwdpo_trainer.stages.checkpoints import newest_checkpoint, prune, state_of
 from cwdpo_trainer.stages.dpo import CWDPOTrainer
@@ -225,6 +225,7 @@ class Run:
             trainer.save_model(str(unfinished))
             if should_save:
                 trainer.state.save_to_json(str(unfinished / STATE_FILE))
+                write_json(unfinished / ANSWERS_FILE, trainer.probes.answer_counts())
                 if isinstance(trainer, CWDPOTrainer):
                     write_json(unfinished / COOLING_FILE, asdict(trainer.cooling))
                 seal(unfinished)
@@ -267,12 +268,11 @@ class Run:
                 write_report(self.folder, self._results(stages))
 
     def _results(self, stages: Sequence[str]) -> Results:
-        """Captions and log histories of the saved models."""
+        """Captions of the model before training and of the saved models, and the latter's log histories."""
         config, inputs = self.config, self.inputs
         device = config.stage(stages[0]).device
-        models = {LABEL_OF_STAGE[stage]: str(self.folder.model(stage)) for stage in stages}
-        if config.sft is None:
-            models = {"start": inputs.model_path, **models}
+        models = {"start": inputs.model_path}
+        models |= {LABEL_OF_STAGE[stage]: str(self.folder.model(stage)) for stage in stages}
         prompts = distinct_prompts(inputs.heldout)[: config.probes.caption_rows]
         captions = {}
         for label, path in models.items():
@@ -283,7 +283,15 @@ class Run:
             )
         histories = {stage: read_json(self.folder.model(stage) / STATE_FILE)["log_history"] for stage in stages}
         settings = {stage: vars(config.stage(stage)) for stage in stages}
-        return Results(prompts, captions, histories, settings, self._origin(), config.seed, str(device))
+        answers = {stage: self._answer_counts(stage) for stage in stages}
+        return Results(prompts, captions, histories, settings, answers, self._origin(), config.seed, str(device))
+
+    def _answer_counts(self, stage: str) -> dict[str, int]:
+        path = self.folder.model(stage) / ANSWERS_FILE
+        if path.is_file():  # a damaged folder has been refused
+            return read_json(path)
+        say(f"{stage}: {path} is missing, as in runs of earlier versions: the report has no n, and no diagnosis")
+        return {}
 
     def _origin(self) -> Origin:
         inputs = self.inputs

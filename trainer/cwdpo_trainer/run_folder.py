@@ -12,7 +12,8 @@
                         negatives/log.py: the negative of each pair at each step
     reference_cache/    models/reference_cache.py: log-probs under the reference of stage 2, unless
                         dpo.reference_cache names another folder
-    sft/, cwdpo/        run.py: the model after each stage, its processor, trainer_state.json and cooling.json;
+    sft/, cwdpo/        run.py: the model after each stage, its processor, trainer_state.json, heldout_answers.json
+                        and cooling.json;
                         evaluation/card.py: README.md. A folder gets its name once all files are in it, so a stage is
                         done if its folder exists (`RunFolder.is_done`). COMPLETE lists the files here too.
     probes.csv, predictions.jsonl, dynamics.png
@@ -38,6 +39,7 @@ from cwdpo_trainer.files import is_temporary, read_json_object, remove_temporary
 from cwdpo_trainer.manifest import COMPLETE, verify
 
 STATE_FILE = "trainer_state.json"  # in a checkpoint and in a stage's model folder
+ANSWERS_FILE = "heldout_answers.json"  # in a stage's model folder: how many held-out answers of each set were probed
 COOLING_FILE = "cooling.json"  # the `Cooling` of stage 2, in its checkpoints and in its model folder
 MODEL_FOLDERS = {"sft": "sft", "dpo": "cwdpo"}  # by stage
 LABEL_OF_STAGE = {"sft": "after_sft", "dpo": "after_cwdpo"}  # the model after a stage, in metrics.json
@@ -162,9 +164,10 @@ class RunFolder:
         for label in METRIC_LABELS & metrics.keys():
             found = metrics[label]
             ok = isinstance(found, dict) and isinstance(found.get("probes"), dict) and all(
-                isinstance(value, int | float) for value in (found | found["probes"] | {"probes": 0}).values()
+                isinstance(value, int | float) for value in _numbers_of(found)
             )  # fmt: skip
-            require(ok, where, label, f"numbers, and numbers under probes {advice}", shorten(json.dumps(found), 100))
+            expected = f"numbers, and numbers under probes and answers {advice}"
+            require(ok, where, label, expected, shorten(json.dumps(found), 100))
         findings = metrics.get("findings")
         ok = isinstance(findings, list) and all(
             isinstance(finding, dict) and finding.keys() == FINDING_FIELDS for finding in findings
@@ -173,6 +176,13 @@ class RunFolder:
         base_model = metrics.get("base_model")
         require(isinstance(base_model, str), where, "base_model", f"a name or a path {advice}", repr(base_model))
         return metrics
+
+
+def _numbers_of(entry: dict[str, Any]) -> list[Any]:
+    """What should be numbers in the entry of a model in metrics.json. Those of an earlier version have no answers."""
+    answers = entry.get("answers", {})
+    inner = [*entry["probes"].values(), *(answers.values() if isinstance(answers, dict) else [answers, None])]
+    return inner + [value for key, value in entry.items() if key not in ("probes", "answers")]
 
 
 def _record(config: RunConfig, inputs: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ from cwdpo_trainer.errors import require, shorten
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
-from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, stage_metrics, table
+from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, stage_metrics, table, too_few_lines
 from cwdpo_trainer.files import replacing, write_text
 from cwdpo_trainer.models.adapters import ADAPTER_FILE
 from cwdpo_trainer.run_folder import LABEL_OF_STAGE
@@ -27,7 +27,7 @@ CARD, PLOT = "README.md", "dynamics.png"
 LONGEST_NAME = 200  # characters of a model's name
 SETS = (
     "Answers: `chosen` are right; `onpolicy` are wrong samples of the model that a stage started from; the others are "
-    "rejected answers, by `negative_source`. All values are means."
+    "rejected answers, by `negative_source`. All values are means over n."
 )
 METHODS = {
     "sft": "constrained supervised fine-tuning with gentle negatives, stage 1 of Cooling-Weighted DPO",
@@ -66,14 +66,16 @@ def write_card(folder: Path, stage: str, name: str, metrics: Mapping[str, Any], 
 
 
 def write_stage_card(
-    folder: Path, stage: str, name: str, history: History, settings: Mapping[str, Any], origin: Origin, device: str
-) -> None:
-    """Write the card of a stage from its log history alone. Only a finished run has scores of captions."""
+    folder: Path, stage: str, name: str, history: History, settings: Mapping[str, Any], answers: Mapping[str, int],
+    origin: Origin, device: str,
+) -> None:  # fmt: skip
+    """Write the card of a stage from its log history and the number of held-out answers by set. Only a finished run has
+    scores of captions."""
     probes = probe_entries(history)
     require(bool(probes), str(folder), "", "probes of a trained stage for its card", "none")
     metrics = {
-        LABEL_OF_STAGE[stage]: stage_metrics(history, probes[-1]),
-        "findings": [asdict(finding) for finding in diagnose(stage, history, settings)],
+        LABEL_OF_STAGE[stage]: stage_metrics(history, probes[-1], answers),
+        "findings": [asdict(finding) for finding in diagnose(stage, history, settings, answers)],
         "environment": environment(device),
     }
     with replacing(folder / PLOT) as temporary:
@@ -110,7 +112,7 @@ Fine-tuned from {_code(base)} with {METHODS[stage]}
 
 ## Metrics on held-out rows
 
-{_markdown(["", *(TITLES[label] for label in shown)], _table_cells(shown))}
+{_markdown(["", "n", *(TITLES[label] for label in shown)], _table_cells(shown))}
 
 {SETS} {NOTE}
 
@@ -118,7 +120,7 @@ Fine-tuned from {_code(base)} with {METHODS[stage]}
 
 ## What the doctor found
 
-{_bullets(map(str, findings)) or "Nothing."}
+{_bullets([*too_few_lines(shown), *map(str, findings)]) or "Nothing."}
 
 ## Settings
 
@@ -150,14 +152,14 @@ def _eval_results(shown: Mapping[str, Any], label: str, task: str) -> list[EvalR
     return [
         EvalResult(
             task_type=task, dataset_type="preferences", dataset_name="held-out rows",
-            metric_type=line.key, metric_name=line.title, metric_value=line.values[label],
+            metric_type=line.key, metric_name=f"{line.title}, n = {line.n}", metric_value=line.values[label],
         )
         for line in lines
     ]  # fmt: skip
 
 
 def _table_cells(shown: Mapping[str, Any]) -> list[list[str]]:
-    return [[line.title, *(line.text(label) for label in shown)] for line in table(shown)]
+    return [[line.title, line.n, *(line.text(label) for label in shown)] for line in table(shown)]
 
 
 def _settings(origin: Origin) -> dict[str, Any]:

@@ -3,21 +3,23 @@
 Each rule is a function of a `StageHistory`. It returns (evidence, advice), or None if all is well. A missing or NaN
 metric makes every comparison false, so a rule without data finds nothing; `not_finite` finds metrics that are NaN. A
 finding is a reason to look, not a proof. The thresholds and their reasons are below.
+
+Rules on held-out answers ignore sets of fewer than `MIN_ANSWERS`, and find nothing if there are fewer chosen answers.
+`too_few` says so. Every finding ends its evidence with n: the answers of each set, or the training steps, that it is
+based on.
 """
 
 from __future__ import annotations
 
 import math
-from bisect import bisect_right
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from itertools import islice
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
 from cwdpo_trainer.config.findings import finding_names
-from cwdpo_trainer.evaluation.history import History, probe_entries, sets_of, training_entries
+from cwdpo_trainer.evaluation.history import MIN_ANSWERS, History, StageHistory, probe_entries
 from cwdpo_trainer.reporter import say
 
 # In a healthy stage 2, log-probs of chosen answers move by about 0.01 nats per token (measured on the digits task).
@@ -39,69 +41,12 @@ ENTROPY_SOME = 0.02  # nats; a model that starts with less has none to lose
 ONPOLICY_SHARE = 0.1  # of the on-policy negatives that onpolicy_fraction asks for
 KEPT_FEW = 0.05  # share of the pairs
 PAST_BEST = 2  # probes since the best one
-RECENT = 5  # training logs that are averaged
 
 Diagnosis = tuple[str, str]
 
 
-@dataclass(frozen=True)
-class StageHistory:
-    """What a stage ("sft" or "dpo") has logged: its probes and training logs by step, and its settings by name.
-
-    To compare two models without training, the probes are the reference's and the model's, and there are no logs.
-    """
-
-    stage: str
-    probes: History
-    logs: History
-    settings: Mapping[str, Any]
-
-    @classmethod
-    def of(cls, stage: str, log_history: History, settings: Mapping[str, Any]) -> StageHistory:
-        return cls(stage, probe_entries(log_history), training_entries(log_history), settings)
-
-    def until(self, count: int) -> StageHistory:
-        """The history as it was right after the first `count` probes."""
-        logs = bisect_right(self.logs, self.probes[count - 1]["step"], key=lambda entry: entry["step"])
-        return replace(self, probes=self.probes[:count], logs=self.logs[:logs])
-
-    def first(self, key: str) -> float:
-        """A metric of the first probe; NaN if it has none."""
-        return self.probes[0].get(key, math.nan)
-
-    def last(self, key: str) -> float:
-        """A metric of the last probe; NaN if it has none."""
-        return self.probes[-1].get(key, math.nan)
-
-    def change(self, key: str) -> float:
-        return self.last(key) - self.first(key)
-
-    def recent(self, key: str) -> float:
-        """The mean over the last `RECENT` training logs that have `key`; NaN if none has."""
-        values = list(islice((entry[key] for entry in reversed(self.logs) if key in entry), RECENT))
-        return sum(values) / len(values) if values else math.nan
-
-    def negatives(self) -> list[str]:
-        """The sets of negatives in the last probe."""
-        return [name for name in sets_of(self.probes[-1]) if name != "chosen"]
-
-    def margin(self) -> float:
-        """Held-out margin since the start, in nats per answer: the change of the chosen answers' log-prob minus the
-        mean change of the dataset's negatives."""
-        changes = [self.last(f"{name}_delta_logp") for name in self.negatives() if name != "onpolicy"]
-        return self.last("chosen_delta_logp") - sum(changes) / len(changes) if changes else math.nan
-
-    def is_adaptive(self) -> bool:
-        return self.settings.get("cooling", "adaptive") == "adaptive"
-
-    def cooling_weights(self) -> dict[str, float]:
-        """Mean w_c by set of negatives. Empty if w_c is constant: then its value is the user's choice."""
-        if not self.is_adaptive():
-            return {}
-        return {name: self.last(f"{name}_cooling") for name in self.negatives()}
-
-
 Rule = Callable[[StageHistory], Diagnosis | None]
+Count = Callable[[StageHistory], str]  # the n of a rule's evidence
 
 
 @dataclass(frozen=True)
@@ -123,25 +68,55 @@ class Finding:
         return f"{self.name} (stage {self.stage}, step {self.step}): {self.text}"
 
 
-_RULES: dict[str, Rule] = {}
+class _Entry(NamedTuple):
+    rule: Rule
+    n: Count
+    needs_answers: bool  # False: it holds for any number of held-out answers
 
 
-def _rule(function: Rule) -> Rule:
-    _RULES[function.__name__] = function
-    return function
+_RULES: dict[str, _Entry] = {}
 
 
-def diagnose(stage: str, log_history: History, settings: Mapping[str, Any]) -> list[Finding]:
-    """The findings at the last probe of a log history. Before the first probe there are none."""
-    return _examine(StageHistory.of(stage, log_history, settings))
+def _rule(n: Count, needs_answers: bool = True) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        _RULES[function.__name__] = _Entry(function, n, needs_answers)
+        return function
+
+    return register
 
 
-def new_findings(stage: str, log_history: History, settings: Mapping[str, Any]) -> list[Finding]:
+def _answers(names: Callable[[StageHistory], list[str]]) -> Count:
+    return lambda history: f"{', '.join(f'{history.answers.get(name, 0)} {name}' for name in names(history))} answers"
+
+
+_CHOSEN = _answers(lambda history: ["chosen"])
+_MARGIN = _answers(lambda history: ["chosen", *history.dataset_negatives()])
+_NEGATIVES = _answers(StageHistory.negatives)
+_ALL = _answers(lambda history: ["chosen", *history.negatives()])
+
+
+def _steps(history: StageHistory) -> str:
+    return f"{history.recent_steps()} training steps"
+
+
+def diagnose(
+    stage: str, log_history: History, settings: Mapping[str, Any], answers: Mapping[str, int]
+) -> list[Finding]:
+    """The findings at the last probe of a log history. Before the first probe there are none.
+
+    `answers`: the number of held-out answers by set (`Probes.answer_counts`).
+    """
+    return _examine(StageHistory.of(stage, log_history, settings, answers))
+
+
+def new_findings(
+    stage: str, log_history: History, settings: Mapping[str, Any], answers: Mapping[str, int]
+) -> list[Finding]:
     """The findings at the last probe that no earlier probe had.
 
-    They depend on the log history only, so a resumed run reports the same ones.
+    They depend on the log history and the held-out answers only, so a resumed run reports the same ones.
     """
-    history = StageHistory.of(stage, log_history, settings)
+    history = StageHistory.of(stage, log_history, settings, answers)
     known = {finding.name for count in range(1, len(history.probes)) for finding in _examine(history.until(count))}
     return [finding for finding in _examine(history) if finding.name not in known]
 
@@ -150,11 +125,28 @@ def _examine(history: StageHistory) -> list[Finding]:
     if not history.probes:
         return []
     step = history.probes[-1]["step"]
-    diagnoses = {name: _RULES[name](history) for name in finding_names(history.stage)}
-    return [Finding(name, history.stage, step, *words) for name, words in diagnoses.items() if words is not None]
+    findings = []
+    for name in finding_names(history.stage):
+        entry = _RULES[name]
+        diagnosis = entry.rule(history) if history.has_enough("chosen") or not entry.needs_answers else None
+        if diagnosis is not None:
+            evidence, advice = diagnosis
+            findings.append(Finding(name, history.stage, step, f"{evidence} (n = {entry.n(history)})", advice))
+    return findings
 
 
-@_rule
+def too_few(answers: Mapping[str, int]) -> str | None:
+    """What the doctor says instead of findings on sets with fewer than `MIN_ANSWERS` answers; None if none has."""
+    few = {name: count for name, count in answers.items() if count < MIN_ANSWERS}
+    if "chosen" in few:
+        return f"n = {few['chosen']} answers are too few for a diagnosis ({MIN_ANSWERS} needed)"
+    if few:
+        sets = ", ".join(f"n = {count} {name}" for name, count in few.items())
+        return f"{sets} answers are too few for a diagnosis ({MIN_ANSWERS} needed), so these sets are left out"
+    return None
+
+
+@_rule(_CHOSEN, needs_answers=False)
 def not_finite(history: StageHistory) -> Diagnosis | None:
     """NaN compares false with everything, so without this rule a diverged run would look healthy."""
     broken = [key for key in ("chosen_logp", "chosen_entropy", "chosen_tv") if not math.isfinite(history.last(key))]
@@ -166,7 +158,7 @@ def not_finite(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_MARGIN)
 def squeezing(history: StageHistory) -> Diagnosis | None:
     """Pushing down an answer that is already unlikely takes probability from all other answers, the chosen one
     included, and gives it to the most likely token (Ren and Sutherland, arXiv 2407.10490). The margin, which is what
@@ -182,7 +174,7 @@ def squeezing(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_MARGIN)
 def margin_from_rejected(history: StageHistory) -> Diagnosis | None:
     """A margin that comes from the rejected answers alone teaches nothing about good answers. Chosen answers that keep
     their log-prob are fine: that is what cooling is for."""
@@ -196,7 +188,7 @@ def margin_from_rejected(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_CHOSEN)
 def overconfidence(history: StageHistory) -> Diagnosis | None:
     """The probability of the most likely token grows faster than how often that token is right."""
     rise, start, now = (get("chosen_ece") for get in (history.change, history.first, history.last))
@@ -211,7 +203,7 @@ def overconfidence(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_CHOSEN)
 def drift(history: StageHistory) -> Diagnosis | None:
     """Far from its reference, a model has changed in more than the preference. In stage 1 that is the purpose."""
     tv, js = history.last("chosen_tv"), history.last("chosen_js")
@@ -223,7 +215,7 @@ def drift(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_NEGATIVES)
 def all_cooled(history: StageHistory) -> Diagnosis | None:
     """With all weights near 0, negatives have no effect: the loss only raises the chosen answers."""
     weights = history.cooling_weights()
@@ -235,7 +227,7 @@ def all_cooled(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_NEGATIVES)
 def no_cooling(history: StageHistory) -> Diagnosis | None:
     """With all weights near 1 the loss is that of DPO, even for easy negatives."""
     weights = history.cooling_weights()
@@ -247,7 +239,7 @@ def no_cooling(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_ALL)
 def easy_negatives_pushed(history: StageHistory) -> Diagnosis | None:
     """Cooling should keep training from pushing down negatives that are far less likely than the chosen answers."""
     weights = history.cooling_weights()
@@ -263,7 +255,7 @@ def easy_negatives_pushed(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_CHOSEN)
 def entropy_collapse(history: StageHistory) -> Diagnosis | None:
     """The model became certain without being right. Entropy falls with learning too, but then chosen answers gain."""
     start, now = history.first("chosen_entropy"), history.last("chosen_entropy")
@@ -277,7 +269,7 @@ def entropy_collapse(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_steps, needs_answers=False)
 def onpolicy_empty(history: StageHistory) -> Diagnosis | None:
     """Samples that equal a right answer or hold special tokens cannot be negatives (`wrong_answers`). If nearly all of
     them do, training falls back to the dataset's negatives. The logs do not say which of the two it is."""
@@ -291,7 +283,7 @@ def onpolicy_empty(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_steps, needs_answers=False)
 def nothing_kept(history: StageHistory) -> Diagnosis | None:
     """Pairs whose negative has a mean log-prob below drop_below leave the loss. Without pairs there is no gradient."""
     kept = history.recent("kept")
@@ -303,7 +295,7 @@ def nothing_kept(history: StageHistory) -> Diagnosis | None:
     )
 
 
-@_rule
+@_rule(_CHOSEN)
 def past_best(history: StageHistory) -> Diagnosis | None:
     """A hint for early stopping: chosen answers were best some probes ago and have become less likely since."""
     values = [probe["chosen_mean_logp"] for probe in history.probes]
@@ -329,10 +321,19 @@ def _listed(values: Mapping[str, float]) -> str:
 
 
 class Doctor(TrainerCallback):
-    """Prints each finding when a probe first shows it. A finding that `args.stop_on` names ends the stage."""
+    """Prints each finding when a probe first shows it. A finding that `args.stop_on` names ends the stage.
+
+    `answer_counts`: gives the number of held-out answers by set once they are drawn (`Probes.answer_counts`).
+    """
+
+    def __init__(self, answer_counts: Callable[[], Mapping[str, int]]) -> None:
+        self.answer_counts = answer_counts
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        case = args.stage, state.log_history, vars(args)
+        case = args.stage, state.log_history, vars(args), self.answer_counts()
+        few = too_few(self.answer_counts())
+        if few is not None and len(probe_entries(state.log_history)) == 1:
+            say(f"{args.stage}: {few}")
         stops = [finding.name for finding in diagnose(*case) if finding.name in args.stop_on]
         for finding in new_findings(*case):
             say(f"found {finding}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,7 @@ from cwdpo_trainer.data.source import Source
 from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import require
 from cwdpo_trainer.evaluation.captions import score_captions
-from cwdpo_trainer.evaluation.doctor import Finding, diagnose
+from cwdpo_trainer.evaluation.doctor import Finding, diagnose, too_few
 from cwdpo_trainer.evaluation.history import PREFIX
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.evaluation.summary import environment
@@ -115,17 +115,21 @@ def probe(target: EvalTarget, data: str, rows: int | None, json_file: Path | Non
         _load_rows(target, collator, source), collator, settings, target.sampling, target.cooling, target.seed
     )
     metrics = _measure(target, probes, device)
-    findings = _findings(target, list(metrics.values()))
+    answers = probes.answer_counts()
+    findings = _findings(target, list(metrics.values()), answers)
     if target.reference is None:  # the model was its own reference
         metrics["model"] = {k: v for k, v in metrics["model"].items() if not k.endswith(AGAINST_REFERENCE)}
-    _print_table(metrics, list(probes.sets))
+    _print_table(metrics, answers)
+    few = too_few(answers)
+    if few is not None:
+        say(few)
     for finding in findings:
         say(f"found {finding.name}: {finding.text}")
-    if not findings:
+    if not findings and few is None:
         say("the doctor found nothing")
     result = {
         **_header(target, source, device),
-        "answers": {name: len(answers) for name, answers in probes.sets.items()},
+        "answers": answers,
         "metrics": metrics,
         "findings": [asdict(finding) for finding in findings],
     }
@@ -199,27 +203,29 @@ def _load(target: EvalTarget, path: str, device: torch.device) -> Model:
     return model.eval()
 
 
-def _findings(target: EvalTarget, probes: Sequence[dict[str, float]]) -> list[Finding]:
+def _findings(target: EvalTarget, probes: Sequence[dict[str, float]], answers: Mapping[str, int]) -> list[Finding]:
     history = [
         {"step": step, **{PREFIX + key: value for key, value in probe.items()}} for step, probe in enumerate(probes)
     ]
-    return diagnose(target.stage, history, target.options)
+    return diagnose(target.stage, history, target.options, answers)
 
 
-def _print_table(metrics: dict[str, dict[str, float]], sets: list[str]) -> None:
-    """Print a column per set of answers. With a reference, cells are "reference -> model"."""
+def _print_table(metrics: dict[str, dict[str, float]], answers: Mapping[str, int]) -> None:
+    """Print a column per set of answers, with its n. With a reference, cells are "reference -> model"."""
     model, reference = metrics["model"], metrics.get("reference")
-    say(f"\n{'':30}" + "".join(f"{name:>20}" for name in sets))
+    heads = {name: f"{name} (n = {count})" for name, count in answers.items()}
+    width = max(20, *(len(head) + 2 for head in heads.values()))
+    say(f"\n{'':30}" + "".join(f"{head:>{width}}" for head in heads.values()))
     for key, title in METRIC_TITLES.items():
         cells = []
-        for name in sets:
+        for name in heads:
             value = model.get(f"{name}_{key}")
             cell = "-" if value is None else f"{value:.3f}"
             if value is not None and reference is not None and f"_{key}" not in AGAINST_REFERENCE:
                 cell = f"{reference[f'{name}_{key}']:.3f} -> {cell}"
             cells.append(cell)
         if set(cells) != {"-"}:
-            say(f"{title:30}" + "".join(f"{cell:>20}" for cell in cells))
+            say(f"{title:30}" + "".join(f"{cell:>{width}}" for cell in cells))
     say("reference -> model\n" if reference is not None else "no reference to compare with (--reference)\n")
 
 

@@ -110,6 +110,10 @@ class Probes:
         if answers:
             self.sets["onpolicy"] = answers
 
+    def answer_counts(self) -> dict[str, int]:
+        """The number of answers in each set: the n of its metrics."""
+        return {name: len(answers) for name, answers in self.sets.items()}
+
     def names(self) -> list[str]:
         """The names of all metrics of all sets."""
         cooling = ("cooling", *(f"cooling_bin{index}" for index in range(COOLING_BINS)))

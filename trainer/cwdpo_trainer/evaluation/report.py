@@ -16,7 +16,7 @@ from cwdpo_trainer.evaluation.card import Origin, write_card
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
 from cwdpo_trainer.evaluation.history import History, probe_entries
 from cwdpo_trainer.evaluation.plot import draw_dynamics
-from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, stage_metrics, table
+from cwdpo_trainer.evaluation.summary import NOTE, TITLES, environment, labels_of, stage_metrics, table, too_few_lines
 from cwdpo_trainer.files import replacing, write_json, write_text
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import LABEL_OF_STAGE, RunFolder
@@ -26,14 +26,15 @@ from cwdpo_trainer.run_folder import LABEL_OF_STAGE, RunFolder
 class Results:
     """What a run has measured.
 
-    `captions` by model label (start, after_sft, after_cwdpo), one for each row in `prompts`; log histories and settings
-    by stage.
+    `captions` by model label (start, after_sft, after_cwdpo), one for each row in `prompts`; by stage, log histories,
+    settings and the number of held-out answers of each set.
     """
 
     prompts: list[Row]
     captions: dict[str, list[str]]
     histories: dict[str, History]
     settings: Mapping[str, Mapping[str, Any]]
+    answers: Mapping[str, Mapping[str, int]]
     origin: Origin
     seed: int
     device: str
@@ -60,16 +61,14 @@ def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[st
         label: {**score.metrics(), "captions": len(results.prompts)} for label, score in scores.items()
     }
     for stage, entries in probes.items():
-        metrics[LABEL_OF_STAGE[stage]] |= stage_metrics(results.histories[stage], entries[-1])
-    if "start" in metrics:
-        metrics["start"]["probes"] = probes["dpo"][0]
-    first, *others = metrics
-    for label in others:
-        metrics["delta"] = {key: metrics[label][key] - metrics[first][key] for key in ("exact_match", "cider")}
+        metrics[LABEL_OF_STAGE[stage]] |= stage_metrics(results.histories[stage], entries[-1], results.answers[stage])
+    metrics["start"] |= _probed_start(results, probes)
+    before, after = (metrics[label] for label in list(scores)[-2:])
+    metrics["delta"] = {key: after[key] - before[key] for key in ("exact_match", "cider")}
     metrics["findings"] = [
         asdict(finding)
         for stage, history in results.histories.items()
-        for finding in diagnose(stage, history, results.settings[stage])
+        for finding in diagnose(stage, history, results.settings[stage], results.answers[stage])
     ]
     metrics["environment"] = environment(results.device)
     metrics["base_model"] = results.origin.base_model
@@ -82,6 +81,14 @@ def _metrics(results: Results, scores: dict[str, CaptionScores], probes: dict[st
         if "train_runtime" in entry
     }
     return metrics
+
+
+def _probed_start(results: Results, probes: dict[str, History]) -> dict[str, Any]:
+    """The probe of the model before training: that of the first stage at step 0. Empty without eval_on_start."""
+    stage, (first, *_) = next(iter(probes.items()))
+    if first["step"] > 0:
+        return {"probes": {}, "answers": {}}
+    return {"probes": first, "answers": dict(results.answers[stage])}
 
 
 def _predictions(results: Results, scores: dict[str, CaptionScores], folder: Path) -> str:
@@ -115,10 +122,14 @@ def print_table(metrics: dict[str, Any], folder: RunFolder, finished: bool) -> N
     labels = labels_of(metrics)
     if finished:
         say(f"{folder}: this run is finished, nothing is left to train")
-    say(f"\n{'':38}" + "".join(f"{TITLES[label]:>14}" for label in labels))
-    for line in table(metrics):
-        say(f"{line.title:<38}" + "".join(f"{line.text(label):>14}" for label in labels))
+    lines = table(metrics)
+    width, n_width = (max((len(getattr(line, name)) for line in lines), default=0) for name in ("title", "n"))
+    say(f"\n{'':{width}}  {'n':>{n_width}}" + "".join(f"{TITLES[label]:>14}" for label in labels))
+    for line in lines:
+        say(f"{line.title:<{width}}  {line.n:>{n_width}}" + "".join(f"{line.text(label):>14}" for label in labels))
     say(NOTE)
+    for text in too_few_lines(metrics):
+        say(text)
     for finding in metrics["findings"]:
         say(f"found {Finding(**finding)}")
     say(f"learning dynamics: {folder.plot_file}\n")

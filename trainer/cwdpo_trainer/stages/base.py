@@ -116,7 +116,7 @@ class StageTrainer(Trainer):
         if not args.disable_tqdm:
             self.remove_callback(ProgressCallback)
             self.add_callback(CompactProgress)
-        self.add_callback(Doctor)
+        self.add_callback(Doctor(probes.answer_counts))
         self.add_callback(TrainingClock)
         if args.early_stopping_patience is not None:
             self.add_callback(EarlyStoppingCallback(args.early_stopping_patience))
@@ -154,7 +154,7 @@ class StageTrainer(Trainer):
         moved, total = self.accelerator.reduce(counts, "sum").tolist()
         advice = f"; {REMEDIES}" if moved < FEW * total else ""
         say(f"{self.args.stage}: {moved / total:.2%} of the trained weights moved{advice}")
-        self.log({"weights_moved": moved / total})
+        self.log({"weights_moved": moved / total, "trained_weights": total})
 
     @property
     def _clock(self) -> TrainingClock:
@@ -256,8 +256,8 @@ class StageTrainer(Trainer):
             folder, args = self.args.folder, self.args
             name_or_path, text_only = str(self.model.config.name_or_path), self.collator.is_text_only
             origin = self.origin or Origin(name_or_path, {args.stage: changed_settings(args)}, {}, text_only)
-            name, history = model_name or folder.name, self.state.log_history
-            write_stage_card(folder, args.stage, name, history, vars(args), origin, str(args.device))
+            name, history, answers = model_name or folder.name, self.state.log_history, self.probes.answer_counts()
+            write_stage_card(folder, args.stage, name, history, vars(args), answers, origin, str(args.device))
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
         """The library's step, for a loss that is a finite number. It raises `InputError` before the weights change."""
