@@ -33,7 +33,7 @@ ALLOWED = {
     "testing": {"types"},
     # The package's public names, and helpers of its own functions.
     **{group: {group, "__init__", "_inputs", "_smoothing", "trees", "validation"} for group in ADAPTERS},
-    "trees": {"trees", "validation"},
+    "trees": {"ops", "trees", "validation"},
     "ops": {"ops", "_ops", "validation", *BACKENDS},
     "reference": {"reference", "types"},
     **{backend: {backend} for backend in BACKENDS},

@@ -18,18 +18,17 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
-from ..validation import check_choice, check_device, check_dtype, expect
+from ..ops.autograd import FirstDerivative
+from ..validation import FLOAT_DTYPES, check_choice, check_device, check_dtype, check_softcap, expect
 from . import kernels
 from .blocks import Block, blocks_of
 from .kernels import Rectangle
 from .layout import ROOT, TokenTree
-from .varlen import varlen_attention
+from .varlen import varlen_attention, why_not_varlen
 
 KERNELS = ("flash_cpu", "math", "varlen")
 _OP = "tree_attention"
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 _FORWARD = {"flash_cpu": kernels.flash_cpu_forward, "math": kernels.math_forward}
 _BACKWARD = {"flash_cpu": kernels.flash_cpu_backward, "math": kernels.math_backward}
 
@@ -54,14 +53,15 @@ def tree_attention(
         scale: of the scores; the default is 1 / sqrt(D)
         window: a token sees the last `window` tokens of its path, itself included; None is all
         softcap: scores become softcap * tanh(score / softcap)
-        masks: for some roots, by index, a mask [n, n] of their own tokens that is added to the scores (0 or -inf), in
-            place of the causal one and the window
+        masks: for some roots, by index, a mask [n, n] of their own tokens that is added to the scores (0 or -inf, any
+            floating-point dtype), in place of the causal one and the window
         kernel: one of `KERNELS`; the default depends on device, dtype and options: see `choose`
 
-    Returns out [B, H, T, E]. Second derivatives raise. Raises `ValueError` for wrong shapes, and
+    Returns out [B, H, T, E]. Second derivatives and forward-mode ones raise. Raises `ValueError` for wrong shapes, and
     `NotImplementedError` if the named kernel cannot compute this.
     """
     _check(query, key, value, tree, window, masks or {})
+    check_softcap(_OP, "softcap", softcap, query.dtype)
     scale = 1 / math.sqrt(query.shape[-1]) if scale is None else scale
     if kernel is None:
         kernel = choose(query, value, softcap, bool(masks))
@@ -72,7 +72,7 @@ def tree_attention(
             raise NotImplementedError(f"{_OP}: kernel {kernel!r} {reason}")
     if kernel == "varlen":
         return varlen_attention(query, key, value, tree, scale, window)
-    blocks = blocks_of(tree, window, dict(masks or {}), query.dtype, query.device)
+    blocks = blocks_of(tree, window, masks or {}, query.dtype, query.device)
     out, _ = _BlockAttention.apply(query, key, value, blocks, scale, softcap, kernel)
     return out
 
@@ -94,10 +94,7 @@ def _why_not(kernel: str, query: Tensor, value: Tensor, softcap: float | None, m
     if query.shape[-1] != value.shape[-1]:
         return f"needs values as wide as queries ({query.shape[-1]}), got {value.shape[-1]}"
     if kernel == "varlen":
-        if query.dtype not in (torch.bfloat16, torch.float16):
-            return f"needs bfloat16 or float16, got {query.dtype}"
-        if masked:
-            return "has no masks"
+        return why_not_varlen(query, masked)
     return None
 
 
@@ -106,20 +103,25 @@ def _check(
 ) -> None:
     expect(isinstance(tree, TokenTree), _OP, "tree", "type", "TokenTree", type(tree).__name__)
     for name, tensor in (("query", query), ("key", key), ("value", value)):
-        check_dtype(_OP, name, tensor, _DTYPES)
+        check_dtype(_OP, name, tensor, FLOAT_DTYPES)
         expect(tensor.dim() == 4, _OP, name, "shape", "[B, heads, T, width]", list(tensor.shape))
         expect(tensor.shape[2] == tree.tokens, _OP, name, "tokens", f"{tree.tokens} (as tree)", tensor.shape[2])
         expect(tensor.dtype == query.dtype, _OP, name, "dtype", f"{query.dtype} (as query)", tensor.dtype)
         check_device(_OP, name, tensor, query, "query")
         expect(tensor.shape[0] == query.shape[0], _OP, name, "B", f"{query.shape[0]} (as query)", tensor.shape[0])
+    expect(query.shape[3] >= 1, _OP, "query", "width", ">= 1", query.shape[3])
+    expect(key.shape[1] >= 1, _OP, "key", "heads", ">= 1", key.shape[1])
     expect(key.shape[3] == query.shape[3], _OP, "key", "width", f"{query.shape[3]} (as query)", key.shape[3])
     expect(value.shape[1] == key.shape[1], _OP, "value", "heads", f"{key.shape[1]} (as key)", value.shape[1])
     expected = f"a multiple of {key.shape[1]} (as key)"
     expect(query.shape[1] % key.shape[1] == 0, _OP, "query", "heads", expected, query.shape[1])
-    expect(window is None or window >= 1, _OP, "window", "value", ">= 1 or None", window)
+    is_count = isinstance(window, int) and not isinstance(window, bool) and window >= 1
+    expect(window is None or is_count, _OP, "window", "value", "an int >= 1, or None", window)
     for root, mask in masks.items():
         is_root = 0 <= root < len(tree.parents) and tree.parents[root] == ROOT
         expect(is_root, _OP, "masks", "keys", "indices of roots", root)
+        check_dtype(_OP, f"masks[{root}]", mask, FLOAT_DTYPES)
+        check_device(_OP, f"masks[{root}]", mask, query, "query")
         shape = [tree.lengths[root]] * 2
         expect(list(mask.shape) == shape, _OP, f"masks[{root}]", "shape", shape, list(mask.shape))
 
@@ -152,29 +154,39 @@ class _BlockAttention(torch.autograd.Function):
         ctx.save_for_backward(query, key, value, *output)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, out, lse = ctx.saved_tensors
-        # Without a window, the rectangles that do not merge are squares that each token is in once: they can be written
-        # to memory that is not zeroed.
-        squares = all(block.merges or block.keys == (block.queries,) for block in ctx.blocks)
-        grads = [torch.empty_like(each) if squares else torch.zeros_like(each) for each in (query, key, value)]
-        for block in ctx.blocks:
-            rows = block.queries
-            part = _BACKWARD[ctx.kernel](
-                grad_out[:, :, rows], query[:, :, rows], _gathered(key, block), _gathered(value, block),
-                out[:, :, rows], lse[:, :, rows], Rectangle(block.causal, block.mask, ctx.scale, ctx.softcap),
-            )  # fmt: skip
-            if squares and not block.merges:
-                for grad, of_block in zip(grads, part, strict=True):
-                    grad[:, :, rows] = of_block
+        if not torch.is_grad_enabled():
+            return *_block_gradients(ctx, grad_out), None, None, None, None
+        with torch.no_grad():
+            grads = _block_gradients(ctx, grad_out)
+        return *FirstDerivative.of(_OP, grads, (grad_out, *ctx.saved_tensors)), None, None, None, None
+
+
+def _block_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients of query, key and value; None for those that need none."""
+    query, key, value, out, lse = ctx.saved_tensors
+    # Without a window, the rectangles that do not merge are squares that each token is in once: they can be written to
+    # memory that is not zeroed.
+    squares = all(block.merges or block.keys == (block.queries,) for block in ctx.blocks)
+    empty = torch.empty_like if squares else torch.zeros_like
+    needed = ctx.needs_input_grad[:3]
+    grads = tuple(empty(each) if need else None for each, need in zip((query, key, value), needed, strict=True))
+    for block in ctx.blocks:
+        rows = block.queries
+        parts = _BACKWARD[ctx.kernel](
+            grad_out[:, :, rows], query[:, :, rows], _gathered(key, block), _gathered(value, block),
+            out[:, :, rows], lse[:, :, rows], Rectangle(block.causal, block.mask, ctx.scale, ctx.softcap),
+        )  # fmt: skip
+        for grad, part, spans in zip(grads, parts, ((rows,), block.keys, block.keys), strict=True):
+            if grad is None:
                 continue
-            grads[0][:, :, rows] += part[0]
-            for grad, of_block in zip(grads[1:], part[1:], strict=True):
-                pieces = of_block.split([span.stop - span.start for span in block.keys], dim=2)
-                for span, piece in zip(block.keys, pieces, strict=True):
-                    grad[:, :, span] += piece
-        return *grads, None, None, None, None
+            if squares and not block.merges:
+                grad[:, :, rows] = part
+                continue
+            pieces = part.split([span.stop - span.start for span in spans], dim=2)
+            for span, piece in zip(spans, pieces, strict=True):
+                grad[:, :, span] += piece
+    return grads
 
 
 def _gathered(tensor: Tensor, block: Block) -> Tensor:

@@ -5,13 +5,15 @@ the queries below it, which are contiguous, against its keys. A query's results 
 their log-sum-exp. So no mask is needed, and no keys are copied.
 
 With a window of w tokens, query i of a path sees its keys i - w + 1 .. i. Distances on a path are distances of
-positions. The queries are cut into blocks of about w, and each block has one rectangle with a mask: its own keys and
-the w - 1 before them, at most 2 w per row, however long the path is.
+positions. The queries are cut into blocks of n, and each block has one rectangle with a mask: its own keys and the
+w - 1 before them, so n + w - 1 per row, however long the path is. n is about w, but at most 512, so that masks are
+small. Blocks with as many keys before them share a mask.
 """
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -19,7 +21,7 @@ from torch import Tensor
 
 from .layout import TokenTree
 
-SMALLEST_WINDOW_BLOCK = 128  # queries
+SMALLEST_WINDOW_BLOCK, LARGEST_WINDOW_BLOCK = 128, 512  # queries
 
 
 class Block(NamedTuple):
@@ -35,7 +37,7 @@ class Block(NamedTuple):
 
 
 def blocks_of(
-    tree: TokenTree, window: int | None, masks: dict[int, Tensor], dtype: torch.dtype, device: torch.device
+    tree: TokenTree, window: int | None, masks: Mapping[int, Tensor], dtype: torch.dtype, device: torch.device
 ) -> list[Block]:
     """The rectangles of `tree`. Each query is in one that does not merge, and after it in any number that do.
 
@@ -47,7 +49,7 @@ def blocks_of(
     blocks = _dense_blocks(tree) if window is None else _windowed_blocks(tree, window, dtype, device)
     if not masks:
         return list(blocks)
-    own = [Block(tree.span(root), (tree.span(root),), mask=mask) for root, mask in masks.items()]
+    own = [Block(tree.span(root), (tree.span(root),), mask=mask.to(dtype)) for root, mask in masks.items()]
     replaced = [range(block.queries.start, block.queries.stop) for block in own]
     return own + [block for block in blocks if not any(block.queries.start in span for span in replaced)]
 
@@ -64,31 +66,38 @@ def _dense_blocks(tree: TokenTree) -> tuple[Block, ...]:
     return (*squares, *below)
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4)  # they hold masks: the layers of a model need one or two at a time
 def _windowed_blocks(tree: TokenTree, window: int, dtype: torch.dtype, device: torch.device) -> tuple[Block, ...]:
-    size = max(window, SMALLEST_WINDOW_BLOCK)
+    size = min(max(window, SMALLEST_WINDOW_BLOCK), LARGEST_WINDOW_BLOCK)
+
+    @functools.cache
+    def mask(count: int, before: int) -> Tensor:
+        """[count, before + count], for queries with `before` visible keys in front of them."""
+        distance = torch.arange(before, before + count)[:, None] - torch.arange(before + count)
+        hidden = (distance < 0) | (distance >= window)
+        return torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf).to(device)
+
+    def block(segment: int, first: int, count: int) -> Block:
+        """The rectangle of `count` queries of a segment, from its token `first` on."""
+        start = tree.depths[segment] + first  # position on the path
+        before = min(start, window - 1)
+        queries = slice(tree.starts[segment] + first, tree.starts[segment] + first + count)
+        return Block(queries, _part_of_path(tree, segment, start - before, start + count), mask=mask(count, before))
+
     return tuple(
-        _windowed_block(tree, segment, first, min(size, length - first), window, dtype, device)
+        block(segment, first, min(size, length - first))
         for segment, length in enumerate(tree.lengths)
         for first in range(0, length, size)
     )
 
 
-def _windowed_block(
-    tree: TokenTree, segment: int, first: int, count: int, window: int, dtype: torch.dtype, device: torch.device
-) -> Block:
-    """The rectangle of `count` queries of a segment, from its token `first` on."""
-    start = tree.depths[segment] + first  # positions on the path
-    oldest = max(0, start - window + 1)
-    keys = []
+def _part_of_path(tree: TokenTree, segment: int, start: int, stop: int) -> tuple[slice, ...]:
+    """The spans of the token axis that hold the positions `start` .. `stop` - 1 of a segment's path."""
+    spans = []
     for each in tree.path(segment):
-        low = max(oldest, tree.depths[each])
-        high = min(start + count, tree.depths[each] + tree.lengths[each])
+        low = max(start, tree.depths[each])
+        high = min(stop, tree.depths[each] + tree.lengths[each])
         if low < high:
             offset = tree.starts[each] - tree.depths[each]
-            keys.append(slice(low + offset, high + offset))
-    distance = torch.arange(start, start + count)[:, None] - torch.arange(oldest, start + count)
-    hidden = (distance < 0) | (distance >= window)
-    mask = torch.zeros(hidden.shape, dtype=dtype).masked_fill(hidden, -torch.inf).to(device)
-    queries = slice(tree.starts[segment] + first, tree.starts[segment] + first + count)
-    return Block(queries, tuple(keys), mask=mask)
+            spans.append(slice(low + offset, high + offset))
+    return tuple(spans)

@@ -34,6 +34,7 @@ class Rectangle(NamedTuple):
 
 
 def flash_cpu_forward(query: Tensor, key: Tensor, value: Tensor, what: Rectangle) -> tuple[Tensor, Tensor]:
+    query, key, value = map(_with_dense_rows, (query, key, value))
     return _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, what.causal, attn_mask=what.mask, scale=what.scale
     )
@@ -42,6 +43,7 @@ def flash_cpu_forward(query: Tensor, key: Tensor, value: Tensor, what: Rectangle
 def flash_cpu_backward(
     grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, what: Rectangle
 ) -> tuple[Tensor, Tensor, Tensor]:
+    grad_out, query, key, value = map(_with_dense_rows, (grad_out, query, key, value))
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
         grad_out, query, key, value, out, lse, 0.0, what.causal, attn_mask=what.mask, scale=what.scale
     )
@@ -77,6 +79,11 @@ def math_backward(
         grad_query[:, :, rows] = (grad_score @ key.to(dtype)).to(query.dtype)
         grad_key += grad_score.transpose(-1, -2) @ query[:, :, rows].to(dtype)
     return grad_query, _summed(grad_key, groups).to(query.dtype), _summed(grad_value, groups).to(query.dtype)
+
+
+def _with_dense_rows(tensor: Tensor) -> Tensor:
+    """The flash kernels read the last dimension as if it were contiguous, whatever its stride is."""
+    return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:

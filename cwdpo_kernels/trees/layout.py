@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -33,6 +34,11 @@ class TokenTree:
     parents: tuple[int, ...]
 
     def __post_init__(self) -> None:
+        for name in ("lengths", "parents"):
+            numbers = tuple(getattr(self, name))
+            is_int = all(hasattr(number, "__index__") for number in numbers)
+            expect(is_int, "TokenTree", name, "values", "ints", numbers)
+            object.__setattr__(self, name, tuple(map(operator.index, numbers)))  # of lists and tensors, too
         count = len(self.lengths)
         expect(count > 0, "TokenTree", "lengths", "segments", ">= 1", count)
         expect(
@@ -52,6 +58,7 @@ class TokenTree:
     @classmethod
     def of_answers(cls, prompts: Sequence[int], answers: Sequence[Sequence[int]]) -> TokenTree:
         """Prompts of the given lengths, each followed by answers of the given lengths."""
+        expect(len(answers) == len(prompts), "of_answers", "answers", "prompts", len(prompts), len(answers))
         lengths: list[int] = []
         parents: list[int] = []
         for prompt, of_prompt in zip(prompts, answers, strict=True):

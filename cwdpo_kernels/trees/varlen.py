@@ -7,6 +7,8 @@ the segment's tokens see all keys before it. A path is contiguous, so a window b
 from __future__ import annotations
 
 import functools
+import inspect
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -14,47 +16,83 @@ from torch import Tensor
 
 from .layout import TokenTree
 
+OLDEST_GPU = (8, 0)  # compute capability that flash attention needs
+WIDEST, STEP = 256, 8  # of the heads' widths
 
-class Gather(NamedTuple):
-    """`keys` [K]: the indices of all segments' keys. Cumulative lengths of queries and keys, int32, and the longest."""
 
-    keys: Tensor
-    cu_queries: Tensor
-    cu_keys: Tensor
+class Plan(NamedTuple):
+    """`keys`: the parts of segments that are gathered as keys, each as (segment, first token, tokens). Bounds of the
+    sequences of queries and of keys [S + 1], int32, and the longest sequence of each."""
+
+    keys: tuple[tuple[int, int, int], ...]
+    query_bounds: Tensor
+    key_bounds: Tensor
     longest_query: int
     longest_key: int
 
 
+def why_not_varlen(query: Tensor, masked: bool) -> str | None:
+    """Why the kernel cannot take this query, which is on a GPU."""
+    width = query.shape[-1]
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"needs bfloat16 or float16, got {query.dtype}"
+    if width % STEP or width > WIDEST:
+        return f"needs a width that is a multiple of {STEP} and at most {WIDEST}, got {width}"
+    if masked:
+        return "has no masks"
+    if torch.version.hip is None and torch.cuda.get_device_capability(query.device) < OLDEST_GPU:
+        return f"needs a GPU of compute capability {OLDEST_GPU[0]}.{OLDEST_GPU[1]} or newer"
+    return None
+
+
 @functools.lru_cache(maxsize=16)
-def gather_of(tree: TokenTree, window: int | None, device: torch.device) -> Gather:
-    """The keys of each segment: its path, and with a `window` only the part of it that its tokens can see."""
-    segments = [index for index, length in enumerate(tree.lengths) if length]
-    paths = []
-    for each in segments:
-        path = torch.cat([torch.arange(*tree.span(above).indices(tree.tokens)) for above in tree.path(each)])
-        oldest = 0 if window is None else max(0, tree.depths[each] - window + 1)
-        paths.append(path[oldest:])
-    queries, keys = [tree.lengths[each] for each in segments], [len(path) for path in paths]
-    cu_queries, cu_keys = (torch.tensor([0, *each]).cumsum(0).to(device, torch.int32) for each in (queries, keys))
-    return Gather(torch.cat(paths).to(device), cu_queries, cu_keys, max(queries), max(keys))
+def plan_of(tree: TokenTree, window: int | None, batch: int, device: torch.device) -> Plan:
+    """The keys of each segment: its path, and with a `window` only the part of it that its tokens can see. `batch`
+    copies of the tree follow each other."""
+    keys: list[tuple[int, int, int]] = []
+    query_lengths, key_lengths = [], []
+    for segment, length in enumerate(tree.lengths):
+        if not length:
+            continue
+        oldest = 0 if window is None else max(0, tree.depths[segment] - window + 1)  # position on the path
+        for each in tree.path(segment):
+            first = max(0, oldest - tree.depths[each])
+            if first < tree.lengths[each]:
+                keys.append((each, first, tree.lengths[each] - first))
+        query_lengths.append(length)
+        key_lengths.append(tree.depths[segment] + length - oldest)
+    query_bounds, key_bounds = (
+        torch.tensor([0, *accumulate(lengths * batch)], dtype=torch.int32, device=device)
+        for lengths in (query_lengths, key_lengths)
+    )
+    return Plan(tuple(keys), query_bounds, key_bounds, max(query_lengths), max(key_lengths))
 
 
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, tree: TokenTree, scale: float, window: int | None
 ) -> Tensor:
-    """See `tree_attention`. B must be 1."""
+    """See `tree_attention`."""
     from torch.nn.attention.varlen import varlen_attn
 
-    gather = gather_of(tree, window, query.device)
-    heads = query.shape[1]
-    rows = query[0].transpose(0, 1)
-    key, value = (_repeated(each[0].index_select(1, gather.keys), heads).transpose(0, 1) for each in (key, value))
+    batch, heads, tokens, _ = query.shape
+    plan = plan_of(tree, window, batch, query.device)
+    key, value = (_gathered(each, tree, plan) for each in (key, value))
+    options: dict[str, Any] = {"scale": scale, "window_size": (-1 if window is None else window - 1, 0)}
+    if key.shape[1] != heads:
+        if "enable_gqa" in inspect.signature(varlen_attn).parameters:  # since torch 2.12
+            options["enable_gqa"] = True
+        else:
+            key, value = (each.repeat_interleave(heads // each.shape[1], dim=1) for each in (key, value))
     out: Any = varlen_attn(
-        rows, key, value, gather.cu_queries, gather.cu_keys, gather.longest_query, gather.longest_key,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0),
+        query.transpose(1, 2).flatten(0, 1), key, value, plan.query_bounds, plan.key_bounds,
+        plan.longest_query, plan.longest_key, **options,
     )  # fmt: skip
-    return out.transpose(0, 1).unsqueeze(0)
+    return out.unflatten(0, (batch, tokens)).transpose(1, 2)
 
 
-def _repeated(heads: Tensor, count: int) -> Tensor:
-    return heads if heads.shape[0] == count else heads.repeat_interleave(count // heads.shape[0], dim=0)
+def _gathered(tensor: Tensor, tree: TokenTree, plan: Plan) -> Tensor:
+    """[B K, G, D] from [B, G, T, D]. Made of slices, because the gradient of indexing differs from run to run on a
+    GPU."""
+    segments = tensor.split(tree.lengths, dim=2)
+    parts = [segments[segment].narrow(2, first, count) for segment, first, count in plan.keys]
+    return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)
