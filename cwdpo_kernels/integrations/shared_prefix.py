@@ -41,6 +41,7 @@ __all__ = [
 
 PREFIX = "tree_"
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")  # in the names of `config.layer_types`
+_SEEING = ("full_attention", "sliding_attention")  # those whose masks can be told from what one token sees
 _FOREIGN_OPTIONS = ("s_aux", "position_bias", "relative_position_bias")  # of attention functions
 _CURRENT: ContextVar[TokenTree | None] = ContextVar("token_tree", default=None)
 
@@ -152,6 +153,9 @@ def why_no_trees(wrapped: nn.Module) -> str | None:
     if recurrent or getattr(model, "_is_stateful", False):
         what = f" ({', '.join(recurrent)})" if recurrent else ""
         return f"{name} has layers with a recurrent state{what}, which cannot branch"
+    others = [kind for kind in layers if "attention" in kind and kind not in _SEEING]
+    if others or getattr(text, "attention_chunk_size", None):
+        return f"{name} has attention of another kind than full and sliding ({', '.join(others) or 'chunks'})"
     dropout = getattr(text, "attention_dropout", 0.0)
     if dropout:
         return f"{name} has a dropout of {dropout} in its attention (attention_dropout)"

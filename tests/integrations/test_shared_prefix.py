@@ -188,3 +188,12 @@ def test_masks_of_another_kind_are_refused():
     batch = tree_batch(model, prompts_of(inputs), ANSWERS)
     with token_tree(batch.tree), pytest.raises(TreesUnsupported, match="neither causal nor a sliding window"):
         mask(mask_function=lambda b, h, q, k: (q - k) % 2 == 0)
+
+
+def test_chunked_attention_is_refused():
+    """Its mask looks like a window from some tokens, and like full attention while all sequences fit in a chunk."""
+    text = {**tiny_models.TEXT, "intermediate_size_mlp": 48, "num_local_experts": 2, "head_dim": 16}
+    with torch.device("meta"):
+        model = hf.Llama4ForCausalLM(hf.Llama4TextConfig(**text, attention_chunk_size=16))
+    with pytest.raises(TreesUnsupported, match=r"Llama4ForCausalLM has attention of another kind .*chunked_attention"):
+        enable_trees(model)

@@ -26,8 +26,12 @@ def logged(folder: Path) -> dict[str, list[float]]:
     return metrics
 
 
-@pytest.mark.parametrize(("kind", "lora"), [("ddp", True), ("fsdp", False)])
-def test_a_run_of_two_processes_equals_a_run_of_one(forks, settings, write_config, tmp_path, kind, lora):
+@pytest.mark.parametrize(
+    ("kind", "lora", "sharing"),
+    [("ddp", True, "off"), ("fsdp", False, "off"), ("ddp", False, "on"), ("fsdp", True, "on")],
+)
+def test_a_run_of_two_processes_equals_a_run_of_one(forks, settings, write_config, tmp_path, kind, lora, sharing):
+    """With `sharing`, the two processes share prompts, and the one process does not."""
     if lora:
         settings["lora"] = {"r": 4, "target_modules": ["q_proj", "v_proj", "lm_head"]}
     settings["sft"]["nll_floor"] = 6.5  # between the means of the batches
@@ -35,9 +39,11 @@ def test_a_run_of_two_processes_equals_a_run_of_one(forks, settings, write_confi
     for stage in ("sft", "dpo"):
         settings[stage].update(max_steps=10, eval_steps=5, logging_steps=1, use_cpu=True)
     one = tmp_path / "one"
+    settings["model"]["prefix_sharing"] = "off"
     assert main(["run", str(write_config({**settings, "output_dir": str(one)}))]) == 0
     for stage in ("sft", "dpo"):
         settings[stage]["per_device_train_batch_size"] //= 2
+    settings["model"]["prefix_sharing"] = sharing
     config = str(write_config(settings))
     forks.run_connected(run_worker.__file__, kind, config, "7", folder=tmp_path)
     forks.run_connected(run_worker.__file__, kind, config, folder=tmp_path)

@@ -31,6 +31,7 @@ SECTIONS: dict[str, type] = {
     "sampling": SamplingArguments,
 }
 STAGES = ("sft", "dpo")
+WORDS = ("prefix_sharing",)  # options with the values on and off, which YAML reads as true and false
 OPTIONAL = ("lora", *STAGES)  # without such a section, the run does without LoRA or without the stage
 # Options of `TrainingArguments` that no section may set.
 TOP_LEVEL = ("output_dir", "seed")
@@ -90,6 +91,8 @@ def make_section(where: str, name: str, raw: dict[str, Any], errors: list[InputE
         for key, value in values.items():
             with collecting(errors):
                 check_known(where, f"{name}.", key, known)
+                if key in WORDS and isinstance(value, bool):
+                    value = "on" if value else "off"
                 typed[key] = as_type(where, f"{name}.{key}", value, hints[key])
         needed = [key for key, spec in options.items() if spec.default is MISSING and spec.default_factory is MISSING]
         for key in needed:

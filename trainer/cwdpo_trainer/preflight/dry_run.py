@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
+from cwdpo_kernels.integrations.shared_prefix import why_no_trees
 from cwdpo_trainer.config.loader import COMMAND_LINE, RunConfig, prepare, read_config
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
@@ -132,7 +133,9 @@ def _model(preview: RunPreview, rows: int) -> Iterator[Problem]:
     parameters = sum(parameter.numel() for parameter in model.parameters())
     positions = getattr(text, "max_position_embeddings", None)
     preview.model = ModelFacts(type(model).__name__, vocab, dim, positions, loaded, parameters)
-    yield from ()
+    reason = why_not_shared(preview.config, model)
+    if preview.config.model.prefix_sharing == "on" and reason is not None:
+        yield Problem(ERROR, "prefix_sharing", f"model.prefix_sharing is on, but {reason}", "set it to auto or off")
 
 
 def _rows(preview: RunPreview, rows: int) -> Iterator[Problem]:
@@ -175,7 +178,9 @@ def self_test(
     difference = check_head(model, batch.inputs, batch.labels)
     check_causal(model, batch.inputs, batch.labels)
     yield f"self-test: {head_info}; log-probs of {rows[0].where} agree within {difference:.1e} nats"
-    yield str(choose_sharing(config.model.prefix_sharing, [model], model.eval(), collator, rows, device))
+    compiled = any(config.stage(stage).torch_compile for stage in config.stages)
+    setting = config.model.prefix_sharing
+    yield str(choose_sharing(setting, [model], model.eval(), collator, rows, device, compiled))
     filtering = measure_filtering(config, model, collator, rows, device)
     if filtering is None:
         return
@@ -186,6 +191,14 @@ def self_test(
         )
         advice = "lower dpo.drop_below, set it to null, or use harder negatives"
         yield Problem(WARNING, "nothing_kept", f"{evidence}{filtering.when}", advice)
+
+
+def why_not_shared(config: RunConfig, model: Any) -> str | None:
+    """Why the run of `config` cannot share prompts, as far as its options and the class of the model tell."""
+    compiled = [stage for stage in config.stages if config.stage(stage).torch_compile]
+    if compiled:
+        return f"{', '.join(f'{stage}.torch_compile' for stage in compiled)} is on"
+    return why_no_trees(model)
 
 
 def rounded_updates(config: RunConfig, model: Model) -> Iterator[Problem]:
