@@ -46,7 +46,12 @@ def _sweep_kernel(
 ):  # fmt: skip
     tiles_n = tl.cdiv(N, BLOCK_N)
     tiles_v = end_tile_v - first_tile_v
-    for tile in tl.range(tl.program_id(0), tiles_n * tiles_v, tl.num_programs(0), flatten=FLATTEN):
+    first = tl.program_id(0)
+    if FLATTEN:
+        end, step = tiles_n * tiles_v, tl.num_programs(0)
+    else:  # one tile per program: as no loop, the compiler keeps nothing in registers for a next tile
+        end, step = first + 1, 1
+    for tile in tl.range(first, end, step, flatten=FLATTEN):
         pid_n, pid_v = tile_position(tile, tiles_n, tiles_v, GROUP_N)
         row = pid_n * BLOCK_N
         tile_v = first_tile_v + pid_v
