@@ -33,7 +33,7 @@ from . import lora_head
 from .head_transform import Transform, measure_transform, stubbed
 from .module_types import LanguageModel, is_language_model, is_peft_model
 
-__all__ = ["HeadError", "HeadInfo", "attach_head", "check_head", "evaluating"]
+__all__ = ["HeadError", "HeadInfo", "attach_head", "attach_head_unmeasured", "check_head", "evaluating"]
 
 HeadOp = Callable[[Tensor, Head], Any]
 _INFO, _PREVIOUS = "_cwdpo_head_info", "_cwdpo_previous_forward"  # attributes set on modules
@@ -82,13 +82,7 @@ def attach_head(model: nn.Module) -> HeadInfo:
     if _INFO in vars(model):
         return vars(model)[_INFO]
     name = type(model).__name__
-    if not is_language_model(model):
-        _fail(name, "an output head", "no get_output_embeddings()")
-    head = _output_head(model)
-    _expect(model.base_model is not model, name, "a backbone below the head", "none (base_model is the model itself)")
-    layers = _layers(name, head)
-    for module in (model, *layers):
-        _expect(_may_patch(module), name, "forwards that are not patched", f"a patched {type(module).__name__}.forward")
+    model, head, layers = _patchable(model)
     try:
         transform = measure_transform(model, head)
         _take_op(layers)
@@ -100,6 +94,31 @@ def attach_head(model: nn.Module) -> HeadInfo:
         raise error if isinstance(error, HeadError) else HeadError(f"attach_head: {name}: {error}") from error
     setattr(model, _INFO, info)
     return info
+
+
+def attach_head_unmeasured(model: nn.Module) -> None:
+    """`attach_head` for a model whose weights have no content: on the meta device, or fake tensors.
+
+    Nothing can be measured then. The logits are taken for hidden W^T + b, so log-probs may be wrong; shapes, dtypes and
+    memory are right. Raises `HeadError` as `attach_head` does about the model's layers.
+    """
+    model = model.get_base_model() if is_peft_model(model) else model
+    model, _, layers = _patchable(model)
+    _take_op(layers)
+    _patch(model, _with_head_op(type(model).forward, Transform()))
+
+
+def _patchable(model: nn.Module) -> tuple[LanguageModel, nn.Module, list[nn.Module]]:
+    """The model, its head and the head's linear layers."""
+    name = type(model).__name__
+    if not is_language_model(model):
+        _fail(name, "an output head", "no get_output_embeddings()")
+    head = _output_head(model)
+    _expect(model.base_model is not model, name, "a backbone below the head", "none (base_model is the model itself)")
+    layers = _layers(name, head)
+    for module in (model, *layers):
+        _expect(_may_patch(module), name, "forwards that are not patched", f"a patched {type(module).__name__}.forward")
+    return model, head, layers
 
 
 @contextlib.contextmanager

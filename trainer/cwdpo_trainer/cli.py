@@ -164,7 +164,7 @@ def _add_check(commands: Commands) -> None:
         "find mistakes in a config and its data before training",
         "Print the installed versions and the backends. With CONFIG, also read the config,\n"
         "the data and the model as a run would, and print every mistake, the lengths of the\n"
-        "rows and the memory of the head. It writes no file, and calls the config's 'prepare'\n"
+        "rows, and the memory and disk of the run. It writes no file, and calls the config's 'prepare'\n"
         "function only with --prepare. The exit status is 1 if there are errors.",
         "cwdpo check mine.yaml --rows 2000",
     )

@@ -46,6 +46,15 @@ def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArg
     frozen = settings.freeze
     if lora.adapter is not None:
         return trained_adapter(model, lora.adapter, frozen)
+    policy, config = new_adapter(model, lora, frozen)
+    left_out = left_without_adapter(policy, config, lora.exclude_modules) if frozen else []
+    say_frozen(len(left_out), "no adapter", frozen)
+    say_frozen(len(freeze_adapters(policy, frozen)), "not trained in full", frozen)  # of modules_to_save
+    return policy
+
+
+def new_adapter(model: PreTrainedModel, lora: LoraArguments, frozen: Sequence[str]) -> tuple[PeftModel, LoraConfig]:
+    """The model with a new adapter outside of the modules `frozen`, and the adapter's config. Raises `InputError`."""
     try:
         config = LoraConfig(
             r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
@@ -58,10 +67,7 @@ def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArg
         expected = "options that fit the model"
         expected += f", with modules outside of model.freeze ({', '.join(frozen)})" if frozen else ""
         raise InputError("config", "lora", expected, describe(error)) from error
-    left_out = left_without_adapter(policy, config, lora.exclude_modules) if frozen else []
-    say_frozen(len(left_out), "no adapter", frozen)
-    say_frozen(len(freeze_adapters(policy, frozen)), "not trained in full", frozen)  # of modules_to_save
-    return policy
+    return policy, config
 
 
 def trained_adapter(model: PreTrainedModel, path: str, frozen: Sequence[str] | None) -> PeftModel:

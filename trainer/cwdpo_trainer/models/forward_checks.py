@@ -70,6 +70,17 @@ def choose_sharing(
     return choice
 
 
+def foresees_sharing(setting: str, model: nn.Module, prompts: Sequence[int], is_compiled: bool) -> bool:
+    """What `choose_sharing` will choose if log-probs turn out equal, without a forward of `model`.
+
+    `prompts`: tokens of the prompts of all rows.
+    """
+    if setting == "off" or is_compiled or why_no_trees(model) is not None:
+        return False
+    first = prompts[:LOOKED_AT]
+    return setting == "on" or sum(first) >= SHORTEST_PROMPT * len(first)
+
+
 def _on_first_rows(
     setting: str, models: Sequence[nn.Module], forward: nn.Module, collator: PairCollator, rows: Sequence[Row],
     device: torch.device,

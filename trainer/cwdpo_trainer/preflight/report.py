@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
@@ -16,6 +16,7 @@ from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.evaluation.summary import PACKAGES
 from cwdpo_trainer.preflight.dry_run import dry_run, self_test, valid_pairs
 from cwdpo_trainer.preflight.memory import HeadStep, format_bytes
+from cwdpo_trainer.preflight.plan import plan_run
 from cwdpo_trainer.preflight.run_rules import ERROR, Problem, RunPreview
 from cwdpo_trainer.reporter import say
 
@@ -65,6 +66,7 @@ def check_run(path: Path, overrides: Sequence[str], rows: int, load: bool, call_
         for name in preview.rows:
             say("\n".join(_dataset_report(preview, name)))
         say("\n".join(_model_report(preview)))
+        problems += _said(plan_run(preview))
         if load:
             problems += _self_test(preview)
     say()
@@ -135,6 +137,17 @@ def _model_report(preview: RunPreview) -> list[str]:
     ]
 
 
+def _said(found: Iterable[str | Problem]) -> list[Problem]:
+    """Print the lines among what was found. Returns the problems."""
+    problems = []
+    for each in found:
+        if isinstance(each, Problem):
+            problems.append(each)
+        else:
+            say(f"  {each}")
+    return problems
+
+
 def _self_test(preview: RunPreview) -> list[Problem]:
     rows, stages = valid_pairs(preview), preview.stages()
     if not rows or preview.collator is None or preview.model is None or not stages:
@@ -143,11 +156,7 @@ def _self_test(preview: RunPreview) -> list[Problem]:
     device = next(iter(stages.values())).device
     problems: list[Problem] = []
     try:
-        for found in self_test(preview.config, preview.collator, rows, device):
-            if isinstance(found, Problem):
-                problems.append(found)
-            else:
-                say(f"  {found}")
+        problems += _said(self_test(preview.config, preview.collator, rows, device))
     except (InputError, HeadError) as error:
         problems.append(Problem(ERROR, "self_test", str(error), "the run would stop before its first step"))
     except Exception as error:  # of any type: it would stop the run
