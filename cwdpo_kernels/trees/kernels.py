@@ -34,6 +34,10 @@ class Rectangle(NamedTuple):
 
 
 def flash_cpu_forward(query: Tensor, key: Tensor, value: Tensor, what: Rectangle) -> tuple[Tensor, Tensor]:
+    # torch's kernel takes a row whose scores are all NaN for a masked one, and returns zeros. A compiled graph cannot
+    # branch on values.
+    if not torch.compiler.is_compiling() and not torch.isfinite(query.sum() + key.sum()):
+        return math_forward(query, key, value, what)
     query, key, value = map(_with_dense_rows, (query, key, value))
     return _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, what.causal, attn_mask=what.mask, scale=what.scale

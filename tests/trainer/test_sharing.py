@@ -178,3 +178,16 @@ def test_a_step_encodes_frozen_images_once(make_stage, model, collator, rows):
     trainer.probes.measure(trainer.model, trainer.reference, CPU)
     batches = -(-len(trainer.probes.rows) // trainer.probes.batch_size)
     assert len(encoded) == batches  # one for policy, reference and all sets
+
+
+def test_a_model_that_fails_on_trees_trains_without(model, collator, rows, monkeypatch):
+    monkeypatch.setattr("cwdpo_trainer.models.forward_checks.SHORTEST_PROMPT", 4)
+
+    def fail(*_):
+        raise RuntimeError("shape mismatch")
+
+    monkeypatch.setattr(shared_prefix, "_positions", fail)
+    choice = choose("auto", model, collator, rows)
+    assert str(choice) == (
+        "prefix sharing off: LlavaForConditionalGeneration fails on them: RuntimeError: shape mismatch"
+    )

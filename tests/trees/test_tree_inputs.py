@@ -160,3 +160,18 @@ def test_layouts():
             TokenTree(lengths, parents)
     with pytest.raises(ValueError, match="of_answers: expected answers to have prompts 2, got 1"):
         TokenTree.of_answers([5, 3], [[1]])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("keys", [slice(0, 9), slice(9, 12), slice(2, 3), slice(12, 17)])
+def test_nan_stays_visible(keys, bad):
+    """Every token that sees a bad key is NaN, even if its segment has no other keys, and no other token is. In the
+    gradient, tokens beside it may be NaN as well."""
+    tree = TREES["pair"]
+    query, key, value, _ = (each.detach().clone() for each in inputs(tree))
+    key[:, :, keys] = bad
+    out = tree_attention(query.requires_grad_(), key, value, tree)
+    expected = visible(tree, None)[:, keys].any(1)
+    assert torch.equal(out.isnan().any(-1).any(1)[0], expected)
+    out.sum().backward()
+    assert query.grad.isnan().any(-1).any(1)[0][expected].all()

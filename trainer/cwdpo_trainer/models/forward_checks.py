@@ -30,7 +30,7 @@ from cwdpo_kernels.integrations.shared_prefix import (
 )
 from cwdpo_trainer.data.collator import PairCollator, to_device
 from cwdpo_trainer.data.rows import Row
-from cwdpo_trainer.errors import InputError
+from cwdpo_trainer.errors import InputError, describe
 
 LOOKED_AT = 4  # rows
 COMPARED = 2  # of them
@@ -95,6 +95,10 @@ def _on_first_rows(
         difference, tolerance = compare_sharing(forward, shared, rows[:COMPARED], device)
     except TreesUnsupported as error:
         return Choice(False, str(error))
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's own code may raise any type on inputs that it does not expect
+        return Choice(False, f"{type(models[0]).__name__} fails on them: {describe(error)}")
     found = f"log-probs within {difference:.1e} nats of those of separate sequences (tolerance {tolerance:.1e})"
     if not difference <= tolerance:
         name = type(models[0]).__name__
