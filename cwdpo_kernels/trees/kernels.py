@@ -34,14 +34,25 @@ class Rectangle(NamedTuple):
 
 
 def flash_cpu_forward(query: Tensor, key: Tensor, value: Tensor, what: Rectangle) -> tuple[Tensor, Tensor]:
-    # torch's kernel takes a row whose scores are all NaN for a masked one, and returns zeros. A compiled graph cannot
-    # branch on values.
-    if not torch.compiler.is_compiling() and not torch.isfinite(query.sum() + key.sum()):
-        return math_forward(query, key, value, what)
     query, key, value = map(_with_dense_rows, (query, key, value))
-    return _aten._scaled_dot_product_flash_attention_for_cpu(
+    out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, what.causal, attn_mask=what.mask, scale=what.scale
     )
+    # torch takes a row whose scores are all NaN for a masked one, and returns zeros.
+    lost = (lse == 0) & (out == 0).all(-1) & _sees_bad(query, key, what)
+    return out.masked_fill_(lost.unsqueeze(-1), torch.nan), lse.masked_fill_(lost, torch.nan)
+
+
+def _sees_bad(query: Tensor, key: Tensor, what: Rectangle) -> Tensor:
+    """Which rows [B, H, n] have NaN or inf in their query or in a key that they see."""
+    bad = ~torch.isfinite(key.sum(-1))  # [B, G, m]
+    if what.causal:
+        seen = bad.cumsum(-1) > 0
+    elif what.mask is not None:
+        seen = (bad.unsqueeze(-2) & (what.mask == 0)).any(-1)
+    else:
+        seen = bad.any(-1, keepdim=True)
+    return _repeated(seen, query.shape[1]) | ~torch.isfinite(query.sum(-1))
 
 
 def flash_cpu_backward(

@@ -186,17 +186,26 @@ def test_a_disk_that_is_too_small(case, capsys, monkeypatch):
     assert "warning disk: the run writes up to " in capsys.readouterr().out
 
 
-def test_the_disk_of_a_run(case, capsys):
-    path = case.save()
-    assert main(["check", str(path), "--no-model"]) == 0
+def disk(case, capsys):
+    """The predicted bytes: at most, and of them for a checkpoint that replaces another."""
+    assert main(["check", str(case.save()), "--no-model"]) == 0
     (line,) = (line for line in capsys.readouterr().out.splitlines() if line.startswith("  disk: "))
-    main(["run", str(path)])
+    units = {"KiB": 1 << 10, "MiB": 1 << 20}
+    return [float(text.split()[0]) * units[text.split()[1]]
+            for text in (line.removeprefix("  disk: "), line.rpartition(", ")[2])]  # fmt: skip
+
+
+def test_the_disk_of_a_run(case, capsys):
+    case.settings["checkpoints"] = "keep"
+    total, extra = disk(case, capsys)
+    main(["run", str(case.save())])
     kinds = ("*.safetensors", "optimizer.pt")
     written = sum(f.stat().st_size for kind in kinds for f in (case.folder / "run").rglob(kind))
-    units = {"KiB": 1 << 10, "MiB": 1 << 20}
-    total, extra = (float(text.split()[0]) * units[text.split()[1]]
-                    for text in (line.removeprefix("  disk: "), line.rpartition(", ")[2]))  # fmt: skip
     assert total - extra == pytest.approx(written, rel=0.2)  # at the end, no checkpoint is being written
+    kept = sum(f.stat().st_size for kind in kinds for f in (case.folder / "run" / "checkpoints" / "sft").rglob(kind))
+    case.settings["checkpoints"] = "prune"  # when stage 2 trains, stage 1 has no checkpoints left
+    case.settings["output_dir"] = str(case.folder / "other")
+    assert disk(case, capsys)[0] == pytest.approx(total - kept, rel=0.2)
 
 
 def test_frozen_modules_are_not_trained_in_the_simulation(tmp_path):

@@ -16,6 +16,7 @@ from torch import nn
 
 from cwdpo_kernels.integrations.shared_prefix import why_no_trees
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
+from cwdpo_trainer.config.loader import KEEP
 from cwdpo_trainer.config.stage_arguments import StageArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import Length
@@ -197,17 +198,20 @@ def _remedies(situation: Situation, model: nn.Module) -> Iterator[tuple[str, Cal
 
 
 def _disk(preview: RunPreview, plans: Sequence[tuple[Situation, StepMemory]]) -> Iterator[str | Problem]:
-    """Checkpoints with the optimizer's state, one more while it is written, and the model of each stage."""
-    total, written, parts = 0.0, 0.0, []
+    """The most that is on disk at once: checkpoints with the optimizer's state, one more while it is written, and the
+    models of this stage and of those before it. Without `checkpoints: keep`, earlier stages have none left."""
+    is_kept = preview.config.checkpoints == KEEP
+    total, before, written, parts = 0.0, 0.0, 0.0, []
     for situation, memory in plans:
         size = memory.saved + memory.state
         saves = count_saves(situation.args, stage_rows(preview, situation.stage))
         kept = min(saves, situation.args.save_total_limit or saves)
-        total += kept * size + memory.saved
-        written = max(written, size if saves > kept else 0)
+        replaced = size if saves > kept else 0.0
+        total = max(total, before + kept * size + replaced + memory.saved)
+        before += memory.saved + (kept * size if is_kept else 0.0)
+        written = max(written, replaced)
         checkpoints = f"{kept} x {format_bytes(round(size))} of checkpoints and " if kept else ""
         parts.append(f"{situation.stage} {checkpoints}{format_bytes(round(memory.saved))} of weights")
-    total += written
     output = Path(preview.config.output_dir).resolve()
     folder = next(each for each in (output, *output.parents) if each.exists())
     free = shutil.disk_usage(folder).free
