@@ -145,7 +145,11 @@ def test_a_run_writes_its_results_and_is_not_repeated(settings, write_config, ta
     assert (folder / "metrics.json").stat().st_mtime_ns == before
 
 
-def test_a_resumed_run_ends_like_an_uninterrupted_one(forks, settings, write_config, tmp_path, capsys):
+@pytest.mark.parametrize("sharing", ["off", "on"])
+def test_a_resumed_run_ends_like_an_uninterrupted_one(forks, settings, write_config, tmp_path, capsys, sharing):
+    settings["model"] |= {"prefix_sharing": sharing}
+    if sharing == "on":  # policy and reference share frozen images too
+        settings["model"]["freeze"] = ["vision_tower", "multi_modal_projector"]
     uninterrupted = write_config({**settings, "output_dir": str(tmp_path / "uninterrupted")})
     assert main(["run", str(uninterrupted)]) == 0
     config = write_config(settings)
