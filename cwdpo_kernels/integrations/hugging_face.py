@@ -31,9 +31,17 @@ from torch import Tensor, nn
 from .. import Head, linear_logprob
 from . import lora_head
 from .head_transform import Transform, measure_transform, stubbed
-from .module_types import LanguageModel, is_language_model, is_peft_model
+from .module_types import LanguageModel, is_language_model, is_peft_model, unwrapped
 
-__all__ = ["HeadError", "HeadInfo", "attach_head", "attach_head_unmeasured", "check_head", "evaluating"]
+__all__ = [
+    "HeadError",
+    "HeadInfo",
+    "attach_head",
+    "attach_head_unmeasured",
+    "check_head",
+    "evaluating",
+    "rounding_tolerance",
+]
 
 HeadOp = Callable[[Tensor, Head], Any]
 _INFO, _PREVIOUS = "_cwdpo_head_info", "_cwdpo_previous_forward"  # attributes set on modules
@@ -235,6 +243,14 @@ def _compare(model: LanguageModel, head: nn.Module, transform: Transform) -> Hea
     return HeadInfo(type(model).__name__, **found, transform=transform, difference=difference)
 
 
+def rounding_tolerance(largest: float, dtype: torch.dtype) -> float:
+    """By how many nats log-probs may differ that are equal but for rounding: 1e-4, or 4 eps `largest` if that is more.
+
+    `largest`: the size of the largest logit or log-prob. `dtype`: that of the hidden states.
+    """
+    return max(1e-4, 4 * torch.finfo(dtype).eps * largest)
+
+
 def _difference(name: str, fused: Tensor, own: Tensor, labels: Tensor, dtype: torch.dtype) -> float:
     """The largest difference between fused log-probs and those of the model's own logits, in nats.
 
@@ -248,7 +264,7 @@ def _difference(name: str, fused: Tensor, own: Tensor, labels: Tensor, dtype: to
         raise HeadError(f"{name}: expected logits to have values finite or -inf, got NaN or +inf: check the weights")
     worst = torch.where(expected == fused, 0.0, (expected - fused).abs()).max().item()
     largest = own.abs().masked_fill(own == -torch.inf, 0.0).max().item()
-    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * largest)
+    tolerance = rounding_tolerance(largest, dtype)
     if not worst <= tolerance:
         raise HeadError(
             f"{name}: expected log-probs from the head's weights to have a difference <= {tolerance:.1e} nats "
@@ -267,7 +283,7 @@ def check_head(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> f
     """
     first = int((labels >= 0).any(dim=0).int().argmax())
     keep = labels.shape[1] - first
-    inner = _unwrapped(model)
+    inner = unwrapped(model)
     accepts_keep = "logits_to_keep" in inspect.signature(inner.forward).parameters
     options = {"use_cache": False, **({"logits_to_keep": keep} if accepts_keep else {})}
 
@@ -278,9 +294,3 @@ def check_head(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) -> f
         fused, dtype = model(**inputs, head_op=op)
         own = model(**inputs, **options).logits[:, -keep:]
     return _difference(type(inner).__name__, fused[:, first:], own, labels[:, first:], dtype)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    """The model inside DDP, FSDP 1 and peft wrappers, which hide its signature."""
-    model = getattr(model, "module", model)
-    return model.get_base_model() if is_peft_model(model) else model

@@ -56,5 +56,11 @@ def is_peft_model(model: nn.Module) -> TypeGuard[PeftModel]:
     return hasattr(model, "get_base_model")
 
 
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The model inside DDP, FSDP 1 and peft wrappers, which hide its signature."""
+    model = getattr(model, "module", model)
+    return model.get_base_model() if is_peft_model(model) else model
+
+
 def is_sized(layer: nn.Module) -> TypeGuard[SizedLayer]:
     return hasattr(layer, "in_features") and hasattr(layer, "out_features")

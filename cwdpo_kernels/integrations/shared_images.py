@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .module_types import is_peft_model
+from .module_types import unwrapped
 
 __all__ = ["ImageFeatures"]
 
@@ -42,8 +42,9 @@ class ImageFeatures:
         # Features by the identity of their arguments, with the arguments, whose memory must not be used again.
         self._kept: dict[tuple[object, ...], tuple[Any, Any]] = {}
         bases = [_backbone(model) for model in models]
-        self._is_possible = all(hasattr(base, _METHOD) and not _is_random(base) for base in bases)
-        for base in bases if self._is_possible else ():
+        if not all(hasattr(base, _METHOD) and not _is_random(base) for base in bases):
+            return  # nothing calls `take` then
+        for base in bases:
             vars(base)[_METHOD] = MethodType(_sharing(type(base)), base)  # a bound method, so copies call their own
 
     @contextlib.contextmanager
@@ -107,7 +108,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
 
 
 def _backbone(model: nn.Module) -> nn.Module:
-    model = model.get_base_model() if is_peft_model(model) else model
+    model = unwrapped(model)
     base = getattr(model, "base_model", model)
     return base if isinstance(base, nn.Module) else model
 

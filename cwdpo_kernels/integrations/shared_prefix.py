@@ -32,7 +32,8 @@ from transformers.masking_utils import causal_mask_function, sdpa_mask
 
 from .. import IGNORE_INDEX, Head, linear_logprob
 from ..trees import TokenTree, tree_attention
-from .module_types import is_peft_model
+from .hugging_face import rounding_tolerance
+from .module_types import unwrapped
 
 __all__ = [
     "TreeBatch", "TreeMask", "TreesUnsupported", "compare_forwards", "enable_trees", "token_tree", "tree_batch",
@@ -136,8 +137,8 @@ def compare_forwards(model: nn.Module, separate: Answers, shared: Answers) -> tu
         values, dtype = batch.run(model, op)
         logp.append(values[batch.labels != IGNORE_INDEX])
     if not len(logp[0]):
-        return 0.0, 1e-4
-    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * logp[0].abs().max().item())
+        return 0.0, rounding_tolerance(0.0, dtype)
+    tolerance = rounding_tolerance(logp[0].abs().max().item(), dtype)
     return (logp[0] - logp[1]).abs().max().item(), tolerance
 
 
@@ -146,7 +147,7 @@ def why_no_trees(wrapped: nn.Module) -> str | None:
 
     None: nothing speaks against it.
     """
-    model = _base(wrapped)
+    model: Any = unwrapped(wrapped)
     name, text = type(model).__name__, model.config.get_text_config()
     layers = sorted(set(getattr(text, "layer_types", None) or ()))
     recurrent = [kind for kind in layers if any(part in kind for part in _RECURRENT)]
@@ -178,18 +179,14 @@ def enable_trees(model: nn.Module) -> None:
     reason = why_no_trees(model)
     if reason is not None:
         raise TreesUnsupported(reason)
-    config = _base(model).config.get_text_config()
+    inner: Any = unwrapped(model)
+    config = inner.config.get_text_config()
     base = config._attn_implementation
     if base.startswith(PREFIX):
         return
     AttentionInterface.register(PREFIX + base, _attention(base))
     AttentionMaskInterface.register(PREFIX + base, _mask(AttentionMaskInterface()[base]))
     config._attn_implementation = PREFIX + base
-
-
-def _base(model: nn.Module) -> Any:
-    model = getattr(model, "module", model)
-    return model.get_base_model() if is_peft_model(model) else model
 
 
 def _attention(base: str) -> Callable[..., Any]:
@@ -373,7 +370,7 @@ def _positions(model: nn.Module, prompts: Mapping[str, Tensor], tree: TokenTree)
 def rope_index(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
     """The positions [3, S, L] of S rows with images in three dimensions, and by how much the next position of each row
     differs from its length. None if the model has positions in one dimension, or the rows have no images."""
-    get_rope_index = getattr(_base(model).base_model, "get_rope_index", None)
+    get_rope_index = getattr(unwrapped(model).base_model, "get_rope_index", None)
     grids = [name for name in ("image_grid_thw", "video_grid_thw") if rows.get(name) is not None]
     if get_rope_index is None or not grids or "mm_token_type_ids" not in rows:
         return None

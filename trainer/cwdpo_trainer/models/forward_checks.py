@@ -21,7 +21,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 
 from cwdpo_kernels import IGNORE_INDEX, Head, linear_logprob
-from cwdpo_kernels.integrations.hugging_face import evaluating
+from cwdpo_kernels.integrations.hugging_face import evaluating, rounding_tolerance
 from cwdpo_kernels.integrations.shared_prefix import (
     TreesUnsupported,
     compare_forwards,
@@ -137,7 +137,7 @@ def check_causal(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) ->
     with evaluating(model):
         (logp, dtype), (other, _) = (model(**batch, head_op=op) for batch in (inputs, changed))
     worst = (logp - other).abs().max().item()
-    tolerance = max(1e-4, 4 * torch.finfo(dtype).eps * logp.abs().max().item())
+    tolerance = rounding_tolerance(logp.abs().max().item(), dtype)
     if not worst <= tolerance:
         expected = f"a change <= {tolerance:.1e} nats when only a later token changes"
         got = f"{worst:.3g}: the model attends to later tokens of an answer"
