@@ -124,8 +124,12 @@ def check_quantization(model: Model, device: torch.device) -> None:
 
 
 def _quantization_method(model: nn.Module) -> Any:
-    base = model.get_base_model() if isinstance(model, PeftModel) else model
-    return getattr(base, "quantization_method", None)
+    return getattr(without_adapters(model), "quantization_method", None)
+
+
+def without_adapters(model: nn.Module) -> nn.Module:
+    """The model that peft wraps, or `model` itself."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
 def load_weights(model: Model, folder: str) -> None:

@@ -6,8 +6,9 @@ from __future__ import annotations
 from collections import Counter
 from typing import Any
 
-from peft import PeftModel
 from torch import nn
+
+from cwdpo_trainer.models.loading import without_adapters
 
 VISION, CONNECTOR, LANGUAGE, HEAD = "vision tower", "connector", "language model", "head"
 LONGEST_PERIOD = 6  # layers
@@ -20,7 +21,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
     The language model is the module with the token embeddings. Other parts of the backbone are vision towers if their
     name says so (`visual`, `vision_tower`, `image_encoder`), else connectors.
     """
-    base: Any = _unwrapped(model)
+    base: Any = without_adapters(model)
     names = {module: name for name, module in base.named_modules()}
     backbone, embeddings = base.base_model, base.get_input_embeddings()
     prefix = names[backbone]
@@ -43,7 +44,7 @@ def parts_of(model: nn.Module) -> dict[str, str]:
 
 def marked_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """The modules of the parts, each with its part."""
-    base = _unwrapped(model)
+    base = without_adapters(model)
     return [(part, base.get_submodule(name)) for name, part in parts_of(model).items()]
 
 
@@ -91,7 +92,3 @@ def period_of(model: nn.Module, layers: nn.ModuleList) -> int | None:
         for layer in layers
     ]  # fmt: skip
     return next((p for p in range(1, LONGEST_PERIOD + 1) if kinds[p:] == kinds[:-p]), None)
-
-
-def _unwrapped(model: nn.Module) -> nn.Module:
-    return model.get_base_model() if isinstance(model, PeftModel) else model
