@@ -134,8 +134,15 @@ def peak_of_64_mib(_):
     return [gradient]
 
 
+def no_inputs():
+    return None
+
+
 def test_peak_memory_includes_freed_memory_but_not_gradients():
-    assert memory.extra_bytes(lambda: None, peak_of_64_mib) / 2**20 == pytest.approx(64, abs=2)
+    """In a worker, as the benchmarks measure: the system may reclaim idle memory of a process that has run a lot."""
+    with memory.worker(warm_up=False) as call:
+        call(memory.extra_bytes, no_inputs, peak_of_64_mib)  # torch allocates what it keeps
+        assert call(memory.extra_bytes, no_inputs, peak_of_64_mib) / 2**20 == pytest.approx(64, abs=2)
 
 
 def test_peak_memory_is_measured_again_after_a_compilation(monkeypatch):
