@@ -5,9 +5,9 @@
         reference(**batch)  # computes the features
         policy(**batch)     # takes them
 
-A model's features may be taken from another one only if both have the same weights below them. `ImageFeatures` takes
-them once it has seen that nothing below them trains: the policy's features need no gradient. The reference is a copy
-of the policy, so its frozen weights are the same.
+A model's features may be taken from another one only if both have the same weights below them, and those do not train.
+`ImageFeatures` finds that out on the first batch that both encode: the policy's features need no gradient, and equal
+those of the reference. From the next batch on they are shared.
 """
 
 from __future__ import annotations
@@ -31,18 +31,20 @@ _METHOD = "get_image_features"  # of transformers' vision-language models, which
 
 
 class ImageFeatures:
-    """The image features of the current batch, for `models` with the same architecture and the same frozen weights.
+    """The image features of the current batch, for `models` of the same architecture.
 
-    `is_shared` says whether forwards within `once` share features; it stays False for models without images, models
-    whose vision path trains, and models with dropout or batch normalization, which differ from forward to forward.
+    `is_shared` says whether forwards within `once` share features. It stays False for models without images, models
+    whose vision path trains, has adapters (a reference may turn them off) or differs from another's, and models with
+    dropout or batch normalization, which differ from forward to forward.
     """
 
     def __init__(self, *models: nn.Module) -> None:
         self.is_shared = False
+        self._differs = False
         # Features by the identity of their arguments, with the arguments, whose memory must not be used again.
         self._kept: dict[tuple[object, ...], tuple[Any, Any]] = {}
         bases = [_backbone(model) for model in models]
-        if not all(hasattr(base, _METHOD) and not _is_random(base) for base in bases):
+        if not all(hasattr(base, _METHOD) and not _may_differ(base) for base in bases):
             return  # nothing calls `take` then
         for base in bases:
             vars(base)[_METHOD] = MethodType(_sharing(type(base)), base)  # a bound method, so copies call their own
@@ -57,17 +59,39 @@ class ImageFeatures:
             self._kept.clear()
             _CURRENT.reset(token)
 
-    def take(self, compute: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def take(self, compute: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """`compute(*args, **kwargs)`, or its result in an earlier forward if features are shared."""
         key = _key(args, kwargs)
-        if key in self._kept:
+        if self.is_shared and key in self._kept:
             return copy.copy(self._kept[key][0])  # a model may take entries out of it
         found = compute(*args, **kwargs)
-        if torch.is_grad_enabled():
-            self.is_shared = not any(tensor.requires_grad for tensor in _tensors(found))
-        if self.is_shared:
+        if _trains(compute.__self__, found):
+            self.is_shared = False
+        elif key not in self._kept:
             self._kept[key] = copy.copy(found), (args, kwargs)
+        elif torch.is_grad_enabled() and not self._differs:
+            self.is_shared = _are_equal(self._kept[key][0], found)
+            self._differs = not self.is_shared
         return found
+
+
+def _trains(base: Any, found: Any) -> bool:
+    """Whether a gradient of the features `found` reaches a weight.
+
+    For gradient checkpointing with adapters, transformers makes embeddings need a gradient that no weight gets.
+    """
+    if not any(tensor.requires_grad for tensor in _tensors(found)):
+        return False
+    return any(parameter.requires_grad for module in _below(base) for parameter in module.parameters(recurse=False))
+
+
+def _are_equal(first: Any, second: Any) -> bool:
+    """Whether two results of `get_image_features` are equal within rounding: kernels may differ with gradients."""
+    for one, other in zip(_tensors(first), _tensors(second), strict=True):
+        tolerance = 4 * torch.finfo(one.dtype).eps if one.is_floating_point() else 0
+        if one.numel() and not (one - other).abs().max() <= tolerance * one.abs().max():
+            return False
+    return True
 
 
 _CURRENT: ContextVar[ImageFeatures | None] = ContextVar("image_features", default=None)
@@ -101,7 +125,7 @@ def _tensors(value: Any) -> Iterator[Tensor]:
     if isinstance(value, Tensor):
         yield value
     elif isinstance(value, Mapping):
-        yield from _tensors(list(value.values()))
+        yield from _tensors([value[key] for key in sorted(value)])  # copies of outputs order their keys anew
     elif isinstance(value, list | tuple):
         for each in value:
             yield from _tensors(each)
@@ -113,14 +137,22 @@ def _backbone(model: nn.Module) -> nn.Module:
     return base if isinstance(base, nn.Module) else model
 
 
-def _is_random(base: nn.Module) -> bool:
-    """Whether the vision path may give other features to a model in training than to its reference."""
-    config: Any = getattr(base, "config", None)
-    vision = getattr(config, "vision_config", None)
+def _may_differ(base: Any) -> bool:
+    """Whether the vision path may give other features to a model in training than to its reference.
+
+    Layers with a `base_layer` are peft's.
+    """
+    vision = getattr(base.config, "vision_config", None)
     rates = [
         getattr(vision, name, 0.0) for name in ("attention_dropout", "hidden_dropout", "dropout", "drop_path_rate")
     ]
     layers = (nn.modules.batchnorm._BatchNorm,)
-    below = [module for name, module in base.named_modules() if "language_model" not in name]
+    below = _below(base)
     drops = any(isinstance(module, nn.Dropout) and module.p > 0 for module in below)
-    return any(rates) or drops or any(isinstance(module, layers) for module in below)
+    return any(rates) or drops or any(isinstance(module, layers) or hasattr(module, "base_layer") for module in below)
+
+
+def _below(base: Any) -> list[nn.Module]:
+    """The modules of a vision-language model that are not part of its language model."""
+    decoder = set(base.get_decoder().modules())
+    return [module for module in base.modules() if module not in decoder]

@@ -62,8 +62,9 @@ class CoolingDPOTrainer(DPOTrainer):
     cooling: defines w_c; `Cooling(constant=1.0)` is DPO as TRL computes it.
     normalize: "sequence" for D of total log-probs, "token" for D of means.
     prefix_sharing: True encodes the prompt of each pair, and its images, once for both answers, in the policy and in
-        the reference. Losses, metrics and gradients stay the same within rounding. On the first batch the log-probs are
-        compared with those of separate rows. The default is False.
+        the reference. If the vision path is frozen, policy and reference share the features of images. Losses, metrics
+        and gradients stay the same within rounding. On the first batch the log-probs are compared with those of
+        separate rows. The default is False.
 
     Everything else works as TRL documents it: models by name or loaded, datasets with and without images, LoRA and
     prompt tuning, `torch_compile`, and the reference (adapter off, precomputed, `ref_model`, or the policy reloaded by
@@ -143,10 +144,16 @@ class CoolingDPOTrainer(DPOTrainer):
             raise NotImplementedError(f"{OP}: predict is not supported, because it needs logits")
         batch = self.sharing.batch(self.model, inputs)
         self.sharing.check(model, batch, self.accelerator)
+        reference = self.model if self.ref_model is None else self.ref_model
+        with self.sharing.images_once(self.model, reference):
+            output = self._forward(model, reference, batch, inputs)
+        self._record(output, inputs["attention_mask"])
+        return output.loss
+
+    def _forward(self, model: nn.Module, reference: nn.Module, batch: Batch, inputs: dict[str, Any]) -> CWDPOOutput:
         if self.precompute_ref_logps:
             chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
         else:
-            reference = self.model if self.ref_model is None else self.ref_model
             chosen, rejected = self._reference(reference, batch)
         answers, beta, cooling, normalize = batch.answers, self.beta, self.cooling, self.normalize
 
@@ -160,9 +167,7 @@ class CoolingDPOTrainer(DPOTrainer):
                 cu_seqlens=cu_seqlens,
             )  # fmt: skip
 
-        output = answers.run(model, op)
-        self._record(output, inputs["attention_mask"])
-        return output.loss
+        return answers.run(model, op)
 
     def _record(self, output: CWDPOOutput, attention_mask: Tensor) -> None:
         mode = "train" if self.model.training else "eval"

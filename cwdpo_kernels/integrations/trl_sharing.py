@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import warnings
 import weakref
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from .. import IGNORE_INDEX, Head, shift_labels
 from .hugging_face import evaluating
+from .shared_images import ImageFeatures
 from .shared_pairs import PairsDiffer, tree_of_pairs
 from .shared_prefix import TreeBatch, TreesUnsupported, compare_forwards, enable_trees
 
@@ -60,6 +62,7 @@ class PromptSharing:
         self.is_on = is_on
         self._compared: weakref.WeakSet[nn.Module] = weakref.WeakSet()
         self._has_warned = False
+        self._features: ImageFeatures | None = None
         if not is_on:
             return
         if getattr(given.get("args"), "torch_compile", False):
@@ -75,6 +78,14 @@ class PromptSharing:
                 enable_trees(model)
             except TreesUnsupported as reason:
                 _refuse(str(reason))
+
+    def images_once(self, *models: nn.Module) -> contextlib.AbstractContextManager[None]:
+        """In this context, policy and reference share the image features of a frozen vision path."""
+        if not self.is_on:
+            return contextlib.nullcontext()
+        if self._features is None:
+            self._features = ImageFeatures(*models)
+        return self._features.once()
 
     def batch(self, model: nn.Module, inputs: dict[str, Any]) -> Batch:
         """A batch of TRL's collator. It stays on separate rows, with a warning, if its pairs cannot share images."""

@@ -331,3 +331,36 @@ def test_saved_models_do_not_name_the_attention(task):
     trainer.train()
     trainer.save_model(str(task.folder / "out"))
     assert "tree" not in (task.folder / "out" / "config.json").read_text()
+
+
+@pytest.mark.parametrize("task", ["images"], indirect=True)
+@pytest.mark.parametrize("case", ["lora", "tower", "adapter in the tower"])
+def test_policy_and_reference_share_the_features_of_a_frozen_vision_path(task, case):
+    """A reference without adapters has other features if the tower has one."""
+    options = {"ref_model": copy.deepcopy(task.model)}
+    if case != "tower":
+        modules = r".*(language_model|vision_tower).*q_proj" if case != "lora" else r".*language_model.*(q|v)_proj"
+        options = {"peft_config": LoraConfig(r=4, target_modules=modules, task_type="CAUSAL_LM")}
+    losses = []
+    for sharing in (False, True):
+        policy = moved(copy.deepcopy(task.model))
+        trainer = make(CoolingDPOTrainer, task, policy, prefix_sharing=sharing, **copy.deepcopy(options))
+        if case == "tower":
+            for name in ("vision_tower", "multi_modal_projector"):
+                getattr(trainer.model.base_model, name).requires_grad_(False)
+                reference, own = getattr(trainer.ref_model.base_model, name), getattr(trainer.model.base_model, name)
+                reference.load_state_dict(own.state_dict())
+        elif case != "lora":
+            for name, parameter in trainer.model.named_parameters():
+                torch.nn.init.normal_(parameter, std=0.1) if "lora_B" in name else None
+                parameter.requires_grad_(parameter.requires_grad and "vision_tower" not in name)
+        batch = first_batch(trainer)
+        trainer.compute_loss(trainer.model, batch)
+        encoded = []
+        for model in {trainer.model, trainer.ref_model} - {None}:
+            tower = next(module for name, module in model.named_modules() if name.endswith("vision_tower"))
+            tower.register_forward_hook(lambda *_, seen=encoded: seen.append(1))
+        losses += [trainer.compute_loss(trainer.model, batch).item() for _ in range(2)]
+        if sharing:
+            assert len(encoded) == (4 if case == "adapter in the tower" else 2)
+    assert losses == pytest.approx([losses[0]] * 4, rel=1e-5)
