@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, linear, logits, memory, results, sharing, sweeps, trainer_step
+from benchmarks import accuracy, linear, logits, memory, results, sharing, sweeps, trainer_step, trl_step
 from benchmarks.results import ResultFile
 
 # Suite -> module. Its measurements() maps a name to a function (repeats, call) -> results, where `call` runs a function
@@ -24,6 +24,7 @@ SUITES = {
     "accuracy": accuracy,
     "trainer": trainer_step,
     "sharing": sharing,
+    "trl": trl_step,
     "sweeps": sweeps,
 }
 REPEATS = 7
