@@ -107,7 +107,7 @@ def train(shape: Shape, way: str, steps: int) -> trainer_step.Recorder:
 
 def build_model(shape: Shape, image: int) -> Any:
     """The model of benchmarks.sharing, with `image` as the id of the image placeholder."""
-    model = sharing.build_model(shape)
+    model: Any = sharing.build_model(shape)
     if shape.patches:
         model.config.image_token_id = image
     return model
