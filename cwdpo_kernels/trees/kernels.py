@@ -38,8 +38,8 @@ def flash_cpu_forward(query: Tensor, key: Tensor, value: Tensor, what: Rectangle
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
         query, key, value, 0.0, what.causal, attn_mask=what.mask, scale=what.scale
     )
-    # torch takes a row whose scores are all NaN for a masked one, and returns zeros.
-    lost = (lse == 0) & (out == 0).all(-1) & _sees_bad(query, key, what)
+    # torch takes a row whose scores are all NaN for a masked one, and returns zeros. One element of `out` tells.
+    lost = (lse == 0) & (out[..., 0] == 0) & _sees_bad(query, key, what)
     return out.masked_fill_(lost.unsqueeze(-1), torch.nan), lse.masked_fill_(lost, torch.nan)
 
 

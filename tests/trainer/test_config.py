@@ -13,6 +13,7 @@ import cwdpo_trainer
 from cwdpo_kernels import Cooling, cooling_weight
 from cwdpo_trainer.cli import main
 from cwdpo_trainer.config.loader import load_config, read_config
+from cwdpo_trainer.data.sources import open_source
 from cwdpo_trainer.errors import InputError
 from cwdpo_trainer.models.loading import model_path
 from cwdpo_trainer.run_folder import _record
@@ -58,9 +59,15 @@ def test_drop_below_auto_is_where_the_weight_is_a_twentieth(settings, write_conf
 def test_a_path_may_start_with_the_home_folder(settings, write_config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my model").mkdir()
-    config = load_config(write_config(settings), ["model.path=~/my model", "dpo.reference_cache=~/shared"])
+    paths = ["model.path=~/my model", "dpo.reference_cache=~/shared", "output_dir=~/run"]
+    config = load_config(write_config(settings), paths)
     assert model_path(config) == str(tmp_path / "my model")
     assert config.dpo.reference_cache == f"{tmp_path}/shared"
+    assert (config.output_dir, config.dpo.folder) == (tmp_path / "run", tmp_path / "run/checkpoints/dpo")
+    assert open_source("~/rows.jsonl").path == tmp_path / "rows.jsonl"
+    assert open_source("~no-such-user/rows.jsonl", tmp_path).path == tmp_path / "~no-such-user/rows.jsonl"
+    prepare = "prepare={function: 'cwdpo_trainer.recipes.digits.prepare:prepare', folder: ~/data}"
+    assert load_config(write_config(settings), [prepare]).base == tmp_path / "data"
     config.model.path = "~/gone"  # is no name on the Hub
     with pytest.raises(InputError, match=f"model.path: expected an existing folder, got {tmp_path}/gone"):
         model_path(config)

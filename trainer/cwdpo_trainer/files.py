@@ -30,6 +30,11 @@ _TORCH_WRITER = "inline_container.cc"
 NESTED = "brackets that are nested too deeply"
 
 
+def user_path(text: str | Path) -> Path:
+    """The path that a user wrote, with `~` and `~name` replaced by home folders. An unknown name stays as it is."""
+    return Path(os.path.expanduser(text))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path next to `path` to write to. It replaces `path` if the block succeeds."""

@@ -37,7 +37,7 @@ from cwdpo_trainer.config.sections import (
 from cwdpo_trainer.config.stage_arguments import DPOArguments, SFTArguments, StageArguments
 from cwdpo_trainer.config.yaml_text import DEEPEST, LARGEST_TEXT, parse_yaml
 from cwdpo_trainer.errors import InputError, InputErrors, describe, require, shorten
-from cwdpo_trainer.files import check_writable_folder, read_text
+from cwdpo_trainer.files import check_writable_folder, read_text, user_path
 
 KEYS = (*SECTIONS, "output_dir", "seed", "checkpoints", "preset", "prepare")
 KEEP, PRUNE = "keep", "prune"  # values of the key checkpoints
@@ -139,8 +139,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         found = ", ".join(map(str, raw)) or "an empty file"
         require(any(name in raw for name in STAGES), where, "", "a section sft or dpo", found)
     with collecting(errors):
-        output_dir = as_type(where, "output_dir", raw.get("output_dir"), str)
-        check_writable_folder(Path(output_dir), where, "output_dir")
+        output_dir = user_path(as_type(where, "output_dir", raw.get("output_dir"), str))
+        check_writable_folder(output_dir, where, "output_dir")
     with collecting(errors):
         number = as_type(where, "seed", raw.get("seed", 0), int)
         require(0 <= number <= LARGEST_SEED, where, "seed", f"an integer in [0, {LARGEST_SEED}]", number)
@@ -158,12 +158,12 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     for name in STAGES:
         if sections[name] is not None:
             sections[name].seed = seed
-            sections[name].output_dir = str(Path(output_dir) / "checkpoints" / name)
+            sections[name].output_dir = str(output_dir / "checkpoints" / name)
     dpo = sections["dpo"]
     if dpo is not None and dpo.reference_cache is not None:
-        cache = Path(output_dir).absolute() / Path(dpo.reference_cache).expanduser()
+        cache = output_dir.absolute() / user_path(dpo.reference_cache)
         dpo.reference_cache = str(cache)
-        if not cache.is_relative_to(Path(output_dir).absolute()):
+        if not cache.is_relative_to(output_dir.absolute()):
             with collecting(errors):
                 check_writable_folder(cache, where, "dpo.reference_cache")
     with collecting(errors):
@@ -172,7 +172,7 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
     for name in ("probes", "sampling"):
         sections[name] = sections[name] or SECTIONS[name]()
     return RunConfig(
-        where, raw, base, Path(output_dir), seed, preset, preparation, checkpoints=checkpoints, **sections
+        where, raw, base, output_dir, seed, preset, preparation, checkpoints=checkpoints, **sections
     ), errors
 
 
@@ -237,7 +237,7 @@ def _preparation(where: str, section: Any) -> Preparation:
     options = {key: value for key, value in section.items() if key not in ("function", "folder")}
     wrong = [key for key in options if not isinstance(key, str)]
     require(not wrong, where, "prepare", "names of the function's arguments", ", ".join(map(with_type, wrong)))
-    return Preparation(name, Path(folder), options)
+    return Preparation(name, user_path(folder), options)
 
 
 def _function(where: str, name: str) -> Callable[..., Any]:

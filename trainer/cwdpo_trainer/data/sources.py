@@ -18,7 +18,7 @@ from typing import Any
 
 from cwdpo_trainer.data.source import DEFAULT_SPLIT, HUB, Source
 from cwdpo_trainer.errors import InputError, require
-from cwdpo_trainer.files import NESTED, RepeatedKey, read_text, sha256, unique_keys
+from cwdpo_trainer.files import NESTED, RepeatedKey, read_text, sha256, unique_keys, user_path
 
 SPACE = re.compile(r"\s*")
 
@@ -27,6 +27,7 @@ def open_source(text: str | Path, base: Path = Path()) -> Source:
     """The source named by `text`, in one of the forms above. Relative paths start at `base`."""
     text = str(text)
     if not text.startswith(HUB):
+        text = str(user_path(text))
         folder, _, split = text.rpartition(":")
         if os.path.isdir(base / text):
             folder, split = text, DEFAULT_SPLIT

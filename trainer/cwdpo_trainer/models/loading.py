@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -23,6 +22,7 @@ from transformers import (
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.config.loader import RunConfig
 from cwdpo_trainer.errors import require
+from cwdpo_trainer.files import user_path
 from cwdpo_trainer.models.adapters import (
     POLICY,
     adapter_weights,
@@ -86,7 +86,7 @@ def load_processor(path: str) -> ProcessorMixin | PreTrainedTokenizerBase:
 def model_path(config: RunConfig) -> str:
     """The absolute path of the model's folder, or the model's name on the Hub if there is no such folder."""
     path = config.model.path
-    local = config.base / Path(path).expanduser()
+    local = config.base / user_path(path)
     require(local.is_dir() or path[0] not in "./~", config.where, "model.path", "an existing folder", local)
     return str(local.resolve()) if local.is_dir() else path  # absolute, because an adapter stores it
 

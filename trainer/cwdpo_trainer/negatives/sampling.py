@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -12,10 +12,10 @@ from cwdpo_kernels.integrations.hugging_face import evaluating
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.data.collator import PairCollator, Tokens, to_device
 from cwdpo_trainer.data.rows import Row, answer_text
+from cwdpo_trainer.negatives.generation import GeneratingModel, continuations
 from cwdpo_trainer.reporter import progress
 
 Item = TypeVar("Item")
-GeneratingModel = Any  # what `freeze_reference` and `load_model` return, maybe wrapped: has `generate` and `device`
 
 
 def sample_answers(
@@ -31,13 +31,15 @@ def sample_answers(
     The samples depend only on `seed`, the weights and the rows, and torch's random state is restored. So a resumed run
     draws the same answers. If the model is sharded (`is_sharded`), all processes must call this together.
     """
+    # In a model whose prompts attend in both directions (PaliGemma), a prompt without its last token has other states.
+    shares_prompts = collator.shares_prompts and not collator.answer_types and not is_sharded
     devices = [model.device] if model.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         drawn = _generate(
             model, collator, rows, settings.max_new_tokens, do_sample=True, temperature=settings.temperature,
             top_p=settings.top_p, top_k=0, repetition_penalty=1.0,  # ignore the model's generation config
-            num_return_sequences=settings.samples, synced_gpus=is_sharded,
+            samples=settings.samples, shares_prompts=shares_prompts, synced_gpus=is_sharded,
         )  # fmt: skip
     count = settings.samples
     return wrong_answers(collator, rows, [drawn[index * count :][:count] for index in range(len(rows))])
@@ -98,15 +100,18 @@ def _generate(
     collator: PairCollator,
     rows: Sequence[Row],
     max_new_tokens: int,
+    samples: int = 1,
+    shares_prompts: bool = False,
     **options: object,
 ) -> list[Tokens]:
     """Generated answers in the form of `PairCollator.answer_tokens`: nothing after the end-of-sequence token."""
     inputs = to_device(collator.prompts(rows, padding_side="left"), model.device)
     ends, pad = _end_tokens(model, collator.tokenizer), collator.tokenizer.pad_token_id
     with evaluating(model):
-        outputs = model.generate(
-            **inputs, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad, use_cache=True, **options
-        )
+        outputs = continuations(
+            model, inputs, samples, shares_prompts, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad,
+            use_cache=True, **options,
+        )  # fmt: skip
     new = outputs[:, inputs["input_ids"].shape[1] :].tolist()
     return [ended(tokens, ends) for tokens in new]
 

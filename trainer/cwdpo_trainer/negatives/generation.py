@@ -1,0 +1,90 @@
+"""Generation with each prompt encoded once for all its samples.
+
+transformers' `generate(num_return_sequences=k)` encodes k copies of each prompt. `continuations` encodes each prompt
+once, up to its last token, repeats the keys and values, and lets `generate` go on from there. The samples are those of
+`generate` alone, as far as rounding lets the random draws fall alike.
+"""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cwdpo_kernels.integrations.hugging_face import rounding_tolerance
+from cwdpo_trainer.errors import describe
+from cwdpo_trainer.reporter import say
+
+GeneratingModel = Any  # what `freeze_reference` and `load_model` return, maybe wrapped: has `generate` and `device`
+_POSITIONS = "rope_deltas"  # where models with positions in three dimensions keep those of the batch's continuations
+_can_share: weakref.WeakKeyDictionary[GeneratingModel, bool] = weakref.WeakKeyDictionary()
+
+
+def continuations(
+    model: GeneratingModel, inputs: dict[str, Tensor], samples: int, shares_prompts: bool, **options: Any
+) -> Tensor:
+    """Tokens [P * samples, T] of the prompts `inputs`, padded on the left, with `samples` continuations each.
+
+    shares_prompts: encode each prompt once. The first call compares the next token's log-probs with those of prompts
+        that `generate` encodes itself. If they differ by more than rounding, it says so, and all calls do without.
+    options: those of `generate`. The model is in evaluation mode and computes no gradients.
+    """
+    if shares_prompts and samples > 1 and _ends_in_text(model, inputs["input_ids"]):
+        if model not in _can_share:
+            _can_share[model] = _is_exact(model, inputs, options)
+        if _can_share[model]:
+            return model.generate(**_encoded_once(model, inputs, samples, options), **options)
+    return model.generate(**inputs, num_return_sequences=samples, **options)
+
+
+def _ends_in_text(model: GeneratingModel, ids: Tensor) -> bool:
+    """Whether the prompts have two tokens or more, and the last one is no image placeholder: it is encoded alone."""
+    image = getattr(model.config, "image_token_id", -1)
+    return ids.shape[1] > 1 and not bool((ids[:, -1] == image).any())
+
+
+def _encoded_once(
+    model: GeneratingModel, inputs: dict[str, Tensor], samples: int, options: dict[str, Any]
+) -> dict[str, Any]:
+    """Inputs of `generate`: each prompt `samples` times, and the keys and values of all its tokens but the last."""
+    shape = inputs["input_ids"].shape
+    of_tokens = {key: value for key, value in inputs.items() if value.shape[:2] == shape}
+    prefix = {key: value[:, :-1] if key in of_tokens else value for key, value in inputs.items()}
+    cache = model.generate(**prefix, **_one_token(options)).past_key_values
+    cache.batch_repeat_interleave(samples)
+    for module in model.modules():
+        positions = getattr(module, _POSITIONS, None)
+        if isinstance(positions, Tensor):
+            setattr(module, _POSITIONS, positions.repeat_interleave(samples, 0))
+    repeated = {key: value.repeat_interleave(samples, 0) for key, value in of_tokens.items()}
+    return {**repeated, "past_key_values": cache}
+
+
+def _one_token(options: dict[str, Any]) -> dict[str, Any]:
+    """The options to generate a single token, and to get its logits, without a random draw."""
+    kept = {key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k")}
+    return kept | {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+
+
+def _is_exact(model: GeneratingModel, inputs: dict[str, Tensor], options: dict[str, Any]) -> bool:
+    """Whether the next token has the same log-probs after a prompt that is encoded once. If not, says why."""
+    once = _one_token(options)
+    own = model.generate(**inputs, **once).logits[0]
+    try:
+        logits = model.generate(**_encoded_once(model, inputs, 2, options), **once).logits[0]
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as error:  # a model's own code may raise any type on a cache that it does not expect
+        say(f"sampling: prompts are encoded once per sample: {type(model).__name__} fails: {describe(error)}")
+        return False
+    own, logits = own.float().log_softmax(-1).repeat_interleave(2, 0), logits.float().log_softmax(-1)
+    difference = (own - logits)[own.isfinite()].abs().max().item()
+    tolerance = rounding_tolerance(own[own.isfinite()].abs().max().item(), model.dtype)
+    if not difference <= tolerance:
+        name = type(model).__name__
+        say(
+            f"sampling: prompts are encoded once per sample: {name} gives log-probs {difference:.2g} nats off otherwise"
+        )
+    return difference <= tolerance
