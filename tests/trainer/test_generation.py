@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
+from cwdpo_trainer.models.reference import AdapterReference
 from cwdpo_trainer.negatives import generation
 from cwdpo_trainer.negatives.generation import continuations
 
@@ -59,6 +61,17 @@ def test_samples_are_those_of_generate(name, capsys):
         saved = 0
         assert re.fullmatch(r"sampling: .*PaliGemmaForC.* gives log-probs 0\.0001\d nats off otherwise\n", said)
     assert (all_tokens - tokens, said == "") == (saved, name != "paligemma")
+
+
+def test_a_reference_that_is_its_policy_without_adapters(capsys):
+    model, inputs = tiny_models.qwen2_5_vl()
+    expected, _ = sample(model, padded(inputs), False)
+    policy = get_peft_model(model, LoraConfig(r=2, target_modules=["q_proj", "v_proj"], init_lora_weights=False))
+    reference = AdapterReference(policy, None)
+    for _ in range(2):
+        torch.manual_seed(7)
+        assert torch.equal(continuations(reference, padded(inputs), 3, True, **OPTIONS), expected)
+    assert capsys.readouterr().out == ""
 
 
 def test_a_model_that_cannot_go_on_is_named(monkeypatch, capsys):

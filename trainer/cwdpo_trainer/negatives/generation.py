@@ -39,9 +39,14 @@ def continuations(
     return model.generate(**inputs, num_return_sequences=samples, **options)
 
 
+def _owner(model: GeneratingModel) -> Any:
+    """The model that has the weights and the config: an `AdapterReference` runs on its policy's."""
+    return getattr(model, "policy", model)
+
+
 def _ends_in_text(model: GeneratingModel, ids: Tensor) -> bool:
     """Whether the prompts have two tokens or more, and the last one is no image placeholder: it is encoded alone."""
-    image = getattr(model.config, "image_token_id", -1)
+    image = getattr(_owner(model).config, "image_token_id", -1)
     return ids.shape[1] > 1 and not bool((ids[:, -1] == image).any())
 
 
@@ -54,7 +59,7 @@ def _encoded_once(
     prefix = {key: value[:, :-1] if key in of_tokens else value for key, value in inputs.items()}
     cache = model.generate(**prefix, **_one_token(options)).past_key_values
     cache.batch_repeat_interleave(samples)
-    for module in model.modules():
+    for module in _owner(model).modules():
         positions = getattr(module, _POSITIONS, None)
         if isinstance(positions, Tensor):
             setattr(module, _POSITIONS, positions.repeat_interleave(samples, 0))
@@ -77,13 +82,13 @@ def _is_exact(model: GeneratingModel, inputs: dict[str, Tensor], options: dict[s
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's own code may raise any type on a cache that it does not expect
-        say(f"sampling: prompts are encoded once per sample: {type(model).__name__} fails: {describe(error)}")
+        say(f"sampling: prompts are encoded once per sample: {type(_owner(model)).__name__} fails: {describe(error)}")
         return False
     own, logits = own.float().log_softmax(-1).repeat_interleave(2, 0), logits.float().log_softmax(-1)
     difference = (own - logits)[own.isfinite()].abs().max().item()
-    tolerance = rounding_tolerance(own[own.isfinite()].abs().max().item(), model.dtype)
+    tolerance = rounding_tolerance(own[own.isfinite()].abs().max().item(), _owner(model).dtype)
     if not difference <= tolerance:
-        name = type(model).__name__
+        name = type(_owner(model)).__name__
         say(
             f"sampling: prompts are encoded once per sample: {name} gives log-probs {difference:.2g} nats off otherwise"
         )
