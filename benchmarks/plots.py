@@ -49,6 +49,7 @@ def draw(reports: dict[str, dict], folder: Path) -> None:
         for sweep in SWEEPS:
             _save(_sweep(reports["sweeps"]["measurements"], sweep), folder / f"{sweep}.svg")
         _save(_accuracy(reports["accuracy"]["measurements"]), folder / "accuracy.svg")
+        _save(_sharing(reports["sharing"]["measurements"]), folder / "sharing.svg")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -94,6 +95,23 @@ def _accuracy(measurements: list[dict]) -> Figure:
             axis.invert_xaxis()
             _ticks(axis, [1 - entry["confidence"] for entry in entries], lambda value, _: f"{1 - value:g}")
     _legend(figure, axes[0][0])
+    return figure
+
+
+def _sharing(measurements: list[dict]) -> Figure:
+    """Time and memory with shared prompts relative to separate ones, beside the share of tokens that is left."""
+    entries = [entry for entry in measurements if entry["name"].startswith("ratio/")]
+    sizes = [(entry["workload"]["prompt"], entry["workload"]["answer"]) for entry in entries]
+    figure, axis = plt.subplots(figsize=(6.4, 4.2), layout="constrained")
+    ratio = [prompt / answer for prompt, answer in sizes]
+    for key, label, marker in (("median_seconds", "time", "o"), ("extra_mib", "peak memory", "s")):
+        axis.plot(ratio, [entry["shared_to_separate"][key] for entry in entries], marker=marker, label=label)
+    tokens = [(prompt + 2 * answer) / (2 * (prompt + answer)) for prompt, answer in sizes]
+    axis.plot(ratio, tokens, color="#999999", linestyle=":", label="tokens")
+    axis.axhline(1.0, color="#000000", linewidth=0.6)
+    axis.set(xscale="log", xlabel="prompt tokens per answer token", ylabel="shared : separate", ylim=(0, 1.15))
+    _ticks(axis, ratio, lambda value, _: f"{value:g}")
+    axis.legend(frameon=False)
     return figure
 
 

@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from benchmarks import gpu_report, results, workloads
+from benchmarks import gpu_report, results, sharing_report, workloads
+from benchmarks.report_text import mib, seconds, table
 from benchmarks.results import ROOT
 
-SUITES = ("linear", "logits", "accuracy", "trainer", "sweeps")
+SUITES = ("linear", "logits", "accuracy", "trainer", "sharing", "trl", "sweeps")
 PAGE, IMAGES, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OURS = "cwdpo_kernels"
@@ -32,6 +32,7 @@ PLOTS = {
     "vocab": "One step with a frozen head, by vocabulary size (one pair, answers of 64 tokens)",
     "share": "One step with a frozen head, by the share of answer tokens in sequences of 512 tokens (one pair)",
     "accuracy": "Relative error against float64, by the probability of the label",
+    "sharing": sharing_report.PLOT,
 }
 SWEEPS = {  # name -> (heading, first cell of its table)
     "response": ("Answer length", "tokens per answer"),
@@ -103,7 +104,8 @@ def readme_table(reports: Reports) -> str:
 
 def page(reports: Reports) -> str:
     sections = [INTRODUCTION, machine(reports), linear(reports), logits(reports), accuracy(reports)]
-    return "\n\n".join([*sections, trainer(reports), sweeps(reports), *gpu_report.sections()]) + "\n"
+    sections += [trainer(reports), sharing_report.section(reports["sharing"], reports["trl"]), sweeps(reports)]
+    return "\n\n".join([*sections, *gpu_report.sections()]) + "\n"
 
 
 INTRODUCTION = """# Benchmarks
@@ -269,11 +271,6 @@ def axis_value(sweep: str, value: float) -> str:
     return f"{value:.1%}" if sweep == "share" else f"{value}"
 
 
-def table(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:
-    rows = [head, ["---"] * len(head), *lines]
-    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
-
-
 def bold(name: str, ours: str = OURS) -> str:
     """The name of an implementation as the tables show it: ours in bold."""
     label = LABELS.get(name, name)
@@ -285,16 +282,6 @@ def time_and_memory(result: dict | None, units: bool = True) -> str:
         return ""
     time, memory = seconds(result["median_seconds"]), mib(result["extra_mib"])
     return f"{time} s, {memory} MiB" if units else f"{time}, {memory}"
-
-
-def seconds(value: float) -> str:
-    """Two significant digits down to a millisecond, without an exponent."""
-    decimals = next((d for d, least in ((0, 10), (1, 1), (2, 0.1), (3, 0.01)) if value >= least), 4)
-    return f"{value:.{decimals}f}"
-
-
-def mib(value: float) -> str:
-    return f"{max(value, 0.0):.{0 if value >= 10 else 1}f}"
 
 
 def error(value: float | None) -> str:

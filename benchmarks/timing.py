@@ -26,13 +26,18 @@ def seconds(function: Callable[[], object]) -> float:
     return time.perf_counter() - start
 
 
-def interleaved(steps: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Repeat all steps in turn, so that a slow phase of the machine affects all of them. Each step returns its time."""
+def interleaved(
+    steps: Mapping[str, Callable[[], float]], repeats: int, enough: float = ENOUGH_SECONDS
+) -> dict[str, list[float]]:
+    """Repeat all steps in turn, so that a slow phase of the machine affects all of them. Each step returns its time.
+
+    `enough`: seconds of a step after which it is not repeated any more.
+    """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for repeat in range(repeats):
         for name, step in steps.items():
             spent = sum(times[name])
-            if spent < ENOUGH_SECONDS or (repeat < MIN_REPEATS and spent < VERY_LONG_SECONDS):
+            if spent < enough or (repeat < MIN_REPEATS and spent < VERY_LONG_SECONDS):
                 times[name].append(step())
     return times
 

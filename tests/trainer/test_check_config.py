@@ -66,6 +66,10 @@ def few_new_tokens(case: Case) -> None:
     case.settings["sampling"]["max_new_tokens"] = 3
 
 
+def few_heldout_answers(case: Case) -> None:
+    case.settings["dpo"]["stop_on"] = ["drift", "nothing_kept", "squeezing"]
+
+
 def missing_image(case: Case) -> None:
     case.change(2, images=["images/gone.png"])
     case.change(5, images=["images/gone.png"])
@@ -194,6 +198,8 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (misspelled_metric, ERROR, "unknown_metric", ["dpo.metric_for_best_model", "did you mean 'chosen_mean_logp'"]),
     (folder_of_another_run_given, ERROR, "folder_of_another_run", ["as this run was started with"]),
     (few_new_tokens, WARNING, "short_samples", ["max_new_tokens is 3, and 44 of 44 chosen answers are longer"]),
+    (few_heldout_answers, WARNING, "stop_on_never_stops",
+     ["stop_on names drift, squeezing, and the probes have 12 held-out answers"]),
     (missing_image, ERROR, "invalid_rows", ["2 of 32 rows of data.train: images: expected an existing file",
                                              "data: URI:\n", "jsonl:3: got ", "jsonl:6: ", "images/gone.png"]),
     (unknown_column, ERROR, "invalid_rows", ["1 of 32 rows of data.train:\n", "jsonl:3: unknown column chosne (known"]),

@@ -135,6 +135,11 @@ def _examine(history: StageHistory) -> list[Finding]:
     return findings
 
 
+def needs_answers(name: str) -> bool:
+    """Whether the finding `name` is about held-out answers, so that it takes `MIN_ANSWERS` of them."""
+    return _RULES[name].needs_answers
+
+
 def too_few(answers: Mapping[str, int]) -> str | None:
     """What the doctor says instead of findings on sets with fewer than `MIN_ANSWERS` answers; None if none has."""
     few = {name: count for name, count in answers.items() if count < MIN_ANSWERS}

@@ -23,6 +23,8 @@ from cwdpo_trainer.data.images import IMAGE_ERRORS
 from cwdpo_trainer.data.lengths import Fit, Length, LengthMeter
 from cwdpo_trainer.data.rows import Row, answer_text, first_part
 from cwdpo_trainer.errors import InputError, did_you_mean
+from cwdpo_trainer.evaluation.doctor import needs_answers
+from cwdpo_trainer.evaluation.history import MIN_ANSWERS
 from cwdpo_trainer.evaluation.probes import COOLING_BINS, METRICS
 from cwdpo_trainer.models.digests import input_digests
 from cwdpo_trainer.models.loading import model_path
@@ -196,6 +198,16 @@ def unknown_metric(preview: RunPreview) -> Diagnosis | None:
             hint = did_you_mean(metric, names)
             wrong.append(f"{stage}.metric_for_best_model is {metric!r}, which no probe measures{hint}")
     return ("; ".join(wrong), "name a metric of the probes, such as chosen_mean_logp") if wrong else None
+
+
+@_rule(WARNING)
+def stop_on_never_stops(preview: RunPreview) -> Diagnosis | None:
+    answers = min(len(preview.rows.get("heldout", ())), preview.config.probes.rows)
+    names = {name for args in preview.stages().values() for name in args.stop_on if needs_answers(name)}
+    if not names or not 0 < answers < MIN_ANSWERS:
+        return None
+    evidence = f"stop_on names {', '.join(sorted(names))}, and the probes have {answers} held-out answers"
+    return evidence, f"raise probes.rows or add held-out rows: findings about answers need {MIN_ANSWERS}"
 
 
 @_rule(ERROR)
