@@ -17,7 +17,8 @@ def section(report: dict, trl: dict) -> str:
         f"A step on a Llama of {w['layers']} layers (D {w['dim']}, V {w['vocab']}, {w['heads']} heads, {w['groups']} "
         "of keys) that trains q and v: the reference's log-probs, forward, loss and backward. *Separate*: every answer "
         "is a row with its prompt. *Shared*: prompts stand once, on token trees. The gradients of both are compared "
-        "before anything is timed. Memory is the peak above the loaded model and its gradients."
+        "before anything is timed. Memory is the peak above the loaded model and its gradients. Machine: "
+        f"{report['environment']['device']}."
     )
     parts = ["## Shared prompts", text, f"![{PLOT}](images/sharing.svg)"]
     parts.append(table(["prompt : answer tokens", *HEAD], [_line(_lengths(entry), entry) for entry in ratios]))

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from pathlib import Path
 
 import pytest
+import torch
 from datasets import Dataset
 
+from cwdpo_kernels.integrations.hugging_face import attach_head
 from cwdpo_trainer.cli import main
-from cwdpo_trainer.preflight.dry_run import dry_run
+from cwdpo_trainer.models.loading import load_model
+from cwdpo_trainer.preflight import trial
+from cwdpo_trainer.preflight.dry_run import dry_run, typical_steps
 from cwdpo_trainer.preflight.report import histogram
 from cwdpo_trainer.preflight.run_rules import ERROR
 
@@ -27,6 +32,9 @@ def test_a_valid_run_has_no_problems_and_nothing_is_written(case, capsys):
     assert f"log-probs of {case.folder}/train.jsonl:1 agree within" in out
     line = r"negative filtering: dpo.drop_below -\d+.\d\d \(nats per token\) leaves out \d+ of the first 32 pairs "
     assert re.search(line, out)
+    for stage in ("sft", "dpo"):
+        line = rf"time of a step of stage {stage}: \S+ s \(4 pairs of median length\), \S+ s for 6 steps without probes"
+        assert re.search(line, out)
     assert out.endswith("\n0 errors, 0 warnings\n")
     assert not Path(case.settings["output_dir"]).exists()
 
@@ -72,6 +80,25 @@ def test_a_missing_dependency_of_the_processor_is_named(case, monkeypatch):
     (problem,) = case.problems()
     assert problem.name == "processor"
     assert "requires the Torchvision library" in problem.evidence
+
+
+def test_the_time_of_a_step_is_that_of_all_its_micro_steps(case, monkeypatch):
+    clock = iter(range(100))
+    monkeypatch.setattr(trial.time, "perf_counter", lambda: float(next(clock)))
+    case.settings["sft"] |= {"gradient_accumulation_steps": 3, "max_steps": 2600, "per_device_train_batch_size": 2}
+    preview, _ = dry_run(case.save(), (), rows=100)
+    sft, dpo = typical_steps(preview)
+    assert {preview.lengths["train"][row.id].total for row in sft.rows} <= {9, 11}
+    assert len(sft.rows) == 2
+    model = load_model(preview.config.model, preview.model_path, None)
+    attach_head(model)
+    before = copy.deepcopy(model.state_dict())
+    times = [trial.measure_step(model, step.args, preview.collator, step.rows, step.steps) for step in (sft, dpo)]
+    assert str(times[0]).startswith("time of a step of stage sft: 3 s (3 x 2 pairs of median length), 2.2 h for 2600 ")
+    assert times[1].seconds == 1
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name])
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 def test_warnings_alone_exit_with_0(case, capsys):

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_kernels.integrations.shared_prefix import why_no_trees
 from cwdpo_trainer.config.loader import COMMAND_LINE, RunConfig, prepare, read_config
+from cwdpo_trainer.config.stage_arguments import StageArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, read_rows
@@ -23,9 +24,10 @@ from cwdpo_trainer.models.kinds import EXPECTED, auto_class
 from cwdpo_trainer.models.kinds import read_config as read_model_config
 from cwdpo_trainer.models.loading import Model, check_quantization, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reading import loading
-from cwdpo_trainer.preflight.filtering import measure_filtering
+from cwdpo_trainer.preflight.plan import count_steps, stage_rows
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
+from cwdpo_trainer.preflight.trial import measure_filtering, measure_step
 from cwdpo_trainer.rounding import FEW, REMEDIES, is_rounded, share_that_moves
 
 
@@ -153,6 +155,28 @@ def _max_length(preview: RunPreview, rows: int) -> Iterator[Problem]:
     yield from ()
 
 
+class Typical(NamedTuple):
+    """A stage, `rows` of median length for one of its micro-steps, and its number of optimizer steps."""
+
+    args: StageArguments
+    rows: Sequence[Row]
+    steps: int
+
+
+def typical_steps(preview: RunPreview) -> list[Typical]:
+    """One for each stage. The rows are from the middle of the training sample, by length."""
+    fit, rows = preview.fits.get("train"), valid_pairs(preview)
+    lengths = preview.lengths.get("train", {})
+    totals = [length.total for length in (fit.lengths if fit else (lengths[row.id] for row in rows))]
+    by_length = [row for _, row in sorted(zip(totals, rows, strict=True), key=lambda pair: pair[0])]
+    found = []
+    for stage, args in preview.stages().items():
+        count = args.per_device_train_batch_size
+        first = max((len(by_length) - count) // 2, 0)
+        found.append(Typical(args, by_length[first:][:count], count_steps(args, stage_rows(preview, stage))))
+    return found
+
+
 def valid_pairs(preview: RunPreview) -> list[Row]:
     """The valid rows of the training sample, as the run would use them."""
     fit = preview.fits.get("train")
@@ -160,10 +184,11 @@ def valid_pairs(preview: RunPreview) -> list[Row]:
 
 
 def self_test(
-    config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device
+    config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device, typical: Sequence[Typical]
 ) -> Iterator[str | Problem]:
-    """Load the model, compare the fused log-probs of the first pair with those of its own logits, and count the pairs
-    that negative filtering leaves out. Yields a line about each, and what is wrong with the precision of the weights.
+    """Load the model, compare the fused log-probs of the first pair with those of its own logits, count the pairs that
+    negative filtering leaves out, and time a step of each stage. Yields a line about each, and what is wrong with the
+    precision of the weights.
 
     Raises `HeadError` if the log-probs differ, `InputError` if the model attends to later tokens of an answer, and
     whatever the model raises.
@@ -180,17 +205,20 @@ def self_test(
     yield f"self-test: {head_info}; log-probs of {rows[0].where} agree within {difference:.1e} nats"
     compiled = any(config.stage(stage).torch_compile for stage in config.stages)
     setting = config.model.prefix_sharing
-    yield str(choose_sharing(setting, [model], model.eval(), collator, rows, device, compiled))
+    choice = choose_sharing(setting, [model], model.eval(), collator, rows, device, compiled)
+    yield str(choice)
     filtering = measure_filtering(config, model, collator, rows, device)
-    if filtering is None:
-        return
-    yield str(filtering)
-    if filtering.leaves_almost_none:
+    if filtering is not None:
+        yield str(filtering)
+    if filtering is not None and filtering.leaves_almost_none:
         evidence = (
             f"dpo.drop_below leaves {filtering.pairs - filtering.left_out} of {filtering.pairs} pairs in the loss"
         )
         advice = "lower dpo.drop_below, set it to null, or use harder negatives"
         yield Problem(WARNING, "nothing_kept", f"{evidence}{filtering.when}", advice)
+    for stage in typical:
+        own = collator.on_trees(model) if choice.is_shared else collator
+        yield str(measure_step(model, stage.args, own, stage.rows, stage.steps))
 
 
 def why_not_shared(config: RunConfig, model: Any) -> str | None:

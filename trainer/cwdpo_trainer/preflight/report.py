@@ -14,7 +14,7 @@ from cwdpo_kernels.integrations.hugging_face import HeadError
 from cwdpo_trainer.data.lengths import Length
 from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.evaluation.summary import PACKAGES
-from cwdpo_trainer.preflight.dry_run import dry_run, self_test, valid_pairs
+from cwdpo_trainer.preflight.dry_run import dry_run, self_test, typical_steps, valid_pairs
 from cwdpo_trainer.preflight.memory import HeadStep, format_bytes
 from cwdpo_trainer.preflight.plan import plan_run
 from cwdpo_trainer.preflight.run_rules import ERROR, Problem, RunPreview
@@ -156,7 +156,7 @@ def _self_test(preview: RunPreview) -> list[Problem]:
     device = next(iter(stages.values())).device
     problems: list[Problem] = []
     try:
-        problems += _said(self_test(preview.config, preview.collator, rows, device))
+        problems += _said(self_test(preview.config, preview.collator, rows, device, typical_steps(preview)))
     except (InputError, HeadError) as error:
         problems.append(Problem(ERROR, "self_test", str(error), "the run would stop before its first step"))
     except Exception as error:  # of any type: it would stop the run

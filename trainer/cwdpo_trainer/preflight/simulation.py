@@ -177,24 +177,12 @@ class Simulation:
         ledger.phase("forward")
         with ledger.kind("inputs"):
             batch = collator.join(inputs["prompts"], inputs["chosen"], inputs["rejected"])
-        device, dtype = self.device.type, torch.float16 if args.fp16 else torch.bfloat16
-        with torch.autocast(device, dtype, enabled=args.bf16 or args.fp16):
-            sums = self._reference_sums(args, batch)
+        with precision(args):
+            sums = reference_sums(self.model, args, batch)
             loss = batch.run(self.model, loss_of(args, batch, *sums)).loss
         ledger.phase("backward")
         with ledger.kind(TEMPORARY):
             loss.backward()
-
-    def _reference_sums(self, args: StageArguments, batch: Batch | SharedBatch) -> Sequence[Tensor]:
-        """Stage 2 runs its reference first. The weights of this model stand for those of the reference."""
-        if not isinstance(args, DPOArguments):
-            return ()
-        adapter: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
-        if isinstance(self.model, PeftModel):
-            adapter = switched_adapter(self.model, None)
-        with evaluating(self.model), torch.no_grad(), adapter:
-            op = lambda hidden, head: linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).total  # noqa: E731
-            return batch.run(self.model, op).chunk(2)
 
     def _trained(self) -> list[nn.Parameter]:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -278,6 +266,27 @@ def _truncated(make: Callable[[], Simulation], layers: dict[str, int]) -> Simula
     simulation = make()
     simulation.truncate(layers)
     return simulation
+
+
+def reference_sums(model: nn.Module, args: StageArguments, batch: Batch | SharedBatch) -> Sequence[Tensor]:
+    """What stage 2 needs of its reference: log-probs of the chosen and the rejected answers. Stage 1 needs none.
+
+    The weights of `model` stand for those of the reference.
+    """
+    if not isinstance(args, DPOArguments):
+        return ()
+    adapter: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
+    if isinstance(model, PeftModel):
+        adapter = switched_adapter(model, None)
+    with evaluating(model), torch.no_grad(), adapter:
+        op = lambda hidden, head: linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).total  # noqa: E731
+        return batch.run(model, op).chunk(2)
+
+
+def precision(args: StageArguments) -> torch.autocast:
+    """The autocast context of a stage's forwards."""
+    dtype = torch.float16 if args.fp16 else torch.bfloat16
+    return torch.autocast(args.device.type, dtype, enabled=args.bf16 or args.fp16)
 
 
 def loss_of(args: StageArguments, batch: Batch | SharedBatch, *reference: Tensor) -> Callable[[Tensor, Head], Any]:

@@ -1,7 +1,9 @@
-"""How many pairs negative filtering (`dpo.drop_below`) leaves out, measured with the model that the run starts from."""
+"""What `cwdpo check` measures with the model that the run starts from: how many pairs negative filtering
+(`dpo.drop_below`) leaves out, and how long a step takes."""
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,10 +13,12 @@ from torch import Tensor
 
 from cwdpo_kernels import Head, linear_sequence_logprob
 from cwdpo_trainer.config.loader import RunConfig
-from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch
+from cwdpo_trainer.config.stage_arguments import StageArguments
+from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.doctor import KEPT_FEW
 from cwdpo_trainer.models.loading import Model
+from cwdpo_trainer.preflight.simulation import enable_checkpointing, loss_of, precision, reference_sums
 from cwdpo_trainer.stages.cooling import measure_cooling
 
 ROWS = 32  # that are measured
@@ -59,6 +63,59 @@ def measure_filtering(
     left_out = int((mean_logp < threshold).sum())
     when = " before stage 1" if config.sft is not None else ""
     return Filtering(threshold, left_out, len(rows), when)
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """`seconds` of an optimizer step of `args`, which has `steps` of them, on `pairs` pairs a micro-step."""
+
+    args: StageArguments
+    seconds: float
+    pairs: int
+    steps: int
+
+    def __str__(self) -> str:
+        micro_steps = self.args.gradient_accumulation_steps
+        made_of = f"{micro_steps} x {_pairs(self.pairs)}" if micro_steps > 1 else _pairs(self.pairs)
+        return (
+            f"time of a step of stage {self.args.stage}: {duration(self.seconds)} ({made_of} of median length), "
+            f"{duration(self.steps * self.seconds)} for {self.steps} steps without probes, sampling and saving"
+        )
+
+
+def measure_step(model: Any, args: StageArguments, collator: PairCollator, rows: Sequence[Row], steps: int) -> StepTime:
+    """Time a micro-step on `rows`: collating, reference, forward and backward, after one that warms up.
+
+    `collator`: for trees if the run shares prompts. The update of the weights is not timed. The weights stay as they
+    are.
+    """
+    enable_checkpointing(model, args)
+    model.train()
+    for _ in range(2):
+        start = time.perf_counter()
+        inputs = collator(rows)
+        prompts = to_device(inputs["prompts"], args.device)
+        batch = collator.join(prompts, inputs["chosen"], inputs["rejected"]).to(args.device)
+        with precision(args):
+            loss = batch.run(model, loss_of(args, batch, *reference_sums(model, args, batch))).loss
+        loss.backward()
+        loss.item()  # waits for the device
+        seconds = time.perf_counter() - start
+        model.zero_grad()
+    model.eval()
+    return StepTime(args, seconds * args.gradient_accumulation_steps, len(rows), steps)
+
+
+def duration(seconds: float) -> str:
+    """Two digits, in seconds, minutes or hours."""
+    for unit, size in (("h", 3600), ("min", 60)):
+        if seconds >= 2 * size:
+            return f"{float(f'{seconds / size:.2g}'):g} {unit}"
+    return f"{float(f'{seconds:.2g}'):g} s"
+
+
+def _pairs(count: int) -> str:
+    return f"{count} pairs" if count > 1 else "1 pair"
 
 
 @torch.no_grad()
