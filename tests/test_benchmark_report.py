@@ -25,6 +25,25 @@ def test_the_readme_matches_the_results(reports):
     assert readme == report.with_table(readme, reports), HINT
 
 
+def test_the_ratios_of_shared_prompts_are_those_of_the_results(reports):
+    """Sentences of the README and the notes quote them; they are not generated."""
+
+    def words(ratio):
+        return f"{ratio['median_seconds']:.2f} of the time and {ratio['extra_mib']:.2f} of the memory"
+
+    readme = " ".join(report.README.read_text().split())
+    shared, trl = ({entry["name"]: entry for entry in reports[suite]["measurements"]} for suite in ("sharing", "trl"))
+    assert f"{words(shared['image']['shared_to_separate'])} of a step without sharing" in readme
+    ours = trl["image"]["to_trl"]["CoolingDPOTrainer, prefix_sharing"]
+    assert f"{words(ours)} that TRL's own trainer needs" in readme
+    notes = (report.ROOT / "docs" / "notes.md").read_text()
+    notes = notes[notes.index("**Where shared prompts pay**") :].split("\n\n")[0]
+    for name, entry in shared.items():
+        if name.startswith("ratio/"):
+            ratio = entry["shared_to_separate"].values()
+            assert all(f"{value:.2f}" in notes for value in ratio), (name, ratio)
+
+
 def test_the_plot_of_the_readme_is_that_of_the_results(reports):
     assert (report.IMAGES / "overview.svg").read_text() == overview.svg(reports), HINT
 
