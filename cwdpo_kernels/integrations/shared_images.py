@@ -1,13 +1,13 @@
-"""Image features that are computed once for several forwards on the same images: of the policy and its reference.
+"""Computes image features once for several forwards on the same images, such as those of policy and reference.
 
     features = ImageFeatures(policy, reference)
     with features.once():
         reference(**batch)  # computes the features
-        policy(**batch)     # takes them
+        policy(**batch)     # reuses them
 
-A model's features may be taken from another one only if both have the same weights below them, and those do not train.
-`ImageFeatures` finds that out on the first batch that both encode: the policy's features need no gradient, and equal
-those of the reference. From the next batch on they are shared.
+Two models can share features only if the weights that compute them are the same and frozen. `ImageFeatures` checks that
+on the first batch that both encode: the policy's features need no gradient, and equal those of the reference. From the
+next batch on they are shared.
 """
 
 from __future__ import annotations
@@ -31,27 +31,27 @@ _METHOD = "get_image_features"  # of transformers' vision-language models, which
 
 
 class ImageFeatures:
-    """The image features of the current batch, for `models` of the same architecture.
+    """Shares the image features of the current batch between forwards of `models`, which have the same architecture.
 
-    `is_shared` says whether forwards within `once` share features. It stays False for models without images, models
-    whose vision path trains, has adapters (a reference may turn them off) or differs from another's, and models with
-    dropout or batch normalization, which differ from forward to forward.
+    `is_shared` says whether forwards within `once` share features. It stays False for models without images, and if the
+    vision path trains, has adapters (a reference may turn them off), has other weights in another model, or uses
+    dropout or batch normalization (its output changes from forward to forward).
     """
 
     def __init__(self, *models: nn.Module) -> None:
         self.is_shared = False
         self._differs = False
-        # Features by the identity of their arguments, with the arguments, whose memory must not be used again.
+        # Features by their arguments' addresses. The arguments are kept too, so that their memory is not reused.
         self._kept: dict[tuple[object, ...], tuple[Any, Any]] = {}
         bases = [_backbone(model) for model in models]
         if not all(hasattr(base, _METHOD) and not _may_differ(base) for base in bases):
-            return  # nothing calls `take` then
+            return  # the models keep their methods, so `take` is never called
         for base in bases:
             vars(base)[_METHOD] = MethodType(_sharing(type(base)), base)  # a bound method, so copies call their own
 
     @contextlib.contextmanager
     def once(self) -> Iterator[None]:
-        """Forwards within this context compute the features of the same tensors once. They are dropped at its end."""
+        """Within this context, features of the same pixel tensors are computed once. Its end frees them."""
         token = _CURRENT.set(self)
         try:
             yield
@@ -60,10 +60,10 @@ class ImageFeatures:
             _CURRENT.reset(token)
 
     def take(self, compute: MethodType, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """`compute(*args, **kwargs)`, or its result in an earlier forward if features are shared."""
+        """`compute(*args, **kwargs)`, or the result of an earlier forward if features are shared."""
         key = _key(args, kwargs)
         if self.is_shared and key in self._kept:
-            return copy.copy(self._kept[key][0])  # a model may take entries out of it
+            return copy.copy(self._kept[key][0])  # a model may remove entries from it
         found = compute(*args, **kwargs)
         if _trains(compute.__self__, found):
             self.is_shared = False
@@ -76,9 +76,10 @@ class ImageFeatures:
 
 
 def _trains(base: Any, found: Any) -> bool:
-    """Whether a gradient of the features `found` reaches a weight.
+    """Whether the features `found` have a gradient that reaches a trained weight.
 
-    For gradient checkpointing with adapters, transformers makes embeddings need a gradient that no weight gets.
+    With adapters and gradient checkpointing, transformers makes embeddings require a gradient, although no weight below
+    them trains.
     """
     if not any(tensor.requires_grad for tensor in _tensors(found)):
         return False
@@ -86,7 +87,8 @@ def _trains(base: Any, found: Any) -> bool:
 
 
 def _are_equal(first: Any, second: Any) -> bool:
-    """Whether two results of `get_image_features` are equal within rounding: kernels may differ with gradients."""
+    """Whether two results of `get_image_features` are equal within 4 eps of the largest entry: torch may choose other
+    kernels when gradients are on."""
     for one, other in zip(_tensors(first), _tensors(second), strict=True):
         tolerance = 4 * torch.finfo(one.dtype).eps if one.is_floating_point() else 0
         if one.numel() and not (one - other).abs().max() <= tolerance * one.abs().max():
@@ -138,9 +140,8 @@ def _backbone(model: nn.Module) -> nn.Module:
 
 
 def _may_differ(base: Any) -> bool:
-    """Whether the vision path may give other features to a model in training than to its reference.
-
-    Layers with a `base_layer` are peft's.
+    """Whether the vision path may give a model in training other features than its reference: it has dropout, batch
+    normalization, or an adapter of peft (a layer with a `base_layer`).
     """
     vision = getattr(base.config, "vision_config", None)
     rates = [

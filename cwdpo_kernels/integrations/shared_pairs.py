@@ -1,10 +1,10 @@
-"""Padded preference pairs as token trees: what the two rows of a pair have in common stands on the token axis once.
+"""Turns padded preference pairs into token trees: the common start of a pair's two rows stands on the token axis once.
 
     chosen row    prompt | chosen   | padding
     rejected row  prompt | rejected | padding        ->        prompt | chosen | rejected | next pair ...
 
-`tree_of_pairs` takes the rows as TRL collates them, whatever the processor put there. Tokens, positions and token types
-are those of the rows, gathered; entries of images are taken once per pair.
+`tree_of_pairs` takes rows as TRL's collator makes them, with any entries that a processor adds. Entries with one value
+per token are gathered from the rows; entries of images are taken once per pair.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ def tree_of_pairs(model: nn.Module, inputs: Mapping[str, Any], completion_mask: 
     """Token trees of P pairs, each of which is two rows.
 
     Args:
-        model: takes the batch; it determines the positions
+        model: runs the batch; it determines the positions
         inputs: its inputs for 2P rows, the chosen ones first: input_ids and attention_mask [2P, T], other entries of
-            tokens [2P, T], and entries of images, those of the chosen rows followed by the same for the rejected ones
+            tokens [2P, T], and entries of images: those of the chosen rows, then the same again for the rejected ones
         completion_mask: [2P, T], 1 where a token of an answer is a label
 
-    The rows of a pair share the tokens that they both start with, up to the first label. A pair that starts differently
-    (truncated at its start, for example) gets a tree for each row. The answers of the batch are its 2P rows: one
-    without labels is empty.
+    The rows of a pair share their common start, at most up to the first label. If already their first tokens differ
+    (for example after truncation at the start), each row becomes a tree of its own. The batch has 2P answers, one for
+    each row; that of a row without labels is empty.
 
     Raises `PairsDiffer` if there are images, and the rows of a pair have different prompts or images.
     """

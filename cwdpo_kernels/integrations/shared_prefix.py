@@ -1,17 +1,17 @@
 """Hugging Face models on token trees: prompt and images are encoded once, however many answers are scored.
 
     enable_trees(model)
-    batch = tree_batch(model, prompts, [chosen, rejected], ignored)       # prompts: the processor's outputs
+    batch = tree_batch(model, prompts, [chosen, rejected])  # prompts: the processor's outputs
     with token_tree(batch.tree):
         out = model(**batch.inputs, head_op=lambda hidden, head: linear_cwdpo_loss(
             batch.packed(hidden), head, batch.labels, ..., cu_seqlens=batch.cu_seqlens))
 
-`enable_trees` gives the language model an attention implementation of its own, which it registers with transformers:
-`tree_sdpa` for a model that uses `sdpa`, and so on. Outside `token_tree` it does what the original one does. Within it
-attention is `cwdpo_kernels.trees.tree_attention`. Vision towers keep their attention.
+`enable_trees` registers an attention implementation with transformers and selects it for the language model:
+`tree_sdpa` for a model that uses `sdpa`, and so on. Inside `token_tree` it calls
+`cwdpo_kernels.trees.tree_attention`; outside, the original implementation. Vision towers keep their attention.
 
-The registered mask function returns a `TreeMask` in place of a mask tensor. Layers receive it as an argument, so a
-layer that is computed again for gradient checkpointing sees its tree as well.
+The registered mask function returns a `TreeMask` in place of a mask tensor. Layers receive it as an argument, so
+gradient checkpointing recomputes a layer with the same tree.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ __all__ = [
 
 PREFIX = "tree_"
 _RECURRENT = ("linear_attention", "mamba", "recurrent", "conv")  # in the names of `config.layer_types`
-_SEEING = ("full_attention", "sliding_attention")  # those whose masks can be told from what one token sees
-_FOREIGN_OPTIONS = ("s_aux", "position_bias", "relative_position_bias")  # of attention functions
+_SUPPORTED = ("full_attention", "sliding_attention")  # `layer_types` whose masks `_window` can read
+_UNSUPPORTED_OPTIONS = ("s_aux", "position_bias", "relative_position_bias")  # of attention functions
 _CURRENT: ContextVar[TokenTree | None] = ContextVar("token_tree", default=None)
 
 
@@ -52,11 +52,11 @@ class TreesUnsupported(NotImplementedError):
 
 
 class TreeBatch(NamedTuple):
-    """Inputs of a model on one token axis T, and what its hidden states predict.
+    """Inputs of a model on one token axis of T tokens, and the labels that its hidden states predict.
 
-    `inputs`: input_ids [1, T] and everything else the model's forward takes. `states` [N]: indices on the token axis of
-    the hidden states that predict `labels` [N]. `cu_seqlens` [S + 1]: bounds of the S answers in them, group after
-    group: for two groups all chosen answers, then all rejected ones.
+    `inputs`: input_ids [1, T] and everything else the model's forward takes. `states` [N], int64: where on the token
+    axis the hidden states are that predict `labels` [N], int64. `cu_seqlens` [S + 1], int64: bounds of the S answers in
+    `labels`, group by group, so all chosen answers come before all rejected ones.
     """
 
     inputs: dict[str, Tensor]
@@ -77,23 +77,25 @@ class TreeBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class TreeMask:
-    """What a layer of the language model gets in place of a mask: the tree, the layer's sliding window (None: no
-    window), and for some prompts their own visibility [n, n], by root: image tokens that see later ones."""
+    """What a layer of the language model gets in place of a mask tensor.
+
+    `window`: the layer's sliding window, None if it has none. `visible`: for some prompts, by the index of their root,
+    which of its n tokens see which, bool [n, n]. Models whose image tokens attend to later ones need it.
+    """
 
     tree: TokenTree
     window: int | None
     visible: dict[int, Tensor]
     _added: dict[torch.dtype, dict[int, Tensor]] = field(default_factory=dict, compare=False)
-    ndim: ClassVar[int] = (
-        4  # PaliGemma passes its mask to the mask function of its language model, as if it was a tensor
-    )
+    # PaliGemma passes this mask to the mask function of its language model, which expects a tensor with ndim and shape.
+    ndim: ClassVar[int] = 4
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
         return 1, 1, self.tree.tokens, self.tree.tokens
 
     def added(self, dtype: torch.dtype) -> dict[int, Tensor]:
-        """`visible` as masks to add to scores."""
+        """`visible` as masks to add to scores: 0 where a token is visible, else -inf."""
         if dtype not in self._added:
             self._added[dtype] = {
                 root: torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill(~seen, -torch.inf)
@@ -104,7 +106,7 @@ class TreeMask:
 
 @contextlib.contextmanager
 def token_tree(tree: TokenTree) -> Iterator[None]:
-    """Forwards within this context take their token axis [1, T] for `tree`."""
+    """Within this context, forwards interpret their token axis [1, T] as `tree`."""
     token = _CURRENT.set(tree)
     try:
         yield
@@ -124,9 +126,10 @@ class Answers(Protocol):
 
 @torch.no_grad()
 def compare_forwards(model: nn.Module, separate: Answers, shared: Answers) -> tuple[float, float]:
-    """The largest difference between the log-probs of the labels of two batches, and the tolerance, in nats per token.
+    """The largest difference between the log-probs of the same labels in two batches, and the tolerance, in nats.
 
-    The tolerance is rounding: 1e-4 nats, or 4 eps max |log-prob| in the dtype of the hidden states if that is larger.
+    The tolerance allows for rounding: 1e-4 nats, or 4 eps max |log-prob| in the hidden states' dtype if that is larger.
+    Both batches must have the same labels in the same order. Raises what the model raises, such as `TreesUnsupported`.
     """
     logp: list[Tensor] = []
     for batch in (separate, shared):
@@ -143,9 +146,9 @@ def compare_forwards(model: nn.Module, separate: Answers, shared: Answers) -> tu
 
 
 def why_no_trees(wrapped: nn.Module) -> str | None:
-    """Why a model, which peft or DDP may wrap, cannot run on token trees, as far as its class and config tell.
+    """Why a model cannot run on token trees, judging by its class and config. None if they show no reason.
 
-    None: nothing speaks against it.
+    Peft or DDP may wrap the model. `compare_forwards` shows whether its log-probs are the same.
     """
     model: Any = unwrapped(wrapped)
     name, text = type(model).__name__, model.config.get_text_config()
@@ -154,7 +157,7 @@ def why_no_trees(wrapped: nn.Module) -> str | None:
     if recurrent or getattr(model, "_is_stateful", False):
         what = f" ({', '.join(recurrent)})" if recurrent else ""
         return f"{name} has layers with a recurrent state{what}, which cannot branch"
-    others = [kind for kind in layers if "attention" in kind and kind not in _SEEING]
+    others = [kind for kind in layers if "attention" in kind and kind not in _SUPPORTED]
     if others or getattr(text, "attention_chunk_size", None):
         return f"{name} has attention of another kind than full and sliding ({', '.join(others) or 'chunks'})"
     dropout = getattr(text, "attention_dropout", 0.0)
@@ -172,7 +175,7 @@ def why_no_trees(wrapped: nn.Module) -> str | None:
 
 
 def enable_trees(model: nn.Module) -> None:
-    """Let the language model of `model`, which peft may wrap, run on token trees within `token_tree`.
+    """Let `model` run on token trees within `token_tree`. Peft may wrap the model.
 
     Raises `TreesUnsupported` if `why_no_trees` has a reason. A second call changes nothing.
     """
@@ -190,7 +193,7 @@ def enable_trees(model: nn.Module) -> None:
 
 
 def _attention(base: str) -> Callable[..., Any]:
-    """An attention function with transformers' signature, for a model whose own one is registered as `base`."""
+    """An attention function with transformers' signature, which replaces the one registered as `base`."""
 
     def attention(
         module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Any, **options: Any
@@ -215,9 +218,9 @@ def _on_tree(
     name = type(module).__name__
     if dropout > 0:
         raise TreesUnsupported(f"{name} has a dropout of {dropout} in its attention")
-    foreign = [option for option in _FOREIGN_OPTIONS if options.get(option) is not None]
-    if foreign:
-        raise TreesUnsupported(f"{name} passes {', '.join(foreign)} to its attention")
+    unsupported = [option for option in _UNSUPPORTED_OPTIONS if options.get(option) is not None]
+    if unsupported:
+        raise TreesUnsupported(f"{name} passes {', '.join(unsupported)} to its attention")
     if torch.is_autocast_enabled(query.device.type):
         query, key, value = (x.to(torch.get_autocast_dtype(query.device.type)) for x in (query, key, value))
     out = tree_attention(
@@ -264,7 +267,10 @@ def _mask(base: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _window(tree: TokenTree, visible: Callable[[slice, slice], Tensor]) -> int | None:
-    """The sliding window of a mask, from what the last token sees."""
+    """The sliding window of a mask, from what the last token of the axis sees: its window, or all tokens (None).
+
+    Raises `TreesUnsupported` if it sees anything else.
+    """
     count = tree.tokens
     row = visible(slice(count - 1, count), slice(0, count))[0]
     seen = int(row.sum())
@@ -274,7 +280,7 @@ def _window(tree: TokenTree, visible: Callable[[slice, slice], Tensor]) -> int |
 
 
 def _own_masks(tree: TokenTree, visible: Callable[[slice, slice], Tensor]) -> dict[int, Tensor]:
-    """For roots in which a token sees the next one, what their tokens see."""
+    """The model's own mask [n, n] of each root in which a token sees a later one, by the root's index."""
     own = {}
     for root, parent in enumerate(tree.parents):
         if parent == -1:
@@ -290,15 +296,18 @@ def tree_batch(
     answers: Sequence[Sequence[Sequence[int] | None]],
     answer_types: Mapping[str, int] = MappingProxyType({}),
 ) -> TreeBatch:
-    """One token axis with P prompts, each followed by its answers.
+    """P prompts on one token axis, each followed by its answers.
 
     Args:
-        model: takes the batch
-        prompts: a processor's outputs for P prompts: input_ids, attention_mask [P, L] and the images' entries, if any
-        answers: groups of P answers, each at least 1 token; None where a prompt has no answer in a group
-        answer_types: the value over the answers' tokens of other entries with the shape of input_ids (default: 0)
+        model: runs the batch; it determines the positions
+        prompts: a processor's outputs for P prompts: input_ids and attention_mask [P, L], padded on either side, and
+            the images' entries, if any
+        answers: groups of P answers, such as [chosen, rejected]. An answer is at least 1 token id, or None where a
+            prompt has no answer in the group.
+        answer_types: entries of `prompts` with the shape of input_ids, such as token_type_ids, and their value over the
+            answers' tokens (default: 0)
 
-    The last token of an answer is a label, but no input: nothing is predicted from it.
+    The last token of an answer is a label but not an input, because nothing is predicted from it.
     """
     ids, kept = prompts["input_ids"], prompts["attention_mask"].bool()
     lengths = kept.sum(1).tolist()
@@ -326,7 +335,7 @@ def tree_batch(
 
 
 def _segments(answers: Sequence[Sequence[Sequence[int] | None]]) -> list[int]:
-    """The segment of each answer, group after group. In the tree they stand prompt after prompt."""
+    """The segment of each answer, ordered by group and then prompt. In the tree they are ordered by prompt."""
     by_answer: dict[tuple[int, int], int] = {}
     segment = 0
     for row in range(len(answers[0])):
@@ -339,9 +348,10 @@ def _segments(answers: Sequence[Sequence[Sequence[int] | None]]) -> list[int]:
 
 
 def image_entry(key: str, value: Tensor, prompts: Mapping[str, Tensor]) -> Tensor:
-    """An entry of the images of P `prompts` for a batch of one token axis.
+    """The images' entry `key` of P `prompts`, with the shape that a batch of one row needs.
 
-    Idefics3 and SmolVLM have [P, images of a row, ...] (rows with fewer are padded, and the model removes that)."""
+    Idefics3 and SmolVLM have entries [P, images per row, ...], which become [1, P x images per row, ...]. They pad rows
+    with fewer images, and the model removes the padding. All other entries stay as they are."""
     has_rows = "image_sizes" not in prompts and (
         (key == "pixel_values" and value.dim() == 5) or (key == "pixel_attention_mask" and value.dim() == 4)
     )
@@ -368,8 +378,8 @@ def _positions(model: nn.Module, prompts: Mapping[str, Tensor], tree: TokenTree)
 
 
 def rope_index(model: nn.Module, rows: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
-    """The positions [3, S, L] of S rows with images in three dimensions, and by how much the next position of each row
-    differs from its length. None if the model has positions in one dimension, or the rows have no images."""
+    """The multimodal (M-RoPE) positions [3, S, L] of S rows, and by how much the position after each row differs from
+    the row's length: [S, 1]. None if the model has plain positions, or the rows have no images."""
     get_rope_index = getattr(unwrapped(model).base_model, "get_rope_index", None)
     grids = [name for name in ("image_grid_thw", "video_grid_thw") if rows.get(name) is not None]
     if get_rope_index is None or not grids or "mm_token_type_ids" not in rows:

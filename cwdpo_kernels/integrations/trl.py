@@ -61,18 +61,18 @@ class CoolingDPOTrainer(DPOTrainer):
 
     cooling: defines w_c; `Cooling(constant=1.0)` is DPO as TRL computes it.
     normalize: "sequence" for D of total log-probs, "token" for D of means.
-    prefix_sharing: True encodes the prompt of each pair, and its images, once for both answers, in the policy and in
-        the reference. If the vision path is frozen, policy and reference share the features of images. Losses, metrics
-        and gradients stay the same within rounding. On the first batch the log-probs are compared with those of
-        separate rows. The default is False.
+    prefix_sharing: True encodes the prompt of each pair and its images once for both answers, in the policy and in the
+        reference. If the vision path is frozen, policy and reference also share the image features. Losses, metrics and
+        gradients stay the same within rounding. On the first batch, log-probs are compared with those of separate rows.
+        The default is False.
 
     Everything else works as TRL documents it: models by name or loaded, datasets with and without images, LoRA and
     prompt tuning, `torch_compile`, and the reference (adapter off, precomputed, `ref_model`, or the policy reloaded by
     name). A policy that has been trained since it was loaded needs `ref_model`.
 
-    `max_length` can leave an answer without tokens. DPO counts such a pair: the answer's log-prob is 0. So does this
-    trainer with `constant=1.0`. Otherwise w_c is not defined for it: the pair is left out of the loss, with a warning
-    at the first one.
+    `max_length` can leave an answer without tokens. DPO counts such a pair with log-prob 0 for the answer. So does this
+    trainer with `constant=1.0`. Otherwise w_c is undefined for the pair, so it is left out of the loss. The first such
+    pair causes a warning.
 
     The head is called inside the model's forward (`attach_head`), so wrappers' hooks fire. It logs TRL's `rewards/*`,
     `logps/*` (sums, nats) and `num_tokens`, and also `cooling_weight` (mean over the kept pairs), `kept` (their share),
@@ -82,8 +82,8 @@ class CoolingDPOTrainer(DPOTrainer):
     NotImplementedError: options that differ from `ONLY`, prompt learning of peft that differs from `PROMPTS`, router
     losses of mixtures of experts, `compute_metrics` and `predict` (they need logits); with `prefix_sharing`, models
     that cannot share prompts (see `why_no_trees`), `torch_compile` and prompt learning. ValueError: `beta` <= 0, a
-    `metric_for_best_model` that evaluation does not measure, and on the first batch a model that gives other log-probs
-    with `prefix_sharing`. HeadError: the head is not supported (see `attach_head`).
+    `metric_for_best_model` that evaluation does not measure, and on the first batch a model whose log-probs change with
+    `prefix_sharing`. HeadError: the head is not supported (see `attach_head`).
     """
 
     model: PreTrainedModel  # or a peft model, which forwards attributes to it; never None after __init__

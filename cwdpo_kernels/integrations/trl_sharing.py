@@ -1,4 +1,4 @@
-"""`CoolingDPOTrainer(prefix_sharing=...)`: TRL's padded batches, and the token trees that stand in for them."""
+"""`CoolingDPOTrainer(prefix_sharing=...)`: turns TRL's padded batches into token trees."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ OP = "CoolingDPOTrainer"
 
 
 class PaddedRows(NamedTuple):
-    """The answers of 2P rows, each with its prompt in front of it. It has the methods of `TreeBatch`."""
+    """The answers of 2P padded rows, each with its own copy of the prompt. It has the interface of `TreeBatch`."""
 
     inputs: dict[str, Any]
     labels: Tensor  # [2P, T]
 
     @classmethod
     def of(cls, inputs: dict[str, Any]) -> PaddedRows:
-        """The rows of a batch of TRL's collator. The model gets all keys but TRL's own: processors may add any."""
+        """The rows of a batch from TRL's collator. The model gets all keys but TRL's own, as processors may add any."""
         own = ("completion_mask", "ref_chosen_logps", "ref_rejected_logps")
         labels = shift_labels(inputs["input_ids"].masked_fill(inputs["completion_mask"] == 0, IGNORE_INDEX))
         return cls({name: value for name, value in inputs.items() if name not in own}, labels)
@@ -41,21 +41,21 @@ class PaddedRows(NamedTuple):
 
     def run(self, model: nn.Module, op: Callable[[Tensor, Head], Any]) -> Any:
         """The result of `op(hidden, head)` inside the forward of `model`; `hidden` is aligned with `labels`."""
-        tokens = self.labels.shape[1]  # prompt tuning puts the hidden states of virtual tokens before theirs
+        tokens = self.labels.shape[1]  # prompt tuning adds hidden states of virtual tokens at the start
         return model(**self.inputs, head_op=lambda hidden, head: op(hidden[:, hidden.shape[1] - tokens :], head))
 
 
 class Batch(NamedTuple):
-    """`answers` is what the forwards take: the `rows` as collated, or trees of them."""
+    """`rows`: as collated. `answers`: what the forwards run on, which is `rows` or token trees made from them."""
 
     rows: PaddedRows
     answers: PaddedRows | TreeBatch
 
 
 class PromptSharing:
-    """Whether and how the trainer shares prompts. `given`: the arguments of `DPOTrainer`.
+    """Shares prompts in a trainer, if `is_on`. `given`: the arguments of `DPOTrainer`, by name.
 
-    Raises `NotImplementedError` for options that rule it out.
+    Raises `NotImplementedError` for options that do not work with shared prompts.
     """
 
     def __init__(self, is_on: bool, given: dict[str, Any]) -> None:
@@ -80,7 +80,7 @@ class PromptSharing:
                 _refuse(str(reason))
 
     def images_once(self, *models: nn.Module) -> contextlib.AbstractContextManager[None]:
-        """In this context, policy and reference share the image features of a frozen vision path."""
+        """Within this context, `models` (policy and reference) share the image features of a frozen vision path."""
         if not self.is_on:
             return contextlib.nullcontext()
         if self._features is None:
@@ -88,7 +88,8 @@ class PromptSharing:
         return self._features.once()
 
     def batch(self, model: nn.Module, inputs: dict[str, Any]) -> Batch:
-        """A batch of TRL's collator. It stays on separate rows, with a warning, if its pairs cannot share images."""
+        """The batch that TRL's collator made. If its pairs cannot share images, it runs on separate rows, and the first
+        such batch causes a warning."""
         rows = PaddedRows.of(inputs)
         if not self.is_on:
             return Batch(rows, rows)
@@ -97,15 +98,15 @@ class PromptSharing:
         except PairsDiffer as reason:
             if not self._has_warned:
                 self._has_warned = True
-                text = f"{OP}: a batch runs without prefix_sharing: {reason} (further batches are not listed)"
+                text = f"{OP}: a batch runs without prefix_sharing: {reason} (warns only once)"
                 warnings.warn(text, stacklevel=2)
             return Batch(rows, rows)
 
     def check(self, model: nn.Module, batch: Batch, accelerator: Accelerator) -> None:
-        """Compare the log-probs of the first shared batch of each model with those of separate rows.
+        """Compare each model's log-probs with those of separate rows, on the first batch that shares a prompt.
 
-        All processes run the same forwards, because those of sharded models are collective. Raises `ValueError` if the
-        log-probs differ by more than rounding.
+        All processes run the same forwards, because forwards of sharded models are collective. Raises `ValueError` if
+        the log-probs differ by more than rounding, and `NotImplementedError` if the model fails on token trees.
         """
         if not self.is_on or model in self._compared:
             return

@@ -1,12 +1,12 @@
-"""Scaled dot-product attention over a token tree: every token sees its path from the root, and nothing else.
+"""Scaled dot-product attention over a token tree: a token sees the tokens before it on its path from the root.
 
     out_i = sum_j softmax_j(softcap(scale * q_i . k_j)) v_j        j in the path of i, and i - j < window on the path
 
-Three kernels compute it; each is asked for by name, and the default for a device can be asked for too (`choose`):
+Three kernels compute it. `choose` picks the default; the argument `kernel` names one:
 
 - `flash_cpu`, `math`: rectangle by rectangle (blocks.py, kernels.py). For backward they save the query, key, value,
-  output and log-sum-exp, as for any flash attention. Nothing is gathered, and each gradient is written once.
-- `varlen`: CUDA, bfloat16 and float16: one call of torch's variable-length flash attention over the gathered keys and
+  output and log-sum-exp, as any flash attention does. Without a window, they copy no keys.
+- `varlen` (CUDA, bfloat16 and float16): one call of torch's variable-length flash attention over the gathered keys and
   values of all paths.
 """
 
@@ -45,20 +45,25 @@ def tree_attention(
     masks: Mapping[int, Tensor] | None = None,
     kernel: str | None = None,
 ) -> Tensor:
-    """Attention over the token axis T of `tree`.
+    """Attention in which each token sees itself and the tokens before it on its path in `tree`.
+
+        out_i = sum_j softmax_j(softcap(scale * q_i . k_j)) v_j        j on the path of i, up to i, i - j < window
 
     Args:
-        query: [B, H, T, D]
-        key, value: [B, G, T, D] and [B, G, T, E]; H is a multiple of G (grouped queries)
+        query: [B, H, T, D], float32, bfloat16, float16 or float64
+        key, value: [B, G, T, D] and [B, G, T, E], in the query's dtype; H is a multiple of G (grouped queries)
+        tree: the layout of the token axis T
         scale: of the scores; the default is 1 / sqrt(D)
         window: a token sees the last `window` tokens of its path, itself included; None is all
         softcap: scores become softcap * tanh(score / softcap)
-        masks: for some roots, by index, a mask [n, n] of their own tokens that is added to the scores (0 or -inf, any
-            floating-point dtype), in place of the causal one and the window
-        kernel: one of `KERNELS`; the default depends on device, dtype and options: see `choose`
+        masks: for some roots of n tokens, by index, a mask [n, n] that is added to the scores among them (0 or -inf,
+            any floating-point dtype) in place of the causal mask and the window
+        kernel: `flash_cpu`, `varlen` or `math`; the default is the first of them that supports device, dtype and
+            options
 
-    Returns out [B, H, T, E]. Second derivatives and forward-mode ones raise. Raises `ValueError` for wrong shapes, and
-    `NotImplementedError` if the named kernel cannot compute this.
+    Returns out [B, H, T, E], in the query's dtype. Scores are computed in float32 (float64 for float64). Raises
+    `ValueError` for arguments that do not fit, and `NotImplementedError` if the named kernel does not support them, and
+    for second and forward-mode derivatives.
     """
     _check(query, key, value, tree, window, masks or {})
     check_softcap(_OP, "softcap", softcap, query.dtype)
@@ -78,7 +83,7 @@ def tree_attention(
 
 
 def choose(query: Tensor, value: Tensor, softcap: float | None = None, masked: bool = False) -> str:
-    """The name of the default kernel: the first that can compute it of `flash_cpu`, `varlen` and `math`."""
+    """The default kernel: the first of `flash_cpu`, `varlen` and `math` that supports these arguments."""
     fast = ("flash_cpu", "varlen")
     return next((name for name in fast if _why_not(name, query, value, softcap, masked) is None), "math")
 
@@ -165,8 +170,8 @@ class _BlockAttention(torch.autograd.Function):
 def _block_gradients(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
     """The gradients of query, key and value; None for those that need none."""
     query, key, value, out, lse = ctx.saved_tensors
-    # Without a window, the rectangles that do not merge are squares that each token is in once: they can be written to
-    # memory that is not zeroed.
+    # Without a window, the rectangles that do not merge are squares, they come first, and each token is in exactly one.
+    # They initialize all gradients, so the memory need not be zeroed.
     squares = all(block.merges or block.keys == (block.queries,) for block in ctx.blocks)
     empty = torch.empty_like if squares else torch.zeros_like
     needed = ctx.needs_input_grad[:3]
@@ -195,7 +200,10 @@ def _gathered(tensor: Tensor, block: Block) -> Tensor:
 
 
 def _merged(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention over two disjoint sets of keys from that over each one. Computes in the dtype of `lse`."""
+    """Combine attention over two disjoint sets of keys into attention over both, in the dtype of `lse`:
+
+    lse = log(e^lse_1 + e^lse_2)    out = e^(lse_1 - lse) out_1 + e^(lse_2 - lse) out_2
+    """
     total = torch.logaddexp(lse, other_lse)
     own_share, other_share = ((each - total).exp().unsqueeze(-1) for each in (lse, other_lse))
     return (out * own_share + other * other_share).to(out.dtype), total

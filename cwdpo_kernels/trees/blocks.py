@@ -1,13 +1,13 @@
-"""Which rectangles of (query, key) pairs the attention over a token tree consists of.
+"""Splits the attention over a token tree into rectangles of queries x keys.
 
-Without a window, every segment has one causal square, and every segment with others below it has one dense rectangle:
-the queries below it, which are contiguous, against its keys. A query's results of several rectangles are merged by
+Without a window, every segment has one causal square. A segment with descendants also has one dense rectangle: all
+queries of its descendants, which are contiguous, against its keys. The results of a query's rectangles are merged by
 their log-sum-exp. So no mask is needed, and no keys are copied.
 
-With a window of w tokens, query i of a path sees its keys i - w + 1 .. i. Distances on a path are distances of
-positions. The queries are cut into blocks of n, and each block has one rectangle with a mask: its own keys and the
-w - 1 before them, so n + w - 1 per row, however long the path is. n is about w, but at most 512, so that masks are
-small. Blocks with as many keys before them share a mask.
+With a window of w tokens, the query at position i of a path sees the keys at positions i - w + 1 .. i. The queries of a
+segment are split into blocks of n. Each block has one rectangle with a mask: its own keys and the w - 1 before them, so
+n + w - 1 keys, however long the path is. n is w, limited to 128 .. 512 so that masks stay small. Blocks with equally
+many keys before them share a mask.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ SMALLEST_WINDOW_BLOCK, LARGEST_WINDOW_BLOCK = 128, 512  # queries
 
 
 class Block(NamedTuple):
-    """One rectangle. `keys`: spans of the token axis. `causal`: query i sees keys 0 .. i (queries and keys are the same
-    span). `mask` [queries, keys], added to the scores: 0 or -inf; None is no mask. `merges`: an earlier rectangle has
-    other keys of these queries."""
+    """One rectangle. `queries`, `keys`: spans of the token axis. `causal`: query i sees keys 0 .. i (queries and keys
+    are one span). `mask` [queries, keys]: added to the scores, 0 or -inf; None is no mask. `merges`: an earlier
+    rectangle has other keys of these queries, so the two results are merged."""
 
     queries: slice
     keys: tuple[slice, ...]
@@ -39,12 +39,12 @@ class Block(NamedTuple):
 def blocks_of(
     tree: TokenTree, window: int | None, masks: Mapping[int, Tensor], dtype: torch.dtype, device: torch.device
 ) -> list[Block]:
-    """The rectangles of `tree`. Each query is in one that does not merge, and after it in any number that do.
+    """The rectangles of `tree`. Each query is first in one that does not merge, then in any number that do.
 
-    `masks` has, for some roots, their own mask [n, n] over their tokens, added to the scores, in place of the causal
-    one: image tokens of some models see later ones.
+    `masks`: for some roots of n tokens, by index, a mask [n, n] that is added to the scores in place of the causal one.
+    Models whose image tokens attend to later image tokens need it.
     """
-    if window is not None and window >= max(map(sum, zip(tree.depths, tree.lengths, strict=True))):
+    if window is not None and window >= max(map(sum, zip(tree.prefix_lengths, tree.lengths, strict=True))):
         window = None
     blocks = _dense_blocks(tree) if window is None else _windowed_blocks(tree, window, dtype, device)
     if not masks:
@@ -59,14 +59,14 @@ def _dense_blocks(tree: TokenTree) -> tuple[Block, ...]:
     segments = [index for index, length in enumerate(tree.lengths) if length]
     squares = [Block(tree.span(each), (tree.span(each),), causal=True) for each in segments]
     below = [
-        Block(slice(tree.span(each).stop, tree.ends_below[each]), (tree.span(each),), merges=True)
+        Block(slice(tree.span(each).stop, tree.subtree_ends[each]), (tree.span(each),), merges=True)
         for each in segments
-        if tree.ends_below[each] > tree.span(each).stop
+        if tree.subtree_ends[each] > tree.span(each).stop
     ]
     return (*squares, *below)
 
 
-@functools.lru_cache(maxsize=4)  # they hold masks: the layers of a model need one or two at a time
+@functools.lru_cache(maxsize=4)  # entries hold masks; the layers of a model need one or two at a time
 def _windowed_blocks(tree: TokenTree, window: int, dtype: torch.dtype, device: torch.device) -> tuple[Block, ...]:
     size = min(max(window, SMALLEST_WINDOW_BLOCK), LARGEST_WINDOW_BLOCK)
 
@@ -79,7 +79,7 @@ def _windowed_blocks(tree: TokenTree, window: int, dtype: torch.dtype, device: t
 
     def block(segment: int, first: int, count: int) -> Block:
         """The rectangle of `count` queries of a segment, from its token `first` on."""
-        start = tree.depths[segment] + first  # position on the path
+        start = tree.prefix_lengths[segment] + first  # position on the path
         before = min(start, window - 1)
         queries = slice(tree.starts[segment] + first, tree.starts[segment] + first + count)
         return Block(queries, _part_of_path(tree, segment, start - before, start + count), mask=mask(count, before))
@@ -95,9 +95,9 @@ def _part_of_path(tree: TokenTree, segment: int, start: int, stop: int) -> tuple
     """The spans of the token axis that hold the positions `start` .. `stop` - 1 of a segment's path."""
     spans = []
     for each in tree.path(segment):
-        low = max(start, tree.depths[each])
-        high = min(stop, tree.depths[each] + tree.lengths[each])
+        low = max(start, tree.prefix_lengths[each])
+        high = min(stop, tree.prefix_lengths[each] + tree.lengths[each])
         if low < high:
-            offset = tree.starts[each] - tree.depths[each]
+            offset = tree.starts[each] - tree.prefix_lengths[each]
             spans.append(slice(low + offset, high + offset))
     return tuple(spans)

@@ -2,14 +2,15 @@
 
     out [B, H, n, E], lse [B, H, n] = forward(query [B, H, n, D], key [B, G, m, D], value [B, G, m, E], rectangle)
 
-with H a multiple of G, and lse the log of the sum of the exponentiated scores, in nats. `backward` gets the `out` and
-`lse` of all keys that a query sees, not only those of the rectangle, so its gradients are the rectangle's share:
+with H a multiple of G, and lse the log of the sum of the exponentiated scores, in nats. `backward` gets the merged
+`out` and `lse` over all keys that a query sees, also those outside the rectangle. So its gradients are the rectangle's
+share of the whole gradients, with the shapes of query, key and value:
 
     p = exp(score - lse)    grad_value = p^T grad_out    grad_score = p * (grad_out value^T - sum(grad_out * out))
 
 - `flash_cpu`: torch's flash attention for CPUs. It has no soft cap.
-- `math`: plain torch ops on any device, in blocks of rows. It also serves float32 on a GPU and heads whose values have
-  another width.
+- `math`: plain torch ops on any device, in blocks of rows. It computes what the faster kernels cannot: float32 on a
+  GPU, soft caps, values of another width than keys.
 """
 
 from __future__ import annotations
@@ -21,11 +22,11 @@ import torch
 from torch import Tensor
 
 _aten = torch.ops.aten
-SCORES = 2**22  # elements of a block of scores in `math`
+MAX_SCORES = 2**22  # `math` computes at most this many scores at once, or one row
 
 
 class Rectangle(NamedTuple):
-    """What a kernel needs to know of a rectangle: see `blocks.Block`."""
+    """The options of a kernel for one rectangle. For `causal` and `mask` see `blocks.Block`."""
 
     causal: bool
     mask: Tensor | None
@@ -33,62 +34,63 @@ class Rectangle(NamedTuple):
     softcap: float | None
 
 
-def flash_cpu_forward(query: Tensor, key: Tensor, value: Tensor, what: Rectangle) -> tuple[Tensor, Tensor]:
+def flash_cpu_forward(query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle) -> tuple[Tensor, Tensor]:
     query, key, value = map(_with_dense_rows, (query, key, value))
     out, lse = _aten._scaled_dot_product_flash_attention_for_cpu(
-        query, key, value, 0.0, what.causal, attn_mask=what.mask, scale=what.scale
+        query, key, value, 0.0, rectangle.causal, attn_mask=rectangle.mask, scale=rectangle.scale
     )
-    # torch takes a row whose scores are all NaN for a masked one, and returns zeros. One element of `out` tells.
-    lost = (lse == 0) & (out[..., 0] == 0) & _sees_bad(query, key, what)
+    # torch treats a row of NaN scores as fully masked: it returns out 0 and lse 0. To find such rows, one element of
+    # `out` is enough.
+    lost = (lse == 0) & (out[..., 0] == 0) & _sees_nonfinite(query, key, rectangle)
     return out.masked_fill_(lost.unsqueeze(-1), torch.nan), lse.masked_fill_(lost, torch.nan)
 
 
-def _sees_bad(query: Tensor, key: Tensor, what: Rectangle) -> Tensor:
-    """Which rows [B, H, n] have NaN or inf in their query or in a key that they see."""
+def _sees_nonfinite(query: Tensor, key: Tensor, rectangle: Rectangle) -> Tensor:
+    """Whether the query of each row, or a key that it sees, has NaN or inf: [B, H, n]."""
     bad = ~torch.isfinite(key.sum(-1))  # [B, G, m]
-    if what.causal:
+    if rectangle.causal:
         seen = bad.cumsum(-1) > 0
-    elif what.mask is not None:
-        seen = (bad.unsqueeze(-2) & (what.mask == 0)).any(-1)
+    elif rectangle.mask is not None:
+        seen = (bad.unsqueeze(-2) & (rectangle.mask == 0)).any(-1)
     else:
         seen = bad.any(-1, keepdim=True)
     return _repeated(seen, query.shape[1]) | ~torch.isfinite(query.sum(-1))
 
 
 def flash_cpu_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, what: Rectangle
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rectangle: Rectangle
 ) -> tuple[Tensor, Tensor, Tensor]:
     grad_out, query, key, value = map(_with_dense_rows, (grad_out, query, key, value))
     return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-        grad_out, query, key, value, out, lse, 0.0, what.causal, attn_mask=what.mask, scale=what.scale
+        grad_out, query, key, value, out, lse, 0.0, rectangle.causal, attn_mask=rectangle.mask, scale=rectangle.scale
     )
 
 
-def math_forward(query: Tensor, key: Tensor, value: Tensor, what: Rectangle) -> tuple[Tensor, Tensor]:
+def math_forward(query: Tensor, key: Tensor, value: Tensor, rectangle: Rectangle) -> tuple[Tensor, Tensor]:
     key, value = (_repeated(each, query.shape[1]) for each in (key, value))
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     lse = query.new_empty(query.shape[:-1], dtype=accumulator(query.dtype))
     for rows in _row_blocks(query, key):
-        score, _ = _scores(query, key, rows, what)
+        score, _ = _scores(query, key, rows, rectangle)
         lse[:, :, rows] = torch.logsumexp(score, -1)
         out[:, :, rows] = (score - lse[:, :, rows, None]).exp().to(value.dtype) @ value
     return out, lse
 
 
 def math_backward(
-    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, what: Rectangle
+    grad_out: Tensor, query: Tensor, key: Tensor, value: Tensor, out: Tensor, lse: Tensor, rectangle: Rectangle
 ) -> tuple[Tensor, Tensor, Tensor]:
     groups, dtype = key.shape[1], accumulator(query.dtype)
     key, value = (_repeated(each, query.shape[1]) for each in (key, value))
     grad_query = torch.empty_like(query)
     grad_key, grad_value = (torch.zeros_like(each, dtype=dtype) for each in (key, value))
     for rows in _row_blocks(query, key):
-        score, slope = _scores(query, key, rows, what)
+        score, slope = _scores(query, key, rows, rectangle)
         p = (score - lse[:, :, rows, None]).exp()
         grad = grad_out[:, :, rows].to(dtype)
         grad_value += p.transpose(-1, -2) @ grad
         delta = (grad * out[:, :, rows].to(dtype)).sum(-1, keepdim=True)
-        grad_score = p * (grad @ value.to(dtype).transpose(-1, -2) - delta) * what.scale
+        grad_score = p * (grad @ value.to(dtype).transpose(-1, -2) - delta) * rectangle.scale
         if slope is not None:
             grad_score *= slope
         grad_query[:, :, rows] = (grad_score @ key.to(dtype)).to(query.dtype)
@@ -97,12 +99,12 @@ def math_backward(
 
 
 def _with_dense_rows(tensor: Tensor) -> Tensor:
-    """The flash kernels read the last dimension as if it were contiguous, whatever its stride is."""
+    """`tensor` with stride 1 in the last dimension, because the flash kernels ignore that stride."""
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
 def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype that scores and log-sum-exps have."""
+    """The dtype of scores and log-sum-exps: float64 for float64 inputs, else float32."""
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
@@ -115,20 +117,21 @@ def _summed(heads: Tensor, groups: int) -> Tensor:
 
 
 def _row_blocks(query: Tensor, key: Tensor) -> Iterator[slice]:
-    size = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    size = max(1, MAX_SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
     return (slice(start, min(start + size, query.shape[2])) for start in range(0, query.shape[2], size))
 
 
-def _scores(query: Tensor, key: Tensor, rows: slice, what: Rectangle) -> tuple[Tensor, Tensor | None]:
-    """The scores of some rows, at least in float32, and the derivative of the soft cap (None without one)."""
+def _scores(query: Tensor, key: Tensor, rows: slice, rectangle: Rectangle) -> tuple[Tensor, Tensor | None]:
+    """The scores [B, H, r, m] of r `rows`, in float32 or float64, and the derivative of the soft cap at each (None
+    without a soft cap)."""
     dtype, slope = accumulator(query.dtype), None
-    score = query[:, :, rows].to(dtype) @ key.to(dtype).transpose(-1, -2) * what.scale
-    if what.softcap is not None:
-        share = torch.tanh(score / what.softcap)
-        score, slope = what.softcap * share, 1 - share * share
-    if what.mask is not None:
-        score = score + what.mask[rows].to(dtype)
-    if what.causal:
+    score = query[:, :, rows].to(dtype) @ key.to(dtype).transpose(-1, -2) * rectangle.scale
+    if rectangle.softcap is not None:
+        share = torch.tanh(score / rectangle.softcap)
+        score, slope = rectangle.softcap * share, 1 - share * share
+    if rectangle.mask is not None:
+        score = score + rectangle.mask[rows].to(dtype)
+    if rectangle.causal:
         later = torch.arange(key.shape[2], device=key.device) > torch.arange(
             rows.start, rows.stop, device=key.device
         ).unsqueeze(-1)

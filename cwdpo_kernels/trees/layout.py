@@ -1,4 +1,4 @@
-"""The layout of several answers to one prompt on a single token axis, where the prompt stands once."""
+"""The layout of a token axis on which several answers share one copy of their prompt."""
 
 from __future__ import annotations
 
@@ -18,13 +18,14 @@ ROOT = -1
 
 @dataclass(frozen=True)
 class TokenTree:
-    """Segments of tokens on one axis. Each segment continues its parent: prompt | chosen | rejected | next prompt | ...
+    """Segments of tokens on one axis of T tokens, such as prompt | chosen | rejected | next prompt | ...
 
         lengths   tokens of each segment, in the order of the axis; roots have at least 1
         parents   index of the segment that each one continues; -1 for a root
 
-    A token sees the tokens before it in its segment, and all tokens of the segments on the path from the root to it.
-    Segments are in depth-first order: all segments below one directly follow it.
+    A token sees itself, the tokens before it in its segment, and all tokens of the segment's ancestors. Segments are in
+    depth-first order: all descendants of a segment directly follow it. Raises `ValueError` if they are not, or if
+    lengths and parents are not ints in their ranges.
 
     Example: a prompt of 5 tokens with answers of 2 and 3, then one of 4 with answers of 1 and 2, is
     `TokenTree((5, 2, 3, 4, 1, 2), (-1, 0, 0, -1, 3, 3))`, or `TokenTree.of_answers([5, 4], [[2, 3], [1, 2]])`.
@@ -77,8 +78,8 @@ class TokenTree:
         return tuple(accumulate(self.lengths, initial=0))[:-1]
 
     @cached_property
-    def ends_below(self) -> tuple[int, ...]:
-        """Where the last segment below each one ends on the token axis; without any, where the segment itself ends."""
+    def subtree_ends(self) -> tuple[int, ...]:
+        """Where the last descendant of each segment ends on the token axis, or the segment itself if it has none."""
         ends = [start + length for start, length in zip(self.starts, self.lengths, strict=True)]
         for index in reversed(range(len(ends))):
             parent = self.parents[index]
@@ -87,12 +88,12 @@ class TokenTree:
         return tuple(ends)
 
     @cached_property
-    def depths(self) -> tuple[int, ...]:
-        """The number of tokens before each segment on its path."""
-        depths: list[int] = []
+    def prefix_lengths(self) -> tuple[int, ...]:
+        """The number of tokens before each segment on its path: the position of its first token."""
+        before: list[int] = []
         for parent in self.parents:
-            depths.append(0 if parent == ROOT else depths[parent] + self.lengths[parent])
-        return tuple(depths)
+            before.append(0 if parent == ROOT else before[parent] + self.lengths[parent])
+        return tuple(before)
 
     def path(self, segment: int) -> tuple[int, ...]:
         """The segments from the root to `segment`, including both."""
@@ -106,15 +107,17 @@ class TokenTree:
         return slice(self.starts[segment], self.starts[segment] + self.lengths[segment])
 
     def positions(self, device: torch.device | str | None = None) -> Tensor:
-        """The position [T] of each token on its path, int64. It restarts at each branch."""
-        spans = [torch.arange(depth, depth + length) for depth, length in zip(self.depths, self.lengths, strict=True)]
+        """The position [T] of each token on its path, int64. Siblings start at the same position."""
+        pairs = zip(self.prefix_lengths, self.lengths, strict=True)
+        spans = [torch.arange(first, first + length) for first, length in pairs]
         return torch.cat(spans).to(device)
 
     def predicting(self, segment: int) -> Tensor:
-        """The indices of the tokens whose hidden states predict `segment` and the token after it, int64: the last
-        token before it on its path, then its own tokens.
+        """The indices [n + 1], int64, of the tokens whose hidden states predict the n tokens of `segment` and the one
+        after it: the last token before the segment on its path, then its own tokens. A root has only its own [n].
 
-        So an answer of L labels needs a segment of L - 1 tokens. The state at a branch point serves every branch.
+        So an answer of L labels needs a segment of L - 1 tokens. The prompt's last hidden state predicts the first
+        token of every answer.
         """
         own = torch.arange(*self.span(segment).indices(self.tokens))
         before = [each for each in self.path(segment)[:-1] if self.lengths[each]]

@@ -1,7 +1,8 @@
 """Attention over a token tree with torch's variable-length flash attention (CUDA, bfloat16 and float16).
 
-Each segment is a sequence whose keys are those of its path, gathered. Its causal mask is aligned at the last key, so
-the segment's tokens see all keys before it. A path is contiguous, so a window by index is one by position.
+Each segment is one sequence. Its keys are those of its whole path, gathered. The causal mask is aligned at the last
+key, so the segment's tokens see all keys of its ancestors. A gathered path is contiguous, so the distance between two
+indices is the distance between their positions, and a window can be counted in either.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor
 
 from .layout import TokenTree
 
-OLDEST_GPU = (8, 0)  # compute capability that flash attention needs
+OLDEST_GPU = (8, 0)  # the lowest compute capability that flash attention supports
 WIDEST, STEP = 256, 8  # of the heads' widths
 
 
 class Plan(NamedTuple):
-    """`keys`: the parts of segments that are gathered as keys, each as (segment, first token, tokens). Bounds of the
-    sequences of queries and of keys [S + 1], int32, and the longest sequence of each."""
+    """The S sequences of a call. `keys`: the parts of segments to gather, each as (segment, first token, tokens).
+    `query_bounds`, `key_bounds`: cumulative lengths [S + 1], int32. `longest_query`, `longest_key`: in tokens."""
 
     keys: tuple[tuple[int, int, int], ...]
     query_bounds: Tensor
@@ -32,7 +33,7 @@ class Plan(NamedTuple):
 
 
 def why_not_varlen(query: Tensor, masked: bool) -> str | None:
-    """Why the kernel cannot take this query, which is on a GPU."""
+    """Why the kernel does not support this query, which is on a GPU. None if it does."""
     width = query.shape[-1]
     if query.dtype not in (torch.bfloat16, torch.float16):
         return f"needs bfloat16 or float16, got {query.dtype}"
@@ -54,13 +55,13 @@ def plan_of(tree: TokenTree, window: int | None, batch: int, device: torch.devic
     for segment, length in enumerate(tree.lengths):
         if not length:
             continue
-        oldest = 0 if window is None else max(0, tree.depths[segment] - window + 1)  # position on the path
+        oldest = 0 if window is None else max(0, tree.prefix_lengths[segment] - window + 1)  # position on the path
         for each in tree.path(segment):
-            first = max(0, oldest - tree.depths[each])
+            first = max(0, oldest - tree.prefix_lengths[each])
             if first < tree.lengths[each]:
                 keys.append((each, first, tree.lengths[each] - first))
         query_lengths.append(length)
-        key_lengths.append(tree.depths[segment] + length - oldest)
+        key_lengths.append(tree.prefix_lengths[segment] + length - oldest)
     query_bounds, key_bounds = (
         torch.tensor([0, *accumulate(lengths * batch)], dtype=torch.int32, device=device)
         for lengths in (query_lengths, key_lengths)
@@ -71,7 +72,7 @@ def plan_of(tree: TokenTree, window: int | None, batch: int, device: torch.devic
 def varlen_attention(
     query: Tensor, key: Tensor, value: Tensor, tree: TokenTree, scale: float, window: int | None
 ) -> Tensor:
-    """See `tree_attention`."""
+    """`tree_attention` without masks and soft cap: query [B, H, T, D], key and value [B, G, T, D], out [B, H, T, D]."""
     from torch.nn.attention.varlen import varlen_attn
 
     batch, heads, tokens, _ = query.shape
@@ -91,8 +92,8 @@ def varlen_attention(
 
 
 def _gathered(tensor: Tensor, tree: TokenTree, plan: Plan) -> Tensor:
-    """[B K, G, D] from [B, G, T, D]. Made of slices, because the gradient of indexing differs from run to run on a
-    GPU."""
+    """The plan's K keys (or values) of each batch entry, from [B, G, T, D] to [B K, G, D]. Made of slices, because the
+    gradient of indexing is not deterministic on a GPU."""
     segments = tensor.split(tree.lengths, dim=2)
     parts = [segments[segment].narrow(2, first, count) for segment, first, count in plan.keys]
     return torch.cat(parts, dim=2).transpose(1, 2).flatten(0, 1)

@@ -260,7 +260,7 @@ def test_pairs_with_images_that_differ_run_on_separate_rows(task, case):
         reason = (
             "a pair have different pixel_values" if case == "images" else "pair 1 have images and different prompts"
         )
-        expected = f"CoolingDPOTrainer: a batch runs without prefix_sharing: the rows of {reason} (further batches"
+        expected = f"CoolingDPOTrainer: a batch runs without prefix_sharing: the rows of {reason} (warns only once)"
         messages = [str(each.message) for each in warned if "prefix_sharing" in str(each.message)]
         assert len(messages) == sharing
         assert all(message.startswith(expected) for message in messages)
