@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import report, results
-from benchmarks.gpu_measure import SHAPES
+from benchmarks import gpu_plan, report, results
+from benchmarks.models import SHAPES
 
 MODES = {"no_grad": "log-probs only", "frozen": "frozen head", "trainable": "trainable head"}
 # Rows of ours: name in the table -> mode -> op in the file.
@@ -20,7 +20,7 @@ PRODUCTS = {  # the matrix products that every method needs
     "frozen": ("logits", "grad_hidden"),
     "trainable": ("logits", "grad_hidden", "grad_weight"),
 }
-OTHER_OPS = ("token_stats", "token_divergence", "logits forward", "logits")
+OTHER_OPS = (*gpu_plan.OTHER, *gpu_plan.LOGITS)
 
 INTRODUCTION = """## On a GPU
 
@@ -33,17 +33,19 @@ hidden states and head are bfloat16. "Matrix products alone" is the time of the 
 
 def sections(folder: Path = results.FOLDER) -> list[str]:
     """The section of every result file, with one table per shape."""
-    reports = [json.loads(path.read_text()) for path in sorted(folder.glob("gpu_*.json"))]
-    if not reports:
-        return []
-    return [INTRODUCTION, *(text for found in reports for text in of_device(found))]
+    reports = {path: json.loads(path.read_text()) for path in sorted(folder.glob("gpu_*.json"))}
+    for path, found in reports.items():
+        if found["environment"].get("simulated"):
+            raise ValueError(f"{path}: expected results of a GPU, got a simulation")
+    return [INTRODUCTION, *(text for found in reports.values() for text in of_device(found))] if reports else []
 
 
 def of_device(found: dict) -> list[str]:
     machine = found["environment"]
     versions = ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
     texts = [f"### {machine['device']}", f"Measured at commit {machine['commit'][:12]} with {versions}.", values(found)]
-    texts += [of_shape(found, shape.name) for shape in SHAPES if shape.name in found["limits"]]
+    measured = {*found["limits"], *(row["shape"] for row in found["measurements"])}
+    texts += [of_shape(found, shape.name) for shape in SHAPES if shape.name in measured]
     return [*texts, *not_run(found)]
 
 
@@ -60,15 +62,17 @@ def of_shape(found: dict, name: str) -> str:
         for row in found["measurements"]
         if row["shape"] == name
     }
-    gemm = found["limits"][name]["gemm_ms"]
+    gemm = found["limits"].get(name, {}).get("gemm_ms")  # a run that was cut may have none
     lines = [[report.bold(ours), *(cells.get(ops.get(mode, ""), "") for mode in MODES)] for ours, ops in OURS.items()]
     peers = dict.fromkeys(op.rsplit(", ", 1)[0] for op in cells if op.endswith((", frozen", ", trainable")))
     lines += [[peer, *(cells.get(f"{peer}, {mode}", "") for mode in MODES)] for peer in peers]
-    alone = (sum(gemm[product] for product in products) for products in PRODUCTS.values())
-    lines.append(["matrix products alone", *(f"{ms:.2f} ms" for ms in alone)])
+    if gemm:
+        alone = (sum(gemm[product] for product in products) for products in PRODUCTS.values())
+        lines.append(["matrix products alone", *(f"{ms:.2f} ms" for ms in alone)])
+    text = f"**{name}**: {shape.tokens} tokens, V {shape.vocab}, D {shape.dim}"
+    text += f"\n\n{report.table(['', *MODES.values()], lines)}"
     others = "; ".join(f"`{op}` {cells[op]}" for op in OTHER_OPS if op in cells)
-    size = f"{shape.tokens} tokens, V {shape.vocab}, D {shape.dim}"
-    return f"**{name}**: {size}\n\n{report.table(['', *MODES.values()], lines)}\n\nOther ops: {others}."
+    return f"{text}\n\nOther ops: {others}." if others else text
 
 
 def not_run(found: dict) -> list[str]:

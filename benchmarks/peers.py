@@ -64,8 +64,8 @@ def cannot_run(device: str = "cpu") -> dict[str, str]:
 def versions() -> dict[str, str]:
     """The versions of torch, triton, transformers and the installed peers."""
     packages = (
-        "torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel", "trl", "quack-kernels",
-        "nvidia-cutlass-dsl",
+        "torch", "triton", "transformers", "cut-cross-entropy", "liger-kernel", "liger-cute-kernels", "trl",
+        "quack-kernels", "nvidia-cutlass-dsl",
     )  # fmt: skip
     found = {}
     for package in packages:
@@ -113,13 +113,14 @@ def _of_logp(package: str, logp: Callable[..., Tensor], all_tokens: bool = False
 def _peers(device: str) -> dict[str, Implementation | str]:
     """Name -> peer, or the reason why it cannot run."""
     no_compiler = _no_compiler(device)
-    no_torch_op = None if hasattr(F, "linear_cross_entropy") else f"torch {torch.__version__} has no such function"
+    in_torch = missing_in_torch()
     only_gpus = "its kernel is for GPUs" if device == "cpu" else None
     return {
         "eager, full logits": _of_logp("torch", eager_logp, all_tokens=True),
         "torch.compile, full logits": no_compiler or _of_logp("torch", compiled(eager_logp), all_tokens=True),
-        "torch linear_cross_entropy": no_torch_op or _of_logp("torch", _torch_logp),
-        "torch linear_cross_entropy, chunked": no_torch_op or _of_logp("torch", _torch_chunked_logp),
+        "torch linear_cross_entropy": in_torch.get("torch linear_cross_entropy") or _of_logp("torch", _torch_logp),
+        "torch linear_cross_entropy, chunked": in_torch.get("torch linear_cross_entropy, chunked")
+        or _of_logp("torch", _torch_chunked_logp),
         "cut-cross-entropy": _not_installed("cut_cross_entropy")
         or no_compiler
         or _of_logp("cut-cross-entropy", _cut_cross_entropy_logp),
@@ -134,6 +135,14 @@ def _peers(device: str) -> dict[str, Implementation | str]:
         or Implementation("quack-kernels", _quack_step, cooling=VANILLA, all_tokens=True),
         "TRL chunked log-prob": _not_installed("trl") or _of_logp("trl", _trl_logp, all_tokens=device == "cpu"),
     }
+
+
+def missing_in_torch() -> dict[str, str]:
+    """Name -> reason, for the peers that this version of torch does not have."""
+    if hasattr(F, "linear_cross_entropy"):
+        return {}
+    reason = f"torch {torch.__version__} has no such function"
+    return dict.fromkeys(("torch linear_cross_entropy", "torch linear_cross_entropy, chunked"), reason)
 
 
 def _not_installed(module: str) -> str | None:

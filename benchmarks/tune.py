@@ -1,94 +1,126 @@
-"""Times launch configurations of the sweep and gradient kernels on this GPU and prints the best row for configs.py.
+"""Searches configurations of the sweep and gradient kernels: `python -m benchmarks.tune --out DIR [--budget-s N]`.
 
-`python -m benchmarks.tune [--dtype bfloat16] [--tokens N --vocab V --dim D]`. Candidates that do not compile, need too
-much shared memory or give a wrong result are listed and skipped.
+Every candidate is compiled first, in parallel, and dropped if it does not compile or spills registers. The others are
+timed in random order, in a child process with a time limit each: the sweep kernel alone and the gradient kernel alone,
+after a comparison of log-probs and gradients with those of the current row. DIR/tune.json is replaced after every row;
+`--resume` goes on from there. At the end the best rows for each chip, dtype and D are printed, for configs.py.
+
+`--compile-for sm_90` compiles the candidates for a chip that need not be here, and stops. With its DIR/tune.json, and
+Triton's cache of that machine, `--resume` on the GPU starts with the timings.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import itertools
-import statistics
-import sys
-from dataclasses import replace
-from unittest import mock
+import json
+import random
+from collections.abc import Iterable
 
-import torch
-import triton
-
-from benchmarks.gpu_measure import milliseconds
-from cwdpo_kernels import IGNORE_INDEX
-from cwdpo_kernels.triton import configs, linear_logprob
+from benchmarks import gpu_run
+from benchmarks.gpu_file import Report
+from benchmarks.gpu_plan import Item
+from benchmarks.models import SHAPES, Shape
 
 BLOCKS = [(128, 256, 64), (128, 128, 64), (256, 128, 64), (64, 256, 64), (128, 256, 32)]
-REPEATS = 5
+KERNELS = ("_sweep_kernel", "_gradient_kernel")
+NAMES = ("block_n", "block_v", "block_d", "num_warps", "num_stages", "group_n", "persistent")
 
 
-def candidates(base: configs.TileConfig) -> list[configs.TileConfig]:
+def candidates() -> list[dict]:
     """All combinations of tile shape, warps, pipeline stages, tile order, and persistent or not."""
-    return [
-        replace(base, block_n=n, block_v=v, block_d=d, num_warps=warps, num_stages=stages, group_n=group, persistent=p)
-        for (n, v, d), warps, stages, group, p in itertools.product(
-            BLOCKS, (4, 8), (2, 3, 4), (8, 16, 32), (False, True)
-        )
+    product = itertools.product(BLOCKS, (4, 8), (2, 3, 4), (8, 16, 32), (False, True))
+    return [dict(zip(NAMES, (*block, *others), strict=True)) for block, *others in product]
+
+
+def text(candidate: dict) -> str:
+    """A candidate as arguments of TileConfig."""
+    return ", ".join(f"{name}={candidate[name]}" for name in NAMES)
+
+
+def items(report: Report, shape: Shape, dtype: str, found: Iterable[dict], seed: int = 0) -> list[Item]:
+    """Compile the candidates that are not compiled yet, then time all of them in random order."""
+    compiled = {x["config"] for x in report.data.get("candidates", []) if (x["dim"], x["dtype"]) == (shape.dim, dtype)}
+    todo = [candidate for candidate in found if text(candidate) not in compiled]
+    name, request = f"D {shape.dim}, {dtype}", {"dtype": dtype}
+    first = Item(f"{name}, compiled ahead", "tune", "tune compile", json.dumps({**request, "configs": todo}), (shape,))
+    order = list(found)
+    random.Random(seed).shuffle(order)
+    timings = [
+        Item(f"{name}, {text(config)}", "tune", "tune", json.dumps({**request, "config": config}), (shape,))
+        for config in order
     ]
+    return [*([first] if todo else []), *timings]
 
 
-def milliseconds_of(
-    config: configs.TileConfig, arguments: tuple, expected: torch.Tensor | None
-) -> tuple[float, torch.Tensor]:
-    """The median time of a forward without kept tiles plus a backward, and its log-probs. Raises if they are wrong."""
-    hidden, weight, labels = arguments
-    key = (configs.chip(hidden.device), "half" if hidden.itemsize == 2 else configs.precision())
-    with mock.patch.dict(configs.TILES, {key: config}):
-        head = (hidden, weight, None, labels, 1.0, None, IGNORE_INDEX)
+def problem_of(report: Report, item: Item) -> str:
+    """Why a candidate is not timed, or ""."""
+    if item.kind != "tune":
+        return ""
+    request, dim = json.loads(item.op), item.shapes[0].dim
+    key = (dim, request["dtype"], text(request["config"]))
+    rows = report.data.get("candidates", [])
+    return next((x["problem"] for x in rows if (x["dim"], x["dtype"], x["config"]) == key), "")
 
-        def step() -> torch.Tensor:
-            logp, anchor, sum_exp, _, kept = linear_logprob.linear_logprob(*head, False, False, 0, 0)
-            grad = torch.ones_like(logp)
-            linear_logprob.linear_logprob_backward(
-                grad, *head[:4], logp, anchor, sum_exp, kept, *head[4:], True, True, False, False, 0
-            )
-            return logp
 
-        logp = step()
-        if expected is not None:
-            torch.testing.assert_close(logp, expected, rtol=1e-4, atol=1e-4)
-        return statistics.median(milliseconds(step) for _ in range(REPEATS)), logp
+def winners(data: dict) -> list[str]:
+    """The fastest candidates for each dtype and D: for either kernel, and for both together."""
+    times: dict[tuple, dict[str, dict[str, float]]] = {}
+    for row in data.get("tuned", []):
+        key = (row["chip"], row["precision"], row["dtype"], row["dim"])
+        times.setdefault(key, {}).setdefault(row["config"], {})[row["kernel"]] = row["ms"]
+    lines = []
+    for (chip, precision, dtype, dim), by_config in sorted(times.items()):
+        both = {config: ms for config, ms in by_config.items() if set(ms) == set(KERNELS)}
+        choices = {kernel: {config: ms[kernel] for config, ms in both.items()} for kernel in KERNELS}
+        choices["both"] = {config: sum(ms.values()) for config, ms in both.items()}
+        for kernel, ms in choices.items():
+            if ms:
+                best = min(ms, key=ms.__getitem__)
+                source = f"tuned: {data['environment']['device']}, {dtype}, D {dim}"
+                row = f'("{chip}", "{precision}", {dim}): TileConfig({best}, source="{source}"),'
+                lines.append(f"{kernel:20}{ms[best]:9.3f} ms  {row}")
+    return lines
+
+
+def compile_for(chip: str, run: gpu_run.Run, shape: Shape, dtype: str, found: list[dict]) -> None:
+    """Compile the candidates without a device."""
+    import torch
+    import triton
+
+    from benchmarks import ahead, compiled, tune_work
+
+    version = triton.__version__
+    with ahead.without_device(compiled.TARGETS[chip]), torch.device("meta"), tune_work.on_chip(chip):
+        for row in tune_work.compile_ahead(shape, dtype, found, compiled.SHARED_LIMIT[chip]):
+            run.report.add("candidates", {**row, "chip": chip, "triton": version})
+            if run.seconds_left() <= 0:
+                return
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    gpu_run.add_options(parser)
     parser.add_argument("--dtype", default="bfloat16", choices=["bfloat16", "float16", "float32"])
-    parser.add_argument("--tokens", type=int, default=8192)
-    parser.add_argument("--vocab", type=int, default=151936)
-    parser.add_argument("--dim", type=int, default=4096)
+    parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], help="default: all")
+    parser.add_argument("--compile-for", metavar="CHIP", help="compile the candidates for this chip and stop")
     options = parser.parse_args()
-    if not torch.cuda.is_available():
-        sys.exit("benchmarks.tune: expected a GPU, got torch.cuda.is_available() == False")
-    dtype = getattr(torch, options.dtype)
-    hidden = torch.randn(options.tokens, options.dim, device="cuda", dtype=dtype)
-    weight = torch.randn(options.vocab, options.dim, device="cuda", dtype=dtype) * options.dim**-0.5
-    labels = torch.randint(options.vocab, (options.tokens,), device="cuda")
-    arguments = hidden, weight, labels
-
-    base = configs.tile_config(hidden)
-    best, expected = milliseconds_of(base, arguments, None)
-    print(f"{best:9.2f} ms  {base}  (current row)", flush=True)
-    winner = base
-    for config in candidates(base):
-        try:  # a failing candidate is reported and skipped
-            time, _ = milliseconds_of(config, arguments, expected)
-        except (triton.errors.TritonError, RuntimeError, AssertionError) as error:
-            print(f"      skipped  {config}: {str(error).splitlines()[0]}", flush=True)
-            continue
-        if time < best:
-            best, winner = time, config
-            print(f"{time:9.2f} ms  {config}", flush=True)
-    source = (
-        f"tuned: {torch.cuda.get_device_name()}, {options.dtype}, {options.tokens} x {options.vocab} x {options.dim}"
-    )
-    print(f"best, {best:.2f} ms: {replace(winner, source=source)}")
+    run, simulated = gpu_run.begin(options, "tune.json")
+    found = simulated.get("CANDIDATES", candidates())
+    shapes = [x for x in simulated.get("SHAPES", SHAPES) if x.name in (options.shapes or [x.name])]
+    with run.log, contextlib.closing(run):
+        for shape in shapes:
+            if options.compile_for:
+                compile_for(options.compile_for, run, shape, options.dtype, found)
+                continue
+            for item in items(run.report, shape, options.dtype, found):
+                if problem := problem_of(run.report, item):
+                    run.report.fail(item.name, problem)
+                else:
+                    run.do(item)
+    gpu_run.say_the_end(run.report)
+    print("\n".join(winners(run.report.data)))
 
 
 if __name__ == "__main__":

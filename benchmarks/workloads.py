@@ -9,30 +9,12 @@ import torch
 from torch import Tensor
 
 import cwdpo_kernels as ck
+from benchmarks.models import MODELS
 from cwdpo_kernels.testing import make_inputs
 
 # Log-probs without a gradient; forward and backward with a frozen head; the same with a trainable head.
 MODES = ("no_grad", "frozen", "trainable")
 REFERENCE_LOGP = -12.0  # nats per token of every answer, about what random heads give
-
-
-@dataclass(frozen=True)
-class Model:
-    """V and D from a published config.json, and the number of prompt tokens of a 640 x 480 image."""
-
-    vocab: int
-    dim: int
-    image_tokens: int
-
-
-MODELS = {
-    "SmolVLM-256M": Model(49280, 576, 13 * 64),  # 4 x 3 crops of 512 x 512, and the whole image
-    "Qwen2.5-VL-3B": Model(151936, 2048, 23 * 17),  # one token per 28 x 28 pixels
-    "Qwen2.5-VL-7B": Model(152064, 3584, 23 * 17),
-    "Qwen2.5-VL-72B": Model(152064, 8192, 23 * 17),
-    "Gemma-3-4B": Model(262208, 2560, 256),
-    "Llama-3.2-11B-Vision": Model(128256, 4096, 1),  # the image enters through cross-attention
-}
 QUESTION = 64  # text tokens in a prompt
 RESPONSES = (64, 256, 1024, 4096)
 PAIRS = (1, 2, 4, 8)

@@ -1,10 +1,7 @@
-"""The GPU benchmarks and the tuner run: every step at a tiny size, on the GPU or in the interpreter."""
+"""What the GPU benchmarks and the tuner do in their child process, at a tiny size, on the GPU or in the interpreter."""
 
-import json
 import re
-import subprocess
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -12,43 +9,25 @@ import torch
 from cwdpo_kernels import ops
 
 pytest.importorskip("triton")
-from benchmarks import cost, gpu, gpu_measure, gpu_peers, tune
+from benchmarks import cost, gpu, gpu_file, gpu_measure, gpu_peers, gpu_plan, gpu_work, models, tune, tune_work
 from cwdpo_kernels.triton import configs
 
-TINY = gpu_measure.Shape("tiny", tokens=40, vocab=300, dim=64)
+TINY = models.Shape("tiny", tokens=40, vocab=300, dim=64)
 SMALL = (40, 300, 64)
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+CONFIG = dict(zip(tune.NAMES, (32, 64, 32, 4, 1, 2, True), strict=True))
 
 
-@pytest.mark.parametrize("make", [gpu.linear_steps, gpu.logits_steps])
-def test_every_step_runs_and_has_a_cost(make):
-    with torch.device(DEVICE), ops.forced(DEVICE, "triton"):
-        steps, costs = make(TINY)
-        assert steps.keys() == costs.keys()
-        for step in steps.values():
-            step()
-
-
-def test_peers_run_and_a_failing_one_is_reported(monkeypatch, tmp_path):
-    def broken(*args):
-        raise RuntimeError("no kernel\nfor this chip")
-
-    found = gpu_peers.peers.implementations(DEVICE)
-    found["broken"] = replace(found["eager, full logits"], logp=broken)
-    monkeypatch.setattr(gpu_peers.peers, "implementations", lambda device: found)
-    monkeypatch.setattr(
-        gpu_peers.gpu_measure, "measure", lambda steps: {op: run_once(step) for op, step in steps.items()}
-    )
-    report = gpu_measure.Report(tmp_path / "peer.json")
-    with torch.device(DEVICE), torch.compiler.set_stance("force_eager"):
-        for name in ("eager, full logits", "broken"):
-            gpu_peers.measure(report, name, TINY)
-    saved = json.loads((tmp_path / "peer.json").read_text())
-    assert [row["op"] for row in saved["measurements"]] == [
-        "eager, full logits, frozen",
-        "eager, full logits, trainable",
-    ]
-    assert saved["failed"]["tiny, broken, frozen"] == "RuntimeError: no kernel"
+@pytest.fixture
+def triton_on_device(monkeypatch):
+    """Everything is on the device that Triton runs on. Without a GPU a step is timed by calling it."""
+    monkeypatch.setattr(gpu_work, "DEVICE", DEVICE)
+    monkeypatch.setattr(gpu_work, "VALUE_SIZE", SMALL)
+    if DEVICE == "cpu":
+        monkeypatch.setattr(gpu_measure, "measure", lambda steps: {op: run_once(step) for op, step in steps.items()})
+        monkeypatch.setattr(gpu_measure, "milliseconds", lambda step: run_once(step)["ms"])
+    with torch.device(DEVICE), ops.forced(DEVICE, "triton"), torch.compiler.set_stance("force_eager"):
+        yield
 
 
 def run_once(step):
@@ -56,54 +35,139 @@ def run_once(step):
     return {"ms": 1.0, "extra_gib": 0.0}
 
 
-def test_a_peer_that_crashes_its_process_leaves_its_rows_and_a_failure(monkeypatch, tmp_path):
-    row = {"shape": "tiny", "op": "crashing, frozen", "ms": 2.0, "extra_gib": 0.5}
+def do(item, tmp_path):
+    """The rows of an item, as (kind, row)."""
+    rows = []
+    gpu_work.do(item.request(), tmp_path, -1, lambda kind, row: rows.append((kind, row)))
+    return rows
 
-    def crash(command, **options):
-        path = command[command.index("--out") + 1]
-        Path(path).write_text(json.dumps({"measurements": [row], "failed": {}}))
-        raise subprocess.CalledProcessError(-11, "benchmarks.gpu_peers")
 
-    crashing = gpu_peers.peers.Implementation("peer", step=run_once)
-    monkeypatch.setattr(gpu_peers.peers, "implementations", lambda device: {"crashing": crashing})
+@pytest.mark.parametrize("part", ["ours", "logits", "other"])
+def test_every_timing_runs_and_has_a_cost(part, triton_on_device, tmp_path):
+    for item in gpu_plan.plan([TINY], (part,)):
+        ((kind, row),) = do(item, tmp_path)
+        assert (kind, row["shape"], row["op"], row["ms"]) == ("measurements", "tiny", item.op, 1.0)
+        assert row["flops"] > 0
+        assert row["bytes"] > 0
+
+
+def test_every_step_of_ours_is_in_the_plan():
+    with torch.device("meta"):
+        assert gpu_work.linear_steps(TINY).keys() == {*gpu_plan.LINEAR, *gpu_plan.OTHER}
+        assert gpu_work.logits_steps(TINY).keys() == set(gpu_plan.LOGITS)
+
+
+def test_half_of_the_gradients_zero_costs_the_forward_and_half_of_the_backward():
+    product = 2 * 40 * 300 * 64
+    with torch.device("meta"):
+        _, needed = gpu_work.linear_steps(TINY)["half of the gradients 0, sparse"]
+    assert needed.flops == product + 3 * product / 2
+
+
+def test_a_peer_is_timed_and_one_that_cannot_run_says_why(monkeypatch, triton_on_device, tmp_path):
+    def broken(*args):
+        raise RuntimeError("no kernel\nfor this chip")
+
+    found = gpu_peers.peers.implementations(DEVICE)
+    found["broken"] = replace(found["eager, full logits"], logp=broken)
+    monkeypatch.setattr(gpu_peers.peers, "implementations", lambda device: found)
     monkeypatch.setattr(gpu_peers.peers, "cannot_run", lambda device: {"absent": "not installed"})
-    monkeypatch.setattr(gpu_peers.subprocess, "run", crash)
-    report = gpu_measure.Report(tmp_path / "gpu.json")
-    report.data["limits"]["tiny"] = {"flops_per_s": 1e9, "bytes_per_s": 1e9}
-    gpu_peers.run_all(report, [TINY], tmp_path)
-    saved = json.loads((tmp_path / "gpu.json").read_text())
-    assert saved["measurements"][0]["ms"] == 2.0
-    # frozen: two products of 2 N D V operations at 1e9 a second, in 2 ms
-    assert saved["measurements"][0]["of_limit"] == pytest.approx(2 * 2 * 40 * 300 * 64 / 1e9 / 2e-3)
-    assert saved["failed"]["absent"] == "not installed"
-    assert "SIGSEGV" in saved["failed"]["crashing"]
-    assert not (tmp_path / "peer.json").exists()
+    eager, _, bad, _, absent, _ = gpu_plan.plan(
+        [TINY], ("peers",), dict.fromkeys(["eager, full logits", "broken", "absent"])
+    )
+    ((_, row),) = do(eager, tmp_path)
+    assert row["op"] == "eager, full logits, frozen"
+    assert row["flops"] == 2 * 2 * 40 * 300 * 64
+    for item, reason in ((bad, "RuntimeError: no kernel"), (absent, "RuntimeError: not installed")):
+        with pytest.raises(RuntimeError) as caught:
+            do(item, tmp_path)
+        assert gpu_work.first_line(caught.value) == reason
 
 
-def test_nothing_new_starts_after_the_time_budget(tmp_path):
-    report = gpu_measure.Report(tmp_path / "gpu.json", budget_seconds=0)
-    report.attempt("late", lambda: pytest.fail("was started"))
-    assert json.loads((tmp_path / "gpu.json").read_text())["failed"] == {"late": "skipped: the time budget is spent"}
+@pytest.mark.parametrize("case", gpu_plan.VALUES)
+def test_values_are_rows_and_a_wrong_one_fails_its_item(case, monkeypatch, triton_on_device, tmp_path):
+    item = next(item for item in gpu_plan.plan([TINY], ("values",)) if item.op == case)
+    rows = do(item, tmp_path)
+    names = ["logp", "grad_hidden", "grad_weight", *(["grad_bias"] if "bias" in case else [])]
+    assert [(kind, row["case"], row["value"]) for kind, row in rows] == [("values", case, name) for name in names]
+    factor = 50.0 if "0.999" in case else 1.05  # eager, too, is off by its whole value there
+    wrong = lambda *args: gpu_work.reference.linear_logprob(*args) * factor  # noqa: E731
+    monkeypatch.setattr(gpu_work.ck, "linear_logprob", wrong)
+    with pytest.raises(AssertionError, match="relative error"):
+        do(item, tmp_path)
 
 
-def test_values_are_checked_before_anything_is_timed(monkeypatch):
-    with torch.device(DEVICE), ops.forced(DEVICE, "triton"):
-        gpu.check_values(*SMALL)
-        monkeypatch.setattr(gpu.ck, "linear_logprob", lambda *args: gpu.reference.linear_logprob(*args) * 1.05)
-        with pytest.raises(AssertionError, match="logp: relative error"):
-            gpu.check_values(*SMALL)
+def test_limits_have_all_three_products(monkeypatch, triton_on_device, tmp_path):
+    monkeypatch.setattr(gpu_work, "COPIED_BYTES", 1 << 10)
+    (item,) = gpu_plan.plan([TINY], ("limits",))
+    ((kind, row),) = do(item, tmp_path)
+    assert (kind, row.keys(), row["tiny"]["gemm_ms"].keys()) == (
+        "limits", {"tiny"}, {"logits", "grad_hidden", "grad_weight"},
+    )  # fmt: skip
+    if DEVICE == "cpu":
+        assert row["tiny"]["flops_per_s"] == pytest.approx(2 * 40 * 300 * 64 * 1e3)
+        assert row["tiny"]["bytes_per_s"] == pytest.approx(2 * (1 << 10) * 1e3)
 
 
-def test_the_tuner_rejects_a_candidate_with_wrong_results(monkeypatch):
-    monkeypatch.setattr(tune, "milliseconds", lambda step: step() is None or 1.0)
-    with torch.device(DEVICE):
-        arguments = torch.randn(40, 64), torch.randn(300, 64), torch.randint(300, (40,))
-        config = configs.tile_config(arguments[0])
-        _, logp = tune.milliseconds_of(config, arguments, None)
-        tune.milliseconds_of(config, arguments, logp)
-        with pytest.raises(AssertionError):
-            tune.milliseconds_of(config, arguments, logp + 1)
-    assert len(set(tune.candidates(config))) == len(tune.candidates(config))
+def test_the_tuner_times_each_kernel_alone(triton_on_device):
+    rows = []
+    tune_work.do("tune", f'{{"dtype": "float32", "config": {to_json(CONFIG)}}}', TINY, lambda *row: rows.append(row))
+    assert [(kind, row["kernel"]) for kind, row in rows] == [("tuned", name) for name in tune.KERNELS]
+    assert {row["config"] for _, row in rows} == {tune.text(CONFIG)}
+    if DEVICE == "cpu":
+        assert {row["ms"] for _, row in rows} == {1.0}  # each launch covers the whole vocabulary
+
+
+def test_the_tuner_launches_with_the_candidate(triton_on_device):
+    with tune_work.configured("float32", CONFIG):
+        config = configs.tile_config(torch.randn(2, 64))
+    assert {name: getattr(config, name) for name in tune.NAMES} == CONFIG
+
+
+@pytest.mark.parametrize("wrong", [0, 1, 2])
+def test_the_tuner_rejects_a_candidate_with_wrong_results(wrong, monkeypatch, triton_on_device):
+    right = tune_work.expected(TINY, "float32")
+    changed = tuple(x * 1.05 if i == wrong else x for i, x in enumerate(right))
+    monkeypatch.setattr(tune_work, "expected", lambda *args: changed)
+    with pytest.raises(ValueError, match=r"expected the result of the current row, got a relative error of 0\.0"):
+        tune_work.time_candidate(TINY, "float32", CONFIG)
+
+
+def to_json(value):
+    return str(value).replace("'", '"').replace("True", "true")
+
+
+def test_the_tuner_compiles_once_and_times_in_random_order(tmp_path):
+    report, found = gpu_file.Report(tmp_path / "tune.json"), tune.candidates()
+    assert len({tune.text(config) for config in found}) == len(found)
+    first, *timings = tune.items(report, TINY, "bfloat16", found)
+    assert (first.kind, {item.kind for item in timings}) == ("tune compile", {"tune"})
+    names = [item.name for item in timings]
+    in_order = [f"D 64, bfloat16, {tune.text(config)}" for config in found]
+    assert names != in_order
+    assert sorted(names) == sorted(in_order)
+    assert [item.name for item in tune.items(report, TINY, "bfloat16", found)][1:] == names  # the same after --resume
+    for i, config in enumerate(found):
+        problem = "_sweep_kernel: 8 bytes spilled" if i == 3 else ""
+        report.add("candidates", {"dim": 64, "dtype": "bfloat16", "config": tune.text(config), "problem": problem})
+    items = tune.items(report, TINY, "bfloat16", found)
+    assert [item.name for item in items] == names
+    dropped = {item.name for item in items if tune.problem_of(report, item)}
+    assert dropped == {f"D 64, bfloat16, {tune.text(found[3])}"}
+
+
+def test_the_winner_of_each_kernel_and_of_both():
+    times = {"a": (1.0, 9.0), "b": (2.0, 5.0), "c": (7.0, 1.0), "half timed": (0.5,)}
+    rows = [
+        {"chip": "sm_90", "precision": "half", "dtype": "bfloat16", "dim": 64, "config": config, "kernel": k, "ms": ms}
+        for config, both in times.items()
+        for k, ms in zip(tune.KERNELS, both, strict=False)
+    ]
+    lines = tune.winners({"tuned": rows, "environment": {"device": "a GPU"}})
+    assert [re.search(r"([\d.]+) ms .*TileConfig\((\w)", line).groups() for line in lines] == [
+        ("1.000", "a"), ("1.000", "c"), ("7.000", "b"),
+    ]  # fmt: skip
+    assert '("sm_90", "half", 64): TileConfig(b, source="tuned: a GPU, bfloat16, D 64")' in lines[2]
 
 
 def test_cost_of_a_7b_model():
@@ -118,8 +182,9 @@ def test_cost_of_a_7b_model():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_commands_exit_with_an_error(monkeypatch):
+def test_without_a_gpu_the_commands_exit_with_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("signal.signal", lambda *args: None)  # they would replace pytest's
     for module in (gpu, tune):
-        monkeypatch.setattr("sys.argv", ["benchmark", *(["--out", "unused"] if module is gpu else [])])
+        monkeypatch.setattr("sys.argv", ["benchmark", "--out", str(tmp_path)])
         with pytest.raises(SystemExit, match="expected a GPU"):
             module.main()

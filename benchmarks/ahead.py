@@ -1,0 +1,121 @@
+"""Compiles Triton kernels before they run, in parallel: launches are recorded with their specializations, not run.
+
+    with recorded() as launches:
+        step()                        # launches nothing that is not compiled yet; results mean nothing
+    compile_all(launches)             # fills Triton's cache on disk, from which the next launch loads
+
+Recording needs a device, or `without_device(target)`, which takes tensors on the device "meta". Compiling needs none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import json
+import multiprocessing
+import os
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+
+import triton
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+PACKAGE = "cwdpo_kernels"
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A kernel and what Triton specializes it for, as JSON."""
+
+    module: str
+    kernel: str
+    specialization: str
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[list[Launch]]:
+    """Yield a list that receives our launches of kernels that are not compiled yet, each specialization once."""
+    launches: dict[Launch, None] = {}
+    result: list[Launch] = []
+
+    def hook(*, fn, compile: dict, **_) -> bool:
+        if fn.module.split(".")[0] != PACKAGE:
+            return False
+        launch = Launch(fn.module, fn.jit_function.fn.__name__, compile["specialization_data"])
+        if launch not in launches:
+            launches[launch] = None
+            result.append(launch)
+        return True  # skips compilation and launch
+
+    before = knobs.runtime.jit_cache_hook
+    knobs.runtime.jit_cache_hook = hook
+    try:
+        yield result
+    finally:
+        knobs.runtime.jit_cache_hook = before
+
+
+class _NoDevice:
+    """Triton's driver, as far as compilation asks for it."""
+
+    def __init__(self, target: GPUTarget) -> None:
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+@contextlib.contextmanager
+def without_device(target: GPUTarget) -> Iterator[None]:
+    """Kernels are compiled for `target`, which need not be here."""
+    before = driver._active
+    driver.set_active(_NoDevice(target))
+    try:
+        yield
+    finally:
+        driver._active = before
+
+
+def compile_one(launch: Launch) -> dict:
+    """Compile a recorded launch for the target that it was recorded for, and return the resources that it uses."""
+    from benchmarks.compiled import _cuda_resources  # imports all kernels
+
+    target = GPUTarget(**json.loads(launch.specialization)["target"])
+    with without_device(target):
+        kernel = getattr(importlib.import_module(launch.module), launch.kernel).preload(launch.specialization)
+    found = {"shared_bytes": kernel.metadata.shared}
+    return found | (_cuda_resources(kernel) if target.backend == "cuda" else {})
+
+
+def compile_all(launches: list[Launch], workers: int | None = None) -> Iterator[tuple[Launch, dict | str]]:
+    """Compile in parallel over the cores. Yields, as they finish, each launch with its resources or its error."""
+    workers = min(workers or os.cpu_count() or 1, len(launches))
+    if not launches:
+        return
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+        tasks = {pool.submit(compile_one, launch): launch for launch in launches}
+        for task in as_completed(tasks):
+            error = task.exception()
+            text = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield tasks[task], task.result() if error is None else text
+
+
+def summary(launches: list[Launch], workers: int | None = None) -> dict:
+    """Compile, and return the number of kernels, the seconds that it took, and the errors by kernel."""
+    start = time.perf_counter()
+    errors = {launch.kernel: found for launch, found in compile_all(launches, workers) if isinstance(found, str)}
+    return {"kernels": len(launches), "seconds": time.perf_counter() - start, "errors": errors}
+
+
+def target_of_this_device() -> GPUTarget:
+    return triton.runtime.driver.active.get_current_target()

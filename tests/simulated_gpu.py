@@ -1,0 +1,42 @@
+"""Stands in for a GPU in `python -m benchmarks.gpu --simulate tests/simulated_gpu.py`: a CPU, tiny sizes, two peers.
+
+The parent reads the names in capitals. The child calls `install`, so nothing here imports torch before that.
+"""
+
+import os
+import signal
+import time
+from types import SimpleNamespace
+
+from benchmarks.models import Shape
+
+SHAPES = [Shape("tiny", tokens=40, vocab=300, dim=64)]
+PEERS = {"eager, full logits": None, "crashing": None, "absent": "no_such_module"}
+
+
+def install():
+    import torch
+
+    from benchmarks import gpu_measure, gpu_tests, gpu_work, peers
+
+    torch.set_num_threads(1)
+    gpu_work.DEVICE, gpu_work.VALUE_SIZE, gpu_work.COPIED_BYTES = "cpu", (40, 300, 64), 1 << 16
+
+    def measure(steps):
+        results = {}
+        for name, step in steps.items():
+            begin = time.perf_counter()
+            step()
+            ms = (time.perf_counter() - begin) * 1e3
+            results[name] = {"ms": ms, "all_ms": [ms], "host_ms": ms, "extra_gib": 0.0}
+        return results
+
+    def crash(*args):
+        os.kill(os.getpid(), signal.SIGSEGV)
+
+    gpu_measure.measure = measure
+    gpu_tests.do = lambda op, out, descriptor: {op: "simulated"}
+    eager = peers.eager_logp
+    logp = {"eager, full logits": eager, "crashing": crash}
+    peers.implementations = lambda device: {name: SimpleNamespace(logp=function) for name, function in logp.items()}
+    peers.cannot_run = lambda device: {}

@@ -1,0 +1,310 @@
+"""`benchmarks.gpu` with a CPU in place of the GPU: cut at any moment it keeps its rows, and crashes do not stop it."""
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import ClassVar
+
+import pytest
+
+from benchmarks import gpu, gpu_child, gpu_file, gpu_plan, gpu_report, gpu_run, models, peers
+
+ROOT = Path(__file__).parents[1]
+SIMULATION = ROOT / "tests" / "simulated_gpu.py"
+TINY = models.Shape("tiny", tokens=40, vocab=300, dim=64)
+
+
+@contextlib.contextmanager
+def running(out, *options):
+    """A simulated run. Whatever happens, neither it nor its children outlive the block."""
+    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--simulate", str(SIMULATION), *options]
+    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def processes_of(out):
+    """The processes whose command line names the folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(out).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def rows(out):
+    data = json.loads((out / "gpu.json").read_text())
+    measured = {(row["shape"], row["op"]): row["ms"] for row in data["measurements"]}
+    checked = {(row["case"], row["value"]): row["error"] for row in data["values"]}
+    return data, measured | checked
+
+
+def kill_and_resume(out, kills, seed, *options):
+    """Kill a run `kills` times, each time after a random number of lines, then let it finish. Returns its data."""
+    choice = random.Random(seed)
+    before = {}
+    for _ in range(kills):
+        with running(out, "--resume", *options) as process:
+            printed = []
+            for line in process.stdout:
+                printed.append(line)
+                if choice.random() < 0.15:
+                    break
+            time.sleep(choice.random() * 0.02)
+            os.kill(process.pid, signal.SIGKILL)
+            rest = process.stdout.read().splitlines()
+        data, now = rows(out)
+        written = [line for line in [*printed, *rest] if line.rstrip().endswith(("GiB",)) or ", eager " in line]
+        assert len(now) >= len(before) + len(written)  # a line is printed after its row has been saved
+        assert {name: now[name] for name in before} == before
+        before = now
+        end = time.monotonic() + 20
+        while processes_of(out) and time.monotonic() < end:
+            time.sleep(0.05)
+        assert not processes_of(out), "a child outlived the run"
+    with running(out, "--resume", *options) as process:
+        assert process.wait(120) == 0
+    data, now = rows(out)
+    assert {name: now[name] for name in before} == before
+    return data
+
+
+PARTS = ("--parts", "values", "ours", "limits", "logits", "other")
+
+
+def check_finished(data, parts):
+    items = gpu_plan.plan([TINY], parts, {"eager, full logits": None, "crashing": None, "absent": "no_such_module"})
+    assert sorted(data["done"]) == sorted(item.name for item in items)
+    timed = {item.op for item in items if item.timed}
+    assert timed <= {row["op"] for row in data["measurements"]}
+    assert all(row["of_limit"] > 0 for row in data["measurements"] if "limits" in parts)
+    assert len({(row["shape"], row["op"]) for row in data["measurements"]}) == len(data["measurements"])
+
+
+def test_killed_at_random_moments_it_keeps_every_row_and_goes_on(tmp_path):
+    data = kill_and_resume(tmp_path, 3, 5, *PARTS)
+    check_finished(data, PARTS[1:])
+    assert data["failed"] == {}
+    assert data["environment"]["simulated"] is True
+    assert data["environment"]["device"] == "simulated by simulated_gpu.py, no GPU"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", [0, 1])
+def test_killed_at_ten_random_moments(tmp_path, seed):
+    data = kill_and_resume(tmp_path, 10, seed)
+    check_finished(data, gpu_plan.PARTS)
+    assert data["tests"] == {"compile": "simulated", "run": "simulated", "sanitizer": "simulated"}
+
+
+def test_a_run_finishes_although_a_peer_crashes_its_process(tmp_path):
+    with running(tmp_path, "--parts", "peers", "--commit", "abc") as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    data, measured = rows(tmp_path)
+    check_finished(data, ("peers",))
+    assert {op for _, op in measured} == {"eager, full logits, frozen", "eager, full logits, trainable"}
+    assert data["failed"]["tiny, crashing, frozen"] == "the process ended with SIGSEGV"
+    assert data["failed"]["tiny, absent, trainable"] == "not installed"
+    assert data["environment"]["commit"] == "abc"
+
+
+def test_a_simulated_file_is_not_reported(tmp_path):
+    environment = {"device": "simulated", "simulated": True, "commit": "", "versions": {}}
+    (tmp_path / "gpu_x.json").write_text(json.dumps({"environment": environment}))
+    with pytest.raises(ValueError, match=r"gpu_x\.json: expected results of a GPU, got a simulation"):
+        gpu_report.sections(tmp_path)
+
+
+def test_a_run_that_was_cut_is_reported(tmp_path):
+    found = json.loads((gpu_report.results.FOLDER / "gpu_h100.json").read_text())
+    whole = gpu_report.of_device(found)
+    del found["limits"]["SmolVLM-256M"]
+    found["measurements"] = [x for x in found["measurements"] if x["shape"] == "SmolVLM-256M" and x["op"] == "frozen"]
+    found["failed"] = {"tests": "left out: the time budget is spent"}
+    (text,) = (text for text in gpu_report.of_device(found) if text.startswith("**SmolVLM"))
+    assert "1.32 ms, 0.27 GiB" in text
+    assert "matrix products" not in text
+    assert "Other ops" not in text
+    assert gpu_report.of_device(found)[-1] == "Did not run: tests (`left out: the time budget is spent`)."
+    assert any("matrix products alone" in text for text in whole)
+
+
+class FakeChild:
+    """Answers requests at once: `answers` maps an item to its messages, or to the exception that ends it."""
+
+    answers: ClassVar[dict] = {}
+    starts: ClassVar[list] = []
+    environment: ClassVar[dict] = {
+        "device": "d", "torch": "2", "triton": "3", "python": "3", "commit": "c", "versions": {},
+    }  # fmt: skip
+
+    def __init__(self, arguments, log, path=None):
+        self.starts.append((arguments[1], path))
+        self.name = None
+
+    def send(self, request):
+        self.name = request["name"]
+
+    def receive(self, seconds):
+        if self.name is None:
+            if isinstance(error := self.answers.get("start"), Exception):
+                raise error
+            yield {"environment": self.environment, "cannot_run": {}}
+        answer = self.answers.get(self.name, [{"done": self.name}])
+        if isinstance(answer, Exception):
+            raise answer
+        yield from answer
+
+    def close(self):
+        pass
+
+
+@pytest.fixture
+def fake(monkeypatch, tmp_path):
+    """A function that runs items against answers and returns the data and the processes that were started."""
+    monkeypatch.setattr(gpu_run, "Child", FakeChild)
+
+    def run(items, answers, seconds=60.0, resume=False, **environment):
+        monkeypatch.setattr(FakeChild, "answers", answers)
+        monkeypatch.setattr(FakeChild, "starts", [])
+        monkeypatch.setattr(FakeChild, "environment", FakeChild.environment | environment)
+        report = gpu_file.open_report(tmp_path / "gpu.json", resume)
+        work = gpu_run.Run(report, seconds, None, [], tmp_path / "peers", gpu_plan.LIMITS)
+        for item in items:
+            work.do(item)
+        saved = json.loads((tmp_path / "gpu.json").read_text())
+        assert saved == json.loads(json.dumps(report.data))
+        return saved, [name for name, _ in FakeChild.starts]
+
+    return run
+
+
+def test_a_failing_item_is_a_row_and_a_new_process_goes_on_after_a_crash(fake):
+    items = gpu_plan.plan([TINY], ("ours",))
+    names = [item.name for item in items]
+    data, starts = fake(items, {
+        names[0]: [{"failed": names[0], "reason": "RuntimeError: no", "fatal": False}],
+        names[1]: gpu_child.Ended("the process ended with SIGSEGV"), names[2]: gpu_child.TooLong(),
+        names[3]: [{"failed": names[3], "reason": "an illegal memory access", "fatal": True}],
+    })  # fmt: skip
+    assert list(data["failed"].values()) == [
+        "RuntimeError: no", "the process ended with SIGSEGV", "took longer than its limit, 120 s",
+        "an illegal memory access",
+    ]  # fmt: skip
+    assert data["done"] == names
+    assert starts == ["ours"] * 4
+
+
+def test_a_peer_that_keeps_crashing_is_given_up(fake):
+    items = gpu_plan.plan([TINY, models.Shape("other", 8, 9, 8)], ("peers",), {"a peer": None})
+    data, starts = fake(items, {item.name: gpu_child.Ended("crash") for item in items})
+    assert list(data["failed"].values()) == ["crash", "crash", "given up: crash", "given up: crash"]
+    assert starts == ["a peer"] * 2
+
+
+def test_a_process_that_does_not_start_is_not_tried_again(fake):
+    items = gpu_plan.plan([TINY], ("peers",), {"a peer": None})
+    data, starts = fake(items, {"start": gpu_child.Ended("the process ended with status 1")})
+    assert set(data["failed"].values()) == {"its process did not start: the process ended with status 1"}
+    assert len(starts) == 1
+
+
+def test_ours_is_not_timed_if_its_values_are_wrong(fake):
+    items = gpu_plan.plan([TINY], ("values", "ours", "limits", "logits"))
+    wrong = "values, bfloat16"
+    data, _ = fake(items, {wrong: [{"failed": wrong, "reason": "AssertionError: logp", "fatal": False}]})
+    skipped = {name for name, reason in data["failed"].items() if reason.startswith("not timed: values, bfloat16: Ass")}
+    assert skipped == {item.name for item in items if item.timed}
+    assert "tiny, limits" not in data["failed"]
+
+
+def test_nothing_new_starts_after_the_budget_and_resume_goes_on(fake):
+    items = gpu_plan.plan([TINY], ("ours",))
+    data, starts = fake(items, {}, seconds=1.0)
+    assert starts == []
+    assert set(data["failed"].values()) == {"left out: the time budget is spent"}
+    data, starts = fake(items, {}, resume=True)
+    assert data["failed"] == {}
+    assert data["done"] == [item.name for item in items]
+    _, starts = fake(items, {}, resume=True)
+    assert starts == []
+
+
+def test_an_item_that_the_budget_cuts_is_left_out(fake, monkeypatch):
+    items = gpu_plan.plan([TINY], ("ours",))[:1]
+    monkeypatch.setattr(gpu_run, "LEAST_SECONDS", -10)
+    data, _ = fake(items, {items[0].name: gpu_child.TooLong()}, seconds=0.0)
+    assert data["failed"] == {items[0].name: "left out: the time budget ended meanwhile"}
+    assert data["done"] == []
+
+
+def test_resume_refuses_the_results_of_another_machine(fake):
+    items = gpu_plan.plan([TINY], ("ours",))
+    fake(items[:1], {})
+    with pytest.raises(SystemExit, match="expected device to have value 'd', got 'another'"):
+        fake(items, {}, resume=True, device="another")
+
+
+def test_without_resume_an_earlier_file_is_kept(fake, tmp_path):
+    items = gpu_plan.plan([TINY], ("ours",))
+    fake(items[:1], {})
+    fake(items[1:], {})
+    assert json.loads((tmp_path / "gpu-1.json").read_text())["done"] == [items[0].name]
+
+
+def test_rows_get_their_share_of_a_limit_that_is_measured_later(tmp_path):
+    report = gpu_file.Report(tmp_path / "gpu.json")
+    report.add("measurements", {"shape": "tiny", "op": "x", "ms": 2.0, "extra_gib": 0.0, "flops": 1e6, "bytes": 1.0})
+    report.add("limits", {"tiny": {"flops_per_s": 1e9, "bytes_per_s": 1e9}})
+    assert report.data["measurements"][0]["of_limit"] == pytest.approx(0.5)
+
+
+def test_a_test_that_fails_is_named_and_the_others_are_counted(tmp_path):
+    report = gpu_file.Report(tmp_path / "gpu.json")
+    for outcome in ("passed", "passed", "skipped"):
+        report.add("test", {"test": "t", "outcome": outcome})
+    report.add("test", {"test": "a", "outcome": "failed", "reason": "E"})
+    assert report.data["tests"] == {"passed": 2, "skipped": 1, "failed": {"a": "E"}}
+    report.forget_tests()
+    assert report.data["tests"] == {}
+
+
+def test_a_broken_wheel_is_a_row(tmp_path):
+    wheels, out = tmp_path / "wheels", tmp_path / "out"
+    wheels.mkdir()
+    (wheels / "broken-1.0-py3-none-any.whl").write_bytes(b"not a zip file")
+    report = gpu_file.open_report(out / "gpu.json", False)
+    run = gpu_run.Run(report, 60.0, None, [], out / "peers", gpu_plan.LIMITS)
+    gpu.install(run, wheels)
+    (reason,) = report.data["failed"].values()
+    assert reason.startswith("ERROR: Wheel 'broken' located at")
+
+
+def test_modules_are_found_in_the_folder_of_the_wheels(tmp_path):
+    (tmp_path / "some_peer").mkdir()
+    (tmp_path / "some_peer" / "__init__.py").touch()
+    assert not gpu.is_missing("some_peer", tmp_path)
+    assert gpu.is_missing("some_peer", tmp_path / "other")
+    assert not gpu.is_missing(None, tmp_path)
+
+
+def test_the_plan_has_the_peers_of_peers_py():
+    assert gpu_plan.PEERS.keys() == peers._peers("cuda").keys()
+    assert len({item.name for item in gpu_plan.plan(models.SHAPES)}) == len(gpu_plan.plan(models.SHAPES))
+
+
+def test_the_parent_does_not_import_torch():
+    """It starts at once, and holds no context of the device."""
+    code = "import sys, benchmarks.gpu; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=False).returncode == 0
