@@ -1,8 +1,9 @@
 """Values, benchmarks and tests on a GPU from the source tree: `python -m benchmarks.gpu --out DIR [--budget-s N]`.
 
 In this order: errors against float64 (`values`), our steps on hidden states (`ours`), the bare GEMMs of each shape and
-copy bandwidth (`limits`), our ops on logits (`logits`), statistics, divergences and sparse gradients (`other`), `peers`
-and `tests`. Times are medians, measured with CUDA events behind a busy GPU, so that launches do not count.
+copy bandwidth (`limits`), our ops on logits (`logits`), statistics, divergences and sparse gradients (`other`), steps
+with shared prompts (`sharing`), `peers` and `tests`. Times are medians, measured with CUDA events behind a busy GPU, so
+that launches do not count.
 
 DIR/gpu.json is replaced after every row, so a cut at any moment leaves everything that was measured; `--resume` goes on
 from there. Without it, an earlier file is renamed to gpu-1.json and so on. This process never touches the GPU. A child
@@ -24,7 +25,7 @@ from pathlib import Path
 
 from benchmarks import gpu_run
 from benchmarks.gpu_file import LEFT_OUT
-from benchmarks.gpu_plan import PARTS, PEERS, plan
+from benchmarks.gpu_plan import PARTS, PEERS, PROMPTS, plan
 from benchmarks.models import SHAPES
 
 
@@ -71,7 +72,7 @@ def main() -> None:
             install(run, options.wheels)
         missing = [peer for peer, module in peers.items() if is_missing(module, run.packages)]
         run.unusable |= dict.fromkeys(missing, "not installed")
-        for item in plan(shapes, options.parts, peers):
+        for item in plan(shapes, options.parts, peers, simulated.get("PROMPTS", PROMPTS)):
             run.do(item)
     gpu_run.say_the_end(run.report)
 

@@ -11,12 +11,14 @@ from benchmarks.cost import Cost
 
 # The lists of rows, and what identifies a row.
 KEYS = {
-    "values": ("case", "value"), "measurements": ("shape", "op"), "candidates": ("dim", "dtype", "config"),
+    "values": ("case", "value"), "measurements": ("shape", "op"), "shared": ("lengths", "way"),
+    "candidates": ("dim", "dtype", "config"),
     "tuned": ("dim", "dtype", "config", "kernel"),
 }  # fmt: skip
 TEXTS: dict[str, Callable[[dict], str]] = {
     "values": lambda row: f"{row['case']:32}{row['value']:16}{row['error']:.2e}, eager {row['eager_error']:.2e}",
     "measurements": lambda row: f"{row['shape']:16}{row['op']:48}{row['ms']:9.2f} ms{row['extra_gib']:8.2f} GiB",
+    "shared": lambda row: f"prompt {row['lengths']:16}{row['way']:48}{row['ms']:9.2f} ms{row['extra_gib']:8.2f} GiB",
     "candidates": lambda row: f"D {row['dim']:<6}{row['problem'] or 'compiled':40}{row['config']}",
     "tuned": lambda row: f"D {row['dim']:<6}{row['kernel']:20}{row['ms']:9.3f} ms  {row['config']}",
 }

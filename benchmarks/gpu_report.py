@@ -46,7 +46,23 @@ def of_device(found: dict) -> list[str]:
     texts = [f"### {machine['device']}", f"Measured at commit {machine['commit'][:12]} with {versions}.", values(found)]
     measured = {*found["limits"], *(row["shape"] for row in found["measurements"])}
     texts += [of_shape(found, shape.name) for shape in SHAPES if shape.name in measured]
-    return [*texts, *not_run(found)]
+    return [*texts, *shared(found), *not_run(found)]
+
+
+def shared(found: dict) -> list[str]:
+    """Steps with shared prompts, beside those with a prompt before each answer."""
+    cells = {(row["lengths"], row["way"]): row for row in found.get("shared", ())}
+    lines = []
+    for lengths in dict.fromkeys(lengths for lengths, _ in cells):
+        both = [cells[lengths, way] for way in ("separate", "shared") if (lengths, way) in cells]
+        if len(both) == 2:  # a run that was cut may have one
+            separate, once = both
+            times = [f"{row['ms']:.0f} ms, {row['extra_gib']:.1f} GiB" for row in both]
+            ratios = [f"{once[key] / separate[key]:.2f}" for key in ("ms", "extra_gib")]
+            lines.append([lengths, *times, *ratios])
+    head = ["prompt : answer tokens", "separate", "shared", "time, shared : separate", "memory, shared : separate"]
+    text = "Shared prompts: a step of one pair on a Llama of 4 layers (D 2048, V 151936, bfloat16) that trains q and v."
+    return [f"{text}\n\n{report.table(head, lines)}"] if lines else []
 
 
 def values(found: dict) -> str:

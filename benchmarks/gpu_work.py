@@ -55,6 +55,10 @@ def do(request: dict, out: Path, descriptor: int, emit: Emit) -> None:
         emit("limits", {shapes[0].name: limits(shapes[0])})
     elif kind == "tests":
         emit("tests", gpu_tests.do(op, out, descriptor))
+    elif kind == "sharing":
+        from benchmarks import gpu_sharing  # needs transformers
+
+        gpu_sharing.do(op, emit=functools.partial(emit, "shared"))
     elif kind in ("tune", "tune compile"):
         from benchmarks import tune_work  # needs Triton
 

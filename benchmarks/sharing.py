@@ -26,7 +26,6 @@ from benchmarks import memory, timing
 from cwdpo_kernels.integrations.hugging_face import attach_head
 from cwdpo_kernels.integrations.shared_images import ImageFeatures
 from cwdpo_kernels.integrations.shared_prefix import enable_trees, token_tree, tree_batch
-from cwdpo_trainer.data.collator import with_answers
 
 IMAGE = 5  # id of the image placeholder
 COOLING = ck.Cooling(logp_floor=-11.0)
@@ -48,6 +47,7 @@ class Shape:
     layers: int = 8
     heads: int = 9
     groups: int = 3
+    dtype: str = "float32"
 
 
 RATIOS = {"1:4": (32, 128), "1:1": (64, 64), "4:1": (256, 64), "8:1": (512, 64), "16:1": (1024, 64)}
@@ -101,7 +101,7 @@ class Setup:
     def __init__(self, shape: Shape) -> None:
         torch.manual_seed(0)
         self.shape = shape
-        self.model = build_model(shape)
+        self.model = build_model(shape).to(getattr(torch, shape.dtype))
         attach_head(self.model)
         enable_trees(self.model)
         self.features = ImageFeatures(self.model)
@@ -133,11 +133,13 @@ class Setup:
     def separate_logp(self) -> list[ck.SequenceLogprob]:
         """The log-probs of k chosen and k rejected answers, a row each."""
         count = len(self.rejected)
-        prompts = {key: value.repeat(count, *(1,) * (value.dim() - 1)) for key, value in self.prompts.items()}
-        batch = with_answers(prompts, [self.chosen] * count, self.rejected, pad_id=0)
-        logp = self.model(
-            **batch.inputs, head_op=lambda hidden, head: ck.linear_sequence_logprob(hidden, head, batch.labels)
-        )
+        answers = torch.tensor([self.chosen] * count + self.rejected)
+        rows = {key: value.repeat(2 * count, *(1,) * (value.dim() - 1)) for key, value in self.prompts.items()}
+        unlabeled = torch.full_like(rows["input_ids"], ck.IGNORE_INDEX)
+        labels = ck.shift_labels(torch.cat([unlabeled, answers], 1))
+        rows["input_ids"] = torch.cat([rows["input_ids"], answers], 1)
+        rows["attention_mask"] = torch.ones_like(rows["input_ids"])
+        logp = self.model(**rows, head_op=lambda hidden, head: ck.linear_sequence_logprob(hidden, head, labels))
         return [ck.SequenceLogprob(*(part[rows] for part in logp)) for rows in (slice(count), slice(count, None))]
 
     def shared_logp(self) -> list[ck.SequenceLogprob]:
@@ -155,23 +157,27 @@ class Setup:
         return [chosen, ck.SequenceLogprob(*(part[1:] for part in logp))]
 
 
-def check_equal(setup: Setup) -> None:
-    """Raise SystemExit if the two ways give different gradients. Their first two steps also warm up."""
+def check_equal(setup: Setup, tolerance: float = TOLERANCE) -> float:
+    """The largest difference between the gradients of the two ways, relative to the largest entry.
+
+    Raises SystemExit if it is above `tolerance`. The first two steps of each way also warm up.
+    """
     found = {}
     for way in (*WAYS, *WAYS):
         setup.step(way)
         found[way] = [grad.clone() for grad in setup.gradients()]
     largest = max(grad.abs().max().item() for grad in found["separate"])
     worst = max((a - b).abs().max().item() for a, b in zip(*found.values(), strict=True))
-    if not worst <= TOLERANCE * largest:
+    if not worst <= tolerance * largest:
         raise SystemExit(f"sharing: gradients differ by {worst:.2g} (largest {largest:.2g}), nothing is reported")
+    return worst / largest
 
 
 def build_model(shape: Shape) -> nn.Module:
     text = hf.LlamaConfig(
         vocab_size=shape.vocab, hidden_size=shape.dim, intermediate_size=8 * shape.dim // 3,
         num_hidden_layers=shape.layers, num_attention_heads=shape.heads, num_key_value_heads=shape.groups,
-        max_position_embeddings=4096, tie_word_embeddings=True,
+        max_position_embeddings=max(4096, shape.prompt + shape.answer), tie_word_embeddings=True,
     )  # fmt: skip
     if not shape.patches:
         return hf.LlamaForCausalLM(text)

@@ -11,16 +11,18 @@ from types import SimpleNamespace
 from benchmarks.models import Shape
 
 SHAPES = [Shape("tiny", tokens=40, vocab=300, dim=64)]
+PROMPTS = ["24 : 8"]
 PEERS = {"eager, full logits": None, "crashing": None, "absent": "no_such_module"}
 
 
 def install():
     import torch
 
-    from benchmarks import gpu_measure, gpu_tests, gpu_work, peers
+    from benchmarks import gpu_measure, gpu_sharing, gpu_tests, gpu_work, peers, sharing
 
     torch.set_num_threads(1)
     gpu_work.DEVICE, gpu_work.VALUE_SIZE, gpu_work.COPIED_BYTES = "cpu", (40, 300, 64), 1 << 16
+    gpu_sharing.MODEL = sharing.Shape(0, vocab=300, dim=32, layers=1, heads=4, groups=2)
 
     def measure(steps):
         results = {}

@@ -9,7 +9,21 @@ import torch
 from cwdpo_kernels import ops
 
 pytest.importorskip("triton")
-from benchmarks import cost, gpu, gpu_file, gpu_measure, gpu_peers, gpu_plan, gpu_work, models, tune, tune_work
+from benchmarks import (
+    cost,
+    gpu,
+    gpu_file,
+    gpu_measure,
+    gpu_peers,
+    gpu_plan,
+    gpu_report,
+    gpu_sharing,
+    gpu_work,
+    models,
+    sharing,
+    tune,
+    tune_work,
+)
 from cwdpo_kernels.triton import configs
 
 TINY = models.Shape("tiny", tokens=40, vocab=300, dim=64)
@@ -32,7 +46,7 @@ def triton_on_device(monkeypatch):
 
 def run_once(step):
     step()
-    return {"ms": 1.0, "extra_gib": 0.0}
+    return {"ms": 1.0, "extra_gib": 1.0}
 
 
 def do(item, tmp_path):
@@ -49,6 +63,23 @@ def test_every_timing_runs_and_has_a_cost(part, triton_on_device, tmp_path):
         assert (kind, row["shape"], row["op"], row["ms"]) == ("measurements", "tiny", item.op, 1.0)
         assert row["flops"] > 0
         assert row["bytes"] > 0
+
+
+def test_shared_prompts_are_a_row_for_each_way(monkeypatch, triton_on_device, tmp_path):
+    small = sharing.Shape(0, vocab=300, dim=64, layers=1, heads=4, groups=2, dtype=gpu_sharing.MODEL.dtype)
+    monkeypatch.setattr(gpu_sharing, "MODEL", small)
+    item = gpu_plan.plan([], ("sharing",), prompts=["24 : 8"])[0]
+    found = do(item, tmp_path)
+    assert [(kind, row["lengths"], row["way"]) for kind, row in found] == [
+        ("shared", "24 : 8", "separate"), ("shared", "24 : 8", "shared")
+    ]  # fmt: skip
+    assert 0 < found[0][1]["difference"] < gpu_sharing.TOLERANCE
+    table = gpu_report.shared({"shared": [row for _, row in found]})[0]
+    assert "| 24 : 8 | 1 ms, 1.0 GiB | 1 ms, 1.0 GiB | 1.00 | 1.00 |" in table
+    assert gpu_report.shared({"shared": [found[0][1]]}) == []
+    monkeypatch.setattr(gpu_sharing, "TOLERANCE", 0.0)
+    with pytest.raises(SystemExit, match="gradients differ"):
+        do(item, tmp_path)
 
 
 def test_every_step_of_ours_is_in_the_plan():

@@ -79,11 +79,12 @@ def kill_and_resume(out, kills, seed, *options):
     return data
 
 
-PARTS = ("--parts", "values", "ours", "limits", "logits", "other")
+PARTS = ("--parts", "values", "ours", "limits", "logits", "other", "sharing")
 
 
 def check_finished(data, parts):
-    items = gpu_plan.plan([TINY], parts, {"eager, full logits": None, "crashing": None, "absent": "no_such_module"})
+    peers = {"eager, full logits": None, "crashing": None, "absent": "no_such_module"}
+    items = gpu_plan.plan([TINY], parts, peers, ["24 : 8"])
     assert sorted(data["done"]) == sorted(item.name for item in items)
     timed = {item.op for item in items if item.timed}
     assert timed <= {row["op"] for row in data["measurements"]}
