@@ -45,7 +45,7 @@ def test_modules_inside_a_frozen_one_get_no_adapter(task, capsys, lora, left_out
     assert names
     assert not any("vision_tower" in name for name in names)
     assert not any("vision_tower" in name and "lora" in name for name, _ in frozen.named_parameters())
-    assert f"lora: {left_out} modules inside of vision_tower: no adapter (model.freeze)\n" in capsys.readouterr().out
+    assert f"lora: {left_out} modules inside vision_tower: no adapter (model.freeze)\n" in capsys.readouterr().out
     free = load(task, [], **lora)  # the adapters of the other modules are the same ones
     assert names == [name for name in trained(free) if "vision_tower" not in name]
 
@@ -61,7 +61,7 @@ def test_a_module_saved_in_full_is_frozen_too(task, capsys):
     names = trained(load(task, ["vision_tower"], target_modules=BOTH, modules_to_save=["pre_layrnorm"]))
     assert names
     assert not any("vision_tower" in name for name in names)
-    assert "1 module inside of vision_tower: not trained in full" in capsys.readouterr().out
+    assert "1 module inside vision_tower: not trained in full" in capsys.readouterr().out
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def adapter(task, tmp_path):
 def test_a_loaded_adapter_is_frozen_inside_of_it(task, adapter, capsys, as_model):
     how = {"path": adapter} if as_model else {"adapter": str(adapter)}
     policy = load(task, ["vision_tower"], **how)
-    assert "lora: 4 modules inside of vision_tower: adapter kept as it is" in capsys.readouterr().out
+    assert "lora: 4 modules inside vision_tower: adapter kept as it is" in capsys.readouterr().out
     expected = [name for name in trained(load(task, [], adapter)) if "vision_tower" not in name]
     assert trained(policy) == expected
     freeze_reference(policy)

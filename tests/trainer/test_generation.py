@@ -59,7 +59,7 @@ def test_samples_are_those_of_generate(name, capsys):
     said = capsys.readouterr().out
     if name == "paligemma":  # prompts attend in both directions
         saved = 0
-        assert re.fullmatch(r"sampling: .*PaliGemmaForC.* gives log-probs 0\.0001\d nats off otherwise\n", said)
+        assert re.fullmatch(r"sampling: .*PaliGemmaForC.*'s log-probs would be off by 0\.0001\d nats\n", said)
     assert (all_tokens - tokens, said == "") == (saved, name != "paligemma")
 
 
@@ -80,14 +80,16 @@ def test_a_model_that_cannot_go_on_is_named(monkeypatch, capsys):
     plain = generation._encoded_once
 
     def wrong(model, inputs, *rest):
-        return {**plain(model, inputs, *rest), "attention_mask": torch.zeros_like(inputs["attention_mask"])}
+        made = plain(model, inputs, *rest)
+        return {**made, "input_ids": torch.ones_like(made["input_ids"])}
 
     def failing(*_):
         raise TypeError("no such cache")
 
-    for broken, reason in ((failing, "LlamaForCausalLM fails: TypeError: no such cache"), (wrong, "LlamaForCausalLM ")):
+    fails = "LlamaForCausalLM fails with a prompt encoded once: TypeError: no such cache"
+    for broken, reason in ((failing, fails), (wrong, "LlamaForCausalLM's log-probs would be off by ")):
         generation._can_share.clear()
         monkeypatch.setattr(generation, "_encoded_once", broken)
         for _ in range(2):
             assert torch.equal(sample(model, inputs, True)[0], expected)
-        assert capsys.readouterr().out.count(f"sampling: prompts are encoded once per sample: {reason}") == 1
+        assert capsys.readouterr().out.count(f"sampling: prompts are not shared: {reason}") == 1

@@ -158,8 +158,8 @@ def test_a_model_that_fits(case, capsys):
     out = capsys.readouterr().out
     assert "  vision tower (model.vision_tower): " in out
     assert "  memory of a step of stage sft: " in out
-    assert "for the 4 longest pairs, prompts repeated (88 tokens); largest in " in out
-    assert "KiB with each prompt once (" in out
+    assert "for the 4 longest pairs, a prompt for each answer (88 tokens); peak in " in out
+    assert "KiB with shared prompts (" in out
     assert "  disk: " in out
     assert out.endswith("\n0 errors, 0 warnings\n")
 
@@ -169,12 +169,12 @@ def test_what_helps_if_memory_is_short(case, capsys, monkeypatch):
     assert main(["check", str(case.save()), "--no-model"]) == 0
     out = capsys.readouterr().out
     assert "warning memory: a step of stage " in out
-    assert "beside the process's 512.0 MiB, and there are 512.0 MiB" in out
-    (advice,) = (line for line in out.splitlines() if "what helps most first" in line)
+    assert "and the process 512.0 MiB, but only 512.0 MiB are available" in out
+    (advice,) = (line for line in out.splitlines() if "try these, best first" in line)
     batch = "per_device_train_batch_size: 1 with gradient_accumulation_steps: 4"
     for change in ("activation_checkpointing: true", batch, "model.dtype: bfloat16", "all of these"):
         assert change in advice
-    changes = advice.partition("after it: ")[2].split("; ")
+    changes = advice.partition("after each: ")[2].split("; ")
     sizes = [float(change.rpartition("(")[2].partition(" KiB)")[0]) for change in changes]
     assert sizes[:-1] == sorted(sizes[:-1])
     assert sizes[-1] <= sizes[0]
@@ -226,6 +226,6 @@ def test_a_model_that_cannot_be_simulated_is_no_error(case, capsys, monkeypatch)
     monkeypatch.setattr(Simulation, "step", fail)
     assert main(["check", str(case.save()), "--no-model"]) == 0
     expected = (
-        "memory of a step: not predicted, as the model does not run without weights: RuntimeError: data-dependent"
+        "memory of a step: not predicted, because the model does not run without weights: RuntimeError: data-dependent"
     )
     assert expected in capsys.readouterr().out

@@ -121,7 +121,7 @@ def choose(setting, model, collator, rows, **options):
 
 def test_auto_leaves_short_prompts_alone(model, collator, rows):
     choice = choose("auto", model, collator, rows)
-    assert str(choice) == "prefix sharing off: prompts of 5 tokens, where it pays from 64 on"
+    assert str(choice) == "prefix sharing off: prompts of 5 tokens; sharing pays from 64 on"
 
 
 def test_auto_shares_long_prompts(model, collator, rows, monkeypatch):
@@ -141,16 +141,16 @@ def test_wrong_log_probs_turn_it_off(model, collator, rows, monkeypatch):
         for name, weight in model.named_parameters():
             if "q_proj" in name or "k_proj" in name:
                 weight.mul_(20)
-    with pytest.raises(InputError, match=r"LlavaForConditionalGeneration gives log-probs \S+ nats off"):
+    with pytest.raises(InputError, match=r"LlavaForConditionalGeneration's log-probs are off by \S+ nats"):
         choose("on", model, collator, rows)
 
 
 def test_on_is_refused_where_it_cannot_work(model, collator, rows):
     model.config.get_text_config().attention_dropout = 0.1
     assert not choose("auto", model, collator, rows).is_shared
-    with pytest.raises(InputError, match=r"auto or off, as LlavaForConditionalGeneration has a dropout of 0\.1"):
+    with pytest.raises(InputError, match=r"auto or off, because LlavaForConditionalGeneration has a dropout of 0\.1"):
         choose("on", model, collator, rows)
-    with pytest.raises(InputError, match="auto or off, as torch_compile is on"):
+    with pytest.raises(InputError, match="auto or off, because torch_compile is on"):
         choose("on", model, collator, rows, is_compiled=True)
 
 
@@ -189,5 +189,5 @@ def test_a_model_that_fails_on_trees_trains_without(model, collator, rows, monke
     monkeypatch.setattr(shared_prefix, "_positions", fail)
     choice = choose("auto", model, collator, rows)
     assert str(choice) == (
-        "prefix sharing off: LlavaForConditionalGeneration fails on them: RuntimeError: shape mismatch"
+        "prefix sharing off: LlavaForConditionalGeneration fails on token trees: RuntimeError: shape mismatch"
     )

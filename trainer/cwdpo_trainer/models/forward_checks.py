@@ -1,14 +1,14 @@
-"""What is checked of a model's forward on the first rows: that it predicts each token of an answer from earlier ones
-only (if not, it learns to copy), and whether it can encode each prompt once for all its answers.
+"""Checks a model's forward on the first rows: that it predicts each token of an answer from earlier tokens only (a
+model that sees later ones would learn to copy), and whether it can encode each prompt once for all its answers.
 
-`model.prefix_sharing` is the setting:
+The setting `model.prefix_sharing` has three values:
 
-    off    every answer has its prompt in front of it
-    on     prompts are shared; an error if the model cannot
-    auto   prompts are shared if that is worth it and exact, as far as the first rows tell
+    off    each answer has its own copy of the prompt
+    on     answers share their prompt; an error if the model cannot do that
+    auto   answers share their prompt if that is exact on the first rows, and their prompts are long enough
 
-Sharing is exact if the log-probs of the first rows equal those of separate sequences within rounding: 1e-4 nats, or
-4 eps max |log-prob| in the dtype of the hidden states, whichever is larger.
+Sharing counts as exact if log-probs equal those of separate sequences within rounding: 1e-4 nats, or 4 eps
+max |log-prob| in the dtype of the hidden states, whichever is larger.
 """
 
 from __future__ import annotations
@@ -32,9 +32,9 @@ from cwdpo_trainer.data.collator import PairCollator, to_device
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError, describe
 
-LOOKED_AT = 4  # rows
-COMPARED = 2  # of them
-SHORTEST_PROMPT = 64  # tokens, on average: `auto` does not share shorter ones (see docs/notes.md)
+LOOKED_AT = 4  # rows whose prompt lengths are averaged
+COMPARED = 2  # of these rows: log-probs are compared on them
+SHORTEST_PROMPT = 64  # tokens: `auto` shares from this average length on (see docs/notes.md)
 
 
 class Choice(NamedTuple):
@@ -51,11 +51,16 @@ def choose_sharing(
     setting: str, models: Sequence[nn.Module], forward: nn.Module, collator: PairCollator, rows: Sequence[Row],
     device: torch.device, is_compiled: bool = False,
 ) -> Choice:  # fmt: skip
-    """Choose by `setting` on the first of `rows`. If prompts are shared, all `models` are ready for it.
+    """Decide whether prompts are shared, by `setting` and the first of `rows`. If so, enable token trees in `models`.
 
-    The `models` have the same architecture. `forward` is one of them, maybe wrapped, on `device` and in evaluation
-    mode. All processes get the choice of the first one. Raises `InputError` if the setting is `on` and the models
-    cannot share prompts.
+    Args:
+        setting: `auto`, `on` or `off`
+        models: policy and reference, of the same architecture
+        forward: one of them, maybe wrapped, on `device` and in evaluation mode
+        is_compiled: whether torch_compile is on, which rules sharing out
+
+    All processes get the choice of the first one. Raises `InputError` if the setting is `on` and the models cannot
+    share prompts.
     """
     if setting == "off":
         return Choice(False, "model.prefix_sharing is off")
@@ -66,14 +71,14 @@ def choose_sharing(
         choice = Choice(False, reason)
     (choice,) = broadcast_object_list([choice])
     if setting == "on" and not choice.is_shared:
-        raise InputError("config", "model.prefix_sharing", f"auto or off, as {choice.reason}", "on")
+        raise InputError("config", "model.prefix_sharing", f"auto or off, because {choice.reason}", "on")
     return choice
 
 
-def foresees_sharing(setting: str, model: nn.Module, prompts: Sequence[int], is_compiled: bool) -> bool:
-    """What `choose_sharing` will choose if log-probs turn out equal, without a forward of `model`.
+def predict_sharing(setting: str, model: nn.Module, prompts: Sequence[int], is_compiled: bool) -> bool:
+    """What `choose_sharing` will choose if log-probs turn out equal. Does not run `model`.
 
-    `prompts`: tokens of the prompts of all rows.
+    `prompts`: the lengths of the rows' prompts in tokens, in the order of the rows.
     """
     if setting == "off" or is_compiled or why_no_trees(model) is not None:
         return False
@@ -87,7 +92,7 @@ def _on_first_rows(
 ) -> Choice:  # fmt: skip
     length = collator.prompts(rows)["attention_mask"].sum(1).float().mean().item()
     if setting == "auto" and length < SHORTEST_PROMPT:
-        return Choice(False, f"prompts of {length:.0f} tokens, where it pays from {SHORTEST_PROMPT} on")
+        return Choice(False, f"prompts of {length:.0f} tokens; sharing pays from {SHORTEST_PROMPT} on")
     try:
         for model in models:
             enable_trees(model)
@@ -98,19 +103,19 @@ def _on_first_rows(
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's own code may raise any type on inputs that it does not expect
-        return Choice(False, f"{type(models[0]).__name__} fails on them: {describe(error)}")
+        return Choice(False, f"{type(models[0]).__name__} fails on token trees: {describe(error)}")
     found = f"log-probs within {difference:.1e} nats of those of separate sequences (tolerance {tolerance:.1e})"
     if not difference <= tolerance:
         name = type(models[0]).__name__
-        return Choice(False, f"{name} gives log-probs {difference:.2g} nats off ({tolerance:.1e} allowed)")
+        return Choice(False, f"{name}'s log-probs are off by {difference:.2g} nats ({tolerance:.1e} allowed)")
     return Choice(True, f"prompts of {length:.0f} tokens; {found}")
 
 
 def compare_sharing(
     forward: nn.Module, collator: PairCollator, rows: Sequence[Row], device: torch.device
 ) -> tuple[float, float]:
-    """The largest difference between log-probs with shared prompts and with separate sequences, and the tolerance, in
-    nats per token. `collator` is for trees, and `forward` has them enabled."""
+    """The largest difference between token log-probs with shared prompts and with separate sequences, and the
+    tolerance, in nats. `collator` makes token trees, and `forward` has them enabled."""
     inputs = collator(rows)
     prompts = to_device(inputs["prompts"], device)
     parts = (prompts, inputs["chosen"], inputs["rejected"])
@@ -126,8 +131,8 @@ def check_causal(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor) ->
         inputs: S rows, padded on the right
         labels: [S, T], aligned with the hidden states that predict them
 
-    Returns the largest change, in nats. Raises `InputError` if it exceeds rounding, which means that the model attends
-    in both directions: with token types that it takes for those of a prompt, for example.
+    Returns the largest change, in nats. Raises `InputError` if it exceeds rounding: then the model attends in both
+    directions, for example because the token types mark the answer as part of a prompt.
     """
 
     def op(hidden: Tensor, head: Head) -> tuple[Tensor, torch.dtype]:

@@ -1,6 +1,6 @@
-"""Modules that are not trained: `model.freeze`, with LoRA and without.
+"""Freezes the modules that `model.freeze` names, with LoRA and without.
 
-A name such as `vision_tower` stands for every module with this name as a part of its path, and for what is inside it.
+A name such as `vision_tower` stands for every module that has it in its path, and for all modules inside.
 """
 
 from __future__ import annotations
@@ -33,18 +33,19 @@ def freeze(model: nn.Module, frozen: Sequence[str]) -> None:
 
 
 def exclude_frozen(config: LoraConfig, frozen: Sequence[str]) -> None:
-    """Make `config` leave out all modules inside `frozen`, besides those that it excludes already."""
+    """Change `config` in place so that it also excludes all modules inside `frozen`."""
     if not frozen:
         return
     others = config.exclude_modules or []
-    # Peft compares a list with the ends of names, and a text as a regular expression with the whole name.
+    # Peft matches the entries of a list with the ends of names, and a string as a regular expression with whole names.
     kept = [others] if isinstance(others, str) else [rf"(?:.*\.)?{re.escape(name)}" for name in sorted(others)]
     inside = [rf"(?:.*\.)?{re.escape(name)}(?:\..*)?" for name in frozen]
     config.exclude_modules = "|".join(f"(?:{pattern})" for pattern in [*kept, *inside])
 
 
 def left_without_adapter(policy: PeftModel, config: LoraConfig, excluded: str | list[str] | None) -> list[str]:
-    """Names of the modules that have no adapter, and would have one if `config` excluded only `excluded`."""
+    """Names of the modules that get no adapter because they are frozen: they would have one if `config` excluded only
+    `excluded`, the user's own setting."""
     open_config = copy.copy(config)
     open_config.exclude_modules = excluded
     names = {name for name, module in policy.get_base_model().named_modules() if "weight" in module._parameters}
@@ -56,7 +57,7 @@ def _is_frozen(config: LoraConfig, name: str) -> bool:
 
 
 def freeze_adapters(policy: PeftModel, frozen: Sequence[str]) -> list[str]:
-    """Freeze what a loaded adapter trains inside the modules `frozen`: return the modules' names.
+    """Freeze the adapter's weights inside the modules `frozen`. Returns the names of the modules affected.
 
     Raises `InputError` if nothing is left to train.
     """
@@ -71,7 +72,7 @@ def freeze_adapters(policy: PeftModel, frozen: Sequence[str]) -> list[str]:
 
 
 def say_frozen(count: int, what: str, frozen: Sequence[str]) -> None:
-    """Say that `count` modules of an adapter are inside the modules `frozen`."""
+    """Print that `count` modules inside `frozen` are left out, and `what` follows for them. Prints nothing for 0."""
     if count:
         modules = "module" if count == 1 else "modules"
-        say(f"lora: {count} {modules} inside of {', '.join(frozen)}: {what} (model.freeze)")
+        say(f"lora: {count} {modules} inside {', '.join(frozen)}: {what} (model.freeze)")

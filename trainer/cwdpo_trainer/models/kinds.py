@@ -26,9 +26,8 @@ def read_config(path: str) -> Any:
 
 
 def auto_class(path: str, config: Any) -> Any:
-    """The class of transformers that loads the model at `path`. Raises `InputError` if it is not a causal model.
-
-    Some configs belong to both kinds. Their model reads images.
+    """transformers' auto class that loads the model at `path`, which has `config`. A config that belongs to both kinds
+    counts as a vision-language model. Raises `InputError` if it belongs to neither.
     """
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         return AutoModelForImageTextToText
@@ -38,5 +37,5 @@ def auto_class(path: str, config: Any) -> Any:
 
 
 def is_text_only(path: str) -> bool:
-    """Whether the model at `path` reads no images. Raises `InputError` if it cannot be told."""
+    """Whether the model at `path` reads no images. Raises `InputError` if its kind is unknown."""
     return auto_class(path, read_config(path)) is AutoModelForCausalLM

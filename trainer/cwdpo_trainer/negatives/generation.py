@@ -1,8 +1,8 @@
 """Generation with each prompt encoded once for all its samples.
 
 transformers' `generate(num_return_sequences=k)` encodes k copies of each prompt. `continuations` encodes each prompt
-once, up to its last token, repeats the keys and values, and lets `generate` go on from there. The samples are those of
-`generate` alone, as far as rounding lets the random draws fall alike.
+once, up to its last token, repeats the keys and values, and lets `generate` continue from there. With the same random
+state, the samples are those of plain `generate`, unless rounding changes a draw.
 """
 
 from __future__ import annotations
@@ -18,18 +18,26 @@ from cwdpo_trainer.errors import describe
 from cwdpo_trainer.reporter import say
 
 GeneratingModel = Any  # what `freeze_reference` and `load_model` return, maybe wrapped: has `generate` and `device`
-_POSITIONS = "rope_deltas"  # where models with positions in three dimensions keep those of the batch's continuations
+_POSITIONS = "rope_deltas"  # where models with M-RoPE keep the offset from index to position of each row's next tokens
 _can_share: weakref.WeakKeyDictionary[GeneratingModel, bool] = weakref.WeakKeyDictionary()
 
 
 def continuations(
     model: GeneratingModel, inputs: dict[str, Tensor], samples: int, shares_prompts: bool, **options: Any
 ) -> Tensor:
-    """Tokens [P * samples, T] of the prompts `inputs`, padded on the left, with `samples` continuations each.
+    """Draw `samples` continuations of each of P prompts.
 
-    shares_prompts: encode each prompt once. The first call compares the next token's log-probs with those of prompts
-        that `generate` encodes itself. If they differ by more than rounding, it says so, and all calls do without.
-    options: those of `generate`. The model is in evaluation mode and computes no gradients.
+    Args:
+        model: in evaluation mode, without gradients
+        inputs: a processor's outputs for P prompts, padded on the left
+        samples: continuations of each prompt
+        shares_prompts: encode each prompt once. The first call for a model compares the next token's log-probs with
+            those of plain `generate`. If they differ by more than rounding, it says so, and this and all later calls
+            encode the prompt for each sample.
+        options: those of `generate`
+
+    Returns tokens [P * samples, T]: prompt and continuation, those of one prompt next to each other. Raises what
+    `generate` raises.
     """
     if shares_prompts and samples > 1 and _ends_in_text(model, inputs["input_ids"]):
         if model not in _can_share:
@@ -40,12 +48,13 @@ def continuations(
 
 
 def _owner(model: GeneratingModel) -> Any:
-    """The model that has the weights and the config: an `AdapterReference` runs on its policy's."""
+    """The model with the weights and the config: for an `AdapterReference`, its policy."""
     return getattr(model, "policy", model)
 
 
 def _ends_in_text(model: GeneratingModel, ids: Tensor) -> bool:
-    """Whether the prompts have two tokens or more, and the last one is no image placeholder: it is encoded alone."""
+    """Whether the prompts have at least two tokens, and none ends in an image placeholder, as the last token is encoded
+    without images."""
     image = getattr(_owner(model).config, "image_token_id", -1)
     return ids.shape[1] > 1 and not bool((ids[:, -1] == image).any())
 
@@ -53,7 +62,7 @@ def _ends_in_text(model: GeneratingModel, ids: Tensor) -> bool:
 def _encoded_once(
     model: GeneratingModel, inputs: dict[str, Tensor], samples: int, options: dict[str, Any]
 ) -> dict[str, Any]:
-    """Inputs of `generate`: each prompt `samples` times, and the keys and values of all its tokens but the last."""
+    """Inputs of `generate`: each prompt `samples` times, with the keys and values of all its tokens except the last."""
     shape = inputs["input_ids"].shape
     of_tokens = {key: value for key, value in inputs.items() if value.shape[:2] == shape}
     prefix = {key: value[:, :-1] if key in of_tokens else value for key, value in inputs.items()}
@@ -68,13 +77,13 @@ def _encoded_once(
 
 
 def _one_token(options: dict[str, Any]) -> dict[str, Any]:
-    """The options to generate a single token, and to get its logits, without a random draw."""
+    """`options` changed so that `generate` takes the most likely token, one only, and returns its logits."""
     kept = {key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k")}
     return kept | {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
 
 
 def _is_exact(model: GeneratingModel, inputs: dict[str, Tensor], options: dict[str, Any]) -> bool:
-    """Whether the next token has the same log-probs after a prompt that is encoded once. If not, says why."""
+    """Whether the next token's log-probs equal those of plain `generate`, within rounding. If not, says why."""
     once = _one_token(options)
     own = model.generate(**inputs, **once).logits[0]
     try:
@@ -82,14 +91,13 @@ def _is_exact(model: GeneratingModel, inputs: dict[str, Tensor], options: dict[s
     except torch.OutOfMemoryError:
         raise
     except Exception as error:  # a model's own code may raise any type on a cache that it does not expect
-        say(f"sampling: prompts are encoded once per sample: {type(_owner(model)).__name__} fails: {describe(error)}")
+        name = type(_owner(model)).__name__
+        say(f"sampling: prompts are not shared: {name} fails with a prompt encoded once: {describe(error)}")
         return False
     own, logits = own.float().log_softmax(-1).repeat_interleave(2, 0), logits.float().log_softmax(-1)
     difference = (own - logits)[own.isfinite()].abs().max().item()
     tolerance = rounding_tolerance(own[own.isfinite()].abs().max().item(), _owner(model).dtype)
     if not difference <= tolerance:
         name = type(_owner(model)).__name__
-        say(
-            f"sampling: prompts are encoded once per sample: {name} gives log-probs {difference:.2g} nats off otherwise"
-        )
+        say(f"sampling: prompts are not shared: {name}'s log-probs would be off by {difference:.2g} nats")
     return difference <= tolerance

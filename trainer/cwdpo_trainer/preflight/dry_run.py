@@ -156,7 +156,7 @@ def _max_length(preview: RunPreview, rows: int) -> Iterator[Problem]:
 
 
 class Typical(NamedTuple):
-    """A stage, `rows` of median length for one of its micro-steps, and its number of optimizer steps."""
+    """`args` of a stage, `rows` of median length for one micro-step, and the stage's number of optimizer `steps`."""
 
     args: StageArguments
     rows: Sequence[Row]
@@ -164,7 +164,7 @@ class Typical(NamedTuple):
 
 
 def typical_steps(preview: RunPreview) -> list[Typical]:
-    """One for each stage. The rows are from the middle of the training sample, by length."""
+    """One for each stage. The rows are the middle ones of the training sample, ordered by length."""
     fit, rows = preview.fits.get("train"), valid_pairs(preview)
     lengths = preview.lengths.get("train", {})
     totals = [length.total for length in (fit.lengths if fit else (lengths[row.id] for row in rows))]
@@ -187,8 +187,8 @@ def self_test(
     config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device, typical: Sequence[Typical]
 ) -> Iterator[str | Problem]:
     """Load the model, compare the fused log-probs of the first pair with those of its own logits, count the pairs that
-    negative filtering leaves out, and time a step of each stage. Yields a line about each, and what is wrong with the
-    precision of the weights.
+    negative filtering leaves out, and time a step of each stage. Yields a line about each, and a warning if the
+    weights' dtype loses most updates.
 
     Raises `HeadError` if the log-probs differ, `InputError` if the model attends to later tokens of an answer, and
     whatever the model raises.
@@ -222,7 +222,7 @@ def self_test(
 
 
 def why_not_shared(config: RunConfig, model: Any) -> str | None:
-    """Why the run of `config` cannot share prompts, as far as its options and the class of the model tell."""
+    """Why the run of `config` cannot share prompts, judging by its options and the model's class; else None."""
     compiled = [stage for stage in config.stages if config.stage(stage).torch_compile]
     if compiled:
         return f"{', '.join(f'{stage}.torch_compile' for stage in compiled)} is on"
@@ -230,7 +230,7 @@ def why_not_shared(config: RunConfig, model: Any) -> str | None:
 
 
 def rounded_updates(config: RunConfig, model: Model) -> Iterator[Problem]:
-    """Warn of stages whose updates most weights would not notice, with the share for the weights of `model`."""
+    """Warn of stages that lose the updates of most weights of `model` to rounding, with the share that moves."""
     shares = {}
     for stage in config.stages:
         args: Any = config.stage(stage)

@@ -1,11 +1,11 @@
-"""Counts the memory of a training step that is run on tensors without content.
+"""Counts the memory of a training step that runs on fake tensors.
 
-Weights are fake tensors: they have a shape, a dtype and a device, but no memory. Inputs are real: token ids, masks,
-image grids and pixels. An operation with a fake argument is fake, and all others are computed. So models may look at
-their inputs as they please (find image tokens, unpack grids, make masks), and nothing large is computed.
+Weights are fake tensors: they have a shape, a dtype and a device, but no data. Inputs are real: token ids, masks, image
+grids and pixels. An operation with a fake argument gives a fake result; all others are computed. So a model can read
+its inputs (find image tokens, unpack grids, make masks), and nothing large is computed.
 
-Autograd runs as always, so each tensor lives exactly as long as in a real step. The ledger adds up the storages of all
-live tensors, each once, and remembers the moment with the most bytes.
+Autograd runs as usual, so each tensor lives as long as in a real step. The ledger adds up the storages of all live
+tensors, each once, and records the largest total.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ _HEAD_OPS = ("linear_logprob", "linear_logprob_backward")
 
 
 class Ledger(TorchDispatchMode):
-    """Within it, operations are counted. `live` has the bytes of live tensors by kind, and `peaks` those at the moment
-    of the largest total of each `phase`. Only tensors on `device` count.
+    """A context that counts the tensors which operations create. `live`: bytes of live tensors by kind. `peaks`: by
+    phase, the bytes of each kind when the phase's total was largest. Only tensors on `device` count.
 
     A tensor belongs to the kind in whose context (`kind`) it was created, unless `own` moves it to another.
     """
@@ -50,7 +50,7 @@ class Ledger(TorchDispatchMode):
 
     @contextlib.contextmanager
     def kind(self, name: str) -> Iterator[None]:
-        """Tensors that are created within are of this kind."""
+        """Within this context, new tensors are of the kind `name`."""
         before, self._current = self._current, name
         try:
             yield
@@ -58,7 +58,7 @@ class Ledger(TorchDispatchMode):
             self._current = before
 
     def mark_modules(self, modules: Iterable[tuple[str, nn.Module]]) -> list[RemovableHandle]:
-        """Tensors that the forwards of `modules` create are of the kind that names the module. Returns the hooks."""
+        """Let tensors that a module's forward creates be of the kind given with it. Returns the hooks' handles."""
         before: list[str] = []
         handles = []
         for name, module in modules:
@@ -86,16 +86,16 @@ class Ledger(TorchDispatchMode):
                 self._add(tensor, kind)
 
     def add(self, kind: str, size: int) -> None:
-        """Count `size` bytes as `kind` for good."""
+        """Count `size` bytes as `kind` until the end: nothing frees them."""
         self._change(kind, size)
 
     @property
     def direction(self) -> str:
-        """What the name of the phase begins with, up to a colon."""
+        """The start of the current phase's name, up to a colon: `forward`, `backward` or `optimizer`."""
         return self._phase.partition(":")[0]
 
     def phase(self, name: str) -> None:
-        """What follows belongs to the phase `name`."""
+        """Start or continue the phase `name`."""
         self._phase = name
         self._highest = sum(self.peaks[name].values()) if name in self.peaks else -1
         self._change("", 0)
@@ -117,7 +117,7 @@ class Ledger(TorchDispatchMode):
         return out
 
     def _of_head(self, op: str, args: Any, kwargs: Any, out: Any) -> Any:
-        """Count the memory that an op of the head uses while it runs. Its fake version does not show that."""
+        """Count the memory that an op of the head uses only while it runs, which its fake version does not allocate."""
         if op not in _HEAD_OPS:
             return out
         given = _arguments(op, args, kwargs)

@@ -1,7 +1,7 @@
-"""Predicted memory of the output head in one training step, with and without the fused head.
+"""Predicts the memory of the output head in one training step, with and without the fused head.
 
-Counted: the forward and backward of head and loss, beyond hidden states, weights and their gradients, which both ways
-need. Not counted: activations of the backbone, the optimizer and the reference.
+Counted: forward and backward of head and loss, without hidden states, weights and their gradients, which both need. Not
+counted: activations of the backbone, the optimizer and the reference.
 """
 
 from __future__ import annotations

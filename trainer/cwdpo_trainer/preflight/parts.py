@@ -1,5 +1,5 @@
-"""The parts of a model (vision tower, connector, language model, head) by the names of its modules, and what is trained
-in each."""
+"""Divides a model into vision tower, connector, language model and head, by the names of its modules, and counts the
+trained parameters of each."""
 
 from __future__ import annotations
 
@@ -12,14 +12,15 @@ from cwdpo_trainer.models.loading import without_adapters
 
 VISION, CONNECTOR, LANGUAGE, HEAD = "vision tower", "connector", "language model", "head"
 LONGEST_PERIOD = 6  # layers
-_WRAPPED = "base_model.model."  # before the names of a model inside of peft's
+_WRAPPED = "base_model.model."  # peft puts this before the names of the wrapped model's modules
 
 
 def parts_of(model: nn.Module) -> dict[str, str]:
-    """The part of each module that is one, or that is a connector inside of a vision tower, by the module's name.
+    """Module name -> part, for the modules that make up the parts.
 
-    The language model is the module with the token embeddings. Other parts of the backbone are vision towers if their
-    name says so (`visual`, `vision_tower`, `image_encoder`), else connectors.
+    The language model is the child of the backbone that has the token embeddings. Other children are vision towers if
+    their name says so (`visual`, `vision_tower`, `image_encoder`), else connectors. A `merger` inside a vision tower is
+    a connector too.
     """
     base: Any = without_adapters(model)
     names = {module: name for name, module in base.named_modules()}
@@ -43,13 +44,14 @@ def parts_of(model: nn.Module) -> dict[str, str]:
 
 
 def marked_modules(model: nn.Module) -> list[tuple[str, nn.Module]]:
-    """The modules of the parts, each with its part."""
+    """(part, module) for each module of `parts_of`."""
     base = without_adapters(model)
     return [(part, base.get_submodule(name)) for name, part in parts_of(model).items()]
 
 
 def parameter_report(model: nn.Module) -> list[str]:
-    """A line about each part: its parameters, how many are trained in full, and how many belong to LoRA."""
+    """A line about each part (its parameters, how many are trained in full, and how many in LoRA adapters), and one
+    about the whole model."""
     parts = parts_of(model)
     total, full, lora = Counter[str](), Counter[str](), Counter[str]()
     for name, parameter in model.named_parameters():
@@ -71,7 +73,8 @@ def parameter_report(model: nn.Module) -> list[str]:
 
 
 def stacks_of(model: nn.Module) -> dict[str, nn.ModuleList]:
-    """The outermost lists of layers of one class, by name: the layers of a language model, the blocks of a tower."""
+    """The outermost lists of at least two layers of one class, by name: the layers of a language model, the blocks of a
+    vision tower."""
     stacks: dict[str, nn.ModuleList] = {}
     for name, module in model.named_modules():
         inside = any(name.startswith(f"{outer}.") for outer in stacks)
@@ -81,8 +84,9 @@ def stacks_of(model: nn.Module) -> dict[str, nn.ModuleList]:
 
 
 def period_of(model: nn.Module, layers: nn.ModuleList) -> int | None:
-    """After how many layers of a stack the same ones come again, as far as shapes and kinds of attention tell. None:
-    they do not, or layers of this stack also feed other modules."""
+    """The smallest p for which layer i + p of a stack is like layer i, judging by shapes and kinds of attention. None
+    if there is no p up to `LONGEST_PERIOD`, or if layers of this stack also feed other modules (deep-stack
+    features)."""
     if any(hasattr(module, "deepstack_visual_indexes") and layers in module.children() for module in model.modules()):
         return None
     kinds = [

@@ -1,4 +1,4 @@
-"""The plan of a run: memory of a step, disk, trained parameters, and what to change if they are too large."""
+"""Plans a run: trained parameters, peak memory of a step, disk space, and what to change if it does not fit."""
 
 from __future__ import annotations
 
@@ -23,20 +23,24 @@ from cwdpo_trainer.data.lengths import Length
 from cwdpo_trainer.data.rows import Row, first_part
 from cwdpo_trainer.errors import describe
 from cwdpo_trainer.models.adapters import base_model
-from cwdpo_trainer.models.forward_checks import foresees_sharing
+from cwdpo_trainer.models.forward_checks import predict_sharing
 from cwdpo_trainer.preflight.memory import format_bytes
 from cwdpo_trainer.preflight.parts import parameter_report
 from cwdpo_trainer.preflight.run_rules import WARNING, Problem, RunPreview
 from cwdpo_trainer.preflight.simulation import Simulation, StepMemory, predict_step
 
-RUNTIME = 1 << 29  # bytes that a process takes before it holds a model: torch, a CUDA context
+RUNTIME = 1 << 29  # bytes of a process before it loads a model: torch, a CUDA context
 CGROUP_LIMITS = (Path("/sys/fs/cgroup/memory.max"), Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"))
-LONGEST = 1.25  # times the median: from here on, cutting the longest rows is worth a try
+LONGEST = 1.25  # times the median: suggest a limit on length if the longest row exceeds this
 
 
 @dataclass(frozen=True)
-class Situation:
-    """What the memory of a step depends on. `pairs`: rows with their lengths, the longest first."""
+class PlannedStep:
+    """What the memory of a stage's step depends on.
+
+    `is_first`: the stage is the run's first one. `path`: of the model or adapter that the run starts from. `pairs`:
+    rows with their lengths, the longest first. `shared`: prompts are encoded once for all their answers.
+    """
 
     stage: str
     is_first: bool
@@ -56,7 +60,7 @@ class Situation:
         return Simulation.of(self.model, self.path, self.lora, self.args.device)
 
     def predict(self) -> StepMemory:
-        """The memory of a step on the longest pairs. Raises what the model raises."""
+        """The memory of a step on the longest pairs, in bytes. Raises what the model raises."""
         rows = [row for row, _ in self.batch]
         return predict_step(self.simulation, self.args, self.collator, rows, self.shared, self.is_first)
 
@@ -67,7 +71,7 @@ class Situation:
             return sum(length.prompt + length.chosen + length.rejected - 2 for length in lengths)
         return 2 * len(lengths) * max(length.total for length in lengths)
 
-    def with_args(self, **changes: object) -> Situation:
+    def with_args(self, **changes: object) -> PlannedStep:
         args = copy.copy(self.args)
         for name, value in changes.items():
             setattr(args, name, value)
@@ -75,31 +79,31 @@ class Situation:
 
 
 def plan_run(preview: RunPreview) -> Iterator[str | Problem]:
-    """Lines about parameters, memory and disk, and a problem for each of the two that is too small."""
-    situations = list(_situations(preview))
-    if not situations:
+    """Lines about parameters, memory and disk, and a warning if memory or disk does not suffice."""
+    steps = list(_steps(preview))
+    if not steps:
         return
     if preview.config.model.quantization is not None:
         yield "memory of a step: not predicted for quantized weights"
         return
     try:
-        model = situations[0].simulation().model  # to look at
+        model = steps[0].simulation().model  # for its parts and class
         yield from parameter_report(model)
-        plans = [(each, each.predict()) for each in (_foreseen(each, model) for each in situations)]
-        for situation, memory in plans:
-            yield from _stage_report(situation, memory, model)
-    except Exception as error:  # of any type: a model may do what fake tensors cannot
-        yield f"memory of a step: not predicted, as the model does not run without weights: {describe(error)}"
+        plans = [(each, each.predict()) for each in (_with_sharing(each, model) for each in steps)]
+        for step, memory in plans:
+            yield from _stage_report(step, memory, model)
+    except Exception as error:  # of any type: a model may do what fake tensors do not support
+        yield f"memory of a step: not predicted, because the model does not run without weights: {describe(error)}"
         return
-    situation, memory = max(plans, key=lambda plan: plan[1].total)
-    available = device_memory(situation.args.device)
+    step, memory = max(plans, key=lambda plan: plan[1].total)
+    available = device_memory(step.args.device)
     if memory.total + RUNTIME > available:
-        yield _too_large(situation, memory, available, model)
+        yield _too_large(step, memory, available, model)
     yield from _disk(preview, plans)
 
 
-def _situations(preview: RunPreview) -> Iterator[Situation]:
-    """One for each stage, if the config, the model and a pair are valid. Prompts are not shared yet."""
+def _steps(preview: RunPreview) -> Iterator[PlannedStep]:
+    """One step for each stage, if config, model and at least one pair are valid. None of them shares prompts yet."""
     fit, config = preview.fits.get("train"), preview.config
     rows = fit.rows if fit else preview.valid_rows("train")
     lengths = preview.lengths.get("train", {})
@@ -110,34 +114,34 @@ def _situations(preview: RunPreview) -> Iterator[Situation]:
     for index, (stage, args) in enumerate(preview.stages().items()):
         if pairs:
             path, lora = preview.model_path, config.lora
-            yield Situation(stage, index == 0, config.model, path, lora, args, preview.collator, pairs)
+            yield PlannedStep(stage, index == 0, config.model, path, lora, args, preview.collator, pairs)
 
 
-def _foreseen(situation: Situation, model: nn.Module) -> Situation:
-    """With prompts shared, if the run will share them. `model` has no weights."""
-    first = sorted(situation.pairs, key=lambda pair: pair[0].id)
-    prompts, setting = [length.prompt for _, length in first], situation.model.prefix_sharing
-    return replace(situation, shared=foresees_sharing(setting, model, prompts, situation.args.torch_compile))
+def _with_sharing(step: PlannedStep, model: nn.Module) -> PlannedStep:
+    """`step`, with shared prompts if the run is going to share them. `model` has no weights."""
+    first = sorted(step.pairs, key=lambda pair: pair[0].id)
+    prompts, setting = [length.prompt for _, length in first], step.model.prefix_sharing
+    return replace(step, shared=predict_sharing(setting, model, prompts, step.args.torch_compile))
 
 
-def _stage_report(situation: Situation, memory: StepMemory, model: nn.Module) -> Iterator[str]:
-    device = situation.args.device
+def _stage_report(step: PlannedStep, memory: StepMemory, model: nn.Module) -> Iterator[str]:
+    device = step.args.device
     of = f"{format_bytes(device_memory(device))} on this {'machine' if device.type == 'cpu' else 'GPU'}"
-    yield f"memory of a step of stage {situation.stage}: {format_bytes(memory.total)} predicted ({of})"
+    yield f"memory of a step of stage {step.stage}: {format_bytes(memory.total)} predicted ({of})"
     yield "  " + ", ".join(f"{kind} {format_bytes(count)}" for kind, count in memory.peak.items())
-    pairs = len(situation.batch)
+    pairs = len(step.batch)
     what = f"the {pairs} longest pairs" if pairs > 1 else "the longest pair"
-    yield f"  for {what}, {_how(situation)}; largest in {memory.moment}"
+    yield f"  for {what}, {_how(step)}; peak in {memory.moment}"
     if memory.assumed_optimizer:
-        yield f"  the optimizer {situation.args.optim} cannot be simulated: its state is taken for AdamW's"
-    other = replace(situation, shared=not situation.shared)
-    if situation.model.prefix_sharing == "auto" and (situation.shared or why_no_trees(model) is None):
+        yield f"  the optimizer {step.args.optim} cannot be simulated: its state is assumed to be as large as AdamW's"
+    other = replace(step, shared=not step.shared)
+    if step.model.prefix_sharing == "auto" and (step.shared or why_no_trees(model) is None):
         yield f"  {format_bytes(other.predict().total)} with {_how(other)}"
 
 
-def _how(situation: Situation) -> str:
-    prompts = "each prompt once" if situation.shared else "prompts repeated"
-    return f"{prompts} ({situation.tokens():,} tokens)"
+def _how(step: PlannedStep) -> str:
+    prompts = "shared prompts" if step.shared else "a prompt for each answer"
+    return f"{prompts} ({step.tokens():,} tokens)"
 
 
 def device_memory(device: torch.device) -> int:
@@ -149,32 +153,32 @@ def device_memory(device: torch.device) -> int:
     return min(limits)
 
 
-def _too_large(situation: Situation, memory: StepMemory, available: int, model: nn.Module) -> Problem:
-    """What to change, the change that helps most first."""
+def _too_large(step: PlannedStep, memory: StepMemory, available: int, model: nn.Module) -> Problem:
+    """A warning with the changes that help, the most effective first, each with the memory it leads to."""
     tried: list[tuple[int, str]] = []
-    together = situation
-    for text, change in _remedies(situation, model):
+    together = step
+    for text, change in _remedies(step, model):
         try:
-            total = change(situation).predict().total
-        except Exception:  # of any type: the model does not allow this change
+            total = change(step).predict().total
+        except Exception:  # of any type: the model does not work with this change
             continue
         if total < memory.total:
             tried.append((total, text))
             together = change(together)
     evidence = (
-        f"a step of stage {situation.stage} needs {format_bytes(memory.total)} beside the process's "
-        f"{format_bytes(RUNTIME)}, and there are {format_bytes(available)}"
+        f"a step of stage {step.stage} needs {format_bytes(memory.total)} and the process {format_bytes(RUNTIME)}, "
+        f"but only {format_bytes(available)} are available"
     )
     if not tried:
         return Problem(WARNING, "memory", evidence, "use a smaller model or a larger device")
     listed = "; ".join(f"{text} ({format_bytes(total)})" for total, text in sorted(tried))
     if len(tried) > 1:
         listed += f"; all of these ({format_bytes(together.predict().total)})"
-    return Problem(WARNING, "memory", evidence, f"what helps most first, with the memory after it: {listed}")
+    return Problem(WARNING, "memory", evidence, f"try these, best first, with the memory needed after each: {listed}")
 
 
-def _remedies(situation: Situation, model: nn.Module) -> Iterator[tuple[str, Callable[[Situation], Situation]]]:
-    args, stage = situation.args, situation.stage
+def _remedies(step: PlannedStep, model: nn.Module) -> Iterator[tuple[str, Callable[[PlannedStep], PlannedStep]]]:
+    args, stage = step.args, step.stage
     if not args.activation_checkpointing:
         yield f"{stage}.activation_checkpointing: true", lambda each: each.with_args(activation_checkpointing=True)
     pairs = args.per_device_train_batch_size
@@ -182,36 +186,37 @@ def _remedies(situation: Situation, model: nn.Module) -> Iterator[tuple[str, Cal
         steps = args.gradient_accumulation_steps * pairs
         text = f"{stage}.per_device_train_batch_size: 1 with gradient_accumulation_steps: {steps}"
         yield text, lambda each: each.with_args(per_device_train_batch_size=1, gradient_accumulation_steps=steps)
-    if situation.lora is None and base_model(situation.path) == situation.path:
+    if step.lora is None and base_model(step.path) == step.path:
         yield "a section lora", lambda each: replace(each, lora=LoraArguments())
-    totals = [length.total for _, length in situation.pairs]
+    totals = [length.total for _, length in step.pairs]
     median = int(statistics.median_low(totals))
     if totals[0] > LONGEST * median:
-        shorter = [pair for pair in situation.pairs if pair[1].total <= median]
+        shorter = [pair for pair in step.pairs if pair[1].total <= median]
         text = f"data.max_length: {median}, the median, with data.over_length: skip"
         yield text, lambda each: replace(each, pairs=shorter)
-    if not situation.shared and why_no_trees(model) is None:
+    if not step.shared and why_no_trees(model) is None:
         yield "model.prefix_sharing: on", lambda each: replace(each, shared=True)
     if next(model.parameters()).dtype == torch.float32:
-        narrow = replace(situation.model, dtype="bfloat16")
+        narrow = replace(step.model, dtype="bfloat16")
         yield "model.dtype: bfloat16", lambda each: replace(each, model=narrow)
 
 
-def _disk(preview: RunPreview, plans: Sequence[tuple[Situation, StepMemory]]) -> Iterator[str | Problem]:
-    """The most that is on disk at once: checkpoints with the optimizer's state, one more while it is written, and the
-    models of this stage and of those before it. Without `checkpoints: keep`, earlier stages have none left."""
+def _disk(preview: RunPreview, plans: Sequence[tuple[PlannedStep, StepMemory]]) -> Iterator[str | Problem]:
+    """The largest disk use at any time: checkpoints with the optimizer's state, one more while a new one replaces an
+    old one, and the models of this stage and of earlier ones. With `checkpoints: keep`, also earlier stages'
+    checkpoints."""
     is_kept = preview.config.checkpoints == KEEP
     total, before, written, parts = 0.0, 0.0, 0.0, []
-    for situation, memory in plans:
+    for step, memory in plans:
         size = memory.saved + memory.state
-        saves = count_saves(situation.args, stage_rows(preview, situation.stage))
-        kept = min(saves, situation.args.save_total_limit or saves)
+        saves = count_saves(step.args, stage_rows(preview, step.stage))
+        kept = min(saves, step.args.save_total_limit or saves)
         replaced = size if saves > kept else 0.0
         total = max(total, before + kept * size + replaced + memory.saved)
         before += memory.saved + (kept * size if is_kept else 0.0)
         written = max(written, replaced)
         checkpoints = f"{kept} x {format_bytes(round(size))} of checkpoints and " if kept else ""
-        parts.append(f"{situation.stage} {checkpoints}{format_bytes(round(memory.saved))} of weights")
+        parts.append(f"{step.stage} {checkpoints}{format_bytes(round(memory.saved))} of weights")
     output = Path(preview.config.output_dir).resolve()
     folder = next(each for each in (output, *output.parents) if each.exists())
     free = shutil.disk_usage(folder).free
@@ -220,7 +225,7 @@ def _disk(preview: RunPreview, plans: Sequence[tuple[Situation, StepMemory]]) ->
     if total > free:
         evidence = f"the run writes up to {format_bytes(round(total))} to {folder}, which has {format_bytes(free)} free"
         yield Problem(
-            WARNING, "disk", evidence, "lower save_total_limit (2 at least), or set output_dir to another disk"
+            WARNING, "disk", evidence, "lower save_total_limit (to 2 at least), or set output_dir to another disk"
         )
 
 

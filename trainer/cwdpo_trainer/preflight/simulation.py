@@ -1,11 +1,11 @@
-"""A training step on weights without memory: what it would allocate on the device.
+"""Simulates a training step on fake tensors, to predict the memory that it allocates on the device.
 
-The model is built from its config, with the run's dtype, frozen modules and adapter. Then the parts of a step that
-allocate memory run in the order of a run: optimizer state, reference, forward and backward of each micro-step, clipping
-and the optimizer. A ledger counts the live tensors (ledger.py).
+The model is built from its config without weights, with the run's dtype, frozen modules and adapter. Then the parts of
+a step that allocate memory run in their usual order: optimizer state, reference, forward and backward of each
+micro-step, clipping and the optimizer's update. A ledger adds up the live tensors (ledger.py).
 
-Not counted: what the device's runtime takes for itself (about 0.5 GiB for torch and a CUDA context), buffers inside of
-torch's kernels, fragmentation, probes and sampling. Several processes: each is planned as if it was alone.
+Not counted: the device's runtime (about 0.5 GiB for torch and a CUDA context), buffers inside torch's kernels,
+fragmentation, probes and sampling. With several processes, each is planned as if it were alone.
 """
 
 from __future__ import annotations
@@ -48,11 +48,11 @@ ADAM_STATES = 2
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of a step by kind: weights, reference, gradients, optimizer, inputs, the activations of the model's parts,
-    and what is temporary in the backward.
+    and temporary tensors of the backward.
 
-    `peaks`: those at the largest total of each phase of the step. `state`: of the optimizer's state, `saved`: of the
-    weights in a checkpoint (with LoRA, of what is trained). `assumed_optimizer`: the optimizer cannot be simulated, so
-    its state is taken for that of AdamW.
+    `peaks`: by phase of the step, the bytes of each kind when the phase's total is largest. `state`: bytes of the
+    optimizer's state. `saved`: bytes of the weights in a checkpoint (with LoRA, only trained ones).
+    `assumed_optimizer`: the optimizer cannot be simulated, so AdamW's state is counted.
     """
 
     peaks: dict[str, dict[str, float]]
@@ -74,8 +74,8 @@ class StepMemory:
     def total(self) -> int:
         return sum(self.peak.values())
 
-    def moved(self, start: StepMemory, end: StepMemory, times: float) -> StepMemory:
-        """This, and `times` the distance from `start` to `end`, which have the same phases."""
+    def extrapolated(self, start: StepMemory, end: StepMemory, times: float) -> StepMemory:
+        """self + times * (end - start), entry by entry. `start` and `end` have the same phases."""
 
         def along(value: float, of_start: float, of_end: float) -> float:
             return value + times * (of_end - of_start)
@@ -103,7 +103,7 @@ class Simulation:
     starts_with_adapter: bool
 
     def truncate(self, layers: dict[str, int]) -> None:
-        """Keep the first layers of stacks, by the stacks' names."""
+        """Shorten stacks of layers: `layers` maps a stack's name to the number of layers to keep."""
         for name, count in layers.items():
             parent, _, own = name.rpartition(".")
             setattr(self.model.get_submodule(parent), own, nn.ModuleList(stacks_of(self.model)[name][:count]))
@@ -140,7 +140,7 @@ class Simulation:
     def step(
         self, args: StageArguments, collator: PairCollator, rows: Sequence[Row], shared: bool, is_first: bool
     ) -> StepMemory:
-        """The peak of a step of a stage with micro-steps on the pairs `rows`.
+        """The memory of a step of the stage `args`, whose micro-steps all run on the pairs `rows`.
 
         `shared`: prompts are encoded once for all their answers. `is_first`: the stage is the run's first one. Raises
         what the model raises.
@@ -161,7 +161,7 @@ class Simulation:
             optimizer = self._optimizer(ledger, args, trained)
             state = ledger.live[OPTIMIZER]
             ledger.peaks.clear()
-            for _ in range(min(2, args.gradient_accumulation_steps)):  # the second one finds gradients
+            for _ in range(min(2, args.gradient_accumulation_steps)):  # from the second on, gradients exist
                 self._micro_step(ledger, args, collator, inputs)
             ledger.phase("optimizer")
             with ledger.kind(OPTIMIZER):
@@ -188,14 +188,14 @@ class Simulation:
         return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
 
     def _reference_bytes(self, is_first: bool) -> int:
-        """A frozen copy of the model; with LoRA, of the adapter, if the stage does not start from a new one."""
+        """A frozen copy of the model; with LoRA, of the adapter, or nothing if the stage starts with a new adapter."""
         if not isinstance(self.model, PeftModel):
             return unique_bytes([*self.model.parameters(), *self.model.buffers()])
         starts_new = is_first and not self.starts_with_adapter
         return 0 if starts_new else unique_bytes(self._trained())
 
     def _optimizer(self, ledger: Ledger, args: StageArguments, trained: list[nn.Parameter]) -> Any:
-        """The stage's optimizer with its state. None if it cannot run without content; AdamW's state is then
+        """The stage's optimizer with its state. None if it does not work on fake tensors; then AdamW's state is
         counted."""
         if not trained:
             return None
@@ -208,7 +208,7 @@ class Simulation:
                     parameter.grad = torch.empty_like(parameter)
                 optimizer.step()
                 return optimizer
-            except Exception:  # of many types: optimizers that look at numbers, or need a device of their own
+            except Exception:  # of any type: some optimizers read values, or need a certain device
                 ledger.add(OPTIMIZER, ADAM_STATES * unique_bytes(trained))
                 return None
             finally:
@@ -235,12 +235,12 @@ def predict_step(
     make: Callable[[], Simulation], args: StageArguments, collator: PairCollator, rows: Sequence[Row], shared: bool,
     is_first: bool,
 ) -> StepMemory:  # fmt: skip
-    """`Simulation.step` of the model that `make` makes, in less time for many layers.
+    """`Simulation.step` of the model that `make` makes, faster if the model has many layers.
 
-    A stack of layers that are alike has the phases of its first two and its last two periods, forward and backward.
-    The peak of each is linear in the number of layers, and those in between are not larger than both ends. So peaks are
-    found with four and five periods of layers, and extrapolated. A model that does not run with fewer layers runs
-    whole.
+    Most models repeat one layer, or a short period of layers. The ledger has a phase for each of the first two and last
+    two periods of a stack, forward and backward. The peak of each phase is linear in the number of periods, and periods
+    in between never exceed the higher end. So the step runs with four and with five periods, and the peaks are
+    extrapolated. A model that fails with fewer layers runs with all of them.
     """
     whole = make()
     stacks = stacks_of(whole.model)
@@ -256,7 +256,7 @@ def predict_step(
         for name, period in folded.items():
             longer = _truncated(make, {**short, name: 5 * period})
             more = longer.step(args, collator, rows, shared, is_first)
-            result = result.moved(base, more, len(stacks[name]) / period - 4)
+            result = result.extrapolated(base, more, len(stacks[name]) / period - 4)
         return result
     except Exception:  # of any type: a model that asks for a layer by its number, for example
         return whole.step(args, collator, rows, shared, is_first)
@@ -269,9 +269,9 @@ def _truncated(make: Callable[[], Simulation], layers: dict[str, int]) -> Simula
 
 
 def reference_sums(model: nn.Module, args: StageArguments, batch: Batch | SharedBatch) -> Sequence[Tensor]:
-    """What stage 2 needs of its reference: log-probs of the chosen and the rejected answers. Stage 1 needs none.
+    """The reference's total log-probs of the chosen [P] and the rejected [P] answers, in nats. Empty for stage 1.
 
-    The weights of `model` stand for those of the reference.
+    `model` itself serves as the reference, with LoRA off.
     """
     if not isinstance(args, DPOArguments):
         return ()
@@ -306,14 +306,14 @@ def loss_of(args: StageArguments, batch: Batch | SharedBatch, *reference: Tensor
 
 @contextlib.contextmanager
 def _marked(ledger: Ledger, model: nn.Module) -> Any:
-    """Within it, the ledger knows which part of the model and which end of a stack of layers is computed."""
+    """Within this context, the ledger attributes tensors to the model's parts, and the ends of stacks are phases."""
     handles = ledger.mark_modules(marked_modules(model))
     for stack, layers in stacks_of(model).items():
         groups = len(layers) // (period_of(model, layers) or len(layers))
         size = len(layers) // groups
         for index, layer in enumerate(layers):
             own = index // size
-            # Of each phase, the same moment is the largest for any number of layers: see `predict_step`.
+            # A phase peaks at the same operation, however many layers there are: see `predict_step`.
             place = own if own < 2 else own - groups if own >= groups - 2 else "between"
             handles.append(layer.register_forward_pre_hook(_enter(ledger, f"{stack}:{place}")))
             handles.append(layer.register_forward_hook(_enter_backward(ledger, f"backward:{stack}:{place}")))
@@ -326,7 +326,7 @@ def _marked(ledger: Ledger, model: nn.Module) -> Any:
 
 
 def _enter(ledger: Ledger, phase: str) -> Callable[..., None]:
-    """A hook. Layers that are computed again for the backward belong to the backward."""
+    """A hook that starts a phase. Layers that checkpointing recomputes during the backward count as backward."""
 
     def hook(*_: Any) -> None:
         ledger.phase(f"{ledger.direction}:{phase}")
@@ -335,7 +335,7 @@ def _enter(ledger: Ledger, phase: str) -> Callable[..., None]:
 
 
 def _enter_backward(ledger: Ledger, phase: str) -> Callable[..., None]:
-    """A hook for a forward: the backward of the module is the phase."""
+    """A forward hook that makes the module's backward a phase."""
 
     def hook(module: nn.Module, given: Any, out: Any) -> None:
         hidden = out[0] if isinstance(out, tuple) else out
@@ -375,7 +375,7 @@ def _make_fake(model: nn.Module, fake: FakeTensorMode, device: torch.device) -> 
 def loaded_dtype(settings: ModelArguments, config: Any) -> torch.dtype:
     """The dtype of the weights of a model with this config."""
     dtype = settings.torch_dtype
-    # A string is `auto`: the dtype of the saved weights.
+    # The only string is `auto`, the dtype of the saved weights.
     return (config.dtype or config.get_text_config().dtype or torch.float32) if isinstance(dtype, str) else dtype
 
 

@@ -1,5 +1,5 @@
-"""What `cwdpo check` measures with the model that the run starts from: how many pairs negative filtering
-(`dpo.drop_below`) leaves out, and how long a step takes."""
+"""Measurements of `cwdpo check` with the loaded model: how many pairs negative filtering (`dpo.drop_below`) leaves out,
+and how long a step takes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from cwdpo_trainer.models.loading import Model
 from cwdpo_trainer.preflight.simulation import enable_checkpointing, loss_of, precision, reference_sums
 from cwdpo_trainer.stages.cooling import measure_cooling
 
-ROWS = 32  # that are measured
+ROWS = 32  # rows that filtering is measured on
 
 
 @dataclass(frozen=True)
 class Filtering:
-    """`left_out` of the first `pairs` pairs have a negative below `threshold`, in nats per token. Stage 1 changes what
-    the model finds likely, so `when` says if it comes first."""
+    """Of the first `pairs` pairs, `left_out` have a rejected answer with a mean log-prob below `threshold`, in nats per
+    token. `when`: " before stage 1" if the run has a stage 1, which changes these log-probs; else empty."""
 
     threshold: float
     left_out: int
@@ -67,7 +67,7 @@ def measure_filtering(
 
 @dataclass(frozen=True)
 class StepTime:
-    """`seconds` of an optimizer step of `args`, which has `steps` of them, on `pairs` pairs a micro-step."""
+    """`seconds`: of one optimizer step of the stage `args`. `pairs`: in a micro-step. `steps`: of the whole stage."""
 
     args: StageArguments
     seconds: float
@@ -84,10 +84,10 @@ class StepTime:
 
 
 def measure_step(model: Any, args: StageArguments, collator: PairCollator, rows: Sequence[Row], steps: int) -> StepTime:
-    """Time a micro-step on `rows`: collating, reference, forward and backward, after one that warms up.
+    """Time a micro-step on `rows` after one to warm up: collation, reference, forward and backward.
 
-    `collator`: for trees if the run shares prompts. The update of the weights is not timed. The weights stay as they
-    are.
+    `collator`: makes token trees if the run shares prompts. `steps`: optimizer steps of the stage. The optimizer's
+    update is not timed, and the weights do not change.
     """
     enable_checkpointing(model, args)
     model.train()
@@ -107,7 +107,7 @@ def measure_step(model: Any, args: StageArguments, collator: PairCollator, rows:
 
 
 def duration(seconds: float) -> str:
-    """Two digits, in seconds, minutes or hours."""
+    """`seconds` with two significant digits, in seconds, minutes or hours."""
     for unit, size in (("h", 3600), ("min", 60)):
         if seconds >= 2 * size:
             return f"{float(f'{seconds / size:.2g}'):g} {unit}"
