@@ -1,13 +1,13 @@
-"""Benchmark of a CW-DPO step with prompts encoded once for all their answers, and with a prompt before each (CPU).
+"""Benchmark of a CW-DPO step with shared prompts, against one with a copy of the prompt for each answer (CPU).
 
-A step computes the reference's log-probs, the policy's, the loss and its gradients. The policy trains q and v of every
-layer of its language model; the reference has the same weights. Nothing else differs between the two ways:
+A step computes the log-probs of reference and policy, the loss and its gradients. The policy trains q and v of every
+layer of its language model; the reference has the same weights. The step runs in two ways (`WAYS`):
 
 - separate: one padded row per answer, as preference trainers do it; k rejected answers are k pairs
 - shared: token trees (cwdpo_kernels.integrations.shared_prefix), and features of a frozen vision tower computed once
 
-`ratio` varies prompt and answer length of one pair, `answers` the rejected answers of one prompt, `image` is one pair
-with an image of 900 tokens in a prompt of 1024.
+The measurements `ratio/*` vary the lengths of prompt and answers of one pair, `answers/*` the number of rejected
+answers to one prompt. `image` is one pair with an image of 900 tokens in a prompt of 1024.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from cwdpo_kernels.integrations.shared_prefix import enable_trees, token_tree, t
 
 IMAGE = 5  # id of the image placeholder
 COOLING = ck.Cooling(logp_floor=-11.0)
-TOLERANCE = 1e-4  # between the gradients of the two ways, of the largest entry
+TOLERANCE = 1e-4  # largest difference between the gradients of the two ways, relative to the largest entry
 WAYS = ("separate", "shared")
-SECONDS = 40.0  # that each way runs, at most: single steps differ by 10 %
+SECONDS = 40.0  # stop repeating a way after this time; single steps vary by 10 %
 
 
 @dataclass(frozen=True)
 class Shape:
-    """The model, and tokens of the prompt and of each answer. `patches`: along an image's side; 0 is text only."""
+    """Sizes of model and batch. `prompt`, `answer`: tokens of the prompt and of each answer. `rejected`: rejected
+    answers to the prompt. `patches`: along an image's side, so patches^2 image tokens; 0 for text only. `groups`:
+    key-value heads."""
 
     prompt: int
     answer: int = 64
@@ -96,7 +98,7 @@ def peak(shape: Shape, way: str) -> int:
 
 
 class Setup:
-    """A model and a batch of one prompt."""
+    """A model, and a batch of one prompt with its chosen and rejected answers."""
 
     def __init__(self, shape: Shape) -> None:
         torch.manual_seed(0)
@@ -143,7 +145,7 @@ class Setup:
         return [ck.SequenceLogprob(*(part[rows] for part in logp)) for rows in (slice(count), slice(count, None))]
 
     def shared_logp(self) -> list[ck.SequenceLogprob]:
-        """The same from one tree. Its chosen answer is in all k pairs."""
+        """The same from one tree, whose chosen answer is part of all k pairs."""
         batch = tree_batch(self.model, self.prompts, [[self.chosen], *([tokens] for tokens in self.rejected)])
         with token_tree(batch.tree):
             logp = self.model(

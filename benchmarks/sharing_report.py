@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from benchmarks.report_text import mib, seconds, table
 
-PLOT = "Time and memory of a step with shared prompts, relative to a prompt before every answer (one pair)"
+PLOT = "Time and memory of a step with shared prompts, relative to a step with separate ones (one pair)"
 
 
 def section(report: dict, trl: dict) -> str:
@@ -15,14 +15,14 @@ def section(report: dict, trl: dict) -> str:
     w = ratios[0]["workload"]
     text = (
         f"A step on a Llama of {w['layers']} layers (D {w['dim']}, V {w['vocab']}, {w['heads']} heads, {w['groups']} "
-        "of keys) that trains q and v: the reference's log-probs, forward, loss and backward. *Separate*: every answer "
-        "is a row with its prompt. *Shared*: prompts stand once, on token trees. The gradients of both are compared "
-        "before anything is timed. Memory is the peak above the loaded model and its gradients. Machine: "
-        f"{report['environment']['device']}."
+        "key-value heads) that trains q and v: the reference's log-probs, forward, loss and backward. *Separate*: each "
+        "answer is a row with its own copy of the prompt. *Shared*: each prompt is encoded once for all its answers "
+        "(token trees). Nothing is timed unless both give the same gradients. Memory is the peak above the loaded "
+        f"model and its gradients. Machine: {report['environment']['device']}."
     )
     parts = ["## Shared prompts", text, f"![{PLOT}](images/sharing.svg)"]
     parts.append(table(["prompt : answer tokens", *HEAD], [_line(_lengths(entry), entry) for entry in ratios]))
-    parts.append("One prompt of 256 tokens with several rejected answers of 64; *separate* has a pair for each:")
+    parts.append("One prompt of 256 tokens and several rejected answers of 64 tokens. *Separate* has a pair for each:")
     parts.append(
         table(["rejected answers", *HEAD], [_line(str(entry["workload"]["rejected"]), entry) for entry in answers])
     )
@@ -41,8 +41,8 @@ def section(report: dict, trl: dict) -> str:
 def _against_trl(trl: dict) -> list[str]:
     text = (
         "A whole step of one pair in TRL on the same models with LoRA on q and v: data, reference (LoRA off), policy, "
-        "loss, backward and optimizer. `CoolingDPOTrainer` has `constant=1.0` here, which makes its loss TRL's; all "
-        "trainers must log the same losses. Memory is the peak above that before the step."
+        "loss, backward and optimizer. With `constant=1.0`, `CoolingDPOTrainer` computes the same loss as TRL; nothing "
+        "is reported unless all trainers log the same losses. Memory is the peak of a step above the memory before it."
     )
     lines = [
         [entry["name"], way, f"{seconds(result['median_seconds'])} s", f"{mib(result['extra_mib'])} MiB",
@@ -50,11 +50,11 @@ def _against_trl(trl: dict) -> list[str]:
         for entry in trl["measurements"]
         for way, result in entry["results"].items()
     ]  # fmt: skip
-    return [text, table(["prompt", "trainer", "time", "memory", "time, to TRL", "memory, to TRL"], lines)]
+    return [text, table(["prompt", "trainer", "time", "memory", "time / TRL", "memory / TRL"], lines)]
 
 
 RATIOS = ("median_seconds", "extra_mib")
-HEAD = ("separate", "shared", "time, shared : separate", "memory, shared : separate")
+HEAD = ("separate", "shared", "time, shared / separate", "memory, shared / separate")
 
 
 def _lengths(entry: dict) -> str:

@@ -1,14 +1,14 @@
-"""Benchmark of a whole DPO step in TRL, with prompts encoded once and with a prompt before each answer (CPU).
+"""Benchmark of a whole DPO step in TRL: its own trainer, and ours with and without shared prompts (CPU).
 
-A step of one pair tokenizes or collates it, computes the reference's log-probs (LoRA off), the policy's, the loss and
-its gradients, and updates the LoRA weights of q and v. The trainers get the same model, rows and arguments:
+A step of one pair collates it, computes the log-probs of the reference (LoRA off) and the policy, the loss and its
+gradients, and updates the LoRA weights of q and v. The trainers get the same model, rows and arguments:
 
 - TRL DPOTrainer: TRL's own loss from logits
-- CoolingDPOTrainer: our head under TRL, a row per answer
-- CoolingDPOTrainer, prefix_sharing: the same on token trees
+- CoolingDPOTrainer: the fused head in TRL's trainer, one row per answer
+- CoolingDPOTrainer, prefix_sharing: the same with shared prompts (token trees)
 
-`constant=1.0` makes ours plain DPO, so all of them must log the same losses. `text` has a prompt of 1024 tokens, and
-`image` one of 1024 tokens of which 900 are an image's. Answers have 64 tokens.
+`constant=1.0` makes ours plain DPO, so all three must log the same losses. `text` has a prompt of 1024 tokens, `image`
+one of 1024 tokens with an image of 900. Answers have 64 tokens.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ WAYS: dict[str, Callable[..., trl.DPOTrainer]] = {
     ),
 }
 WARM_UP, STEPS, MAX_ROUNDS = 1, 2, 3  # steps of each way in a round, and rounds
-LOSS_TOLERANCE = 1e-4  # between the losses of the ways
+LOSS_TOLERANCE = 1e-4  # largest difference from TRL's losses
 
 
 def measurements() -> dict[str, Callable[..., dict]]:
@@ -77,12 +77,12 @@ def measure(shape: Shape, repeats: int, call: Callable) -> dict:
 
 
 def peak(shape: Shape, way: str) -> int:
-    """Peak bytes of a step above the memory before it, so without weights and optimizer state. Runs in a worker."""
+    """Peak bytes of a step above the memory before it, which holds weights and optimizer state. Runs in a worker."""
     return train(shape, way, WARM_UP + 1).peaks[-1]
 
 
 def train(shape: Shape, way: str, steps: int) -> trainer_step.Recorder:
-    """What `steps` steps of a new trainer take."""
+    """Seconds, peak bytes and losses of the first `steps` steps of a new trainer."""
     datasets.disable_progress_bars()
     with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=FutureWarning)  # TRL 1.16 uses names that transformers has renamed
