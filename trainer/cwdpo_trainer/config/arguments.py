@@ -27,8 +27,8 @@ class ModelArguments:
     - `quantization`: `4bit` or `8bit` loads quantized weights through bitsandbytes (QLoRA). Needs a section `lora`
       and a GPU. null: no quantization.
     - `freeze`: names of modules to freeze, such as `[vision_tower]`. They get no LoRA adapter either.
-    - `prefix_sharing`: encode each prompt and its images once for all answers to it. `auto`: where that is exact and
-      pays, as found on the first rows; `on`: always, an error if the model cannot; `off`: never.
+    - `prefix_sharing`: encode each prompt and its images once for all answers to it. `auto`: if that is exact on the
+      first rows and their prompts average at least 64 tokens; `on`: always, an error if the model cannot; `off`: never.
     """
 
     path: str
