@@ -5,6 +5,7 @@
     compile_all(launches)             # fills Triton's cache on disk, from which the next launch loads
 
 Recording needs a device, or `without_device(target)`, which takes tensors on the device "meta". Compiling needs none.
+Every process that is to find kernels in the cache calls `fix_keys()` before its first launch.
 """
 
 from __future__ import annotations
@@ -14,15 +15,16 @@ import importlib
 import json
 import multiprocessing
 import os
+import pkgutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 
-import triton
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
 
 PACKAGE = "cwdpo_kernels"
 
@@ -34,6 +36,20 @@ class Launch:
     module: str
     kernel: str
     specialization: str
+
+
+def fix_keys() -> None:
+    """Compute the cache keys of all kernels in a fixed order.
+
+    Triton computes a key when it first needs it, and the key of a kernel that calls functions depends on which of those
+    have a key already. So the order of launches would decide whether a kernel is found in the cache.
+    """
+    package = importlib.import_module(f"{PACKAGE}.triton")
+    for found in sorted(pkgutil.iter_modules(package.__path__), key=lambda module: module.name):
+        module = importlib.import_module(f"{package.__name__}.{found.name}")
+        for _, function in sorted(vars(module).items()):
+            if isinstance(function, JITFunction):
+                function.cache_key  # noqa: B018
 
 
 @contextlib.contextmanager
@@ -90,6 +106,7 @@ def compile_one(launch: Launch) -> dict:
     """Compile a recorded launch for the target that it was recorded for, and return the resources that it uses."""
     from benchmarks.compiled import _cuda_resources  # imports all kernels
 
+    fix_keys()
     target = GPUTarget(**json.loads(launch.specialization)["target"])
     with without_device(target):
         kernel = getattr(importlib.import_module(launch.module), launch.kernel).preload(launch.specialization)
@@ -115,7 +132,3 @@ def summary(launches: list[Launch], workers: int | None = None) -> dict:
     start = time.perf_counter()
     errors = {launch.kernel: found for launch, found in compile_all(launches, workers) if isinstance(found, str)}
     return {"kernels": len(launches), "seconds": time.perf_counter() - start, "errors": errors}
-
-
-def target_of_this_device() -> GPUTarget:
-    return triton.runtime.driver.active.get_current_target()

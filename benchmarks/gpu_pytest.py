@@ -22,9 +22,10 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if config.getoption("--record"):
-        from benchmarks import ahead
+    from benchmarks import ahead
 
+    ahead.fix_keys()
+    if config.getoption("--record"):
         config.gpu_recording = ahead.recorded()  # type: ignore[attr-defined]
         config.gpu_launches = config.gpu_recording.__enter__()  # type: ignore[attr-defined]
 

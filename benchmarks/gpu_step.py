@@ -76,8 +76,12 @@ def main() -> None:
         if options.simulate:
             runpy.run_path(str(options.simulate))["install"]()
         elif not torch.cuda.is_available():
-            send({"error": "benchmarks.gpu: expected a GPU, got torch.cuda.is_available() == False"})
+            send({"error": "expected a GPU, got torch.cuda.is_available() == False"})
             return
+        else:
+            from benchmarks import ahead  # needs Triton
+
+            ahead.fix_keys()
         torch.set_default_device(gpu_work.DEVICE)
         found = environment(options.commit, options.simulate)
         send({"environment": found, "cannot_run": peers.missing_in_torch()})

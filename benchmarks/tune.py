@@ -92,6 +92,7 @@ def compile_for(chip: str, run: gpu_run.Run, shape: Shape, dtype: str, found: li
     from benchmarks import ahead, compiled, tune_work
 
     version = triton.__version__
+    ahead.fix_keys()
     with ahead.without_device(compiled.TARGETS[chip]), torch.device("meta"), tune_work.on_chip(chip):
         for row in tune_work.compile_ahead(shape, dtype, found, compiled.SHARED_LIMIT[chip]):
             run.report.add("candidates", {**row, "chip": chip, "triton": version})

@@ -39,6 +39,7 @@ def triton_on_device(monkeypatch):
     monkeypatch.setattr(gpu_work, "VALUE_SIZE", SMALL)
     if DEVICE == "cpu":
         monkeypatch.setattr(gpu_measure, "measure", lambda steps: {op: run_once(step) for op, step in steps.items()})
+        monkeypatch.setattr(tune_work, "REPEATS", 1)
         monkeypatch.setattr(gpu_measure, "milliseconds", lambda step: run_once(step)["ms"])
     with torch.device(DEVICE), ops.forced(DEVICE, "triton"), torch.compiler.set_stance("force_eager"):
         yield
@@ -213,9 +214,8 @@ def test_cost_of_a_7b_model():
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
-def test_without_a_gpu_the_commands_exit_with_an_error(monkeypatch, tmp_path):
-    monkeypatch.setattr("signal.signal", lambda *args: None)  # they would replace pytest's
-    for module in (gpu, tune):
-        monkeypatch.setattr("sys.argv", ["benchmark", "--out", str(tmp_path)])
-        with pytest.raises(SystemExit, match="expected a GPU"):
-            module.main()
+def test_without_a_gpu_it_exits_with_an_error(monkeypatch, tmp_path):
+    monkeypatch.setattr("signal.signal", lambda *args: None)  # it would replace pytest's
+    monkeypatch.setattr("sys.argv", ["benchmark", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match="expected a GPU"):
+        gpu.main()

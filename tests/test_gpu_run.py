@@ -9,11 +9,12 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import ClassVar
 
 import pytest
 
-from benchmarks import gpu, gpu_child, gpu_file, gpu_plan, gpu_report, gpu_run, models, peers
+from benchmarks import gpu, gpu_child, gpu_file, gpu_plan, gpu_pytest, gpu_report, gpu_run, models, peers, tune
 
 ROOT = Path(__file__).parents[1]
 SIMULATION = ROOT / "tests" / "simulated_gpu.py"
@@ -21,10 +22,13 @@ TINY = models.Shape("tiny", tokens=40, vocab=300, dim=64)
 
 
 @contextlib.contextmanager
-def running(out, *options):
+def running(out, *options, module="gpu", **environment):
     """A simulated run. Whatever happens, neither it nor its children outlive the block."""
-    command = [sys.executable, "-m", "benchmarks.gpu", "--out", str(out), "--simulate", str(SIMULATION), *options]
-    process = subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True, start_new_session=True)
+    command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), "--simulate", str(SIMULATION)]
+    process = subprocess.Popen(
+        [*command, *options], cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
     try:
         yield process
     finally:
@@ -118,6 +122,22 @@ def test_a_run_finishes_although_a_peer_crashes_its_process(tmp_path):
     assert data["failed"]["tiny, crashing, frozen"] == "the process ended with SIGSEGV"
     assert data["failed"]["tiny, absent, trainable"] == "not installed"
     assert data["environment"]["commit"] == "abc"
+
+
+def test_the_tuner_compiles_times_and_chooses(tmp_path):
+    pytest.importorskip("triton")
+    with running(tmp_path, "--dtype", "float32", module="tune", TRITON_INTERPRET="1") as process:
+        output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0, output
+    data = json.loads((tmp_path / "tune.json").read_text())
+    assert data["failed"] == {}
+    assert [row["problem"] for row in data["candidates"]] == ["", ""]
+    assert {(row["kernel"], row["dim"]) for row in data["tuned"]} == {(name, 64) for name in tune.KERNELS}
+    assert len(data["tuned"]) == 4
+    assert output.count('("interpreter", "ieee", 64): TileConfig(block_n=32, block_v=') == 3
+    with running(tmp_path, "--dtype", "float32", "--resume", module="tune") as process:  # nothing is left to do
+        again, _ = process.communicate(timeout=120)
+    assert again == output[output.index("simulated by") :]
 
 
 def test_a_simulated_file_is_not_reported(tmp_path):
@@ -298,6 +318,56 @@ def test_modules_are_found_in_the_folder_of_the_wheels(tmp_path):
     assert not gpu.is_missing("some_peer", tmp_path)
     assert gpu.is_missing("some_peer", tmp_path / "other")
     assert not gpu.is_missing(None, tmp_path)
+
+
+@pytest.mark.slow
+def test_kernels_compiled_ahead_are_found_by_a_launch(tmp_path):
+    """Without `ahead.fix_keys` the gradient kernel is compiled again."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}
+    command = [sys.executable, str(ROOT / "tests" / "compile_twice.py")]
+    result = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    ahead, after = json.loads(result.stdout)
+    assert ahead == {"_sweep_kernel": 1, "_gradient_kernel": 1}
+    assert {kernel: after[kernel] for kernel in ahead} == ahead
+
+
+FEW_TESTS = """
+import pytest
+
+def test_a(): pass
+def test_b(): raise ValueError("no")
+def test_c(): pass
+@pytest.mark.skip
+def test_d(): pass
+"""
+
+
+def test_the_outcome_of_every_test_is_a_row(tmp_path):
+    (tmp_path / "test_few.py").write_text(FEW_TESTS)
+    reading, writing = os.pipe()
+    command = [sys.executable, "-m", "pytest", "-p", "benchmarks.gpu_pytest", "--fd", str(writing), "--rootdir"]
+    command += [str(tmp_path), "-c", os.devnull, str(tmp_path)]
+    subprocess.run(command, cwd=ROOT, pass_fds=[writing], capture_output=True, check=False)
+    os.close(writing)
+    with os.fdopen(reading) as stream:
+        messages = [json.loads(line) for line in stream]
+    found = [(message["values"]["test"][-1], message["values"]["outcome"]) for message in messages]
+    assert found == [("a", "passed"), ("b", "failed"), ("c", "passed"), ("d", "skipped")]
+    assert messages[1]["row"] == "test"
+    assert messages[1]["values"]["reason"].endswith("ValueError")
+
+
+def test_every_test_is_in_one_shard():
+    found = []
+    for shard in range(3):
+        items = list("abcdefgh")
+        config = SimpleNamespace(getoption=lambda name, shard=shard: f"{shard}/3")
+        gpu_pytest.pytest_collection_modifyitems(config, items)
+        found += items
+    assert sorted(found) == list("abcdefgh")
 
 
 def test_the_plan_has_the_peers_of_peers_py():
