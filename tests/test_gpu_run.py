@@ -72,18 +72,18 @@ def kill_and_resume(out, kills, seed, *options):
         assert len(now) >= len(before) + len(written)  # a line is printed after its row has been saved
         assert {name: now[name] for name in before} == before
         before = now
-        end = time.monotonic() + 20
+        end = time.monotonic() + 60
         while processes_of(out) and time.monotonic() < end:
             time.sleep(0.05)
         assert not processes_of(out), "a child outlived the run"
     with running(out, "--resume", *options) as process:
-        assert process.wait(120) == 0
+        assert process.wait(600) == 0
     data, now = rows(out)
     assert {name: now[name] for name in before} == before
     return data
 
 
-PARTS = ("--parts", "values", "ours", "limits", "logits", "other", "sharing")
+PARTS = ("--parts", "values", "ours", "limits", "logits", "other")  # one process
 
 
 def check_finished(data, parts):
@@ -114,7 +114,7 @@ def test_killed_at_ten_random_moments(tmp_path, seed):
 
 def test_a_run_finishes_although_a_peer_crashes_its_process(tmp_path):
     with running(tmp_path, "--parts", "peers", "--commit", "abc") as process:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     data, measured = rows(tmp_path)
     check_finished(data, ("peers",))
@@ -127,7 +127,7 @@ def test_a_run_finishes_although_a_peer_crashes_its_process(tmp_path):
 def test_the_tuner_compiles_times_and_chooses(tmp_path):
     pytest.importorskip("triton")
     with running(tmp_path, "--dtype", "float32", module="tune", TRITON_INTERPRET="1") as process:
-        output, _ = process.communicate(timeout=120)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 0, output
     data = json.loads((tmp_path / "tune.json").read_text())
     assert data["failed"] == {}
@@ -136,7 +136,7 @@ def test_the_tuner_compiles_times_and_chooses(tmp_path):
     assert len(data["tuned"]) == 4
     assert output.count('("interpreter", "ieee", 64): TileConfig(block_n=32, block_v=') == 3
     with running(tmp_path, "--dtype", "float32", "--resume", module="tune") as process:  # nothing is left to do
-        again, _ = process.communicate(timeout=120)
+        again, _ = process.communicate(timeout=600)
     assert again == output[output.index("simulated by") :]
 
 
