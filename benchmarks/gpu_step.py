@@ -51,7 +51,7 @@ def do(request: dict, out: Path, descriptor: int, emit: gpu_work.Emit) -> dict:
     try:
         gpu_work.do(request, out, descriptor, emit)
         gpu_work.synchronize()
-    except Exception as error:
+    except (Exception, SystemExit) as error:  # benchmarks refuse wrong results with SystemExit
         return {"failed": name, "reason": gpu_work.first_line(error), "fatal": not gpu_work.device_works()}
     return {"done": name}
 

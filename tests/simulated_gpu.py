@@ -5,6 +5,7 @@ The parent reads the names in capitals. The child calls `install`, so nothing he
 
 import os
 import signal
+import sys
 import time
 from types import SimpleNamespace
 
@@ -22,11 +23,14 @@ PEERS = {"crashing": None, "eager, full logits": None, "absent": "no_such_module
 def install():
     import torch
 
-    from benchmarks import gpu_measure, gpu_sharing, gpu_tests, gpu_work, peers, sharing
+    from benchmarks import gpu_measure, gpu_tests, gpu_work, peers
 
     torch.set_num_threads(1)
     gpu_work.DEVICE, gpu_work.VALUE_SIZE, gpu_work.COPIED_BYTES = "cpu", (40, 300, 64), 1 << 16
-    gpu_sharing.MODEL = sharing.Shape(0, vocab=300, dim=32, layers=1, heads=4, groups=2)
+    if "sharing" in sys.argv:  # the name of the process; transformers takes seconds to import
+        from benchmarks import gpu_sharing, sharing
+
+        gpu_sharing.MODEL = sharing.Shape(0, vocab=300, dim=32, layers=1, heads=4, groups=2)
 
     def measure(steps):
         results = {}

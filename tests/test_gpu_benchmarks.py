@@ -18,6 +18,7 @@ from benchmarks import (
     gpu_plan,
     gpu_report,
     gpu_sharing,
+    gpu_step,
     gpu_work,
     models,
     sharing,
@@ -200,6 +201,14 @@ def test_the_winner_of_each_kernel_and_of_both():
         ("1.000", "a"), ("1.000", "c"), ("7.000", "b"),
     ]  # fmt: skip
     assert '("sm_90", "half", 64): TileConfig(b, source="tuned: a GPU, bfloat16, D 64")' in lines[2]
+
+
+@pytest.mark.parametrize("error", [ValueError("no\nmore"), SystemExit("no\nmore")])
+def test_whatever_an_item_raises_is_its_reason(error, monkeypatch, tmp_path):
+    monkeypatch.setattr(gpu_work, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_work, "do", lambda *args: (_ for _ in ()).throw(error))
+    message = gpu_step.do({"name": "x"}, tmp_path, -1, print)
+    assert message == {"failed": "x", "reason": f"{type(error).__name__}: no", "fatal": False}
 
 
 def test_cost_of_a_7b_model():
