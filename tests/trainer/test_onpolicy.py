@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import random
@@ -194,6 +195,40 @@ def test_samples_are_wrong_answers_and_restore_the_random_state(model, collator,
         assert tokenizer.eos_token_id not in tokens[:-1]
         assert not set(tokens) & {0, 1, 3, 4}  # pad, bos, unk, image placeholder
         assert normalize(tokenizer.decode(tokens, skip_special_tokens=True)) not in row.references
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"num_beams": 4},
+        {"num_beams": 2},  # fewer than the samples
+        {"num_return_sequences": 2, "do_sample": True},
+        {"return_dict_in_generate": True},
+        {"min_p": 0.9},
+        {"typical_p": 0.1},
+        {"no_repeat_ngram_size": 1},
+        {"top_k": 1, "repetition_penalty": 2.0, "temperature": 0.1, "do_sample": True},
+        {"prompt_lookup_num_tokens": 3},
+    ],
+)
+@pytest.mark.parametrize("shares", [False, True])
+def test_samples_and_captions_do_not_depend_on_how_the_model_generates_by_default(
+    model, collator, rows, monkeypatch, own, shares
+):
+    settings = SamplingArguments(samples=3, max_new_tokens=6)
+    own_collator = collator.on_trees(model) if shares else collator
+
+    def drawn():
+        return sample_answers(model, own_collator, rows[:2], settings, seed=3)
+
+    expected = drawn(), caption(model, collator, rows[:2], 6, 2)
+    changed = copy.deepcopy(model.generation_config)
+    for name, value in own.items():
+        setattr(changed, name, value)
+    monkeypatch.setattr(model, "generation_config", changed)
+    assert drawn() == expected[0]
+    if "repetition_penalty" not in own and "no_repeat_ngram_size" not in own:  # captions keep these
+        assert caption(model, collator, rows[:2], 6, 2) == expected[1]
 
 
 def test_right_samples_are_dropped(model, collator, rows):

@@ -43,6 +43,7 @@ def continuations(
         if model not in _can_share:
             _can_share[model] = _is_exact(model, inputs, options)
         if _can_share[model]:
+            options["num_return_sequences"] = 1  # the inputs have each prompt `samples` times
             return model.generate(**_encoded_once(model, inputs, samples, options), **options)
     return model.generate(**inputs, num_return_sequences=samples, **options)
 
@@ -79,7 +80,8 @@ def _encoded_once(
 def _one_token(options: dict[str, Any]) -> dict[str, Any]:
     """`options` changed so that `generate` takes the most likely token, one only, and returns its logits."""
     kept = {key: value for key, value in options.items() if key not in ("temperature", "top_p", "top_k")}
-    return kept | {"max_new_tokens": 1, "do_sample": False, "return_dict_in_generate": True, "output_logits": True}
+    one = {"max_new_tokens": 1, "num_return_sequences": 1, "do_sample": False}
+    return kept | one | {"return_dict_in_generate": True, "output_logits": True}
 
 
 def _is_exact(model: GeneratingModel, inputs: dict[str, Tensor], options: dict[str, Any]) -> bool:

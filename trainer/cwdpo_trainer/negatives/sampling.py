@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from transformers import PreTrainedTokenizerBase
@@ -16,6 +16,16 @@ from cwdpo_trainer.negatives.generation import GeneratingModel, continuations
 from cwdpo_trainer.reporter import progress
 
 Item = TypeVar("Item")
+# Options of `generate` that a model's generation config must not change. One sequence goes on token by token:
+_TOKEN_BY_TOKEN: dict[str, Any] = {
+    "num_beams": 1, "penalty_alpha": None, "dola_layers": None, "prompt_lookup_num_tokens": None,
+    "assistant_early_exit": None, "return_dict_in_generate": False,
+}  # fmt: skip
+# and samples are drawn from the model's own probabilities.
+_ALL_TOKENS: dict[str, Any] = {
+    "top_k": 0, "min_p": None, "typical_p": 1.0, "epsilon_cutoff": 0.0, "eta_cutoff": 0.0, "repetition_penalty": 1.0,
+    "no_repeat_ngram_size": 0,
+}  # fmt: skip
 
 
 def sample_answers(
@@ -38,7 +48,7 @@ def sample_answers(
         torch.manual_seed(seed)
         drawn = _generate(
             model, collator, rows, settings.max_new_tokens, do_sample=True, temperature=settings.temperature,
-            top_p=settings.top_p, top_k=0, repetition_penalty=1.0,  # ignore the model's generation config
+            top_p=settings.top_p, **_ALL_TOKENS,
             samples=settings.samples, shares_prompts=shares_prompts, synced_gpus=is_sharded,
         )  # fmt: skip
     count = settings.samples
@@ -102,7 +112,7 @@ def _generate(
     max_new_tokens: int,
     samples: int = 1,
     shares_prompts: bool = False,
-    **options: object,
+    **options: Any,
 ) -> list[Tokens]:
     """Generated answers in the form of `PairCollator.answer_tokens`: nothing after the end-of-sequence token."""
     inputs = to_device(collator.prompts(rows, padding_side="left"), model.device)
@@ -110,7 +120,7 @@ def _generate(
     with evaluating(model):
         outputs = continuations(
             model, inputs, samples, shares_prompts, max_new_tokens=max_new_tokens, eos_token_id=ends, pad_token_id=pad,
-            use_cache=True, **options,
+            use_cache=True, **_TOKEN_BY_TOKEN, **options,
         )  # fmt: skip
     new = outputs[:, inputs["input_ids"].shape[1] :].tolist()
     return [ended(tokens, ends) for tokens in new]
