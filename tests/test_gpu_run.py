@@ -47,10 +47,14 @@ def processes_of(out):
 
 
 def rows(out):
+    """The data of a run, and the result of each row by what identifies it. (`of_limit` may be added later.)"""
     data = json.loads((out / "gpu.json").read_text())
-    measured = {(row["shape"], row["op"]): row["ms"] for row in data["measurements"]}
-    checked = {(row["case"], row["value"]): row["error"] for row in data["values"]}
-    return data, measured | checked
+    found = {
+        (kind, *(row[key] for key in keys)): row.get("ms", row.get("error"))
+        for kind, keys in gpu_file.KEYS.items()
+        for row in data.get(kind, [])
+    }
+    return data, found
 
 
 def kill_and_resume(out, kills, seed, *options):
@@ -118,7 +122,7 @@ def test_a_run_finishes_although_a_peer_crashes_its_process(tmp_path):
     assert process.returncode == 0, output
     data, measured = rows(tmp_path)
     check_finished(data, ("peers",))
-    assert {op for _, op in measured} == {"eager, full logits, frozen", "eager, full logits, trainable"}
+    assert {op for _, _, op in measured} == {"eager, full logits, frozen", "eager, full logits, trainable"}
     assert data["failed"]["tiny, crashing, frozen"] == "the process ended with SIGSEGV"
     assert data["failed"]["tiny, absent, trainable"] == "not installed"
     assert data["environment"]["commit"] == "abc"
@@ -282,6 +286,18 @@ def test_without_resume_an_earlier_file_is_kept(fake, tmp_path):
     fake(items[:1], {})
     fake(items[1:], {})
     assert json.loads((tmp_path / "gpu-1.json").read_text())["done"] == [items[0].name]
+
+
+def test_a_cut_while_the_file_is_written_leaves_the_one_before(tmp_path, monkeypatch):
+    def cut(*args):
+        raise KeyboardInterrupt
+
+    report = gpu_file.Report(tmp_path / "gpu.json")
+    report.done("first")
+    monkeypatch.setattr(gpu_file.os, "replace", cut)
+    with pytest.raises(KeyboardInterrupt):
+        report.done("second")
+    assert json.loads((tmp_path / "gpu.json").read_text())["done"] == ["first"]
 
 
 def test_rows_get_their_share_of_a_limit_that_is_measured_later(tmp_path):
