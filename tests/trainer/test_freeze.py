@@ -57,6 +57,12 @@ def test_an_error_says_that_everything_is_frozen(task):
         load(task, ["vision"], target_modules=BOTH)
 
 
+def test_an_error_says_that_no_weight_is_left_to_train(task):
+    settings = ModelArguments(str(task / "model"), freeze=["model", "lm_head"])
+    with pytest.raises(InputError, match=r"model\.freeze: expected weights outside of these modules, got \['model', "):
+        load_model(settings, str(task / "model"), None)
+
+
 def test_a_module_saved_in_full_is_frozen_too(task, capsys):
     names = trained(load(task, ["vision_tower"], target_modules=BOTH, modules_to_save=["pre_layrnorm"]))
     assert names

@@ -23,13 +23,17 @@ def is_inside(name: str, frozen: Sequence[str]) -> bool:
 
 
 def freeze(model: nn.Module, frozen: Sequence[str]) -> None:
-    """Freeze the parameters of the modules `frozen`. Raises `InputError` about a name without parameters."""
+    """Freeze the parameters of the modules `frozen`. Raises `InputError` about a name without parameters, and if
+    nothing is left to train."""
+    trains = any(parameter.requires_grad for parameter in model.parameters())  # a quantized model trains adapters only
     for part in frozen:
         found = [parameter for name, parameter in model.named_parameters() if is_inside(name, [part])]
         modules = sorted({name for name, module in model.named_modules() if name and name.count(".") <= 1})
         require(bool(found), "config", "model.freeze", f"names of modules, such as {', '.join(modules)}", repr(part))
         for parameter in found:
             parameter.requires_grad_(False)
+    left = any(parameter.requires_grad for parameter in model.parameters())
+    require(left or not trains, "config", "model.freeze", "weights outside of these modules", list(frozen))
 
 
 def exclude_frozen(config: LoraConfig, frozen: Sequence[str]) -> None:
