@@ -31,11 +31,12 @@ PACKAGE = "cwdpo_kernels"
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel and what Triton specializes it for, as JSON."""
+    """A kernel, what Triton specializes it for, and the target, both as JSON."""
 
     module: str
     kernel: str
     specialization: str
+    target: str
 
 
 def fix_keys() -> None:
@@ -61,7 +62,8 @@ def recorded() -> Iterator[list[Launch]]:
     def hook(*, fn, compile: dict, **_) -> bool:
         if fn.module.split(".")[0] != PACKAGE:
             return False
-        launch = Launch(fn.module, fn.jit_function.fn.__name__, compile["specialization_data"])
+        target = json.dumps(vars(driver.active.get_current_target()))
+        launch = Launch(fn.module, fn.jit_function.fn.__name__, compile["specialization_data"], target)
         if launch not in launches:
             launches[launch] = None
             result.append(launch)
@@ -107,7 +109,7 @@ def compile_one(launch: Launch) -> dict:
     from benchmarks.compiled import _cuda_resources  # imports all kernels
 
     fix_keys()
-    target = GPUTarget(**json.loads(launch.specialization)["target"])
+    target = GPUTarget(**json.loads(launch.target))
     with without_device(target):
         kernel = getattr(importlib.import_module(launch.module), launch.kernel).preload(launch.specialization)
     found = {"shared_bytes": kernel.metadata.shared}
