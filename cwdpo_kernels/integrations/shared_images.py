@@ -115,11 +115,13 @@ def _sharing(kind: type[nn.Module]) -> Callable[..., Any]:
 
 def _key(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[object, ...]:
     """Identify the arguments of a call: tensors by their memory."""
-    named = [*enumerate(args), *sorted(kwargs.items())]
-    return tuple(
-        (name, value.data_ptr(), value.shape, value.dtype) if isinstance(value, Tensor) else (name, repr(value))
-        for name, value in named
-    )
+
+    def of(value: Any) -> object:
+        if isinstance(value, Tensor):
+            return value.data_ptr(), value.shape, value.dtype
+        return tuple(map(of, value)) if isinstance(value, list | tuple) else repr(value)
+
+    return tuple((name, of(value)) for name, value in (*enumerate(args), *sorted(kwargs.items())))
 
 
 def _tensors(value: Any) -> Iterator[Tensor]:

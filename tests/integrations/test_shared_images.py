@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from cwdpo_kernels import linear_logprob
+from cwdpo_kernels.integrations import shared_images
 from cwdpo_kernels.integrations.hugging_face import attach_head
 from cwdpo_kernels.integrations.shared_images import ImageFeatures
 from cwdpo_kernels.integrations.shared_prefix import enable_trees, token_tree, tree_batch
@@ -101,6 +102,14 @@ def test_other_images_are_encoded_again():
         second = step.logp(step.policy)
     assert step.encoded == 2
     assert not torch.equal(first, second)
+
+
+def test_lists_of_tensors_are_told_apart():
+    """A text of large tensors leaves out most of their entries."""
+    first, second = torch.zeros(2, 5000), torch.zeros(2, 5000)
+    assert repr(first) == repr(second)
+    assert shared_images._key(([first],), {}) != shared_images._key(([second],), {})
+    assert shared_images._key(([first],), {"grid": (1, 2)}) == shared_images._key(([first],), {"grid": (1, 2)})
 
 
 def test_dropout_and_copies():

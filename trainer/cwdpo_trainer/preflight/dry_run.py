@@ -24,7 +24,7 @@ from cwdpo_trainer.models.kinds import EXPECTED, auto_class
 from cwdpo_trainer.models.kinds import read_config as read_model_config
 from cwdpo_trainer.models.loading import Model, check_quantization, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reading import loading
-from cwdpo_trainer.preflight.plan import count_steps, stage_rows
+from cwdpo_trainer.preflight.plan import count_micro_steps, count_steps, stage_rows
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
 from cwdpo_trainer.preflight.trial import measure_filtering, measure_step
@@ -156,10 +156,12 @@ def _max_length(preview: RunPreview, rows: int) -> Iterator[Problem]:
 
 
 class Typical(NamedTuple):
-    """`args` of a stage, `rows` of median length for one micro-step, and the stage's number of optimizer `steps`."""
+    """`args` of a stage, `rows` of median length for one micro-step, the `micro_steps` of an optimizer step, and the
+    stage's number of optimizer `steps`."""
 
     args: StageArguments
     rows: Sequence[Row]
+    micro_steps: int
     steps: int
 
 
@@ -173,7 +175,9 @@ def typical_steps(preview: RunPreview) -> list[Typical]:
     for stage, args in preview.stages().items():
         count = args.per_device_train_batch_size
         first = max((len(by_length) - count) // 2, 0)
-        found.append(Typical(args, by_length[first:][:count], count_steps(args, stage_rows(preview, stage))))
+        own = stage_rows(preview, stage)
+        middle = by_length[first:][:count]
+        found.append(Typical(args, middle, count_micro_steps(args, own), count_steps(args, own)))
     return found
 
 
@@ -218,7 +222,7 @@ def self_test(
         yield Problem(WARNING, "nothing_kept", f"{evidence}{filtering.when}", advice)
     for stage in typical:
         own = collator.on_trees(model) if choice.is_shared else collator
-        yield str(measure_step(model, stage.args, own, stage.rows, stage.steps))
+        yield str(measure_step(model, stage.args, own, stage.rows, stage.micro_steps, stage.steps))
 
 
 def why_not_shared(config: RunConfig, model: Any) -> str | None:

@@ -241,8 +241,17 @@ def count_steps(args: StageArguments, rows: int) -> int:
     """Optimizer steps of a stage."""
     if args.max_steps > 0:
         return args.max_steps
-    batches = math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
-    return math.ceil(args.num_train_epochs * math.ceil(batches / args.gradient_accumulation_steps))
+    return math.ceil(args.num_train_epochs * math.ceil(_count_batches(args, rows) / args.gradient_accumulation_steps))
+
+
+def count_micro_steps(args: StageArguments, rows: int) -> int:
+    """Micro-steps of an optimizer step: the library's trainer makes one at the end of each epoch at the latest."""
+    return min(args.gradient_accumulation_steps, _count_batches(args, rows))
+
+
+def _count_batches(args: StageArguments, rows: int) -> int:
+    """Batches of an epoch on each device."""
+    return math.ceil(rows / (args.per_device_train_batch_size * args.world_size))
 
 
 def count_saves(args: StageArguments, rows: int) -> int:

@@ -67,27 +67,31 @@ def measure_filtering(
 
 @dataclass(frozen=True)
 class StepTime:
-    """`seconds`: of one optimizer step of the stage `args`. `pairs`: in a micro-step. `steps`: of the whole stage."""
+    """`seconds`: of one optimizer step of the stage `args`, of `micro_steps` with `pairs` each. `steps`: of the whole
+    stage."""
 
     args: StageArguments
     seconds: float
     pairs: int
+    micro_steps: int
     steps: int
 
     def __str__(self) -> str:
-        micro_steps = self.args.gradient_accumulation_steps
-        made_of = f"{micro_steps} x {_pairs(self.pairs)}" if micro_steps > 1 else _pairs(self.pairs)
+        made_of = f"{self.micro_steps} x {_pairs(self.pairs)}" if self.micro_steps > 1 else _pairs(self.pairs)
+        made_of += " of median length" + (", without torch_compile" if self.args.torch_compile else "")
         return (
-            f"time of a step of stage {self.args.stage}: {duration(self.seconds)} ({made_of} of median length), "
+            f"time of a step of stage {self.args.stage}: {duration(self.seconds)} ({made_of}), "
             f"{duration(self.steps * self.seconds)} for {self.steps} steps without probes, sampling and saving"
         )
 
 
-def measure_step(model: Any, args: StageArguments, collator: PairCollator, rows: Sequence[Row], steps: int) -> StepTime:
+def measure_step(
+    model: Any, args: StageArguments, collator: PairCollator, rows: Sequence[Row], micro_steps: int, steps: int
+) -> StepTime:
     """Time a micro-step on `rows` after one to warm up: collation, reference, forward and backward.
 
-    `collator`: makes token trees if the run shares prompts. `steps`: optimizer steps of the stage. The optimizer's
-    update is not timed, and the weights do not change.
+    `collator`: makes token trees if the run shares prompts. `micro_steps`: of an optimizer step. `steps`: optimizer
+    steps of the stage. The optimizer's update is not timed, and the weights do not change.
     """
     enable_checkpointing(model, args)
     model.train()
@@ -103,7 +107,7 @@ def measure_step(model: Any, args: StageArguments, collator: PairCollator, rows:
         seconds = time.perf_counter() - start
         model.zero_grad()
     model.eval()
-    return StepTime(args, seconds * args.gradient_accumulation_steps, len(rows), steps)
+    return StepTime(args, seconds * micro_steps, len(rows), micro_steps, steps)
 
 
 def duration(seconds: float) -> str:
