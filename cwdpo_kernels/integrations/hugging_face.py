@@ -44,7 +44,8 @@ __all__ = [
 ]
 
 HeadOp = Callable[[Tensor, Head], Any]
-_INFO, _PREVIOUS = "_cwdpo_head_info", "_cwdpo_previous_forward"  # attributes set on modules
+# Attributes set on modules.
+_INFO, _PREVIOUS, _TAKES_OP = "_cwdpo_head_info", "_cwdpo_previous_forward", "_cwdpo_takes_op"
 
 
 class HeadError(ValueError):
@@ -164,15 +165,16 @@ def _output_head(model: LanguageModel) -> nn.Module:
 def _layers(model: str, head: nn.Module) -> list[nn.Module]:
     layers = lora_head.linear_layers(head)
     expected = "a linear output head with floating-point weights, or LoRA on one"
-    _expect(bool(layers), model, expected, type(head).__name__)
+    _expect(len(layers) > 0, model, expected, type(head).__name__)
     return layers
 
 
 def _take_op(layers: list[nn.Module]) -> None:
     """Add the argument `op` to those of a head's layers that lack it. Peft may have replaced layers since."""
     for layer in layers:
-        if getattr(layer.forward, "__func__", None) is not _head_forward:
+        if not getattr(layer, _TAKES_OP, False):  # torch 2.11 cannot compile a look at the method itself
             _patch(layer, _head_forward)
+            vars(layer)[_TAKES_OP] = True
 
 
 def _may_patch(module: nn.Module) -> bool:
@@ -188,6 +190,7 @@ def _patch(module: nn.Module, forward: Callable[..., Any]) -> None:
 
 def _restore(module: nn.Module) -> None:
     vars(module).pop("forward", None)
+    vars(module).pop(_TAKES_OP, None)
     if _PREVIOUS in vars(module):
         module.forward = vars(module).pop(_PREVIOUS)
 
