@@ -156,6 +156,11 @@ def llama() -> Model:
     return _build(hf.LlamaForCausalLM, hf.LlamaConfig(**TEXT)), _inputs(0)
 
 
+def qwen3() -> Model:
+    """Text only, with norms of queries and keys."""
+    return _build(hf.Qwen3ForCausalLM, hf.Qwen3Config(**TEXT, head_dim=16)), _inputs(0)
+
+
 def gemma2() -> Model:
     """Text only, with a soft cap that its forward applies."""
     config = hf.Gemma2Config(**TEXT, head_dim=16, sliding_window=8, final_logit_softcapping=3.0)
@@ -170,5 +175,5 @@ def cohere2() -> Model:
 CLASSES: dict[str, Callable[[], Model]] = {
     function.__name__: function
     for function in (llava, llava_onevision, qwen2_5_vl, qwen3_vl, idefics3, smolvlm, internvl, gemma3, paligemma,
-                     cohere2_vision, llama, gemma2, cohere2)
+                     cohere2_vision, llama, qwen3, gemma2, cohere2)
 }  # fmt: skip
