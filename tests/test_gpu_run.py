@@ -1,13 +1,9 @@
 """`benchmarks.gpu` with a CPU in place of the GPU: cut at any moment it keeps its rows, and crashes do not stop it."""
 
-import contextlib
 import json
 import os
-import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -16,77 +12,11 @@ import pytest
 
 from benchmarks import gpu, gpu_child, gpu_file, gpu_plan, gpu_pytest, gpu_report, gpu_run, models, peers, tune
 
+sys.path.insert(0, str(Path(__file__).parent))
+from killed_runs import kill_and_resume, rows, running
+
 ROOT = Path(__file__).parents[1]
-SIMULATION = ROOT / "tests" / "simulated_gpu.py"
 TINY = models.Shape("tiny", tokens=40, vocab=300, dim=64)
-
-
-@contextlib.contextmanager
-def running(out, *options, module="gpu", **environment):
-    """A simulated run. Whatever happens, neither it nor its children outlive the block."""
-    command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), "--simulate", str(SIMULATION)]
-    process = subprocess.Popen(
-        [*command, *options], cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True,
-        start_new_session=True,
-    )  # fmt: skip
-    try:
-        yield process
-    finally:
-        process.kill()
-        process.communicate()
-
-
-def processes_of(out):
-    """The processes whose command line names the folder."""
-    found = []
-    for path in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            if str(out).encode() in path.read_bytes():
-                found.append(int(path.parent.name))
-    return found
-
-
-def rows(out):
-    """The data of a run, and the result of each row by what identifies it. (`of_limit` may be added later.)"""
-    data = json.loads((out / "gpu.json").read_text())
-    found = {
-        (kind, *(row[key] for key in keys)): row.get("ms", row.get("error"))
-        for kind, keys in gpu_file.KEYS.items()
-        for row in data.get(kind, [])
-    }
-    return data, found
-
-
-def kill_and_resume(out, kills, seed, *options):
-    """Kill a run `kills` times, each time after a random number of lines, then let it finish. Returns its data."""
-    choice = random.Random(seed)
-    before = {}
-    for _ in range(kills):
-        with running(out, "--resume", *options) as process:
-            printed = []
-            for line in process.stdout:
-                printed.append(line)
-                if choice.random() < 0.15:
-                    break
-            time.sleep(choice.random() * 0.02)
-            os.kill(process.pid, signal.SIGKILL)
-            rest = process.stdout.read().splitlines()
-        data, now = rows(out)
-        written = [line for line in [*printed, *rest] if line.rstrip().endswith(("GiB",)) or ", eager " in line]
-        assert len(now) >= len(before) + len(written)  # a line is printed after its row has been saved
-        assert {name: now[name] for name in before} == before
-        before = now
-        end = time.monotonic() + 60
-        while processes_of(out) and time.monotonic() < end:
-            time.sleep(0.05)
-        assert not processes_of(out), "a child outlived the run"
-    with running(out, "--resume", *options) as process:
-        assert process.wait(600) == 0
-    data, now = rows(out)
-    assert {name: now[name] for name in before} == before
-    return data
-
-
 PARTS = ("--parts", "values", "ours", "limits", "logits", "other")  # one process
 
 
