@@ -28,7 +28,12 @@ def logged(folder: Path) -> dict[str, list[float]]:
 
 @pytest.mark.parametrize(
     ("kind", "lora", "sharing"),
-    [("ddp", True, "off"), ("fsdp", False, "off"), ("ddp", False, "on"), ("fsdp", True, "on")],
+    [
+        pytest.param("ddp", True, "off", marks=pytest.mark.slow),
+        pytest.param("fsdp", False, "off", marks=pytest.mark.slow),
+        ("ddp", False, "on"),
+        ("fsdp", True, "on"),
+    ],
 )
 def test_a_run_of_two_processes_equals_a_run_of_one(forks, settings, write_config, tmp_path, kind, lora, sharing):
     """With `sharing`, the two processes share prompts, and the one process does not."""
