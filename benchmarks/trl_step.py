@@ -35,13 +35,12 @@ from benchmarks.sharing import Shape
 from cwdpo_kernels.integrations.trl import CoolingDPOTrainer
 
 BETA = 0.1
+COOLING = ck.Cooling(constant=1.0)
 TRL, SEPARATE, SHARED = "TRL DPOTrainer", "CoolingDPOTrainer", "CoolingDPOTrainer, prefix_sharing"
 WAYS: dict[str, Callable[..., trl.DPOTrainer]] = {
     TRL: trl.DPOTrainer,
-    SEPARATE: functools.partial(CoolingDPOTrainer, cooling=ck.Cooling(logp_floor=-11.0, constant=1.0)),
-    SHARED: functools.partial(
-        CoolingDPOTrainer, cooling=ck.Cooling(logp_floor=-11.0, constant=1.0), prefix_sharing=True
-    ),
+    SEPARATE: functools.partial(CoolingDPOTrainer, cooling=COOLING),
+    SHARED: functools.partial(CoolingDPOTrainer, cooling=COOLING, prefix_sharing=True),
 }
 WARM_UP, STEPS, MAX_ROUNDS = 1, 2, 3  # steps of each way in a round, and rounds
 LOSS_TOLERANCE = 1e-4  # largest difference from TRL's losses

@@ -93,10 +93,7 @@ def test_the_time_of_a_step_is_that_of_all_its_micro_steps(case, monkeypatch):
     model = load_model(preview.config.model, preview.model_path, None)
     attach_head(model)
     before = copy.deepcopy(model.state_dict())
-    times = [
-        trial.measure_step(model, step.args, preview.collator, step.rows, step.micro_steps, step.steps)
-        for step in (sft, dpo)
-    ]
+    times = [trial.measure_step(model, preview.collator, step) for step in (sft, dpo)]
     assert str(times[0]).startswith("time of a step of stage sft: 3 s (3 x 2 pairs of median length), 2.2 h for 2600 ")
     assert times[1].seconds == 1
     preview.config.sft.gradient_accumulation_steps = 64  # an epoch has 12 batches

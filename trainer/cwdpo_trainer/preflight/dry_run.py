@@ -5,14 +5,13 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from cwdpo_kernels.integrations.hugging_face import attach_head, check_head
 from cwdpo_kernels.integrations.shared_prefix import why_no_trees
 from cwdpo_trainer.config.loader import COMMAND_LINE, RunConfig, prepare, read_config
-from cwdpo_trainer.config.stage_arguments import StageArguments
 from cwdpo_trainer.data.collator import PairCollator
 from cwdpo_trainer.data.lengths import LengthMeter, fit_rows
 from cwdpo_trainer.data.rows import Row, read_rows
@@ -27,7 +26,7 @@ from cwdpo_trainer.models.reading import loading
 from cwdpo_trainer.preflight.plan import count_micro_steps, count_steps, stage_rows
 from cwdpo_trainer.preflight.row_rules import list_evidence, row_problems
 from cwdpo_trainer.preflight.run_rules import ERROR, WARNING, ModelFacts, Problem, RunPreview, run_problems
-from cwdpo_trainer.preflight.trial import measure_filtering, measure_step
+from cwdpo_trainer.preflight.trial import TypicalStep, measure_filtering, measure_step
 from cwdpo_trainer.rounding import FEW, REMEDIES, is_rounded, share_that_moves
 
 
@@ -155,17 +154,7 @@ def _max_length(preview: RunPreview, rows: int) -> Iterator[Problem]:
     yield from ()
 
 
-class Typical(NamedTuple):
-    """`args` of a stage, `rows` of median length for one micro-step, the `micro_steps` of an optimizer step, and the
-    stage's number of optimizer `steps`."""
-
-    args: StageArguments
-    rows: Sequence[Row]
-    micro_steps: int
-    steps: int
-
-
-def typical_steps(preview: RunPreview) -> list[Typical]:
+def typical_steps(preview: RunPreview) -> list[TypicalStep]:
     """One for each stage. The rows are the middle ones of the training sample, ordered by length."""
     fit, rows = preview.fits.get("train"), valid_pairs(preview)
     lengths = preview.lengths.get("train", {})
@@ -177,7 +166,7 @@ def typical_steps(preview: RunPreview) -> list[Typical]:
         first = max((len(by_length) - count) // 2, 0)
         own = stage_rows(preview, stage)
         middle = by_length[first:][:count]
-        found.append(Typical(args, middle, count_micro_steps(args, own), count_steps(args, own)))
+        found.append(TypicalStep(args, middle, count_micro_steps(args, own), count_steps(args, own)))
     return found
 
 
@@ -188,7 +177,7 @@ def valid_pairs(preview: RunPreview) -> list[Row]:
 
 
 def self_test(
-    config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device, typical: Sequence[Typical]
+    config: RunConfig, collator: PairCollator, rows: Sequence[Row], device: torch.device, typical: Sequence[TypicalStep]
 ) -> Iterator[str | Problem]:
     """Load the model, compare the fused log-probs of the first pair with those of its own logits, count the pairs that
     negative filtering leaves out, and time a step of each stage. Yields a line about each, and a warning if the
@@ -220,9 +209,9 @@ def self_test(
         )
         advice = "lower dpo.drop_below, set it to null, or use harder negatives"
         yield Problem(WARNING, "nothing_kept", f"{evidence}{filtering.when}", advice)
-    for stage in typical:
-        own = collator.on_trees(model) if choice.is_shared else collator
-        yield str(measure_step(model, stage.args, own, stage.rows, stage.micro_steps, stage.steps))
+    own = collator.on_trees(model) if choice.is_shared else collator
+    for step in typical:
+        yield str(measure_step(model, own, step))
 
 
 def why_not_shared(config: RunConfig, model: Any) -> str | None:

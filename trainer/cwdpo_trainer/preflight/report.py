@@ -15,7 +15,7 @@ from cwdpo_trainer.data.lengths import Length
 from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.evaluation.summary import PACKAGES
 from cwdpo_trainer.preflight.dry_run import dry_run, self_test, typical_steps, valid_pairs
-from cwdpo_trainer.preflight.memory import HeadStep, format_bytes
+from cwdpo_trainer.preflight.memory import HeadStep, counted, format_bytes
 from cwdpo_trainer.preflight.plan import plan_run
 from cwdpo_trainer.preflight.run_rules import ERROR, Problem, RunPreview
 from cwdpo_trainer.reporter import say
@@ -73,12 +73,8 @@ def check_run(path: Path, overrides: Sequence[str], rows: int, load: bool, call_
     for problem in sorted(problems, key=lambda problem: problem.severity != ERROR):
         say(str(problem))
     errors = sum(problem.severity == ERROR for problem in problems)
-    say(f"{_count(errors, 'error')}, {_count(len(problems) - errors, 'warning')}")
+    say(f"{counted(errors, 'error')}, {counted(len(problems) - errors, 'warning')}")
     return int(errors > 0)
-
-
-def _count(number: int, noun: str) -> str:
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
 
 
 def _dataset_report(preview: RunPreview, name: str) -> list[str]:

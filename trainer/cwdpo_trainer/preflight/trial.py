@@ -6,7 +6,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch, to_dev
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.evaluation.doctor import KEPT_FEW
 from cwdpo_trainer.models.loading import Model
+from cwdpo_trainer.preflight.memory import counted
 from cwdpo_trainer.preflight.simulation import enable_checkpointing, loss_of, precision, reference_sums
 from cwdpo_trainer.stages.cooling import measure_cooling
 
@@ -65,39 +66,46 @@ def measure_filtering(
     return Filtering(threshold, left_out, len(rows), when)
 
 
-@dataclass(frozen=True)
-class StepTime:
-    """`seconds`: of one optimizer step of the stage `args`, of `micro_steps` with `pairs` each. `steps`: of the whole
-    stage."""
+class TypicalStep(NamedTuple):
+    """`args` of a stage, `rows` of median length for one micro-step, the `micro_steps` of an optimizer step, and the
+    stage's number of optimizer `steps`."""
 
     args: StageArguments
-    seconds: float
-    pairs: int
+    rows: Sequence[Row]
     micro_steps: int
     steps: int
 
+
+@dataclass(frozen=True)
+class StepTime:
+    """The `seconds` that the optimizer step `step` takes."""
+
+    step: TypicalStep
+    seconds: float
+
     def __str__(self) -> str:
-        made_of = f"{self.micro_steps} x {_pairs(self.pairs)}" if self.micro_steps > 1 else _pairs(self.pairs)
-        made_of += " of median length" + (", without torch_compile" if self.args.torch_compile else "")
+        args, rows, micro_steps, steps = self.step
+        pairs = counted(len(rows), "pair")
+        made_of = f"{micro_steps} x {pairs}" if micro_steps > 1 else pairs
+        made_of += " of median length" + (", without torch_compile" if args.torch_compile else "")
         return (
-            f"time of a step of stage {self.args.stage}: {duration(self.seconds)} ({made_of}), "
-            f"{duration(self.steps * self.seconds)} for {self.steps} steps without probes, sampling and saving"
+            f"time of a step of stage {args.stage}: {duration(self.seconds)} ({made_of}), "
+            f"{duration(steps * self.seconds)} for {steps} steps without probes, sampling and saving"
         )
 
 
-def measure_step(
-    model: Any, args: StageArguments, collator: PairCollator, rows: Sequence[Row], micro_steps: int, steps: int
-) -> StepTime:
-    """Time a micro-step on `rows` after one to warm up: collation, reference, forward and backward.
+def measure_step(model: Any, collator: PairCollator, step: TypicalStep) -> StepTime:
+    """Time a micro-step after one to warm up: collation, reference, forward and backward.
 
-    `collator`: makes token trees if the run shares prompts. `micro_steps`: of an optimizer step. `steps`: optimizer
-    steps of the stage. The optimizer's update is not timed, and the weights do not change.
+    `collator`: makes token trees if the run shares prompts. The optimizer's update is not timed, and the weights do not
+    change.
     """
+    args = step.args
     enable_checkpointing(model, args)
     model.train()
     for _ in range(2):
         start = time.perf_counter()
-        inputs = collator(rows)
+        inputs = collator(step.rows)
         prompts = to_device(inputs["prompts"], args.device)
         batch = collator.join(prompts, inputs["chosen"], inputs["rejected"]).to(args.device)
         with precision(args):
@@ -107,7 +115,7 @@ def measure_step(
         seconds = time.perf_counter() - start
         model.zero_grad()
     model.eval()
-    return StepTime(args, seconds * micro_steps, len(rows), micro_steps, steps)
+    return StepTime(step, seconds * step.micro_steps)
 
 
 def duration(seconds: float) -> str:
@@ -116,10 +124,6 @@ def duration(seconds: float) -> str:
         if seconds >= 2 * size:
             return f"{float(f'{seconds / size:.2g}'):g} {unit}"
     return f"{float(f'{seconds:.2g}'):g} s"
-
-
-def _pairs(count: int) -> str:
-    return f"{count} pairs" if count > 1 else "1 pair"
 
 
 @torch.no_grad()
