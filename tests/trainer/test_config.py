@@ -59,11 +59,12 @@ def test_drop_below_auto_is_where_the_weight_is_a_twentieth(settings, write_conf
 def test_a_path_may_start_with_the_home_folder(settings, write_config, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "my model").mkdir()
-    paths = ["model.path=~/my model", "dpo.reference_cache=~/shared", "output_dir=~/run"]
+    paths = ["model.path=~/my model", "dpo.reference_cache=~/shared", "output_dir=~/run", "lora.adapter=~/adapter"]
     config = load_config(write_config(settings), paths)
     assert model_path(config) == str(tmp_path / "my model")
     assert config.dpo.reference_cache == f"{tmp_path}/shared"
     assert (config.output_dir, config.dpo.folder) == (tmp_path / "run", tmp_path / "run/checkpoints/dpo")
+    assert config.lora.adapter == f"{tmp_path}/adapter"
     assert open_source("~/rows.jsonl").path == tmp_path / "rows.jsonl"
     assert open_source("~no-such-user/rows.jsonl", tmp_path).path == tmp_path / "~no-such-user/rows.jsonl"
     prepare = "prepare={function: 'cwdpo_trainer.recipes.digits.prepare:prepare', folder: ~/data}"

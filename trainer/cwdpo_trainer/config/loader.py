@@ -166,6 +166,8 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         if not cache.is_relative_to(output_dir.absolute()):
             with collecting(errors):
                 check_writable_folder(cache, where, "dpo.reference_cache")
+    if sections["lora"] is not None and sections["lora"].adapter is not None:
+        sections["lora"].adapter = str(user_path(sections["lora"].adapter))
     with collecting(errors):
         kind, lora = sections["model"].quantization, sections["lora"]
         require(kind is None or lora is not None, where, "model.quantization", "null without a section lora", kind)
