@@ -226,7 +226,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (padding_with_images, ERROR, "pad_token_is_image_token", ["the pad token '<image>' is an image token"]),
     (grown_tokenizer, ERROR, "tokens_without_embedding", ["has 18 tokens, the model has embeddings for 17"]),
     (long_chosen, WARNING, "length_bias", ["longer in 44 of 44 pairs and have 2.0 times as many tokens"]),
-    (no_model, ERROR, "model_path", ["model.path: expected an existing folder, got "]),
+    (no_model, ERROR, "model_path", ["model.path: expected an existing folder or a name on the Hub, got "]),
     (no_data, ERROR, "heldout", ["gone.jsonl: no such file"]),
 ]  # fmt: skip
 

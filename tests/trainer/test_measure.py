@@ -69,7 +69,12 @@ def test_eval_reproduces_the_scores_of_a_run(finished, task, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["probe", "./nowhere", "DATA"], "RUN_OR_MODEL: expected an existing folder or a name on the Hub, got"),
+        (["probe", "./nowhere", "DATA"], "RUN_OR_MODEL: expected an existing folder or a name on the Hub, got nowhere"),
+        (["eval", "~/nowhere", "DATA"], "RUN_OR_MODEL: expected an existing folder or a name on the Hub, got /"),
+        (
+            ["probe", "MODEL", "DATA", "--reference=~/nowhere"],
+            "--reference: expected an existing folder or a name on the Hub, got /",
+        ),
         (["eval", "EMPTY", "DATA"], "expected a vision-language model with its processor"),
         (["probe", "UNFINISHED", "DATA"], "expected at least 1 finished stage, got none"),
         (["probe", "MODEL", "./nowhere.jsonl"], "nowhere.jsonl: no such file"),
@@ -83,6 +88,16 @@ def test_input_errors_are_reported(arguments, message, task, tmp_path, capsys):
               "UNFINISHED": tmp_path / "unfinished"}  # fmt: skip
     assert main([str(paths.get(word, word)) for word in arguments]) == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_path_may_start_with_the_home_folder(finished, task, tmp_path, monkeypatch):
+    """A shell leaves the ~ of `--json=~/file` as it is."""
+    monkeypatch.setenv("HOME", str(finished.parent))
+    monkeypatch.chdir(tmp_path)
+    arguments = [f"~/{finished.name}", str(task / "heldout.jsonl"), "--rows=2", "--json=~/home/eval.json"]
+    assert main(["eval", *arguments]) == 0
+    assert len(json.loads((finished.parent / "home" / "eval.json").read_text())["captions"]) == 2
+    assert not list(tmp_path.iterdir())
 
 
 def test_demo_is_the_packaged_recipe(monkeypatch):

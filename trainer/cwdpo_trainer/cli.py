@@ -13,7 +13,7 @@ from typing import Any
 
 from cwdpo_trainer import recipes
 from cwdpo_trainer.errors import InputError, describe
-from cwdpo_trainer.files import check_writable_file
+from cwdpo_trainer.files import check_writable_file, user_path
 from cwdpo_trainer.reporter import say, say_error
 
 DEMO = Path(recipes.__file__).with_name("digits.yaml")
@@ -144,7 +144,7 @@ def _add_command(commands: Commands, name: str, summary: str, details: str, exam
 
 def _add_training(commands: Commands, name: str) -> None:
     command = _add_command(commands, name, *TRAINING[name], f"cwdpo {name} mine.yaml")
-    command.add_argument("config", metavar="CONFIG", type=Path, help="the run's YAML file")
+    command.add_argument("config", metavar="CONFIG", type=user_path, help="the run's YAML file")
     command.add_argument("override", metavar="KEY=VALUE", nargs="*", help=OVERRIDE)
     command.set_defaults(execute=_train, only=None if name == "run" else name)
 
@@ -168,7 +168,7 @@ def _add_check(commands: Commands) -> None:
         "function only with --prepare. The exit status is 1 if there are errors.",
         "cwdpo check mine.yaml --rows 2000",
     )
-    command.add_argument("config", metavar="CONFIG", type=Path, nargs="?", help="the run's YAML file")
+    command.add_argument("config", metavar="CONFIG", type=user_path, nargs="?", help="the run's YAML file")
     command.add_argument("override", metavar="KEY=VALUE", nargs="*", help=OVERRIDE)
     text = "check N rows of each dataset, evenly spaced (default: %(default)s)"
     command.add_argument("--rows", type=_positive, metavar="N", default=512, help=text)
@@ -244,7 +244,7 @@ def _add_measurement(command: argparse.ArgumentParser, rows: str) -> None:
     text = "preference pairs: a file, a folder, or hub:owner/name[:split]"
     command.add_argument("data", metavar="DATA", help=text)
     command.add_argument("--rows", type=_positive, metavar="N", help=rows)
-    command.add_argument("--json", type=Path, metavar="FILE", help="also write the results to FILE")
+    command.add_argument("--json", type=user_path, metavar="FILE", help="also write the results to FILE")
 
 
 def _add_merge(commands: Commands) -> None:
@@ -255,8 +255,9 @@ def _add_merge(commands: Commands) -> None:
         "Merge the adapter of a run's last finished stage into its base model, and compare\nthe logits of both.",
         "cwdpo merge runs/mine --output models/mine",
     )
-    command.add_argument("target", metavar="RUN_OR_ADAPTER", help="a run folder, or the folder of an adapter")
-    command.add_argument("--output", type=Path, metavar="FOLDER", help="default: the folder merged in it")
+    text = "a run folder, or the folder of an adapter"
+    command.add_argument("target", type=user_path, metavar="RUN_OR_ADAPTER", help=text)
+    command.add_argument("--output", type=user_path, metavar="FOLDER", help="default: the folder merged in it")
     command.set_defaults(execute=_merge)
 
 

@@ -23,15 +23,15 @@ from cwdpo_trainer.run_folder import RunFolder
 SAMPLE = "The quick brown fox jumps over the lazy dog."  # whose logits are compared
 
 
-def merge(text: str, output: Path | None) -> Path:
-    """Write the full model of the run, or of the adapter's folder, at `text` to `output`, and return that.
+def merge(target: Path, output: Path | None) -> Path:
+    """Write the full model of the run, or of the adapter's folder, at `target` to `output`, and return that.
 
     The default is the folder `merged` in it. A quantized base model is loaded in full. Raises `InputError` if there is
     no adapter, if `output` exists, or if the logits of the merged model differ by more than rounding.
     """
-    path, settings = _adapter(text)
+    path, settings = _adapter(target)
     require((path / ADAPTER_FILE).is_file(), str(path), "", "an adapter, as a run with LoRA saves", "none")
-    output = Path(text, "merged") if output is None else output
+    output = target / "merged" if output is None else output
     require(not output.exists(), str(output), "--output", "a folder that does not exist yet", "an existing one")
     settings = dataclasses.replace(settings, quantization=None)
     policy: PeftModel = load_model(settings, str(path), None, trainable=False)  # type: ignore[assignment]
@@ -43,11 +43,11 @@ def merge(text: str, output: Path | None) -> Path:
     return output
 
 
-def _adapter(text: str) -> tuple[Path, ModelArguments]:
+def _adapter(target: Path) -> tuple[Path, ModelArguments]:
     """The adapter's folder, and how to load its model."""
-    folder = RunFolder(Path(text))
+    folder = RunFolder(target)
     if not folder.is_run():
-        return Path(text), ModelArguments(text)
+        return target, ModelArguments(str(target))
     done = folder.done_stages()
     require(bool(done), str(folder), "", "at least 1 finished stage", "none")
     folder.verify_model(done[-1])

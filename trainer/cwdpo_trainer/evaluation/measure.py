@@ -25,8 +25,8 @@ from cwdpo_trainer.evaluation.doctor import Finding, diagnose, too_few
 from cwdpo_trainer.evaluation.history import PREFIX
 from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.evaluation.summary import environment
-from cwdpo_trainer.files import read_json, write_json
-from cwdpo_trainer.models.loading import Model, load_model, load_processor, move
+from cwdpo_trainer.files import read_json, user_path, write_json
+from cwdpo_trainer.models.loading import Model, folder_or_name, load_model, load_processor, move
 from cwdpo_trainer.negatives.sampling import caption
 from cwdpo_trainer.reporter import say
 from cwdpo_trainer.run_folder import COOLING_FILE, RunFolder
@@ -72,11 +72,12 @@ class EvalTarget:
 
         The default reference of a run is the model that its last stage started from. Other models have none.
         """
-        folder = RunFolder(Path(text))
+        if reference is not None:
+            reference = folder_or_name("command line", "--reference", reference)
+        folder = RunFolder(user_path(text))
         if folder.is_run():
             return cls._of_run(folder, reference)
-        is_missing_path = not folder.path.is_dir() and text[0] in "./~"
-        require(not is_missing_path, "command line", "RUN_OR_MODEL", "an existing folder or a name on the Hub", text)
+        text = folder_or_name("command line", "RUN_OR_MODEL", text)
         model, probes, sampling = ModelArguments(text), ProbeArguments(), SamplingArguments()
         return cls(text, reference, "dpo", model, None, probes, sampling, Cooling(), {}, 0)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -85,10 +86,19 @@ def load_processor(path: str) -> ProcessorMixin | PreTrainedTokenizerBase:
 
 def model_path(config: RunConfig) -> str:
     """The absolute path of the model's folder, or the model's name on the Hub if there is no such folder."""
-    path = config.model.path
-    local = config.base / user_path(path)
-    require(local.is_dir() or path[0] not in "./~", config.where, "model.path", "an existing folder", local)
-    return str(local.resolve()) if local.is_dir() else path  # absolute, because an adapter stores it
+    return folder_or_name(config.where, "model.path", config.model.path, config.base)
+
+
+def folder_or_name(where: str, what: str, text: str, base: Path | None = None) -> str:
+    """The absolute path of the model folder that a user wrote, or `text` itself if it can be a name on the Hub.
+
+    It is absolute because an adapter stores it. `where` and `what` name the setting in an error.
+    """
+    folder = (base or Path()) / user_path(text)
+    if folder.is_dir():
+        return str(folder.resolve())
+    require(text[0] not in "./~", where, what, "an existing folder or a name on the Hub", folder)
+    return text
 
 
 def _load(settings: ModelArguments, path: str) -> PreTrainedModel:
