@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import signal
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -45,6 +46,20 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "--write-trajectory", action="store_true", help="overwrite the trajectory that test_trajectory.py compares with"
     )
     parser.addoption("--write-errors", action="store_true", help="write docs/errors.md again")
+
+
+@pytest.fixture
+def fails_after_a_minute() -> Iterator[None]:
+    """For hostile inputs that take a second, and without the limit under test hours."""
+
+    def stop(*_: object) -> None:
+        pytest.fail("this took more than a minute")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(60)
+    yield
+    signal.alarm(0)
+    signal.signal(signal.SIGALRM, before)
 
 
 WORDS = ["describe", "red", "green", "blue", "left", "right", "above", "below", "and", "a", "the", "square"]

@@ -7,7 +7,6 @@ import dataclasses
 import pickle
 import resource
 import threading
-import time
 
 import pytest
 from torch.utils.data import DataLoader
@@ -103,12 +102,11 @@ def row(chat_rows):
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_template_is_one_error(collator, row, name, few_steps):
+def test_a_hostile_template_is_one_error(collator, row, name, few_steps, fails_after_a_minute):
     template, problem = HOSTILE[name]
-    before, started = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss, time.perf_counter()
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(InputError) as error:
         chat(collator, template).prompt_text(row)
-    assert time.perf_counter() - started < SECONDS
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < GIGABYTE
     assert str(error.value).startswith(f"{row.where}: chat template: expected a template that renders the messages of ")
     assert problem in str(error.value)

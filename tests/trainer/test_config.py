@@ -70,7 +70,9 @@ def test_a_path_may_start_with_the_home_folder(settings, write_config, tmp_path,
     prepare = "prepare={function: 'cwdpo_trainer.recipes.digits.prepare:prepare', folder: ~/data}"
     assert load_config(write_config(settings), [prepare]).base == tmp_path / "data"
     config.model.path = "~/gone"  # is no name on the Hub
-    with pytest.raises(InputError, match=f"model.path: expected an existing folder or a name on the Hub, got {tmp_path}/gone"):
+    with pytest.raises(
+        InputError, match=f"model.path: expected an existing folder or a name on the Hub, got {tmp_path}/gone"
+    ):
         model_path(config)
 
 
