@@ -1,22 +1,24 @@
-"""Compiles every Triton kernel with every shipped configuration and reports the resources it uses. No GPU is needed.
+"""Compiles every Triton kernel with every shipped configuration and reports what it compiles to. No GPU is needed.
 
-The ops are called on meta tensors of a realistic size, once for each chip. Their launches are recorded, not run, and
-every recorded launch is compiled for the chip. The report lists registers and spills per thread, shared memory, and the
-number of tensor-core and TMA instructions.
+The ops are called on meta tensors of realistic sizes, once for each chip. Their launches are recorded, not run, and
+every recorded launch is compiled for the chip. The report lists registers and spills per thread, shared memory, the
+number of tensor-core and TMA instructions and, on NVIDIA chips, the instructions of a tile (see sass.py).
 
-`python -m benchmarks.compiled [--out FILE] [--chip sm_90 ...]` writes the report. It fails if a kernel misses a
-requirement (see `failures`).
+`python -m benchmarks.compiled [--out FILE] [--chip sm_90 ...]` writes the report. It writes none if a kernel misses a
+requirement, or if one got worse (see compiled_checks.py): then say why with `--worse REASON`, which the report keeps.
+`--quick` lists all launches, but compiles only the matrix products on sm_90 in bfloat16, each kind once.
 """
 
 from __future__ import annotations
 
 import argparse
+import ast
 import contextlib
+import functools
+import hashlib
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
@@ -24,11 +26,13 @@ from unittest import mock
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from benchmarks import compiled_checks, sass
 from cwdpo_kernels import IGNORE_INDEX
 from cwdpo_kernels.triton import (
     configs,
@@ -48,13 +52,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}
-# The matrix instruction of each chip.
-TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
-TMA = "cp.async.bulk.tensor"
-POINTER_KERNELS = ("_block_sparse_kernel", "_block_sparse_transposed_kernel")  # load through pointers, not TMA
-GEMM_KERNELS = ("_sweep_kernel", "_gradient_kernel", "_divergence_kernel", *POINTER_KERNELS)
-STRICT_CHIPS = ("sm_90", "sm_100")  # GEMM kernels must not spill and must load through TMA
+SHAPES = ((8192, 151936, 4096),)  # tokens, vocabulary, hidden: a 7B model
+CASES = (  # precision, dtype, bias, soft cap
+    ("half", torch.bfloat16, False, None),
+    ("half", torch.float16, True, 30.0),
+    ("tf32", torch.float32, True, None),
+    ("ieee", torch.float32, True, None),
+)
 TYPES = {
     torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32", torch.int64: "i64", torch.int32: "i32",
     torch.uint8: "u8", torch.bool: "i1",
@@ -80,9 +84,11 @@ def recorded(chip: str, precision: str) -> Iterator[list]:
         yield launches
 
 
-def call_every_op(dtype: torch.dtype, *, bias: bool = False, softcap: float | None = None) -> None:
-    """Call all ops on meta tensors with N 8192, V 151936, D 4096 (a 7B model)."""
-    n, v, d, pairs = 8192, 151936, 4096, 4
+def call_every_op(
+    dtype: torch.dtype, *, bias: bool = False, softcap: float | None = None, shape: tuple[int, int, int] = SHAPES[0]
+) -> None:
+    """Call all ops on meta tensors; `shape` is N, V, D."""
+    (n, v, d), pairs = shape, 4
     with torch.device("meta"):
         hidden, weight = torch.empty(n, d, dtype=dtype), torch.empty(v, d, dtype=dtype)
         bias_vector = torch.empty(v, dtype=dtype) if bias else None
@@ -130,23 +136,68 @@ def source_of(kernel: JITFunction, arguments: dict) -> ASTSource:
     return ASTSource(kernel, signature, constants, attributes)
 
 
-def measure(chip: str, kind: str, kernel: JITFunction, arguments: dict, options: dict) -> dict:
+@functools.cache
+def digest(kernel: JITFunction) -> str:
+    """Of the code of a kernel and of all that it calls or reads in our modules. Comments do not count."""
+    seen: dict[int, str] = {}
+
+    def visit(name: str, value: object) -> None:
+        if isinstance(value, tl.constexpr):
+            seen[id(value)] = f"{name} = {value.value!r}"
+        elif isinstance(value, JITFunction) and value.__module__.startswith("cwdpo_kernels") and id(value) not in seen:
+            tree = ast.parse(value.src)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.FunctionDef) and ast.get_docstring(node) is not None:
+                    del node.body[0]
+            seen[id(value)] = ast.unparse(tree)
+            for node in ast.walk(tree):
+                if isinstance(node, ast.Name) and node.id in value.fn.__globals__:
+                    visit(node.id, value.fn.__globals__[node.id])
+
+    visit(kernel.__name__, kernel)
+    return hashlib.sha256("\n".join(sorted(seen.values())).encode()).hexdigest()[:16]
+
+
+def launches(chip: str) -> list[tuple[dict, JITFunction, dict, dict]]:
+    """Every launch on a chip: the start of its row, the kernel, its arguments and its launch options.
+
+    Launches that differ in sizes alone compile to the same instructions, so only the first of them is here.
+    """
+    found: dict[str, tuple[dict, JITFunction, dict, dict]] = {}
+    for shape in SHAPES:
+        for kind, dtype, bias, softcap in CASES:
+            with recorded(chip, "ieee" if kind == "half" else kind) as calls:
+                call_every_op(dtype, bias=bias, softcap=softcap, shape=shape)
+            for kernel, arguments, options in calls:
+                constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
+                row = {
+                    "chip": chip, "precision": kind, "dim": shape[2], "kernel": kernel.__name__,
+                    "digest": digest(kernel), "constants": constants, **options,
+                }  # fmt: skip
+                key = json.dumps([row, source_of(kernel, arguments).signature])
+                found.setdefault(key, (row, kernel, arguments, options))
+    return list(found.values())
+
+
+def measure(row: dict, kernel: JITFunction, arguments: dict, options: dict) -> dict:
+    """The row of a launch with what the kernel compiles to."""
+    chip = row["chip"]
     compiled = triton.compile(source_of(kernel, arguments), target=TARGETS[chip], options=options)
     code = compiled.asm.get("ptx") or compiled.asm["amdgcn"]
-    constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
-    return {
-        "chip": chip, "precision": kind, "kernel": kernel.__name__, "constants": constants, **options,
-        "shared_bytes": compiled.metadata.shared, **(_cuda_resources if chip != "gfx942" else _amd_resources)(compiled),
-        "matrix_instructions": code.count(TENSOR_CORE[chip]), "tma_instructions": code.count(TMA),
+    row |= {
+        "shared_bytes": compiled.metadata.shared,
+        **(_cuda_resources if TARGETS[chip].backend == "cuda" else _amd_resources)(compiled),
+        "matrix_instructions": code.count(compiled_checks.TENSOR_CORE[chip]),
+        "tma_instructions": code.count(compiled_checks.TMA),
     }  # fmt: skip
+    if "cubin" in compiled.asm and row["kernel"] in compiled_checks.TILE_KERNELS:
+        row |= sass.counts(sass.disassembled(compiled.asm["cubin"]), row["constants"]["FLATTEN"])
+        row["instructions_per_element"] = round(row["tile_instructions"] / compiled_checks.elements(row), 2)
+    return row
 
 
 def _cuda_resources(compiled) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        Path(file.name).write_bytes(compiled.asm["cubin"])
-        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
-        command = [str(tool), "--dump-resource-usage", file.name]
-        usage = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    usage = sass.tool("cuobjdump", compiled.asm["cubin"], "--dump-resource-usage")
     return {"registers": _number(r"REG:(\d+)", usage), "spill_bytes": _number(r"STACK:(\d+)", usage)}
 
 
@@ -163,59 +214,59 @@ def _number(pattern: str, text: str) -> int:
     return int(found[1])
 
 
-def failures(row: dict) -> list[str]:
-    """The requirements that a compiled kernel misses: shared memory, spills, tensor-core instructions, TMA."""
-    chip, name = row["chip"], f"{row['chip']} {row['precision']} {row['kernel']} {row['constants']}"
-    problems = []
-    if row["shared_bytes"] > SHARED_LIMIT[chip]:
-        problems.append(f"{name}: {row['shared_bytes']} bytes of shared memory, the limit is {SHARED_LIMIT[chip]}")
-    if row["kernel"] in GEMM_KERNELS and not row["constants"].get("KEPT"):
-        if chip in STRICT_CHIPS and row["spill_bytes"]:
-            problems.append(f"{name}: {row['spill_bytes']} bytes a thread spilled")
-        if row["precision"] == "half" and not row["matrix_instructions"]:
-            problems.append(f"{name}: no {TENSOR_CORE[chip]}")
-        by_pointers = row["kernel"] in POINTER_KERNELS
-        if row["precision"] == "half" and chip in STRICT_CHIPS and not by_pointers and not row["tma_instructions"]:
-            problems.append(f"{name}: no {TMA}")
-    return problems
-
-
-def compile_chip(chip: str) -> list[dict]:
-    cases = [  # precision, dtype, bias, soft cap
-        ("half", torch.bfloat16, False, None),
-        ("half", torch.float16, True, 30.0),
-        ("tf32", torch.float32, True, None),
-        ("ieee", torch.float32, True, None),
-    ]
-    rows, seen = [], set()
-    for kind, dtype, bias, softcap in cases:
-        with recorded(chip, "ieee" if kind == "half" else kind) as launches:
-            call_every_op(dtype, bias=bias, softcap=softcap)
-        for kernel, arguments, launch_options in launches:
-            key = source_of(kernel, arguments).hash() + str(launch_options)
-            if key not in seen:
-                seen.add(key)
-                rows.append(measure(chip, kind, kernel, arguments, launch_options))
+def compile_chip(chip: str, quick: bool = False) -> list[dict]:
+    """The rows of a chip. If `quick`, only the main matrix products are compiled; the other rows have no measures."""
+    rows, done = [], set()
+    for row, *launch in launches(chip):
+        kind = compiled_checks.name_of(row)
+        main = chip == "sm_90" and row["precision"] == "half" and row["kernel"] in compiled_checks.TILE_KERNELS
+        main = main and "SOFTCAP" not in kind and kind not in done
+        rows.append(measure(row, *launch) if main or not quick else row)
+        done.add(kind)
     return rows
+
+
+def write(path: Path, rows: list[dict], worse: list[str]) -> None:
+    """One row a line, so that a change of a kernel changes its lines."""
+    lines = ",\n".join(json.dumps(row) for row in rows)
+    head = f'"triton": {json.dumps(triton.__version__)},\n"worse": {json.dumps(worse, indent=1)}'
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'{{{head},\n"kernels": [\n{lines}\n]}}\n')
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
     parser.add_argument("--chip", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--worse", metavar="REASON", help="why kernels got worse")
+    parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()
     with ProcessPoolExecutor(2) as pool:
-        rows = [row for chip_rows in pool.map(compile_chip, options.chip) for row in chip_rows]
-    print(f"{'chip':8}{'precision':10}{'kernel':34}{'registers':>10}{'spill':>7}{'shared':>8}{'matrix':>8}{'TMA':>5}")
+        chips = pool.map(compile_chip, options.chip, [options.quick] * len(options.chip))
+        rows = [row for chip_rows in chips for row in chip_rows]
+    compiled = [row for row in rows if "registers" in row]
+    show(compiled)
+    before = json.loads(options.out.read_text()) if options.out.exists() else {"triton": None, "kernels": []}
+    same = before["triton"] == triton.__version__
+    worse = compiled_checks.worse(before["kernels"], compiled) if same else []
+    problems = [problem for row in compiled for problem in compiled_checks.failures(row)]
+    if worse and not options.worse:
+        problems += [*worse, "compiled: expected no kernel to get worse. If that is meant, say why: --worse REASON"]
+    if problems:
+        sys.exit("\n".join(problems))
+    reasons = [f"{change}: {options.worse}" for change in worse]
+    write(options.out, rows, [*before.get("worse", []), *reasons])
+
+
+def show(rows: list[dict]) -> None:
+    columns = {
+        "registers": "registers", "spill": "spill_bytes", "shared": "shared_bytes", "matrix": "matrix_instructions",
+        "TMA": "tma_instructions", "an element": "instructions_per_element", "to TMA": "before_tma",
+    }  # fmt: skip
+    print(f"{'kernel':70}" + "".join(f"{title:>12}" for title in columns))
     for row in rows:
-        print(
-            f"{row['chip']:8}{row['precision']:10}{row['kernel']:34}{row['registers']:10}{row['spill_bytes']:7}"
-            f"{row['shared_bytes']:8}{row['matrix_instructions']:8}{row['tma_instructions']:5}"
-        )
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps({"triton": triton.__version__, "kernels": rows}, indent=1) + "\n")
-    problems = [problem for row in rows for problem in failures(row)]
-    sys.exit("\n".join(problems) if problems else 0)
+        cells = (row.get(key) for key in columns.values())
+        print(f"{compiled_checks.name_of(row):70}" + "".join(f"{'' if x is None else x:>12}" for x in cells))
 
 
 if __name__ == "__main__":

@@ -89,12 +89,12 @@ def compile_for(chip: str, run: gpu_run.Run, shape: Shape, dtype: str, found: li
     import torch
     import triton
 
-    from benchmarks import ahead, compiled, tune_work
+    from benchmarks import ahead, compiled, compiled_checks, tune_work
 
     version = triton.__version__
     ahead.fix_keys()
     with ahead.without_device(compiled.TARGETS[chip]), torch.device("meta"), tune_work.on_chip(chip):
-        for row in tune_work.compile_ahead(shape, dtype, found, compiled.SHARED_LIMIT[chip]):
+        for row in tune_work.compile_ahead(shape, dtype, found, compiled_checks.SHARED_LIMIT[chip]):
             run.report.add("candidates", {**row, "chip": chip, "triton": version})
             if run.seconds_left() <= 0:
                 return
