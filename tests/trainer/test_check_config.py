@@ -215,7 +215,7 @@ PLANTED: list[tuple[Plant, str, str, list[str]]] = [
     (image_in_answer, ERROR, "special_token_in_answer", ["train.jsonl:1: <image> in rejected 'a <image> square'"]),
     (unknown_words, ERROR, "same_tokens", ["train.jsonl:1: chosen and rejected are the same 3 tokens: a <unk> </s>"]),
     (truncated_image, ERROR, "unreadable_image", ["1 of 32 rows of data.train", "train.jsonl:8: ", "truncated"]),
-    (html_instead_of_image, ERROR, "unreadable_image", ["train.jsonl:8: ", "cannot identify image file"]),
+    (html_instead_of_image, ERROR, "unreadable_image", ["train.jsonl:8: ", "(not an image)"]),
     (long_answer, ERROR, "exceeds_model_positions", ["1 rows are longer than", "train.jsonl:9 (76)"]),
     (low_limit, WARNING, "longer_than_max_length", ["data.train, max_length 10: 16 of 32 rows have trimmed answers"]),
     (too_low_limit, ERROR, "max_length", ["expected room for at least 1 row (data.over_length: skip), got 4"]),

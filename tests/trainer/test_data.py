@@ -48,6 +48,11 @@ def without(name: str) -> dict:
             "negative_source: expected letters, digits and underscores, other than",
         ),
         ({**GOOD, "chosne": "a"}, ":2: unknown column chosne (known: prompt, chosen, rejected, images"),
+        ({**GOOD, "": "a"}, ":2: unknown column '' (known: prompt, chosen, rejected, images"),
+        ({**GOOD, "prompt": None}, "prompt: expected a value, got null"),
+        ({**GOOD, "image": {"path": "nowhere.png"}}, "images: expected an existing file or a data: URI, got /"),
+        ({**GOOD, "images": ["HTTPS://x.org/a.png"]}, "images: expected local files (download them first)"),
+        ({**GOOD, "images": ["file:///a.png"]}, "images: expected paths, without file://"),
         ({**GOOD, "prompt": [], "image": "one.png"}, "prompt: expected at least 1 message, got 0"),
         (
             {**GOOD, "prompt": [{"role": "user", "content": [{"type": "text", "text": 3}]}]},
@@ -67,6 +72,29 @@ def test_an_invalid_row_is_named(tmp_path, row, message):
     assert error.value.where == f"{path}:2"
     assert message in str(error.value)
     assert "\n" not in str(error.value)
+
+
+def message(content: object, **others: object) -> list[dict]:
+    return [{"role": "assistant", "content": content, **others}]
+
+
+@pytest.mark.parametrize("name", ["chosen", "rejected"])
+@pytest.mark.parametrize("content", ["", " \n", [], [{"type": "text", "text": ""}], [{"type": "text"}]])
+def test_a_message_without_text_is_no_answer(tmp_path, name, content):
+    row = {"prompt": [{"role": "user", "content": "x"}], "chosen": message("a"), "rejected": message("b")}
+    with pytest.raises(InputError, match=rf"jsonl:2: {name}: expected text, got a message without text: \[{{'role'"):
+        load_rows(write(tmp_path, row, {**row, name: message(content)}))
+    (loaded,) = load_rows(write(tmp_path, {**row, "rejected": message("", tool_calls=[{"name": "look"}])}))
+    assert loaded.rejected[0]["tool_calls"]
+
+
+def test_answers_with_the_same_text_are_alike_in_any_form(tmp_path):
+    forms = ["a", message("a"), message("a", tool_calls=None), message([{"type": "text", "text": "a"}])]
+    prompt = [{"role": "user", "content": "x"}]
+    for chosen in forms:
+        for rejected in forms:
+            with pytest.raises(InputError, match="rejected: expected an answer that differs from chosen"):
+                load_rows(write(tmp_path, {"prompt": prompt, "chosen": chosen, "rejected": rejected}))
 
 
 def test_a_missing_or_empty_file_is_named(tmp_path):
@@ -102,8 +130,9 @@ def test_a_file_without_a_valid_row_is_an_error(tmp_path):
         load_rows(write(tmp_path, "{oops", "{oops"), print)
 
 
-def test_a_json_file_has_an_array_of_rows(tmp_path):
-    path = tmp_path / "pairs.json"
+@pytest.mark.parametrize("name", ["pairs.json", "PAIRS.JSON"])
+def test_a_json_file_has_an_array_of_rows(tmp_path, name):
+    path = tmp_path / name
     path.write_text(json.dumps([GOOD, {**GOOD, "rejected": "c"}], indent=1), encoding="utf-8-sig")
     assert [(row.where, row.rejected) for row in load_rows(path)] == [(f"{path}:2", "b"), (f"{path}:7", "c")]
     path.write_text(json.dumps(GOOD) + "\n")
@@ -119,6 +148,12 @@ def test_a_json_file_has_an_array_of_rows(tmp_path):
         ("[%s\n%s]", "pairs.json:1: expected ',' or ']' after the row, got '{'"),
         ("[%s,\n", "pairs.json:2: expected valid JSON"),
         ("[%s", "pairs.json:1: expected ',' or ']' after the row, got the end of the file"),
+        ("[%s,\n%s]\n[%s]", "pairs.json:2: expected nothing after the array, got '[{"),
+        ("[]\n\n%s", "pairs.json:1: expected nothing after the array, got '{"),
+        (
+            '{"data":\n[%s]}',
+            "pairs.json: expected an array of rows, or a row in each line, got one object with the key",
+        ),
     ],
 )
 def test_an_error_in_an_array_is_named(tmp_path, text, message):
@@ -133,6 +168,17 @@ def test_another_encoding_is_named(tmp_path):
     (tmp_path / "pairs.jsonl").write_bytes(b'{"prompt": "\xff"}')
     with pytest.raises(InputError, match=r"pairs.jsonl: expected UTF-8 text"):
         load_rows(tmp_path / "pairs.jsonl")
+
+
+@pytest.mark.parametrize("name", ["pairs.parquet", "pairs.CSV"])
+def test_a_file_of_another_format_is_named_once_with_what_to_do(tmp_path, name):
+    (tmp_path / name).write_bytes(b"prompt,chosen,rejected\na,b,c\n\xff\n")
+    with pytest.raises(
+        InputError, match=r"expected JSON lines, .*of other formats, name the folder.* got a \.\w+ file"
+    ):
+        load_rows(tmp_path / name)
+    with pytest.raises(InputError, match="no such file"):
+        load_rows(tmp_path / f"gone{name}")
 
 
 def test_defaults_and_image_paths(tmp_path):

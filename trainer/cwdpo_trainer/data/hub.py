@@ -7,6 +7,8 @@ memory-mapped file until a batch needs them.
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import json
 import re
 from collections.abc import Iterator
 from functools import partial, reduce
@@ -16,7 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 from datasets import Dataset, DatasetDict, load_dataset, load_from_disk
-from datasets.exceptions import DatasetsError
+from datasets.exceptions import DatasetGenerationError
 
 from cwdpo_trainer.data.images import StoredImage
 from cwdpo_trainer.data.layouts import ALL_COLUMNS
@@ -42,8 +44,8 @@ class DatasetSource(Source):
         stored = [column for column in IMAGE_COLUMNS if self._has_bytes(column)]
         counts = {column: self._image_counts(column) for column in stored}
         empty = {column: self._rows_with_empty_images(column) for column in stored}
-        others = [column for column in self.dataset.column_names if column in ALL_COLUMNS and column not in stored]
-        known, found = ", ".join(sorted(ALL_COLUMNS)), ", ".join(self.dataset.column_names)
+        others = self._other_columns()
+        known, found = ", ".join(sorted(ALL_COLUMNS - set(IMAGE_COLUMNS))), ", ".join(self.dataset.column_names)
         require(bool(others), self.name, "columns", f"some of {known}", found)
         index = 0
         for table in self.tables.select_columns(others).iter(batch_size=BATCH):
@@ -53,15 +55,26 @@ class DatasetSource(Source):
                 for column in stored:
                     values[column] = self._images(index, column, counts[column][index])
                 problem = InputError(where, ", ".join(broken), "an image in each element of the list", "null")
-                yield where, problem if broken else _without_nulls(values)
+                # Null columns stay, as in a file: layouts.py says what they mean.
+                yield where, problem if broken else {key: _without_nulls(value) for key, value in values.items()}
                 index += 1
 
     def digest(self) -> str:
-        """The library's fingerprint: of the source files and the split, or of the saved dataset."""
-        return self.dataset._fingerprint
+        """SHA-256 of the columns that are read, without stored images. The library's fingerprint would change with a
+        file's time or folder, and miss changes inside of a saved dataset."""
+        digest = hashlib.sha256()
+        for table in self.tables.select_columns(self._other_columns()).iter(batch_size=BATCH):
+            for values in table.to_pylist():
+                digest.update(json.dumps(values, sort_keys=True, default=str).encode() + b"\n")
+        return digest.hexdigest()
 
     def unused_columns(self) -> list[str]:
         return sorted(set(self.dataset.column_names) - ALL_COLUMNS)
+
+    def _other_columns(self) -> list[str]:
+        """The columns that are read, without those of stored images."""
+        names = self.dataset.column_names
+        return [name for name in names if name in ALL_COLUMNS and not (name in IMAGE_COLUMNS and self._has_bytes(name))]
 
     def _has_bytes(self, column: str) -> bool:
         schema = self.dataset.features.arrow_schema
@@ -124,7 +137,9 @@ def _contains_bytes(kind: pa.DataType) -> bool:
         return _contains_bytes(kind.value_type)
     if pa.types.is_struct(kind):
         return any(_contains_bytes(kind.field(index).type) for index in range(kind.num_fields))
-    return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+    types = pa.types
+    return any(is_kind(kind) for is_kind in (types.is_binary, types.is_large_binary, types.is_fixed_size_binary,
+                                             types.is_binary_view))  # fmt: skip
 
 
 def _without_nulls(value: Any) -> Any:
@@ -170,5 +185,11 @@ def _loading(where: str) -> Iterator[None]:
     """Turn what the library raises about a dataset into an `InputError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, DatasetsError) as error:
-        raise InputError(where, "", "a dataset that the `datasets` library can load", describe(error)) from error
+    except InputError:
+        raise
+    except Exception as error:  # damaged files raise any type
+        cause: BaseException = error
+        while isinstance(cause, DatasetGenerationError) and cause.__cause__ is not None:  # it says nothing itself
+            cause = cause.__cause__
+        found = describe(cause if isinstance(cause, Exception) else error)
+        raise InputError(where, "", "a dataset that the `datasets` library can load", found) from error

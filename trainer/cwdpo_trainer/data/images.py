@@ -11,6 +11,7 @@ import binascii
 import contextlib
 import hashlib
 import os
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from functools import cached_property, partial
@@ -18,11 +19,12 @@ from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from PIL import Image
+from PIL import Image, UnidentifiedImageError
 
 from cwdpo_trainer import pixels
 from cwdpo_trainer.errors import InputError, describe, require, shorten
 
+URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
 # What an `ImageRef` raises about a file that is not an image, is damaged, or claims to be enormous.
 IMAGE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
@@ -119,7 +121,9 @@ def _decoding() -> Iterator[None]:
 
 def unreadable(where: str, image: ImageRef, error: Exception) -> InputError:
     """The error for an image of the row at `where` that raised one of `IMAGE_ERRORS`."""
-    return InputError(where, "images", "readable image files", f"{image.name} ({describe(error)})")
+    # Pillow names the address of an object in memory.
+    problem = "not an image" if isinstance(error, UnidentifiedImageError) else describe(error)
+    return InputError(where, "images", "readable image files", f"{image.name} ({problem})")
 
 
 def image_refs(where: str, values: dict[str, Any], folder: Path) -> tuple[ImageRef, ...]:
@@ -147,8 +151,9 @@ def _image_ref(where: str, name: str, text: str, folder: Path) -> ImageRef:
         except (binascii.Error, ValueError) as error:
             raise InputError(where, "images", "valid base64", describe(error)) from error
         return StoredImage(name, partial(bytes, data))
-    is_url = text.startswith(("http://", "https://"))
-    require(not is_url, where, "images", "local files (download them first)", shorten(text))
+    scheme = URL.match(text)
+    expected = "paths, without file://" if text.lower().startswith("file:") else "local files (download them first)"
+    require(scheme is None, where, "images", expected, shorten(text))
     path = folder / text
     # os.path.isfile is false, instead of raising, for names that are too long and folders that cannot be searched.
     require(os.path.isfile(path), where, "images", "an existing file or a data: URI", shorten(path))

@@ -10,7 +10,8 @@ The columns of a row determine its layout:
     prompt + chosen + rejected     TRL: text or messages
     chosen + rejected              TRL without a prompt: the common start of both answers is the prompt
 
-A null column counts as absent. If messages of plain text come with images, each tag `<image>` becomes an image part of
+A null column counts as absent, but a null prompt is an error: the prompt of another layout is none for this one. If
+messages of plain text come with images, each tag `<image>` becomes an image part of
 its message. Without any tag, the images go before the text of the first user message. Text with a model's own
 placeholder (`<|image_pad|>`, `[IMG]`, ...) is used as it is.
 """
@@ -43,9 +44,11 @@ PLACEHOLDER = re.compile(r"<[^<>\s]*(?:image|IMG)[^<>\s]*>|\[IMG\]")
 def canonical(where: str, values: Values) -> Values:
     """Convert a row of any layout to `COLUMNS`. Raises `InputError` if the row has no known layout or breaks its
     rules."""
+    null_prompt = "prompt" in values and values["prompt"] is None
     values = {name: value for name, value in values.items() if value is not None}
     convert, own = _layout(where, values)
-    unknown = sorted(set(values) - set(own) - SHARED - METADATA)
+    require(not (null_prompt and convert is _implicit), where, "prompt", "a value", "null")
+    unknown = [_column(name) for name in sorted(set(values) - set(own) - SHARED - METADATA)]
     names = ", ".join([*own, *(name for name in COLUMNS if name in SHARED)])
     columns = "columns" if len(unknown) > 1 else "column"
     require(not unknown, where, "", "", f"unknown {columns} {', '.join(unknown)} (known: {names})")
@@ -53,7 +56,14 @@ def canonical(where: str, values: Values) -> Values:
     row |= convert(where, values)
     if "images" in row and isinstance(row["images"], list):
         row["images"] = [_image_path(image) for image in row["images"]]
+    if "image" in row:
+        row["image"] = _image_path(row["image"])
     return _with_image_parts(where, row)
+
+
+def _column(name: str) -> str:
+    """A column's name for a message, in quotes if it could be misread."""
+    return name if name.isidentifier() else shorten(repr(name), 80)
 
 
 def _layout(where: str, values: Values) -> tuple[Callable[[str, Values], Values], tuple[str, ...]]:

@@ -16,6 +16,7 @@ and the end-of-sequence token follows the answer.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import random
@@ -163,7 +164,11 @@ def _row(row_id: int, where: str, values: Any, folder: Path) -> Row:
     for name, answer in (("chosen", chosen), ("rejected", rejected)):
         types = {part["type"] for part in message_parts(answer)}
         require(types <= {"text"}, where, name, "message parts of type text", ", ".join(map(repr, types)))
-    require(chosen != rejected, where, "rejected", "an answer that differs from chosen", shorten(repr(rejected)))
+        text, others = _parts_of_answer(answer)
+        got = f"a message without text: {shorten(repr(answer))}"
+        require(bool(text.strip() or others), where, name, "text", got)
+    differ = _parts_of_answer(chosen) != _parts_of_answer(rejected)
+    require(differ, where, "rejected", "an answer that differs from chosen", shorten(repr(rejected)))
     references = values.get("references", [answer_text(chosen)])
     texts = isinstance(references, list) and all(isinstance(text, str) and text.strip() for text in references)
     require(texts and bool(references), where, "references", "a non-empty list of texts", shorten(repr(references)))
@@ -173,7 +178,27 @@ def _row(row_id: int, where: str, values: Any, folder: Path) -> Row:
     expected = "letters, digits and underscores, other than 'chosen' and 'onpolicy'"
     require(free, where, "negative_source", expected, shorten(repr(source)))
     images = image_refs(where, values, folder)
+    prompt, chosen, rejected = map(_as_json, (prompt, chosen, rejected))
     return Row(row_id, where, prompt, chosen, rejected, images, tuple(references), source)
+
+
+def _parts_of_answer(answer: str | list[Message]) -> tuple[str, dict[str, Any]]:
+    """An answer's text, and what else its message has, such as tool calls."""
+    fields = {} if isinstance(answer, str) else answer[0]
+    return answer_text(answer), {
+        key: value for key, value in fields.items() if key not in ("role", "content") and value
+    }
+
+
+def _as_json(value: Any) -> Any:
+    """A value of a dataset with JSON types alone, as in a file: messages may have other keys with times, or images."""
+    if isinstance(value, dict):
+        return {key: _as_json(one) for key, one in value.items()}
+    if isinstance(value, list):
+        return [_as_json(one) for one in value]
+    if isinstance(value, bytes):
+        return f"sha256:{hashlib.sha256(value).hexdigest()}"
+    return value if value is None or isinstance(value, (str, bool, int, float)) else str(value)
 
 
 def _check_unicode(where: str, values: dict[str, Any]) -> None:
