@@ -66,9 +66,11 @@ def token_logprob(
 ) -> Tensor:  # fmt: skip
     """`functional.linear_logprob`. `op` is the name used in error messages.
 
-    `sparse_grad`: whole sequences may get no gradient. Affects speed only: a GPU then runs the GEMMs that skip them.
+    `sparse_grad`: whole sequences may get no gradient. Affects speed only: a GPU then runs kernels that skip them. It
+    also does so in a compiled graph without `rows`, where ignored tokens were not left out.
     """
     tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
+    sparse_grad |= tokens.rows is None and torch.compiler.is_compiling()
     head = tokens.head
     parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
     trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)

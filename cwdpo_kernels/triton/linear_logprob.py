@@ -16,8 +16,8 @@ Floating-point operations, with 1G = 2 N D V, and bytes moved beyond the operand
                           and grad_hidden, in float32. 5 N V tile entries
                      4G   the same for tiles that were not kept: backward recomputes them. 3 N V tile entries
 
-Kept tiles lie in the memory of grad_weight; backward reads each one before it overwrites it. Blocks of tokens with zero
-gradient skip the recomputation. With `sparse_grad`, which announces such tokens, they skip both GEMMs too.
+Kept tiles lie in the memory of grad_weight; backward reads each one before it overwrites it. With `sparse_grad`, which
+announces tokens without a label or a gradient, blocks of such tokens skip the sweep, the recomputation and both GEMMs.
 
 The kernels never wait for the device and use no atomics, so equal inputs give equal bits.
 Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C vocabulary columns of a chunk of tiles.
@@ -73,7 +73,7 @@ def linear_logprob(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """logp [N], anchor [N], sum_exp [N], direction [N, D] (or empty), kept tiles (opaque bytes or [V, D])."""
     labels = labels.contiguous()
-    sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index)
+    sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index, skip_ignored=sparse_grad)
     opaque = kept_bytes is not None and kept_bytes >= 0
     kept = hidden.new_empty(kept_bytes or 0, dtype=torch.uint8) if opaque else torch.empty_like(weight)
     if with_direction:
@@ -143,7 +143,7 @@ def _gradient_kernel(
     out_ptr, grad_bias_partial_ptr, N, V, D, first_tile_v, end_tile_v, out_columns,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
-    PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
+    SKIP_ZEROS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
     GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """The gradient of unscaled logits, slope * (grad_target at the label, exp_factor * u elsewhere), to out [N, C].
@@ -164,30 +164,34 @@ def _gradient_kernel(
         exp_factor = tl.load(exp_factor_ptr + offs_n, mask=mask_n, other=0.0)
         grad_target = tl.load(grad_target_ptr + offs_n, mask=mask_n, other=0.0)
         labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
+        nonzero = (exp_factor != 0) | (grad_target != 0)
         if KEPT:
             offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
             offs_kept = offs_n.to(tl.int64)[:, None] * out_columns + offs_c[None, :]
             mask_kept = mask_n[:, None] & (offs_c < out_columns)[None, :]
             u = tl.load(kept_ptr + offs_kept, mask=mask_kept, other=0.0).to(tl.float32)
             kept_anchor = tl.load(kept_anchor_ptr + pid_v.to(tl.int64) * N + offs_n, mask=mask_n, other=0.0)
-            # The anchors of an ignored token are unrelated, so exp2 may overflow there.
-            nonzero = (exp_factor != 0)[:, None]
-            gradient = tl.where(nonzero, u * (exp_factor * tl.exp2(kept_anchor - anchor))[:, None], 0.0)
+            factor = exp_factor * tl.exp2(kept_anchor - anchor)
         else:
-            any_nonzero = tl.max(tl.where((exp_factor != 0) | (grad_target != 0), 1, 0), 0)
-            depth = tl.where(any_nonzero > 0, D, 0)  # a block whose gradient is all zeros skips the product
+            if SKIP_ZEROS:  # a block whose gradient is all zeros has a loop of zero steps
+                depth = tl.where(tl.max(nonzero.to(tl.int32), 0) > 0, D, 0)
+            else:
+                tl.assume(D > 0)  # else a flattened loop needs a second copy of the epilogue, for loops of zero steps
+                depth = D
             z = logits_tile(
                 hidden, weight, bias_ptr, row, col, N, V, depth, stride_hidden_n, stride_hidden_d, stride_weight_v,
                 stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, BLOCK_N,
                 BLOCK_V, BLOCK_D,
             )  # fmt: skip
-            nonzero = (exp_factor != 0)[:, None]
-            gradient = tl.where(nonzero, exp_factor[:, None] * exp_anchored(z, anchor[:, None]), 0.0)
-        # Replaces the exponential of the target logit, which may have overflowed.
-        gradient = tl.where(offs_v[None, :] == labels[:, None], grad_target[:, None], gradient)
+            u, factor = exp_anchored(z, anchor[:, None]), exp_factor
+        # Tokens without a gradient may have any logits, and unrelated anchors, so that the exponential overflows.
+        gradient = tl.where(nonzero[:, None], factor[:, None] * u, 0.0)
+        holds_label = (labels >= col) & (labels < col + BLOCK_V)
+        if tl.max(holds_label.to(tl.int32), 0) > 0:  # few tiles hold a label of their tokens
+            # Replaces the exponential of the target logit, which may have overflowed.
+            gradient = tl.where(offs_v[None, :] == labels[:, None], grad_target[:, None], gradient)
         if HAS_SOFTCAP:
-            gradient *= slope_of(z, softcap)
-        gradient = tl.where(mask_n[:, None] & (offs_v < V)[None, :], gradient, 0.0)
+            gradient = tl.where(nonzero[:, None], gradient * slope_of(z, softcap), 0.0)
         if NEEDS_BIAS:
             offs_partial = pid_n.to(tl.int64) * V + offs_v
             tl.store(grad_bias_partial_ptr + offs_partial, tl.sum(gradient, 0), mask=offs_v < V)
@@ -233,10 +237,12 @@ def linear_logprob_backward(
         start, width = tiles.start * config.block_v, kept_chunks.width(tiles)
         columns = slice(start, start + width)
         grad_NC = workspace[: rows * width].view(rows, width)
-        kept_NC, kept_anchor_TN = kept_chunks.views.get(tiles.start, (grad_NC, anchor))  # else: not read
+        is_kept = tiles.start in kept_chunks.views
+        kept_NC, kept_anchor_TN = kept_chunks.views[tiles.start] if is_kept else (grad_NC, anchor)  # else: not read
         _gradient_kernel[grid(config, tiles_n * len(tiles), hidden.device)](
             **arguments, kept_ptr=kept_NC, kept_anchor_ptr=kept_anchor_TN, out_ptr=grad_NC, first_tile_v=tiles.start,
-            end_tile_v=tiles.stop, out_columns=width, KEPT=tiles.start in kept_chunks.views, **COMPILER_OPTIONS,
+            end_tile_v=tiles.stop, out_columns=width, KEPT=is_kept, SKIP_ZEROS=sparse_grad and not is_kept,
+            **COMPILER_OPTIONS,
         )  # fmt: skip
         if needs_weight:
             gemms.product(grad_weight[columns], grad_NC, used_hidden)

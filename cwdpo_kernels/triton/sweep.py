@@ -35,12 +35,20 @@ from .primitives import (
 
 
 @triton.jit
+def _competitors(z, offs_n, offs_v, labels, holds_label, target_ptr):
+    """The tile's logits with -inf in place of the labels', which are written to target."""
+    is_label = offs_v[None, :] == labels[:, None]
+    tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
+    return tl.where(is_label, float("-inf"), z)
+
+
+@triton.jit
 def _sweep_kernel(
     hidden, weight, bias_ptr, labels_ptr, min_anchor_ptr, anchor_ptr, sum_exp_ptr, target_ptr, tile_ptr,
     max_logit_ptr, moment_ptr, N, V, D, first_tile_v, end_tile_v, tile_columns,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap, ignore_index,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_MIN_ANCHOR: tl.constexpr, WRITE_TILE: tl.constexpr,
-    STATISTICS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
+    STATISTICS: tl.constexpr, SKIP_IGNORED: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
     FLATTEN: tl.constexpr, GROUP_N: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
@@ -61,8 +69,11 @@ def _sweep_kernel(
         mask_n = offs_n < N
         labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index)
         labelled = labels != ignore_index
-        # A block of ignored tokens skips the product with a loop of zero steps. Its results are never read.
-        depth = tl.where(tl.max(labelled.to(tl.int32), 0) > 0, D, 0)
+        if SKIP_IGNORED:  # a block of ignored tokens has a loop of zero steps. Its results are never read.
+            depth = tl.where(tl.max(labelled.to(tl.int32), 0) > 0, D, 0)
+        else:
+            tl.assume(D > 0)  # else a flattened loop needs a second copy of the epilogue, for loops of zero steps
+            depth = D
         z = logits_tile(
             hidden, weight, bias_ptr, row, col, N, V, depth, stride_hidden_n, stride_hidden_d, stride_weight_v,
             stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, BLOCK_N, BLOCK_V,
@@ -72,11 +83,12 @@ def _sweep_kernel(
         # An int64 comparison takes twice the registers. A label outside the vocabulary is in no tile.
         labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
         holds_label = labelled & (labels >= col) & (labels < tl.minimum(col + BLOCK_V, V))
-        competitor = z
-        if tl.max(holds_label.to(tl.int32), 0) > 0:  # few tiles hold a label of their tokens
-            is_label = offs_v[None, :] == labels[:, None]
-            tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
-            competitor = tl.where(is_label, float("-inf"), z)
+        if FLATTEN:  # in a flattened loop, which has the epilogue under a condition, a second one spills registers
+            competitor = _competitors(z, offs_n, offs_v, labels, holds_label, target_ptr)
+        else:
+            competitor = z
+            if tl.max(holds_label.to(tl.int32), 0) > 0:  # few tiles hold a label of their tokens
+                competitor = _competitors(z, offs_n, offs_v, labels, holds_label, target_ptr)
         competitor = tl.where((offs_v < V)[None, :], competitor, float("-inf"))
 
         max_logit = tl.max(competitor, 1)
@@ -112,6 +124,7 @@ class Sweep:
     softcap: float | None
     ignore_index: int
     statistics: bool = False
+    skip_ignored: bool = True  # False if few blocks of tokens have no label: a fixed number of steps is faster
 
     def __post_init__(self) -> None:
         column_divisor = 2 if self.statistics else 1
@@ -145,7 +158,7 @@ class Sweep:
             D=self.hidden.shape[1],
             first_tile_v=tiles.start, end_tile_v=tiles.stop, tile_columns=0 if out is None else out.shape[1],
             ignore_index=self.ignore_index, HAS_MIN_ANCHOR=min_anchor is not None, WRITE_TILE=out is not None,
-            STATISTICS=self.statistics, **COMPILER_OPTIONS,
+            STATISTICS=self.statistics, SKIP_IGNORED=self.skip_ignored, **COMPILER_OPTIONS,
         )  # fmt: skip
 
 

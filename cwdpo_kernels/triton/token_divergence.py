@@ -111,7 +111,7 @@ def _normalizer(
 ) -> tuple[Tensor, Tensor]:
     """(anchor, sum_exp) [N] of the whole vocabulary: log sum_v exp(z_v) = anchor ln 2 + log(sum_exp)."""
     labels = torch.full((hidden.shape[0],), NO_LABEL, dtype=torch.int64, device=hidden.device)
-    sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index=NO_LABEL - 1)
+    sweep = Sweep(hidden, weight, bias, labels, scale, softcap, ignore_index=NO_LABEL - 1, skip_ignored=False)
     sweep.run(range(sweep.tiles_v))
     anchor, sum_exp = empty_sums(sweep.rows, hidden.device)
     all_tiles = range(sweep.tiles_v)

@@ -269,6 +269,27 @@ def test_sparse_grad_changes_no_result(dead, dtype, transposed):
         check_budget(name, actual, dense, truth)
 
 
+@pytest.mark.parametrize("with_rows", [False, True], ids=["all_tokens", "rows"])
+def test_a_compiled_graph_without_rows_skips_ignored_tokens(with_rows):
+    """There they are among the op's tokens. Kernels that skip them are slower where there are none."""
+    hidden, head, labels = make_inputs((8, 20), 300, 12)
+    labels[:6] = -100
+    rows = (labels.flatten() != -100).nonzero().squeeze(1) if with_rows else None
+    found = []
+
+    def record(graph: torch.fx.GraphModule, _):
+        found.extend(node.kwargs["sparse_grad"] for node in graph.graph.nodes if "linear_logprob" in str(node.target))
+        return graph.forward
+
+    compiled = torch.compile(lambda *args: ck.linear_logprob(*args, rows=rows), backend=record, fullgraph=True)
+    logp = compiled(hidden, head, labels)
+    assert found == [not with_rows]
+    actual = (logp, *torch.autograd.grad(logp.sum(), leaves(hidden, head)))
+    expected = reference.linear_logprob(hidden, head, labels)
+    truth = (expected, *torch.autograd.grad(expected.sum(), leaves(hidden, head)))
+    assert all(relative_error(a, b) < 1e-5 for a, b in zip(actual, truth, strict=True))
+
+
 @pytest.mark.parametrize("options", HEADS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_wanted_gradients_change_no_bit_of_the_log_probs(dtype, options):
