@@ -52,7 +52,7 @@ def labeled_tokens(
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if rows is not None:
         check.check_rows(op, rows, labels)
-    elif not torch.compiler.is_compiling():
+    elif not torch.compiler.is_compiling() and labels.device.type != "meta":
         rows = (flat_labels != ignore_index).nonzero().squeeze(1)
         rows = None if rows.numel() == labels.numel() else rows
     if rows is not None:
@@ -69,6 +69,7 @@ def token_logprob(
     `sparse_grad`: whole sequences may get no gradient. Affects speed only: a GPU then runs kernels that skip them. It
     also does so in a compiled graph without `rows`, where ignored tokens were not left out.
     """
+    check_budget(op, budget)
     tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
     sparse_grad |= tokens.rows is None and torch.compiler.is_compiling()
     head = tokens.head
@@ -90,9 +91,15 @@ def labels_in_rows(op: str, labels: Tensor, rows: Tensor | None, ignore_index: i
     if rows is None:
         return labels
     check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
+    check.check_ignore_index(op, ignore_index)
     check.check_rows(op, rows, labels)
     flat = labels.reshape(-1)
     return torch.full_like(flat, ignore_index).index_copy(0, rows.long(), flat[rows]).view(labels.shape)
+
+
+def check_budget(op: str, budget: MemoryBudget) -> None:
+    kind = type(budget).__name__
+    check.expect(isinstance(budget, MemoryBudget), op, "budget", "type", "MemoryBudget", kind)
 
 
 def workspace_bytes(budget: MemoryBudget) -> int:
@@ -124,7 +131,7 @@ def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:
     Unchanged outside such a region. Like torch, float64 is never cast.
     """
     device_type = hidden.device.type if isinstance(hidden, Tensor) else "cpu"
-    if not torch.is_autocast_enabled(device_type):
+    if device_type == "meta" or not torch.is_autocast_enabled(device_type):  # torch raises for the device meta
         return hidden, head
     dtype = torch.get_autocast_dtype(device_type)
 

@@ -21,6 +21,7 @@ from ._inputs import (
     as_head,
     at_least_float32,
     autocast,
+    check_budget,
     detached,
     labeled_tokens,
     labels_in_rows,
@@ -62,6 +63,7 @@ def logits_logprob(
     check.expect(logits.dim() >= 1, op, "logits", "dimensions", ">= 1", logits.dim())
     check.expect(logits.shape[-1] >= 1, op, "logits", "V", ">= 1", logits.shape[-1])
     check.check_labels(op, labels, logits, "logits", logits.shape[-1], ignore_index)
+    check.check_flag(op, "reuse_logits", reuse_logits)
     ok = not reuse_logits or logits.is_contiguous()
     check.expect(ok, op, "logits", "layout", "contiguous (for reuse_logits)", "non-contiguous")
     flat = logits.reshape(-1, logits.shape[-1])
@@ -79,6 +81,7 @@ def token_stats(
 
     Shapes and `rows` as in `linear_logprob`. Every field is [...]; 0 (False) where ignored.
     """
+    check_budget("token_stats", budget)
     tokens = labeled_tokens("token_stats", hidden, head, labels, rows, ignore_index)
     head = tokens.head
     stats = ops.token_stats(
@@ -99,6 +102,7 @@ def token_divergence(
     pass only the tokens of interest.
     """
     op = "token_divergence"
+    check_budget(op, budget)
     hidden_p, head_p = autocast(detached(hidden_p), as_head(op, "head_p", head_p))
     hidden_q, head_q = autocast(detached(hidden_q), as_head(op, "head_q", head_q))
     check.check_head(op, hidden_p, head_p, "hidden_p", "head_p")
@@ -129,6 +133,7 @@ def sequence_logprob(
     op = "sequence_logprob"
     check.check_dtype(op, "token_logp", token_logp, check.FLOAT_DTYPES)
     check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
+    check.check_ignore_index(op, ignore_index)
     check.expect(labels.shape == token_logp.shape, op, "labels", "shape", list(token_logp.shape), list(labels.shape))
     check.check_device(op, "labels", labels, token_logp, "token_logp")
     offsets = sequence_offsets(op, labels, cu_seqlens)
@@ -169,6 +174,7 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None, *, ignore_ind
     """
     op = "shift_labels"
     check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
+    check.check_ignore_index(op, ignore_index)
     check.expect(labels.dim() >= 1, op, "labels", "dimensions", ">= 1", labels.dim())
     shifted = torch.nn.functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=ignore_index)
     if cu_seqlens is None:

@@ -157,7 +157,7 @@ def _cwdpo(
     normalize: str, ignore_index: int,
 ) -> CWDPOOutput:  # fmt: skip
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
-    check.expect(beta > 0, op, "beta", "value", "> 0", beta)
+    check.check_positive(op, "beta", beta)
     check.check_choice(op, "normalize", normalize, NORMALIZE)
     references = []
     for arg, ref in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
@@ -214,6 +214,7 @@ def _stack_pairs(op: str, chosen: SequenceLogprob, rejected: SequenceLogprob) ->
         check.check_dtype(op, f"{arg}.count", value.count, check.INDEX_DTYPES)
         shape = list(value.total.shape)
         check.expect(len(shape) == 1, op, f"{arg}.total", "shape", "[P]", shape)
+        check.check_device(op, f"{arg}.count", value.count, chosen.total, "the policy's log-probs")
         check.expect(list(value.count.shape) == shape, op, f"{arg}.count", "shape", shape, list(value.count.shape))
     check.check_per_pair(op, "rejected.total", rejected.total, chosen.total.shape[0], chosen.total)
     sum_logp = torch.cat([chosen.total, rejected.total])

@@ -6,13 +6,14 @@ Shapes: N tokens, S sequences, P pairs, D hidden, V vocabulary. Log-probabilitie
 from __future__ import annotations
 
 import math
+import sys
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .validation import SFT_MODES, check_choice, expect, fail
+from .validation import SFT_MODES, SMALLEST, check_choice, check_number, expect, fail
 
 IGNORE_INDEX = -100
 
@@ -54,13 +55,14 @@ class Cooling:
     drop_below: float | None = None
 
     def __post_init__(self) -> None:
-        expect(math.isfinite(self.logp_floor), "Cooling", "logp_floor", "value", "finite", self.logp_floor)
-        ok = math.isfinite(self.temperature) and self.temperature > 0
-        expect(ok, "Cooling", "temperature", "value", "finite and > 0", self.temperature)
-        ok = self.constant is None or 0 <= self.constant <= 1
-        expect(ok, "Cooling", "constant", "value", "None or in [0, 1]", self.constant)
-        ok = self.drop_below is None or not math.isnan(self.drop_below)
-        expect(ok, "Cooling", "drop_below", "value", "None or a number", self.drop_below)
+        op = "Cooling"
+        check_number(op, "logp_floor", self.logp_floor, "finite")
+        check_number(op, "temperature", self.temperature, "finite and > 0", low=SMALLEST)
+        check_number(op, "constant", self.constant, "None or in [0, 1]", low=0, high=1, optional=True)
+        drops_all_or_none = isinstance(self.drop_below, float) and math.isinf(self.drop_below)
+        if not drops_all_or_none:
+            limit = sys.float_info.max
+            check_number(op, "drop_below", self.drop_below, "None or a number", -limit, limit, optional=True)
 
 
 @dataclass(frozen=True)
@@ -89,11 +91,11 @@ class GentleNegatives:
 
     def __post_init__(self) -> None:
         op = "GentleNegatives"
-        ok = math.isfinite(self.weight) and self.weight >= 0
-        expect(ok, op, "weight", "value", "finite and >= 0", self.weight)
-        expect(math.isfinite(self.nll_floor), op, "nll_floor", "value", "finite", self.nll_floor)
+        check_number(op, "weight", self.weight, "finite and >= 0", low=0)
+        check_number(op, "nll_floor", self.nll_floor, "finite")
         check_choice(op, "mode", self.mode, self.MODES)
-        expect(0 <= self.smoothing < 1, op, "smoothing", "value", "in [0, 1)", self.smoothing)
+        check_number(op, "smoothing", self.smoothing, "in [0, 1)", low=0)
+        expect(self.smoothing < 1, op, "smoothing", "value", "in [0, 1)", self.smoothing)
         ok = self.normalize in ("token", "sequence")
         expect(ok, op, "normalize", "value", "'token' or 'sequence'", self.normalize)
 

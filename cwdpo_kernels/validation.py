@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from numbers import Real
+import math
+from numbers import Integral, Real
 from typing import Any, NoReturn
 
 import torch
@@ -10,6 +11,9 @@ from torch import Tensor
 
 FLOAT_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 INDEX_DTYPES = (torch.int64, torch.int32)
+LARGEST = torch.finfo(torch.float32).max  # kernels take options as float32
+SMALLEST = torch.finfo(torch.float32).tiny  # smaller ones lose digits, or become 0
+AT_MOST, AT_LEAST = f"at most {LARGEST:.2g}", f"at least {SMALLEST:.2g}"
 SFT_MODES = ("hinge", "hard", "smoothed")  # of constrained_sft_loss
 
 
@@ -25,8 +29,46 @@ def expect(condition: bool, op: str, arg: str, prop: str, expected: Any, actual:
 
 
 def check_dtype(op: str, arg: str, tensor: Tensor, expected: tuple[torch.dtype, ...]) -> None:
+    """Check that this is a tensor with one element per index (not sparse or nested) and one of these dtypes."""
     expect(isinstance(tensor, Tensor), op, arg, "type", "Tensor", type(tensor).__name__)
+    ok = tensor.layout == torch.strided and not tensor.is_nested
+    expect(ok, op, arg, "layout", "dense", "nested" if tensor.is_nested else tensor.layout)
     expect(tensor.dtype in expected, op, arg, "dtype", " or ".join(map(str, expected)), tensor.dtype)
+
+
+def is_number(value: Any) -> bool:
+    """Whether this is a real number. A tensor is none: an option gets no gradient. Nor is True, a likely mistake."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def check_number(
+    op: str, arg: str, value: Any, expected: str, low: float = -LARGEST, high: float = LARGEST, *,
+    optional: bool = False, prop: str = "value",
+) -> None:  # fmt: skip
+    """Check that an option is a number in [low, high], or None if it is `optional`."""
+    if value is None and optional:
+        return
+    ok = is_number(value)
+    expect(ok, op, arg, "type", "a number or None" if optional else "a number", type(value).__name__)
+    number = value if isinstance(value, (int, float)) else float(value)  # numpy warns of a limit beyond its dtype
+    expect(low <= number <= high, op, arg, prop, expected, value)
+
+
+def check_positive(op: str, arg: str, value: Any, prop: str = "value") -> None:
+    """Check that an option is a number > 0 that float32 holds."""
+    check_number(op, arg, value, AT_MOST, low=-math.inf, prop=prop)
+    expect(value > 0, op, arg, prop, "> 0", value)
+    expect(value >= SMALLEST, op, arg, prop, AT_LEAST, value)
+
+
+def check_flag(op: str, arg: str, value: Any) -> None:
+    expect(isinstance(value, bool), op, arg, "type", "bool", type(value).__name__)
+
+
+def check_ignore_index(op: str, value: Any) -> None:
+    ok = isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= value < 2**63
+    if not ok:  # a compiler cannot take the repr of a symbolic value
+        fail(op, "ignore_index", "value", "an integer in [-2^63, 2^63)", repr(value))
 
 
 def check_device(op: str, arg: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
@@ -49,7 +91,7 @@ def check_head(op: str, hidden: Tensor, head: Any, hidden_name: str = "hidden", 
     tensors = [("weight", weight)] if bias is None else [("weight", weight), ("bias", bias)]
     for name, tensor in tensors:
         arg = f"{head_name}.{name}"
-        expect(isinstance(tensor, Tensor), op, arg, "type", "Tensor", type(tensor).__name__)
+        check_dtype(op, arg, tensor, FLOAT_DTYPES)
         expect(tensor.dtype == hidden.dtype, op, arg, "dtype", f"{hidden.dtype} (as {hidden_name})", tensor.dtype)
         check_device(op, arg, tensor, hidden, hidden_name)
     if bias is not None:
@@ -62,7 +104,7 @@ def check_transform(op: str, head_name: str, head: Any, dtype: torch.dtype) -> N
     """Check that scale and soft cap are numbers that the dtype of the computation can hold."""
     limits = torch.finfo(torch.float64 if dtype == torch.float64 else torch.float32)
     for name, value in (("scale", head.scale), ("softcap", head.softcap)):
-        ok = isinstance(value, Real) or (name == "softcap" and value is None)
+        ok = is_number(value) or (name == "softcap" and value is None)
         expected = "a number (for a learnable scale, multiply hidden by it)" if name == "scale" else "a number or None"
         expect(ok, op, f"{head_name}.{name}", "type", expected, type(value).__name__)
     ok = abs(head.scale) <= limits.max
@@ -79,6 +121,7 @@ def check_softcap(op: str, arg: str, softcap: float | None, dtype: torch.dtype) 
 def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: int, ignore_index: int) -> None:
     """Check that labels fit `like` [..., X]; their values only on the CPU, where reading them needs no device sync."""
     check_dtype(op, "labels", labels, INDEX_DTYPES)
+    check_ignore_index(op, ignore_index)
     expected = list(like.shape[:-1])
     ok = list(labels.shape) == expected
     expect(ok, op, "labels", "shape", f"{expected} (as {like_name})", list(labels.shape))

@@ -1,7 +1,10 @@
 """Bad arguments raise one error that names the argument, what was expected and what it got."""
 
 import re
+from decimal import Decimal
+from fractions import Fraction
 
+import numpy as np
 import pytest
 import torch
 
@@ -9,6 +12,8 @@ import cwdpo_kernels as ck
 
 H, W, Y = torch.zeros(4, 6, 8), torch.zeros(11, 8), torch.zeros(4, 6, dtype=torch.long)
 REF, COOL = torch.zeros(2), ck.Cooling()
+INF = float("inf")
+ROWS = torch.arange(24)
 SEQ = ck.SequenceLogprob(REF, REF, torch.ones(2, dtype=torch.long))
 
 
@@ -16,6 +21,10 @@ def dpo(hidden=H, head=W, labels=Y, ref_chosen=REF, ref_rejected=REF, **options)
     return ck.linear_cwdpo_loss(
         hidden, head, labels, ref_chosen, ref_rejected, **{"beta": 0.1, "cooling": COOL, **options}
     )
+
+
+def logp(head=W, **options):
+    return ck.linear_logprob(H, head, Y, **options)
 
 
 CASES = [
@@ -103,6 +112,31 @@ CASES = [
         lambda: ck.MemoryBudget(workspace_bytes=0),
         "workspace_bytes to have value None or an integer in [1, 2^63), got 0",
     ),
+    (lambda: dpo(beta=INF), "linear_cwdpo_loss: expected beta to have value at most 3.4e+38, got inf"),
+    (lambda: dpo(beta=float("nan")), "expected beta to have value at most 3.4e+38, got nan"),
+    (lambda: dpo(beta=1e-320), "expected beta to have value at least 1.2e-38, got 1e-320"),
+    (lambda: ck.Cooling(temperature=1e-320), "expected temperature to have value finite and > 0, got 1e-320"),
+    (lambda: ck.Cooling(drop_below=10**400), "expected drop_below to have value None or a number, got 1000"),
+    (lambda: ck.GentleNegatives(nll_floor=1e39), "expected nll_floor to have value finite, got 1e+39"),
+    (lambda: logp(budget=2**20), "linear_logprob: expected budget to have type MemoryBudget, got int"),
+    (
+        lambda: ck.token_stats(H, W, Y, budget=None),
+        "token_stats: expected budget to have type MemoryBudget, got NoneType",
+    ),
+    (lambda: ck.token_divergence(H, W, H, W, budget=1), "expected budget to have type MemoryBudget, got int"),
+    (lambda: ck.logits_logprob(H, Y, reuse_logits="no"), "expected reuse_logits to have type bool, got str"),
+    (lambda: logp(W.to_sparse()), "expected head.weight to have layout dense, got torch.sparse_coo"),
+    (lambda: ck.linear_logprob(H.to_sparse(), W, Y), "expected hidden to have layout dense, got torch.sparse_coo"),
+    (lambda: logp(ck.Head(W, torch.zeros(11).to_sparse())), "expected head.bias to have layout dense, got"),
+    (lambda: ck.linear_logprob(H, W, Y.to_sparse()), "expected labels to have layout dense, got torch.sparse_coo"),
+    (
+        lambda: ck.linear_logprob(torch.nested.nested_tensor(list(H), layout=torch.jagged), W, Y),
+        "expected hidden to have layout dense, got nested",
+    ),
+    (
+        lambda: ck.cwdpo_loss(SEQ, SEQ._replace(count=SEQ.count.to("meta")), REF, REF, beta=0.1, cooling=COOL),
+        "cwdpo_loss: expected rejected.count to have device cpu",
+    ),
     (
         lambda: ck.Head.of(torch.nn.ReLU()),
         "Head.of: expected module to have attribute weight of type Tensor, got NoneType",
@@ -114,6 +148,67 @@ CASES = [
 def test_message(call, message):
     with pytest.raises(ValueError, match=re.escape(message)):
         call()
+
+
+OPTIONS = {
+    "beta": lambda value: dpo(beta=value),
+    "head.scale": lambda value: logp(ck.Head(W, scale=value)),
+    "head.softcap": lambda value: logp(ck.Head(W, softcap=value)),
+    "logp_floor": lambda value: ck.Cooling(logp_floor=value),
+    "temperature": lambda value: ck.Cooling(temperature=value),
+    "constant": lambda value: ck.Cooling(constant=value),
+    "drop_below": lambda value: ck.Cooling(drop_below=value),
+    "weight": lambda value: ck.GentleNegatives(weight=value),
+    "nll_floor": lambda value: ck.GentleNegatives(nll_floor=value),
+    "smoothing": lambda value: ck.GentleNegatives(smoothing=value),
+}
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+@pytest.mark.parametrize(
+    "value", [True, "0.5", [0.5], 1j, Decimal("0.5"), torch.tensor(0.5), torch.nn.Parameter(torch.ones(())), np.True_],
+    ids=lambda value: type(value).__name__,
+)  # fmt: skip
+def test_an_option_is_a_number(name, value):
+    """Not True, a likely mistake, and no tensor: it would get no gradient."""
+    with pytest.raises(
+        ValueError, match=rf"expected {re.escape(name)} to have type a number.*, got {type(value).__name__}"
+    ):
+        OPTIONS[name](value)
+    for number in (1, 0.5, np.float32(0.5), np.float64(0.5), Fraction(1, 2)):
+        if name != "smoothing" or number < 1:
+            OPTIONS[name](number)
+
+
+IGNORING = {
+    "linear_logprob": lambda value: ck.linear_logprob(H, W, Y, ignore_index=value),
+    "logits_logprob": lambda value: ck.logits_logprob(H, Y, ignore_index=value),
+    "sequence_logprob": lambda value: ck.sequence_logprob(torch.zeros(4, 6), Y, ignore_index=value),
+    "linear_sequence_logprob": lambda value: ck.linear_sequence_logprob(H, W, Y, rows=ROWS, ignore_index=value),
+    "shift_labels": lambda value: ck.shift_labels(Y, ignore_index=value),
+    "linear_cwdpo_loss": lambda value: dpo(ignore_index=value),
+}
+
+
+@pytest.mark.parametrize("op", IGNORING)
+@pytest.mark.parametrize("value", [None, 0.5, True, "-100", 2**63, torch.tensor(0)], ids=str)
+def test_ignore_index_is_an_integer(op, value):
+    with pytest.raises(
+        ValueError, match=rf"{op}: expected ignore_index to have value an integer in \[-2\^63, 2\^63\), got"
+    ):
+        IGNORING[op](value)
+    IGNORING[op](np.int64(-7))
+
+
+def test_shapes_on_the_meta_device():
+    """A dry run without memory, as torch's own functions allow."""
+    hidden, weight, labels = H.to("meta").requires_grad_(), W.to("meta").requires_grad_(), Y.to("meta")
+    out = ck.linear_cwdpo_loss(hidden, weight, labels, REF.to("meta"), REF.to("meta"), beta=0.1, cooling=COOL)
+    out.loss.backward()
+    assert (out.loss.shape, hidden.grad.shape, weight.grad.shape) == ((), H.shape, W.shape)
+    assert ck.token_stats(hidden, weight, labels).entropy.shape == Y.shape
+    with pytest.raises(ValueError, match=r"expected head.weight to have device meta \(as hidden\), got cpu"):
+        ck.linear_logprob(hidden, W, labels)
 
 
 def test_head_of_a_module():

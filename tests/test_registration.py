@@ -165,3 +165,16 @@ def test_backend_names():
     assert ck.backend(torch.device("meta")) == "portable"
     with pytest.raises(RuntimeError):
         ck.backend("abacus")
+
+
+def test_options_may_change_between_calls_of_a_compiled_graph():
+    """A compiler passes them as symbolic values. The checks of options must accept those."""
+
+    def loss(hidden, weight, labels, refs, beta, ignore_index):
+        options = {"beta": beta, "cooling": ck.Cooling(), "ignore_index": ignore_index}
+        return ck.linear_cwdpo_loss(hidden, weight, labels, refs, refs, **options).loss
+
+    compiled = torch.compile(loss, fullgraph=True, dynamic=True, backend="eager")
+    tensors = torch.randn(4, 3, 8), torch.randn(11, 8), torch.randint(11, (4, 3)), torch.randn(2)
+    for beta, ignore_index in ((0.1, -100), (0.2, -7), (0.3, 4)):
+        torch.testing.assert_close(compiled(*tensors, beta, ignore_index), loss(*tensors, beta, ignore_index))

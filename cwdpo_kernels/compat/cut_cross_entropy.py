@@ -57,8 +57,11 @@ def linear_cross_entropy(
         if value is not None and value not in SATISFIED.get(name, ()):
             raise NotImplementedError(f"{OP}: {name}={value!r} is not supported")
     check_reduction(OP, reduction)
+    for name, tensor in (("e", e), ("targets", targets)):
+        expect(isinstance(tensor, Tensor), OP, name, "type", "Tensor", type(tensor).__name__)
     is_tensor = bias is None or isinstance(bias, Tensor)
     expect(is_tensor, OP, "bias", "type", "Tensor or None (pass ignore_index by name)", type(bias).__name__)
+    expect(isinstance(shift, int), OP, "shift", "type", "bool or int", type(shift).__name__)
     if shift:
         expect(targets.dim() >= 1, OP, "targets", "dimensions", ">= 1 (for shift)", targets.dim())
         length = targets.shape[-1]

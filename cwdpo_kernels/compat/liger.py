@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from .. import IGNORE_INDEX, Head, linear_sequence_logprob
-from ..validation import expect, fail
+from ..validation import INDEX_DTYPES, check_dtype, check_number, check_positive, expect, fail
 
 OP = "LigerFusedLinearDPOLoss"
 
@@ -134,6 +134,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         ref_input, ref_weight and ref_bias are the reference's; its hidden size may differ, and it gets no gradient.
         Results are float32 (float64 for float64).
         """
+        check_dtype(OP, "target", target, INDEX_DTYPES)
         shape = list(target.shape)
         ok = len(shape) == 2 and shape[0] > 0 and shape[0] % 2 == 0
         expect(ok, OP, "target", "shape", "[2P, T], an even number of rows: chosen first, rejected second", shape)
@@ -193,12 +194,13 @@ def _check_options(loss_type: str, beta: float, label_smoothing: float, discopop
     """Check the options. The first three errors begin like Liger's, because callers match them."""
     if loss_type not in LOSSES:
         raise ValueError(f"{OP}: Unsupported loss_type: expected one of {', '.join(LOSSES)}, got {loss_type!r}")
+    check_number(OP, "label_smoothing", label_smoothing, "a finite number")
     if loss_type == "exo_pair" and not 0 < label_smoothing < 1:
         raise ValueError(f"{OP}: label_smoothing must be > 0 for loss_type='exo_pair' (and < 1), got {label_smoothing}")
     if loss_type == "robust" and not 0 <= label_smoothing < 0.5:
         raise ValueError(f"{OP}: label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {label_smoothing}")
-    expect(beta > 0, OP, "beta", "a value", "> 0", beta)
-    expect(discopop_tau > 0, OP, "discopop_tau", "a value", "> 0", discopop_tau)
+    check_positive(OP, "beta", beta, "a value")
+    check_positive(OP, "discopop_tau", discopop_tau, "a value")
 
 
 def _required(name: str, value: Tensor | None) -> Tensor:

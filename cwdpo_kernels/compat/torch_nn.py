@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .. import IGNORE_INDEX, Head, linear_logprob
 from .._smoothing import lead_over_mean_logit
-from ..validation import expect
+from ..validation import check_number, expect
 from .reduction import check_reduction, reduced
 
 OP = "linear_cross_entropy"
@@ -52,12 +52,14 @@ def linear_cross_entropy(
         raise NotImplementedError(f"{OP}: options are not supported (memory is bounded without torch's chunking)")
     if weight is not None:
         raise NotImplementedError(f"{OP}: weight (a factor for each class) is not supported")
+    for name, tensor in (("linear_weight", linear_weight), ("target", target)):
+        expect(isinstance(tensor, Tensor), OP, name, "type", "Tensor", type(tensor).__name__)
     if target.is_floating_point():
         raise NotImplementedError(f"{OP}: target must hold class indices; class probabilities are not supported")
     if linear_weight.dim() > 2:
         raise NotImplementedError(f"{OP}: linear_weight with more than 2 dimensions is not supported")
     check_reduction(OP, reduction)
-    expect(0.0 <= label_smoothing <= 1.0, OP, "label_smoothing", "a value", "between 0 and 1", label_smoothing)
+    check_number(OP, "label_smoothing", label_smoothing, "between 0 and 1", 0, 1, prop="a value")
     ignored = IGNORE_INDEX if ignore_index is None else ignore_index
     head = Head(linear_weight, linear_bias)
     loss = -linear_logprob(input, head, target, ignore_index=ignored)

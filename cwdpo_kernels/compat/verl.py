@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .. import Head, linear_logprob, token_stats
-from ..validation import expect
+from ..validation import check_positive, expect, is_number
 from .reduction import check_reduction, reduced
 
 OP = "linear_cross_entropy"
@@ -46,9 +46,11 @@ def linear_cross_entropy(
     """
     if dist_process_group is not None and dist_process_group.size() > 1:
         raise NotImplementedError(f"{OP}: dist_process_group (a head sharded over processes) is not supported")
-    expect(isinstance(temperature, (int, float)), OP, "temperature", "type", "float", type(temperature).__name__)
-    expect(temperature > 0, OP, "temperature", "a value", "> 0", temperature)
+    expect(is_number(temperature), OP, "temperature", "type", "float", type(temperature).__name__)
+    check_positive(OP, "temperature", temperature, "a value")
     check_reduction(OP, reduction)
+    for name, tensor in (("hidden", hidden), ("weight", weight), ("labels", labels)):
+        expect(isinstance(tensor, Tensor), OP, name, "type", "Tensor", type(tensor).__name__)
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     head = Head(weight, scale=1.0 / temperature)
     logp, entropy, *_ = token_stats(flat_hidden, head, flat_labels, ignore_index=NO_LABEL)

@@ -36,7 +36,7 @@ from .. import (
     linear_cwdpo_loss,
     linear_sequence_logprob,
 )
-from ..validation import check_choice, expect
+from ..validation import check_choice, check_positive, expect
 from .hugging_face import attach_head
 from .trl_sharing import OP, Batch, PromptSharing
 
@@ -219,7 +219,7 @@ def _check(given: dict[str, Any]) -> None:
     for name, only in ONLY.items():
         if (value := getattr(args, name)) not in only:
             _refuse(name, value, *only)
-    expect(args.beta > 0, OP, "beta", "a value", "> 0", args.beta)
+    check_positive(OP, "beta", args.beta, "a value")
     _check_metric(args, given.get("eval_dataset"))
 
 
