@@ -43,12 +43,12 @@ def failures(row: dict) -> list[str]:
                 problems.append(f"{row['before_tma']} instructions before the first {TMA}, at most {MOST_BEFORE_TMA}")
         if chip == "sm_90" and row["precision"] != "ieee" and row["kernel"] in TILE_KERNELS and row["waits"] != [1]:
             problems.append(f"the main loop waits until {row['waits']} groups of wgmma run, not [1]")
-    if "wide_stores" in row and _writes_tile(row) and row["wide_stores"] < (wanted := _tile_bytes(row) // 16):
+    if "wide_stores" in row and writes_tile(row) and row["wide_stores"] < (wanted := _tile_bytes(row) // 16):
         problems.append(f"{row['wide_stores']} stores of 16 bytes, {wanted} would write the tile")
     return [f"{name_of(row)}: {problem}" for problem in problems]
 
 
-def _writes_tile(row: dict) -> bool:
+def writes_tile(row: dict) -> bool:
     return row["kernel"] == "_gradient_kernel" or bool(row["constants"].get("WRITE_TILE"))
 
 

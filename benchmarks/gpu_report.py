@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from benchmarks import gpu_plan, report, results
+from benchmarks import cycles, gpu_plan, report, results
 from benchmarks.models import SHAPES
 
 MODES = {"no_grad": "log-probs only", "frozen": "frozen head", "trainable": "trainable head"}
@@ -28,7 +28,8 @@ INTRODUCTION = """## On a GPU
 allocated memory above the inputs. A step is a forward pass for log-probs only, else forward and backward. The GPU is
 kept busy while a step is launched, so launches do not count unless a step waits for the GPU. All tokens are labeled;
 hidden states and head are bfloat16. "Matrix products alone" is the time of the products that every method needs, with
-`torch.mm`."""
+`torch.mm`. "Predicted" is what `benchmarks/cycles.py` makes of the kernels' machine code and the clock that the first
+shape's products imply, and how much that is of the measured time."""
 
 
 def sections(folder: Path = results.FOLDER) -> list[str]:
@@ -85,10 +86,29 @@ def of_shape(found: dict, name: str) -> str:
     if gemm:
         alone = (sum(gemm[product] for product in products) for products in PRODUCTS.values())
         lines.append(["matrix products alone", *(f"{ms:.2f} ms" for ms in alone)])
+    lines += predicted(found, name)
     text = f"**{name}**: {shape.tokens} tokens, V {shape.vocab}, D {shape.dim}"
     text += f"\n\n{report.table(['', *MODES.values()], lines)}"
     others = "; ".join(f"`{op}` {cells[op]}" for op in OTHER_OPS if op in cells)
     return f"{text}\n\nOther ops: {others}." if others else text
+
+
+def predicted(found: dict, name: str) -> list[list[str]]:
+    """The lines of predictions for a shape; they need the products of the first shape."""
+    first = SHAPES[0]
+    gemm = found["limits"].get(first.name, {}).get("gemm_ms")
+    if not gemm or found["environment"].get("simulated"):
+        return []
+    expected = cycles.predicted_ms(sum(gemm.values()), first)
+    measured = {row["op"]: row["ms"] for row in found["measurements"] if row["shape"] == name}
+
+    def cell(op: str | None) -> str:
+        if op is None or op not in measured:
+            return ""
+        return f"{expected[name, op]:.2f} ms, {expected[name, op] / measured[op]:.2f}"
+
+    lines = [[f"{ours}: predicted", *(cell(ops.get(mode)) for mode in MODES)] for ours, ops in OURS.items()]
+    return [line for line in lines if any(line[1:])]
 
 
 def not_run(found: dict) -> list[str]:
