@@ -101,9 +101,12 @@ def test_a_missing_package_of_the_trainer_is_named(missing):
     assert result.stderr.count("\n") == 1
 
 
-@pytest.mark.parametrize("place", ["folder", "file/x.json"])
+@pytest.mark.parametrize("place", ["folder", "file/x.json", "/dev/null", "link to /dev/null", "gone/../folder"])
 def test_a_file_for_results_is_checked_before_measuring(tmp_path, capsys, place):
     (tmp_path / "folder").mkdir()
     (tmp_path / "file").touch()
+    (tmp_path / "link to ").mkdir()
+    (tmp_path / "link to " / "dev").mkdir()
+    (tmp_path / "link to " / "dev" / "null").symlink_to("/dev/null")
     assert main(["probe", "no/such/model", "rows.jsonl", "--json", str(tmp_path / place)]) == 2
     assert capsys.readouterr().err.startswith("cwdpo: command line: --json: expected ")

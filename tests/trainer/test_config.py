@@ -76,6 +76,44 @@ def test_a_path_may_start_with_the_home_folder(settings, write_config, tmp_path,
         model_path(config)
 
 
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("output_dir=", "output_dir: expected type str, got null"),
+        ("output_dir=''", "output_dir: expected the name of a folder, got ''"),
+        ("output_dir='  '", "output_dir: expected the name of a folder, got '  '"),
+        ('output_dir="~\\0x"', "output_dir: expected a folder that can be made and written to, got '~\\x00x'"),
+        ("output_dir={tmp}/dangling", "(/{tmp}/dangling is a link to nothing)"),
+        ('data.train="~\\0x"', "no such file"),
+        ('model.path="~\\0x"', "model.path: expected an existing folder or a name on the Hub"),
+        ("model.path=" + "x" * 300, "model.path: expected an existing folder or a name on the Hub, got /"),
+        (
+            "model.path=https://huggingface.co/a/b",
+            "model.path: expected an existing folder or a name on the Hub, got /",
+        ),
+        ("model.path='a b'", "model.path: expected an existing folder or a name on the Hub, got /"),
+        (
+            "dpo.reference_cache=''",
+            "dpo.reference_cache: expected a folder in output_dir or elsewhere, or null, got ''",
+        ),
+        (
+            "dpo.reference_cache=.",
+            "dpo.reference_cache: expected a folder in output_dir or elsewhere, or null, got '.'",
+        ),
+        ("dpo.reference_cache=../file/x", "dpo.reference_cache: expected a folder that can be made and written to"),
+    ],
+)
+def test_odd_paths_are_one_error(settings, write_config, tmp_path, capsys, override, message):
+    (tmp_path / "dangling").symlink_to(tmp_path / "nowhere")
+    (tmp_path / "file").touch()
+    assert main(["run", str(write_config(settings)), override.replace("{tmp}", str(tmp_path))]) == 2
+    error = capsys.readouterr().err
+    assert message.replace("/{tmp}", str(tmp_path)) in error
+    assert error.startswith("cwdpo: ")
+    assert error.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
 def test_the_reference_cache_can_be_elsewhere_or_disabled(settings, write_config, tmp_path):
     path = write_config(settings)
     assert load_config(path, [f"dpo.reference_cache={tmp_path}/shared"]).dpo.reference_cache == f"{tmp_path}/shared"

@@ -23,6 +23,23 @@ def test_only_rank_0_prints(monkeypatch, capsys):
     assert capsys.readouterr().out == "without a launcher\nfrom rank 0\n"
 
 
+@pytest.mark.parametrize(
+    ("encoding", "errors", "printed"),
+    [
+        ("ascii", "strict", rb"caf\xe9 \udce9 \u0394"),
+        ("latin-1", "strict", b"caf\xe9 \\udce9 \\u0394"),
+        ("utf-8", "strict", b"caf\xc3\xa9 \\udce9 \xce\x94"),
+        ("utf-8", "surrogateescape", b"caf\xc3\xa9 \xe9 \xce\x94"),
+    ],
+)
+def test_what_the_output_cannot_encode_is_escaped(monkeypatch, encoding, errors, printed):
+    """A file name that is no UTF-8 reaches Python as half surrogate pairs."""
+    buffer = io.BytesIO()
+    monkeypatch.setattr("sys.stdout", io.TextIOWrapper(buffer, encoding, errors, write_through=True))
+    say("café \udce9 Δ")
+    assert buffer.getvalue() == printed + b"\n"
+
+
 def test_every_rank_reports_errors(monkeypatch, capsys):
     monkeypatch.setenv("RANK", "1")
     say_error("disk full")

@@ -32,12 +32,19 @@ NESTED = "brackets that are nested too deeply"
 
 def user_path(text: str | Path) -> Path:
     """The path that a user wrote, with `~` and `~name` replaced by home folders. An unknown name stays as it is."""
-    return Path(os.path.expanduser(text))
+    try:
+        return Path(os.path.expanduser(text))
+    except ValueError:  # a null byte in the name: no such user
+        return Path(text)
 
 
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Yield a temporary path next to `path` to write to. It replaces `path` if the block succeeds."""
+    """Yield a temporary path next to `path` to write to. It replaces `path` if the block succeeds.
+
+    A symbolic link stays, and the file that it points to is replaced.
+    """
+    path = Path(os.path.realpath(path))
     path.parent.mkdir(parents=True, exist_ok=True)
     # The suffix stays last, because matplotlib and others derive the format from it.
     temporary = path.with_name(f".{path.stem}.{os.getpid()}{path.suffix}")
@@ -169,7 +176,8 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 def write_text(path: Path, text: str) -> None:
     with replacing(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
+        # A file name that is not UTF-8 has characters that UTF-8 cannot encode.
+        temporary.write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -187,7 +195,8 @@ def check_writable_folder(path: Path, where: str, what: str) -> None:
         while not _exists(existing):
             existing = existing.parent
         if not existing.is_dir():
-            raise InputError(where, what, expected, f"{str(path)!r} ({existing} is a file)")
+            kind = "a link to nothing" if not existing.exists() else "a file"
+            raise InputError(where, what, expected, f"{str(path)!r} ({existing} is {kind})")
         with tempfile.TemporaryFile(dir=existing):
             pass
     except InputError:
@@ -198,8 +207,12 @@ def check_writable_folder(path: Path, where: str, what: str) -> None:
 
 def check_writable_file(path: Path, where: str, what: str) -> None:
     """Raise `InputError(where, what, ...)` unless `path` can be written as a file; it and its folder need not exist."""
-    require(not path.is_dir(), where, what, "a file", f"the folder {path}")
-    check_writable_folder(path.parent, where, what)
+    real = Path(os.path.realpath(path))  # `replacing` follows links
+    require(not (path.is_dir() or real.is_dir()), where, what, "a file", f"the folder {path}")
+    # It would be replaced by a file: /dev/null for all other programs too.
+    is_special = os.path.exists(path) and not os.path.isfile(path)
+    require(not is_special, where, what, "a file", f"{path}, which is a special file")
+    check_writable_folder(real.parent, where, what)
 
 
 def _exists(path: Path) -> bool:

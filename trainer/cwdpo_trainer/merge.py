@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from transformers import PreTrainedModel
 from cwdpo_trainer.config.arguments import ModelArguments
 from cwdpo_trainer.config.sections import read_section
 from cwdpo_trainer.errors import InputError, require
-from cwdpo_trainer.files import replacing_folder, writing
+from cwdpo_trainer.files import check_writable_folder, replacing_folder, writing
 from cwdpo_trainer.models.adapters import ADAPTER_FILE, base_model
 from cwdpo_trainer.models.loading import load_model, load_processor
 from cwdpo_trainer.reporter import say
@@ -32,7 +33,9 @@ def merge(target: Path, output: Path | None) -> Path:
     path, settings = _adapter(target)
     require((path / ADAPTER_FILE).is_file(), str(path), "", "an adapter, as a run with LoRA saves", "none")
     output = target / "merged" if output is None else output
-    require(not output.exists(), str(output), "--output", "a folder that does not exist yet", "an existing one")
+    exists = os.path.lexists(output)
+    require(not exists, str(output), "--output", "a folder that does not exist yet", "an existing file or folder")
+    check_writable_folder(output.parent, str(output), "--output")
     settings = dataclasses.replace(settings, quantization=None)
     policy: PeftModel = load_model(settings, str(path), None, trainable=False)  # type: ignore[assignment]
     merged, difference = merged_model(policy, _sample(path))

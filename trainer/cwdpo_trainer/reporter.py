@@ -68,7 +68,17 @@ def _lines(tqdm: Any) -> Any:
     return Lines
 
 
+def _encodable(text: str, encoding: str, errors: str) -> str:
+    """`text` with escapes for what `encoding` lacks: a file's name may be in another one."""
+    try:
+        text.encode(encoding, errors)
+    except UnicodeEncodeError:
+        return text.encode(encoding, "backslashreplace").decode(encoding)
+    return text
+
+
 def _write(text: str, file: TextIO) -> None:
+    text = _encodable(text, getattr(file, "encoding", None) or "utf-8", getattr(file, "errors", None) or "strict")
     try:
         from tqdm.auto import tqdm
     except ModuleNotFoundError:  # no bar either

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import os
 import re
 import traceback
 from collections.abc import Callable, Sequence
@@ -139,7 +140,9 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
         found = ", ".join(map(str, raw)) or "an empty file"
         require(any(name in raw for name in STAGES), where, "", "a section sft or dpo", found)
     with collecting(errors):
-        output_dir = user_path(as_type(where, "output_dir", raw.get("output_dir"), str))
+        text = as_type(where, "output_dir", raw.get("output_dir"), str)
+        require(bool(text.strip()), where, "output_dir", "the name of a folder", repr(text))
+        output_dir = user_path(text)
         check_writable_folder(output_dir, where, "output_dir")
     with collecting(errors):
         number = as_type(where, "seed", raw.get("seed", 0), int)
@@ -161,9 +164,14 @@ def read_config(path: Path, overrides: Sequence[str] = ()) -> tuple[RunConfig | 
             sections[name].output_dir = str(output_dir / "checkpoints" / name)
     dpo = sections["dpo"]
     if dpo is not None and dpo.reference_cache is not None:
-        cache = output_dir.absolute() / user_path(dpo.reference_cache)
+        run_folder = Path(os.path.abspath(output_dir))
+        cache = Path(os.path.abspath(run_folder / user_path(dpo.reference_cache)))
+        with collecting(errors):
+            expected = "a folder in output_dir or elsewhere, or null"
+            found = f"{dpo.reference_cache!r}, which is output_dir itself"
+            require(cache != run_folder, where, "dpo.reference_cache", expected, found)
         dpo.reference_cache = str(cache)
-        if not cache.is_relative_to(output_dir.absolute()):
+        if not cache.is_relative_to(run_folder):
             with collecting(errors):
                 check_writable_folder(cache, where, "dpo.reference_cache")
     if sections["lora"] is not None and sections["lora"].adapter is not None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +24,7 @@ from transformers import (
 
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
 from cwdpo_trainer.config.loader import RunConfig
-from cwdpo_trainer.errors import require
+from cwdpo_trainer.errors import require, shorten
 from cwdpo_trainer.files import user_path
 from cwdpo_trainer.models.adapters import (
     POLICY,
@@ -37,6 +39,8 @@ from cwdpo_trainer.models.kinds import EXPECTED, auto_class, is_text_only, read_
 from cwdpo_trainer.models.reading import loading
 
 Model = PreTrainedModel | PeftModel
+HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
+LONGEST_NAME = 96  # characters
 
 
 def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, trainable: bool = True) -> Model:
@@ -95,9 +99,10 @@ def folder_or_name(where: str, what: str, text: str, base: Path | None = None) -
     It is absolute because an adapter stores it. `where` and `what` name the setting in an error.
     """
     folder = (base or Path()) / user_path(text)
-    if folder.is_dir():
+    if os.path.isdir(folder):  # false, where `Path.is_dir` raises, for a name that is too long
         return str(folder.resolve())
-    require(text[0] not in "./~", where, what, "an existing folder or a name on the Hub", folder)
+    is_name = len(text) <= LONGEST_NAME and HUB_NAME.fullmatch(text) is not None
+    require(is_name, where, what, "an existing folder or a name on the Hub", shorten(folder))
     return text
 
 
