@@ -66,8 +66,8 @@ def check_flag(op: str, arg: str, value: Any) -> None:
 
 
 def check_ignore_index(op: str, value: Any) -> None:
-    ok = isinstance(value, Integral) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-    if not ok:  # a compiler cannot take the repr of a symbolic value
+    is_integer = isinstance(value, Integral) and not isinstance(value, bool)
+    if not (is_integer and -(2**63) <= value < 2**63):  # a compiler cannot take the repr of a symbolic value
         fail(op, "ignore_index", "value", "an integer in [-2^63, 2^63)", repr(value))
 
 

@@ -33,6 +33,7 @@ from cwdpo_trainer.evaluation.probes import Probes
 from cwdpo_trainer.evaluation.report import Results, print_table, write_report
 from cwdpo_trainer.files import read_json, replacing_folder, write_json, writing
 from cwdpo_trainer.manifest import seal
+from cwdpo_trainer.models.adapters import base_model
 from cwdpo_trainer.models.digests import input_digests
 from cwdpo_trainer.models.loading import Model, load_model, load_processor, model_path, move
 from cwdpo_trainer.models.reference import Reference, freeze_reference
@@ -195,7 +196,8 @@ class Run:
             if policy is None:
                 self._verify_start(stage)
                 set_seed(self.config.seed)  # a new adapter is random
-                policy = load_model(self.config.model, self._start_path(stage), self.config.lora)
+                base = base_model(self.inputs.model_path)
+                policy = load_model(self.config.model, self._start_path(stage), self.config.lora, base=base)
             self._train_stage(stage, policy)
             if isinstance(policy, FSDPModule):
                 policy = None  # a sharded model cannot be sharded again: the next stage loads the saved one
@@ -276,7 +278,8 @@ class Run:
         prompts = distinct_prompts(inputs.heldout)[: config.probes.caption_rows]
         captions = {}
         for label, path in models.items():
-            model = load_model(config.model, path, config.lora, trainable=False)
+            base = base_model(inputs.model_path)
+            model = load_model(config.model, path, config.lora, trainable=False, base=base)
             move(model, device)
             captions[label] = caption(
                 model, inputs.collator, prompts, config.sampling.max_new_tokens, config.probes.batch_size

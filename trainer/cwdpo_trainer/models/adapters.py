@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -35,6 +36,18 @@ def base_model(path: str) -> str:
     if not (isinstance(name, str) and name):
         raise InputError(str(adapter), "base_model_name_or_path", "a name or a path", repr(name))
     return name
+
+
+def existing_base(path: str) -> str:
+    """`base_model(path)`. Raises `InputError` if it is a folder that is no longer there."""
+    base = base_model(path)
+    is_gone = os.path.isabs(base) and not os.path.isdir(base)
+    if base != path and is_gone:
+        expected = "the folder of the adapter's base model (if it has moved, make a link to it there)"
+        raise InputError(
+            str(Path(path, ADAPTER_FILE)), "base_model_name_or_path", expected, f"{base}, which is missing"
+        )
+    return base
 
 
 def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArguments) -> PeftModel:
@@ -77,6 +90,8 @@ def trained_adapter(model: PreTrainedModel, path: str, frozen: Sequence[str] | N
     """
     with loading(path, "an adapter that fits the model"):
         policy = saving_policy_only(PeftModel.from_pretrained(model, path, is_trainable=frozen is not None))
+    # The model may have moved since the adapter was saved; what is saved from now on names where it is.
+    policy.peft_config[POLICY].base_model_name_or_path = model.name_or_path
     if frozen:
         say_frozen(len(freeze_adapters(policy, frozen)), "adapter kept as it is", frozen)
     return policy

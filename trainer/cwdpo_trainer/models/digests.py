@@ -12,7 +12,7 @@ from cwdpo_trainer.data.digests import image_digests
 from cwdpo_trainer.data.rows import Row
 from cwdpo_trainer.errors import InputError, describe
 from cwdpo_trainer.files import sha256_of_all
-from cwdpo_trainer.models.adapters import ADAPTER_FILE, base_model
+from cwdpo_trainer.models.adapters import ADAPTER_FILE, existing_base
 
 # Of weights, configs, tokenizers, chat templates and code. Logs and pictures in the same folder do not matter.
 SUFFIXES = {".safetensors", ".bin", ".pt", ".gguf", ".json", ".jinja", ".txt", ".model", ".tiktoken", ".py"}
@@ -45,7 +45,7 @@ def model_digests(path: str) -> dict[str, str]:
     files += sorted(folder.glob("additional_chat_templates/*.jinja"))
     names = [file.relative_to(folder).as_posix() for file in files]
     digests = dict(zip(names, sha256_of_all(files), strict=True))
-    base = base_model(path)
+    base = existing_base(path)
     of_base = {} if base == path else model_digests(base)
     return digests | {f"base/{name}": digest for name, digest in of_base.items()}
 

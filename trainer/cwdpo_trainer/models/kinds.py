@@ -11,7 +11,7 @@ from transformers.models.auto.modeling_auto import (
 )
 
 from cwdpo_trainer.errors import InputError
-from cwdpo_trainer.models.adapters import base_model
+from cwdpo_trainer.models.adapters import existing_base
 from cwdpo_trainer.models.reading import loading
 
 EXPECTED = "a vision-language model with its processor, or a text-only model with its tokenizer"
@@ -19,7 +19,7 @@ EXPECTED = "a vision-language model with its processor, or a text-only model wit
 
 def read_config(path: str) -> Any:
     """The config of the model at `path`, or of the base model of the adapter there. Raises `InputError`."""
-    path = base_model(path)
+    path = existing_base(path)
     with loading(path, EXPECTED):
         # Without a value, transformers asks on the terminal whether to run code that came with the model.
         return AutoConfig.from_pretrained(path, trust_remote_code=False)

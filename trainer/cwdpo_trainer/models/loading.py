@@ -30,6 +30,7 @@ from cwdpo_trainer.models.adapters import (
     POLICY,
     adapter_weights,
     base_model,
+    existing_base,
     prepared_for_adapters,
     trained_adapter,
     with_adapter,
@@ -43,15 +44,20 @@ HUB_NAME = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?", re.ASCII)
 LONGEST_NAME = 96  # characters
 
 
-def load_model(settings: ModelArguments, path: str, lora: LoraArguments | None, trainable: bool = True) -> Model:
+def load_model(
+    settings: ModelArguments, path: str, lora: LoraArguments | None, trainable: bool = True, base: str | None = None
+) -> Model:
     """The model at `path`: a folder, which may hold an adapter only, or a name on the Hub.
+
+    `base`: where the base model of such an adapter is now, if it may have moved since the adapter was saved.
 
     `trainable`: freeze the modules in `settings.freeze` and, if `lora` is set and `path` holds no adapter, add one.
     Raises `InputError` if there is no such model, or if the options do not fit it.
     """
-    base = base_model(path)
-    model = _load(settings, base)
-    if base != path:
+    recorded = base_model(path)
+    is_adapter = recorded != path
+    model = _load(settings, base if is_adapter and base is not None else existing_base(path))
+    if is_adapter:
         model = prepared_for_adapters(model, settings) if trainable else model
         return trained_adapter(model, path, settings.freeze if trainable else None)
     if not trainable:
