@@ -1,6 +1,5 @@
 """How long a step takes on an H100, from what its kernels compile to.
 
-A multiprocessor computes the tiles of a launch one after another, because a program takes nearly all of its registers.
 In cycles, a tile takes
 
     2 BLOCK_N BLOCK_V D / FLOPS                product, at the full rate of the tensor cores, and, one after another:
@@ -11,9 +10,13 @@ In cycles, a tile takes
     bytes of the tile / STORED                 where it is written; without a product, which hides them, its reads and
                                                writes at MEMORY bytes
 
-with the counts of benchmarks/results/triton_compiled.json (see sass.py). Products by vendor libraries run at VENDOR of
-the full rate, other operations at the rate of the memory. START, LATENCY and BEFORE are estimates. AFTER, STORED and
-VENDOR were fitted to benchmarks/results/h100_tiles.json (docs/notes.md, "On an H100").
+with the counts of benchmarks/results/triton_compiled.json (see sass.py). Alone, a program uses the tensor cores for a
+share of that time. As many programs run on a multiprocessor as its registers and shared memory have room for, mostly
+one, and use the tensor cores independently of each other: with P programs they are idle for (1 - share)^P of the time.
+
+Products by vendor libraries run at VENDOR of the full rate, other operations at the rate of the memory. START, LATENCY
+and BEFORE are estimates. AFTER, STORED and VENDOR were fitted to benchmarks/results/h100_tiles.json (docs/notes.md, "On
+an H100").
 
 The clock is the one at which the three products of a step take a given time, so it contains the limits of power and
 cooling. predict.py records the launches of steps and writes their work to benchmarks/results/predicted.json. Nothing
@@ -31,6 +34,7 @@ from benchmarks.models import SHAPES, Shape
 FILE = results.FOLDER / "predicted.json"
 MULTIPROCESSORS, SCHEDULERS, FLOPS, BYTES_PER_SECOND = 132, 4, 4096, 3.03e12  # FLOPS: a cycle and multiprocessor
 START, LATENCY, BEFORE, AFTER, STORED, MEMORY, VENDOR = 700, 800, 4.0, 1.34, 37, 15, 0.955
+REGISTERS, RESERVED = 65536, 1024  # of a multiprocessor; bytes of shared memory that every program takes
 LAUNCH_SECONDS = 3e-6
 PUBLISHED_MS = 42.0  # the three products of SHAPES[0] on an H100, TRL issue 7244
 BOOST = 1.755e9  # the highest clock
@@ -42,18 +46,26 @@ def clock(product_ms: float, shape: Shape) -> float:
     return flops / (product_ms * 1e-3) / (MULTIPROCESSORS * FLOPS * VENDOR)
 
 
+def programs(row: dict) -> int:
+    """How many programs of a compiled kernel run on a multiprocessor."""
+    by_registers = REGISTERS // (row["registers"] * 32 * row["num_warps"])
+    by_memory = (compiled_checks.SHARED_LIMIT[row["chip"]] + RESERVED) // (row["shared_bytes"] + RESERVED)
+    return max(min(by_registers, by_memory), 1)
+
+
 def tile_cycles(row: dict, dim: int) -> float:
-    """Cycles of a tile of a compiled kernel, product included; `row`: of the report."""
-    constants = row["constants"]
-    warps = row["num_warps"] / SCHEDULERS
+    """Cycles of a multiprocessor for a tile of a compiled kernel, product included; `row`: of the report."""
+    constants, warps = row["constants"], row["num_warps"] / SCHEDULERS
     entries = constants["BLOCK_N"] * constants["BLOCK_V"]
     written = entries * compiled_checks.ITEMSIZE[row["precision"]] if compiled_checks.writes_tile(row) else 0
-    cycles = 0.0 if constants["FLATTEN"] else START
+    start = 0.0 if constants["FLATTEN"] else START
     if row["before_matrix"] is None:  # no product
-        return cycles + AFTER * warps * row["tile_instructions"] + 2 * written / MEMORY
+        return start + AFTER * warps * row["tile_instructions"] + 2 * written / MEMORY
     before = BEFORE * row["before_matrix"] + (LATENCY if row["before_tma"] < row["before_matrix"] else 0)
     after = AFTER * warps * (row["tile_instructions"] - row["before_matrix"])
-    return cycles + 2 * entries * dim / FLOPS + before + after + written / STORED
+    product = 2 * entries * dim / FLOPS
+    share = product / (start + before + product + after + written / STORED)
+    return product / (1 - (1 - share) ** programs(row))
 
 
 def ceiling(row: dict, dim: int, cycles_per_second: float) -> float:

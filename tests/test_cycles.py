@@ -51,7 +51,16 @@ def test_a_slower_kernel_is_predicted_to_be_slower():
     for more in ({"tile_instructions": row["tile_instructions"] + 128}, {"before_matrix": row["before_matrix"] + 128}):
         assert before < cycles.tile_cycles(row | more, 4096) < 1.02 * before
     flattened = row | {"before_tma": row["before_matrix"] + 1, "constants": row["constants"] | {"FLATTEN": True}}
-    assert before - cycles.tile_cycles(flattened, 4096) == cycles.START + cycles.LATENCY
+    assert before - cycles.tile_cycles(flattened, 4096) == pytest.approx(cycles.START + cycles.LATENCY)
+
+
+def test_two_programs_share_the_tensor_cores():
+    row = row_of("_sweep_kernel", "DESCRIPTORS")
+    assert cycles.programs(row) == 1
+    small = row | {"registers": 120, "shared_bytes": 100 << 10}
+    assert cycles.programs(small) == 2
+    product = 2 * 128 * 256 * 4096 / cycles.FLOPS
+    assert product < cycles.tile_cycles(small, 4096) < cycles.tile_cycles(row, 4096)
 
 
 def test_the_ceiling_approaches_the_full_rate():
