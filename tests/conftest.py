@@ -1,3 +1,4 @@
+import contextlib
 import os
 import runpy
 import sys
@@ -17,6 +18,8 @@ import torch
 
 from cwdpo_kernels import ops
 
+sys.path.insert(0, str(Path(__file__).parent))  # for modules of tests
+
 
 @pytest.fixture(autouse=True)
 def _two_threads() -> None:
@@ -31,8 +34,15 @@ def backend(request: pytest.FixtureRequest) -> Iterator[str]:
         pytest.skip("too slow in the interpreter")
     if request.param == "csrc" and (reason := ops.missing_backend("cpu")):
         pytest.skip(reason)  # tests/test_library.py fails if a compiler is installed
-    device = "cuda" if request.param == "triton" and not interpreted else "cpu"
-    with torch.device(device), ops.forced(device, request.param):
+    on_a_mock = interpreted and not request.node.get_closest_marker("plain_tensors")
+    device = "cuda" if request.param == "triton" and (on_a_mock or not interpreted) else "cpu"
+    with contextlib.ExitStack() as stack:
+        if on_a_mock:
+            import mock_gpu
+
+            stack.enter_context(mock_gpu.running())
+        stack.enter_context(torch.device(device))
+        stack.enter_context(ops.forced(device, request.param))
         yield request.param
 
 

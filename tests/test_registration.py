@@ -56,6 +56,7 @@ CASES = op_cases()
 
 
 @ignore_warning_of_opcheck
+@pytest.mark.plain_tensors  # opcheck makes fake tensors of them
 @pytest.mark.usefixtures("backend")
 @pytest.mark.parametrize(("name", "args"), CASES, ids=[name for name, _ in CASES])
 def test_opcheck(name, args):
@@ -63,6 +64,7 @@ def test_opcheck(name, args):
 
 
 @ignore_warning_of_opcheck
+@pytest.mark.plain_tensors  # opcheck makes fake tensors of them
 @pytest.mark.usefixtures("backend")
 def test_opcheck_of_tiles_kept_in_the_memory_of_the_gradient():
     torch.library.opcheck(OPS.linear_logprob.default, (*CASES[0][1][:-1], None))

@@ -61,6 +61,7 @@ def detached(inputs):
     return tuple(x.detach() for x in inputs)
 
 
+@pytest.mark.plain_tensors
 @every_function
 def test_torch_func_gives_the_gradient_of_autograd(function, inputs, close):
     expected = torch.autograd.grad(function(*inputs), inputs)
@@ -70,6 +71,7 @@ def test_torch_func_gives_the_gradient_of_autograd(function, inputs, close):
     close(torch.func.grad(function)(frozen, weight), torch.autograd.grad(function(inputs[0], weight), inputs[0])[0])
 
 
+@pytest.mark.plain_tensors
 @every_function
 def test_vmap_over_a_gradient(function, inputs, close):
     hidden, weight = detached(inputs)
@@ -81,6 +83,7 @@ def test_vmap_over_a_gradient(function, inputs, close):
             close(actual[i], truth)
 
 
+@pytest.mark.plain_tensors
 def test_jacobian_of_every_token(inputs, close):
     def logp(hidden, weight):
         return ck.linear_logprob(hidden, weight, labels())[:2, 0]
@@ -93,6 +96,7 @@ def test_jacobian_of_every_token(inputs, close):
             close(actual[i], truth)
 
 
+@pytest.mark.plain_tensors
 def test_functional_call(inputs, close):
     hidden, weight = detached(inputs)
     head = torch.nn.Linear(8, 20, bias=False)
@@ -137,6 +141,7 @@ def test_reused_logits_whose_gradient_is_differentiated(inputs, close):
         grad.pow(2).sum().backward()
 
 
+@pytest.mark.plain_tensors
 @every_function
 def test_forward_mode_raises(function, inputs):
     hidden, weight = detached(inputs)
@@ -153,6 +158,7 @@ def test_forward_mode_raises(function, inputs):
             function(forward_ad.make_dual(tracked[0], hidden), tracked[1])
 
 
+@pytest.mark.plain_tensors
 def test_torch_func_refuses_the_registered_op(inputs):
     hidden, weight = detached(inputs)
 
