@@ -112,6 +112,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
     ) -> None:  # fmt: skip
         super().__init__()
         _check_options(loss_type, beta, label_smoothing, discopop_tau)
+        check_number(OP, "alpha", alpha, "finite")
         self.ignore_index = ignore_index
         self.beta = beta
         self.alpha = alpha

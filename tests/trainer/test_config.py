@@ -77,6 +77,18 @@ def test_a_path_may_start_with_the_home_folder(settings, write_config, tmp_path,
 
 
 @pytest.mark.parametrize(
+    "override",
+    ["dpo.beta=1e39", "dpo.beta=1e-45", "dpo.tau=1e39", "dpo.tau=1e-45", "dpo.logp_floor=-1e39", "dpo.drop_below=1e39",
+     "sft.nll_floor=1e39", "sft.negatives_weight=1e39"],
+)  # fmt: skip
+def test_a_number_that_float32_cannot_hold_is_named(settings, write_config, override):
+    key, value = override.split("=")
+    with pytest.raises(InputError) as error:
+        load_config(write_config(settings), [override])
+    assert str(error.value).endswith(f"{key}: expected a magnitude in [1.2e-38, 3.4e+38], got {float(value)}")
+
+
+@pytest.mark.parametrize(
     ("override", "message"),
     [
         ("output_dir=", "output_dir: expected type str, got null"),

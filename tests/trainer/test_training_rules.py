@@ -26,7 +26,7 @@ REFUSED = {
     "weight_decay": [-0.1, ".nan"],
     "adam_beta1": [1, -0.5, ".nan"],
     "adam_beta2": [1.5],
-    "adam_epsilon": [-1e-8],
+    "adam_epsilon": [-1e-8, 0.0],
     "max_grad_norm": [-1, ".nan"],
     "neftune_noise_alpha": [-1],
     "torch_empty_cache_steps": [0],

@@ -6,8 +6,11 @@ import math
 from collections.abc import Iterable
 from typing import TypeGuard
 
+import torch
+
 from cwdpo_trainer.errors import InputError, InputErrors
 
+SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 CONFIG = "config"  # `InputError.where` until the loader replaces it by the file name
 
 
@@ -21,6 +24,11 @@ class Checks:
         """Note a mistake in `key` unless `condition` holds. The loader adds the file and the section."""
         if not condition:
             self.errors.append(InputError(CONFIG, key, expected, "null" if got is None else repr(got)))
+
+    def float32(self, key: str, value: object) -> None:
+        """Note a mistake in `key` if `value` is a number that float32 cannot hold: the losses are computed in it."""
+        held = self.found(key) or not is_finite(value) or value == 0 or SMALLEST <= abs(value) <= LARGEST
+        self(held, key, f"a magnitude in [{SMALLEST:.2g}, {LARGEST:.2g}]", value)
 
     def found(self, key: str) -> bool:
         """Whether there is a mistake in `key`."""

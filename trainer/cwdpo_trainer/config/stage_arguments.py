@@ -156,6 +156,8 @@ class SFTArguments(StageArguments):
         weight = self.negatives_weight
         check(math.isfinite(weight) and weight >= 0, "negatives_weight", "a finite number >= 0", weight)
         check(math.isfinite(self.nll_floor), "nll_floor", "a finite number", self.nll_floor)
+        for name in ("negatives_weight", "nll_floor"):
+            check.float32(name, getattr(self, name))
         check(0 <= self.smoothing < 1, "smoothing", "a number in [0, 1)", self.smoothing)
         check(self.normalize in ("token", "sequence"), "normalize", "token or sequence", self.normalize)
 
@@ -250,6 +252,8 @@ class DPOArguments(StageArguments):
         self._check_cooling(check)
         check(self.auto_rows >= 2, "auto_rows", "an integer >= 2", self.auto_rows)
         check(math.isfinite(self.beta) and self.beta > 0, "beta", "a finite number > 0", self.beta)
+        for name in ("beta", "logp_floor", "tau", "drop_below"):
+            check.float32(name, getattr(self, name))
         check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
         known = self.curriculum in (None, "hardest_first")
         check(known, "curriculum", "null or hardest_first", self.curriculum)

@@ -37,6 +37,7 @@ Rule = tuple[str, Callable[[Any], bool]]
 AT_LEAST_1: Rule = ("an integer >= 1", lambda value: value >= 1)
 AT_LEAST_0: Rule = ("an integer >= 0", lambda value: value >= 0)
 NOT_NEGATIVE: Rule = ("a finite number >= 0", lambda value: is_finite(value) and value >= 0)
+POSITIVE: Rule = ("a finite number > 0", lambda value: is_finite(value) and value > 0)
 BELOW_1: Rule = ("a number in [0, 1)", lambda value: 0 <= value < 1)
 INTERVAL = "a number of steps >= 1, or a fraction of the stage in (0, 1)"
 
@@ -53,14 +54,14 @@ def _choice(names: tuple[str, ...]) -> Rule:
 RULES: dict[str, Rule] = {
     "per_device_train_batch_size": AT_LEAST_1,
     "gradient_accumulation_steps": AT_LEAST_1,
-    "num_train_epochs": ("a finite number > 0", lambda value: is_finite(value) and value > 0),
+    "num_train_epochs": POSITIVE,
     "max_steps": ("an integer >= 1, or -1 to train num_train_epochs", lambda value: value == -1 or value >= 1),
     "learning_rate": NOT_NEGATIVE,
     "warmup_steps": NOT_NEGATIVE,
     "weight_decay": NOT_NEGATIVE,
     "adam_beta1": BELOW_1,
     "adam_beta2": BELOW_1,
-    "adam_epsilon": NOT_NEGATIVE,
+    "adam_epsilon": POSITIVE,  # with 0, a weight whose gradient is 0 becomes NaN
     "max_grad_norm": ("a number >= 0 (0 turns clipping off)", lambda value: value >= 0),
     "neftune_noise_alpha": _or_null(NOT_NEGATIVE),
     "torch_empty_cache_steps": _or_null(AT_LEAST_1),
