@@ -12,6 +12,7 @@
 
 #include <cstdint>
 
+#include "parallel.h"
 #include "tensors.h"
 
 namespace cwdpo {

@@ -5,9 +5,17 @@
 namespace cwdpo {
 namespace {
 
-constexpr int64_t kMinTile = 128;
+constexpr int64_t kMinTile = 128;    // rows or columns of the smallest tile
 constexpr int64_t kMaxRows = 1024;
-constexpr int64_t kWorkspaceBytes = 2 << 20;
+constexpr int64_t kMinShardRows = 64;
+constexpr int64_t kTileBytes = 1 << 20;       // of one thread's tile, at most
+constexpr int64_t kWorkspaceBytes = 16 << 20;  // of all threads
+constexpr int64_t kMinShardedWork = 1 << 22;  // multiply-adds
+
+// The default workspace: 16 MiB, or 1 MiB for each thread.
+int64_t default_workspace() {
+  return std::max<int64_t>(kWorkspaceBytes, int64_t{torch::stable::get_num_threads()} << 20);
+}
 
 bool uses_bf16_gemm(const HeadArguments& head) {
   return head.weight.scalar_type() == ScalarType::BFloat16 && has_gemm<Bf16>();
@@ -56,83 +64,117 @@ LabelledRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_
   return labelled;
 }
 
-TilePlan plan_tiles(const HeadArguments& head, int64_t n_rows, size_t item_size) {
-  const int64_t bytes = head.workspace_bytes == 0 ? kWorkspaceBytes : head.workspace_bytes;
-  const int64_t entries = std::max<int64_t>(bytes / item_size, kMinTile * kMinTile);
-  const int64_t rows = std::clamp<int64_t>(std::min(n_rows, entries / kMinTile), 1, kMaxRows);
+namespace {
+
+// Splits a pass over `threads`: over the vocabulary while `room` bytes hold the partial sums [N, D] of all parts but the
+// first, and over the tokens beyond that. The weight's gradient sums over tokens, so its pass is not split over them.
+// If that leaves threads idle, the result is one shard.
+TilePlan split(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass, int64_t threads, int64_t room) {
+  const int64_t dim = head.weight.size(1), vocab = head.weight.size(0), sums_bytes = n_rows * dim * item_size;
+  TilePlan plan{};
+  if (threads == 1 || n_rows * dim * vocab < kMinShardedWork) return plan;
+  const int64_t most = pass == Pass::kSums ? threads : std::min(threads, 1 + room / sums_bytes);
+  for (int64_t columns = std::min(most, (vocab + kMinTile - 1) / kMinTile); columns >= 1; --columns) {
+    const int64_t rows = pass == Pass::kHiddenWeight ? 1 : std::min(threads / columns, n_rows / kMinShardRows);
+    if (rows * columns > plan.shards()) plan.row_shards = rows, plan.column_shards = columns;
+  }
+  if (4 * plan.shards() < 3 * threads) plan.row_shards = plan.column_shards = 1;
+  return plan;
+}
+
+}  // namespace
+
+TilePlan plan_tiles(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass) {
+  const int64_t bytes = head.workspace_bytes == 0 ? default_workspace() : head.workspace_bytes;
+  const int64_t threads = torch::stable::get_num_threads(), least = kMinTile * kMinTile * item_size;
+  int64_t tile_bytes = std::clamp(bytes / (4 * threads), least, std::max(least, kTileBytes));
+  TilePlan plan = split(head, n_rows, item_size, pass, threads, std::max<int64_t>(bytes - threads * tile_bytes, 0));
+  if (plan.shards() == 1) tile_bytes = std::clamp(bytes, least, std::max(least, 2 * kTileBytes));
+
+  const int64_t entries = tile_bytes / item_size, shard_rows = (n_rows + plan.row_shards - 1) / plan.row_shards;
+  plan.rows = std::clamp<int64_t>(std::min(shard_rows, entries / kMinTile), 1, kMaxRows);
   // Each column also needs `extra` entries: its row of the weight converted to float and packed, or, with the bfloat16
-  // GEMM, that row packed and the column itself rounded.
+  // GEMM, that row packed and the column itself rounded; and the gradient of its weight row, before that is rounded.
   const int64_t dim = head.weight.size(1), converted = head.weight.element_size() == item_size ? 0 : dim;
-  const int64_t extra = uses_bf16_gemm(head) ? (rows + dim) / 2 : converted + (uses_float_gemm(head) ? dim : 0);
-  const int64_t columns = std::max<int64_t>(entries / (rows + extra) / kMinTile, 1) * kMinTile;
-  return {rows, std::clamp<int64_t>(head.weight.size(0), 1, columns)};
+  const int64_t operands = uses_bf16_gemm(head) ? (plan.rows + dim) / 2 : converted + (uses_float_gemm(head) ? dim : 0);
+  const int64_t extra = operands + (pass == Pass::kHiddenWeight ? converted : 0);
+  const int64_t columns = std::max<int64_t>(entries / (plan.rows + extra) / kMinTile, 1) * kMinTile;
+  const int64_t vocab = head.weight.size(0), shard_columns = (vocab + plan.column_shards - 1) / plan.column_shards;
+  plan.columns = std::clamp<int64_t>(shard_columns, 1, columns);
+  return plan;
 }
 
 template <class T>
-TiledHead<T>::TiledHead(const HeadArguments& arguments, const LabelledRows& labelled, TilePlan tile_plan)
-    : plan(tile_plan),
+TiledHead<T>::TiledHead(const HeadArguments& arguments, const LabelledRows& labelled, Pass the_pass)
+    : pass(the_pass),
+      plan(plan_tiles(arguments, labelled.size(), sizeof(T), the_pass)),
       rows(labelled.size()),
       vocab(arguments.weight.size(0)),
       dim(arguments.weight.size(1)),
       scale(static_cast<T>(arguments.scale)),
       cap(static_cast<T>(arguments.softcap.value_or(0))),
       labelled_(labelled),
-      weight_tensor_(arguments.weight),
-      buffer_(empty<T>({plan.columns * padded(std::min(plan.rows, rows))})) {
-  const bool all = rows == arguments.hidden.size(0);
-  hidden_tensor_ = all ? arguments.hidden : index_rows(arguments.hidden, labelled.tokens.data(), rows);
+      weight_(arguments.weight) {
+  const bool all = rows == arguments.hidden.size(0), needs_weight = pass == Pass::kHiddenWeight;
+  hidden_ = all ? arguments.hidden : index_rows(arguments.hidden, labelled.tokens.data(), rows);
   if (arguments.bias) bias_tensor_ = contiguous_as<T>(*arguments.bias);
   bias_ = bias_tensor_ ? data<T>(*bias_tensor_) : nullptr;
+  hidden_ = uses_bf16_gemm(arguments) ? torch::stable::contiguous(hidden_) : contiguous_as<T>(hidden_);
   if (uses_bf16_gemm(arguments)) {
-    hidden_tensor_ = torch::stable::contiguous(hidden_tensor_);
-    bf16_ = std::make_unique<PackedHead<Bf16>>(hidden_tensor_, weight_tensor_, labelled_.labels, plan);
-    return;
+    packed_bf16_ = std::make_unique<PackedHidden<Bf16>>(hidden_, labelled.labels, plan.rows, needs_weight);
+  } else if (uses_float_gemm(arguments)) {
+    packed_floats_ = std::make_unique<PackedHidden<float>>(hidden_, labelled.labels, plan.rows, needs_weight);
   }
-  if (uses_float_gemm(arguments)) {
-    hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
-    floats_ = std::make_unique<PackedHead<float>>(hidden_tensor_, weight_tensor_, labelled_.labels, plan);
-    return;
-  }
-  if (hidden_tensor_.scalar_type() != dtype_of<T>()) hidden_tensor_ = contiguous_as<T>(hidden_tensor_);
-  if (weight_tensor_.scalar_type() != dtype_of<T>()) weight_buffer_ = empty<T>({plan.columns, dim});
 }
 
 template <class T>
-Matrix<T> TiledHead<T>::weight(Span columns) const {
-  if (!weight_buffer_) return matrix<T>(weight_tensor_).row_block(columns.start, columns.size);
-  Tensor tile = slice_rows(*weight_buffer_, 0, columns.size);
-  if (converted_start_ != columns.start) {
-    torch::stable::copy_(tile, slice_rows(weight_tensor_, columns.start, columns.size));
-    converted_start_ = columns.start;
+TileWorker<T>::TileWorker(const TiledHead<T>& head, int64_t shard)
+    : rows(part_of(head.rows, head.plan.rows, head.plan.row_shards, shard / head.plan.column_shards)),
+      columns(part_of(head.vocab, 1, head.plan.column_shards, shard % head.plan.column_shards)),
+      column_shard(shard % head.plan.column_shards),
+      head_(head),
+      buffer_(empty<T>({head.plan.columns * padded(head.plan.rows)})) {
+  const bool needs_gradients = head.pass != Pass::kSums;
+  if (head.packed_bf16_) {
+    bf16_.emplace(*head.packed_bf16_, head.weight_, head.plan, needs_gradients);
+  } else if (head.packed_floats_) {
+    floats_.emplace(*head.packed_floats_, head.weight_, head.plan, needs_gradients);
+  } else if (head.weight_.scalar_type() != dtype_of<T>()) {
+    weight_rows_.emplace(head.weight_, dtype_of<T>(), head.plan.columns);
   }
-  return matrix<T>(tile);
 }
 
 template <class T>
-void TiledHead<T>::logits(const Matrix<T>& tile, Span columns, Span block) const {
+Matrix<T> TileWorker<T>::weight(Span tile_columns) {
+  if (!weight_rows_) return matrix<T>(head_.weight_).row_block(tile_columns.start, tile_columns.size);
+  return {const_cast<T*>(weight_rows_->rows(tile_columns)), tile_columns.size, head_.dim, head_.dim};
+}
+
+template <class T>
+void TileWorker<T>::logits(const Matrix<T>& tile, Span tile_columns, Span block) {
   if constexpr (std::is_same_v<T, float>) {
-    if (bf16_) return bf16_->logits(tile, columns, block);
-    if (floats_) return floats_->logits(tile, columns, block);
+    if (bf16_) return bf16_->logits(tile, tile_columns, block);
+    if (floats_) return floats_->logits(tile, tile_columns, block);
   }
-  multiply(tile, weight(columns), hidden(block).transposed(), /*accumulate=*/false);
+  multiply(tile, weight(tile_columns), hidden(block).transposed(), /*accumulate=*/false);
 }
 
 template <class T>
-void TiledHead<T>::add_to_hidden(
-    const Matrix<T>& sums, const Matrix<T>& tile, Span columns, Span block, bool accumulate) const {
+void TileWorker<T>::add_to_hidden(
+    const Matrix<T>& sums, const Matrix<T>& tile, Span tile_columns, Span block, bool accumulate) {
   if constexpr (std::is_same_v<T, float>) {
-    if (bf16_) return bf16_->add_to_hidden(sums, tile, columns, block, accumulate);
-    if (floats_) return floats_->add_to_hidden(sums, tile, columns, block, accumulate);
+    if (bf16_) return bf16_->add_to_hidden(sums, tile, tile_columns, block, accumulate);
+    if (floats_) return floats_->add_to_hidden(sums, tile, tile_columns, block, accumulate);
   }
-  multiply(sums, tile.transposed(), weight(columns), accumulate);
+  multiply(sums, tile.transposed(), weight(tile_columns), accumulate);
 }
 
 template <class T>
-void TiledHead<T>::add_to_weight(
-    const Matrix<T>& sums, const Matrix<T>& tile, Span columns, Span block, bool accumulate) const {
+void TileWorker<T>::add_to_weight(
+    const Matrix<T>& sums, const Matrix<T>& tile, Span tile_columns, Span block, bool accumulate) {
   if constexpr (std::is_same_v<T, float>) {
-    if (bf16_) return bf16_->add_to_weight(sums, tile, columns, block, accumulate);
-    if (floats_) return floats_->add_to_weight(sums, tile, columns, block, accumulate);
+    if (bf16_) return bf16_->add_to_weight(sums, tile, tile_columns, block, accumulate);
+    if (floats_) return floats_->add_to_weight(sums, tile, tile_columns, block, accumulate);
   }
   multiply(sums, tile, hidden(block), accumulate);
 }
@@ -140,9 +182,9 @@ void TiledHead<T>::add_to_weight(
 template <class T>
 std::vector<T> TiledHead<T>::target_logits() const {
   std::vector<T> logits(rows);
-  for_spans(rows, plan.rows, [&](Span block) {
+  for_spans({0, rows}, kMaxRows, [&](Span block) {
     const Tensor label_weight = target_weight(block);
-    const Tensor hidden_rows = contiguous_as<T>(slice_rows(hidden_tensor_, block.start, block.size));
+    const Tensor hidden_rows = contiguous_as<T>(slice_rows(hidden_, block.start, block.size));
     for_rows(block.size, dim, [&](int64_t i) {
       const int64_t row = block.start + i;
       logits[row] = static_cast<T>(dot_row(data<T>(hidden_rows) + i * dim, data<T>(label_weight) + i * dim, dim));
@@ -154,8 +196,13 @@ std::vector<T> TiledHead<T>::target_logits() const {
 
 template class TiledHead<float>;
 template class TiledHead<double>;
+template class TileWorker<float>;
+template class TileWorker<double>;
 
 }  // namespace cwdpo
 
 // Read by cwdpo_kernels/ops/library.py: the package reports the default workspace instead of repeating the number.
-extern "C" __attribute__((visibility("default"))) int64_t cwdpo_workspace_bytes() { return cwdpo::kWorkspaceBytes; }
+extern "C" __attribute__((visibility("default"))) int64_t cwdpo_workspace_bytes() { return cwdpo::default_workspace(); }
+
+// For tests: how many parallel regions were opened since the library was loaded.
+extern "C" __attribute__((visibility("default"))) int64_t cwdpo_parallel_regions() { return cwdpo::parallel_regions; }

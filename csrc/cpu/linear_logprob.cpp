@@ -9,54 +9,27 @@
 
 #include "../check.h"
 #include "../ops.h"
+#include "convert.h"
 #include "head.h"
+#include "kept.h"
 #include "logit_grads.h"
 #include "sweep.h"
 
 namespace cwdpo {
 namespace {
 
-// The results of one sweep over the vocabulary for the N labelled rows.
-template <class T>
-struct Forward {
-  std::vector<OnlineSoftmax<T>> softmax;
-  Tensor sum_exp_weight;  // sum_v exp(z_v - max_logit) slope_v W_v [N, D]; undefined without a direction
-};
-
-template <class T>
-Forward<T> sweep(const TiledHead<T>& head, const KeptTiles<T>& kept, bool with_direction) {
-  Forward<T> result{std::vector<OnlineSoftmax<T>>(head.rows), Tensor()};
-  if (with_direction) result.sum_exp_weight = zeros({head.rows, head.dim}, dtype_of<T>());
-  const Matrix<T> sums = with_direction ? matrix<T>(result.sum_exp_weight) : Matrix<T>{};
-
-  for_spans(head.vocab, head.plan.columns, [&](Span columns) {
-    for_spans(head.rows, head.plan.rows, [&](Span block) {
-      const bool keep = kept.has(columns);
-      const Matrix<T> tile =
-          keep ? kept.tile(columns).column_block(block.start, block.size) : head.buffer(block, columns);
-      head.logits(tile, columns, block);
-      const Sweep kind = with_direction ? Sweep::kExponentials : Sweep::kSumExp;
-      add_tile(head, tile, columns, block, kind, result.softmax, [&](int64_t row, T rescale) {
-        if (with_direction) scale_row(sums.row(row), head.dim, rescale);
-      });
-      if (with_direction) {
-        head.add_to_hidden(sums.row_block(block.start, block.size), tile, columns, block, /*accumulate=*/true);
-      }
-    });
-  });
-  return result;
-}
+constexpr int64_t kDirectionRows = 1024;  // whose label's weight rows are gathered at a time
 
 // Turns sum_exp_weight into the direction scale * (slope_y W_y - sum_exp_weight / sum_exp), in place.
 template <class T>
-void to_direction(const TiledHead<T>& head, const std::vector<T>& target, const Forward<T>& forward) {
-  const Matrix<T> direction = matrix<T>(forward.sum_exp_weight);
-  for_spans(head.rows, head.plan.rows, [&](Span block) {
+void to_direction(const TiledHead<T>& head, const std::vector<T>& target, const SweepResult<T>& result) {
+  const Matrix<T> direction = matrix<T>(result.sum_exp_weight);
+  for_spans({0, head.rows}, kDirectionRows, [&](Span block) {
     const Tensor label_weight = head.target_weight(block);
     for_rows(block.size, head.dim, [&](int64_t i) {
       const int64_t row = block.start + i;
       // With V = 1, sum_exp is 0. The lower bound avoids 0 / 0; backward multiplies the direction by 1 - p_y = 0.
-      const T sum_exp = std::max(forward.softmax[row].sum_exp, std::numeric_limits<T>::min());
+      const T sum_exp = std::max(result.softmax[row].sum_exp, std::numeric_limits<T>::min());
       scale_row(direction.row(row), head.dim, T(1) / sum_exp);
       subtract_from_row(
           direction.row(row), data<T>(label_weight) + i * head.dim, head.dim, head.slope(target[row]), head.scale);
@@ -71,9 +44,6 @@ constexpr int64_t kUninitialized = -1;
 // gradient, direction * (1 - p_y), does not.
 ScalarType direction_dtype(ScalarType dtype) { return dtype == ScalarType::Half ? ScalarType::Float : dtype; }
 
-// The size in bytes of a row of the weight's gradient if `kept` is its memory, else 0.
-int64_t grad_row_bytes(const Tensor& kept) { return kept.dim() == 2 ? kept.size(1) * kept.element_size() : 0; }
-
 template <class T>
 LinearLogprob forward(
     const HeadArguments& arguments, const Tensor& labels, const LabelledRows& labelled, bool with_direction,
@@ -86,15 +56,15 @@ LinearLogprob forward(
       opaque ? empty({*kept_bytes}, ScalarType::Byte) : torch::stable::empty_like(arguments.weight)};
   auto& [logp, max_logit, sum_exp, direction, kept] = out;
 
-  const TilePlan plan = plan_tiles(arguments, labelled.size(), sizeof(T));
-  const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), arguments.weight.size(0), grad_row_bytes(kept));
+  const KeptLogits<T> kept_logits(kept, labelled.size(), arguments.weight.size(0));
   // kUninitialized: the caller is autograd, which overwrites all of the weight's gradient. Zeroing is wasted work.
-  if (kept_bytes != kUninitialized) kept_tiles.zero_unused();
+  if (kept_bytes != kUninitialized) kept_logits.zero_unused();
   if (labelled.size() == 0) return out;
 
-  const TiledHead<T> head(arguments, labelled, plan);
+  const TiledHead<T> head(arguments, labelled, with_direction ? Pass::kHidden : Pass::kSums);
   const std::vector<T> target = head.target_logits();
-  const Forward<T> result = sweep(head, kept_tiles, with_direction);
+  const SweepResult<T> result =
+      with_direction ? sweep(head, Sweep::kExponentials) : sweep(head, Sweep::kSumExp, &kept_logits);
   for (int64_t i = 0; i < labelled.size(); ++i) {
     const int64_t token = labelled.tokens[i];
     data<T>(max_logit)[token] = result.softmax[i].max_logit;
@@ -135,20 +105,55 @@ void write_tile_gradient(
   for (const auto& [entry, value] : at_labels) *entry = value;  // replaces exp(z_y - max_logit), which may overflow
 }
 
-// Accumulates the gradient of one vocabulary tile: in the output itself if it has the compute dtype and contiguous
-// rows, else in a buffer that store() copies to the output.
+// Writes the gradient of a tile's logits to `tile`, from kept logits or from the product. Kept logits are of all
+// `n_labelled` rows. If some of those have no gradient, gathers those that do.
 template <class T>
-struct Accumulator {
-  Accumulator(const Tensor& out, Span rows)
-      : slice(slice_rows(out, rows.start, rows.size)),
-        in_place(out.scalar_type() == dtype_of<T>() && out.stride(out.dim() - 1) == 1),
-        sums(in_place ? slice : empty<T>(std::vector<int64_t>(slice.sizes().begin(), slice.sizes().end()))) {}
-  void store() {
-    if (!in_place) torch::stable::copy_(slice, sums);
+void write_logit_gradients(
+    TileWorker<T>& worker, const TiledHead<T>& head, const LogitGrads<T>& grads, const KeptLogits<T>& kept,
+    int64_t n_labelled, Span columns, Span block, const Matrix<T>& tile) {
+  if (!kept.has(columns)) {
+    worker.logits(tile, columns, block);
+    head.transform(tile, columns);
+    return write_tile_gradient(head, grads, columns, block, tile, tile, nullptr);
   }
-  Tensor slice;
-  bool in_place;
-  Tensor sums;
+  const Matrix<T> all_logits = kept.tile(columns);
+  if (head.rows < n_labelled) {
+    return write_tile_gradient(head, grads, columns, block, all_logits, tile, grads.index_among_labelled.data());
+  }
+  write_tile_gradient(head, grads, columns, block, all_logits.column_block(block.start, block.size), tile, nullptr);
+}
+
+// sums [B, 1] (+)= the sum over the tokens of a block; the first block starts the sums.
+template <class T>
+void add_bias_gradient(const Matrix<T>& sums, const Matrix<T>& tile, Span block) {
+  for_rows(tile.rows, block.size, [&](int64_t v) {
+    const T sum = sum_of_row(tile.row(v), block.size);
+    *sums.row(v) = block.start == 0 ? sum : *sums.row(v) + sum;
+  });
+}
+
+// The gradient of one tile's weight or bias rows: summed in the output itself if that has the compute type and contiguous
+// rows, else in a buffer that store() rounds to the output.
+template <class T>
+class TileSums {
+ public:
+  // Without an output, or with an empty one, there is nothing to sum. `separate`: never sum in the output.
+  TileSums(const Tensor& out, int64_t max_rows, bool separate) : out_(out) {
+    separate_ = separate || out.scalar_type() != dtype_of<T>() || (out.dim() == 2 && out.stride(1) != 1);
+    if (separate_) buffer_ = empty<T>({max_rows, out_.columns});
+  }
+  Matrix<T> rows(Span span) const {
+    if (separate_) return {data<T>(*buffer_), span.size, out_.columns, out_.columns};
+    return {reinterpret_cast<T*>(out_.entry(span.start, 0)), span.size, out_.columns, out_.row_stride};
+  }
+  void store(Span span) const {
+    if (separate_) store_rows(data<T>(*buffer_), out_, span);
+  }
+
+ private:
+  RawMatrix out_;
+  bool separate_;
+  std::optional<Tensor> buffer_;
 };
 
 template <class T>
@@ -158,49 +163,40 @@ void backward(
   const auto& [grad_hidden, grad_weight, grad_bias] = out;
   const bool needs_hidden = grad_hidden.numel() > 0, needs_weight = grad_weight.numel() > 0,
              needs_bias = grad_bias.numel() > 0;
-  // Forward planned and stored its tiles for all labelled rows, so plan for the same number here.
-  const TilePlan plan = plan_tiles(arguments, labelled.size(), sizeof(T));
-  const TiledHead<T> head(arguments, grads.rows, plan);
-  const KeptTiles<T> kept_tiles(kept, plan, labelled.size(), head.vocab, grad_row_bytes(kept));
-  const Tensor grad_hidden_rows = needs_hidden ? empty<T>({head.rows, head.dim}) : Tensor();
-
-  for_spans(head.vocab, plan.columns, [&](Span columns) {
-    std::optional<Accumulator<T>> weight_sums, bias_sums;
-    if (needs_weight) weight_sums.emplace(grad_weight, columns);
-    if (needs_bias) {
-      bias_sums.emplace(grad_bias, columns);
-      torch::stable::zero_(bias_sums->sums);
-    }
-    for_spans(head.rows, plan.rows, [&](Span block) {
-      const Matrix<T> tile_grad = head.buffer(block, columns);
-      if (kept_tiles.has(columns)) {
-        // Kept tiles hold all labelled rows. If some have no gradient, gather those that do.
-        const Matrix<T> tile = kept_tiles.tile(columns);
-        const bool all = head.rows == labelled.size();
-        const Matrix<T> logits = all ? tile.column_block(block.start, block.size) : tile;
-        const int64_t* source = all ? nullptr : grads.index_among_labelled.data();
-        write_tile_gradient(head, grads, columns, block, logits, tile_grad, source);
-      } else {
-        head.logits(tile_grad, columns, block);
-        head.transform(tile_grad, columns);
-        write_tile_gradient(head, grads, columns, block, tile_grad, tile_grad, nullptr);
-      }
-      if (needs_hidden) {
-        const Matrix<T> sums = matrix<T>(grad_hidden_rows).row_block(block.start, block.size);
-        head.add_to_hidden(sums, tile_grad, columns, block, columns.start > 0);
-      }
-      if (needs_weight) {
-        head.add_to_weight(matrix<T>(weight_sums->sums), tile_grad, columns, block, block.start > 0);
-      }
-      if (needs_bias) {
-        T* sums = data<T>(bias_sums->sums);
-        for_rows(columns.size, block.size, [&](int64_t v) { sums[v] += sum_of_row(tile_grad.row(v), block.size); });
-      }
+  const TiledHead<T> head(arguments, grads.rows, Pass::kHiddenWeight);
+  const KeptLogits<T> kept_logits(kept, labelled.size(), head.vocab);
+  // Every block of rows reads its part of the kept logits, so their memory must not be overwritten by the first block.
+  const bool separate = kept.dim() == 2 && head.plan.rows < head.rows;
+  std::vector<Tensor> hidden_parts;
+  for (int64_t i = 0; needs_hidden && i < head.plan.column_shards; ++i) {
+    hidden_parts.push_back(empty<T>({head.rows, head.dim}));
+  }
+  for_shards(head, [&](TileWorker<T>& worker) {
+    std::optional<TileSums<T>> weight_sums, bias_sums;
+    if (needs_weight) weight_sums.emplace(grad_weight, head.plan.columns, separate);
+    if (needs_bias) bias_sums.emplace(grad_bias, head.plan.columns, false);
+    worker.for_tiles([&](Span columns) {
+      worker.for_blocks([&](Span block) {
+        const Matrix<T> tile = worker.buffer(block, columns);
+        write_logit_gradients(worker, head, grads, kept_logits, labelled.size(), columns, block, tile);
+        if (needs_hidden) {
+          const Matrix<T> sums = matrix<T>(hidden_parts[worker.column_shard]).row_block(block.start, block.size);
+          worker.add_to_hidden(sums, tile, columns, block, columns.start > worker.columns.start);
+        }
+        if (needs_weight) worker.add_to_weight(weight_sums->rows(columns), tile, columns, block, block.start > 0);
+        if (needs_bias) add_bias_gradient(bias_sums->rows(columns), tile, block);
+      });
+      if (needs_weight) weight_sums->store(columns);
+      if (needs_bias) bias_sums->store(columns);
     });
-    if (needs_weight) weight_sums->store();
-    if (needs_bias) bias_sums->store();
   });
-  if (needs_hidden) scatter_rows(grad_hidden, grads.rows.tokens, grad_hidden_rows);
+  if (!needs_hidden) return;
+  for_rows(head.rows, head.dim, [&](int64_t row) {
+    for (size_t i = 1; i < hidden_parts.size(); ++i) {
+      add_rows(matrix<T>(hidden_parts[0]).row(row), matrix<T>(hidden_parts[i]).row(row), head.dim, T(1), T(1));
+    }
+  });
+  scatter_rows(grad_hidden, grads.rows.tokens, hidden_parts[0]);
 }
 
 // Allocates the gradients of hidden and bias; a gradient that is not needed is an empty tensor.

@@ -59,7 +59,7 @@ void for_logit_rows(
   const int64_t block_rows = std::max<int64_t>(kBlockBytes / (vocab * static_cast<int64_t>(sizeof(T))), 1);
   const Tensor buffer = empty<T>({std::min(block_rows, count), vocab});
   const Matrix<T> block = matrix<T>(buffer);
-  for_spans(count, block_rows, [&](Span span) {
+  for_spans({0, count}, block_rows, [&](Span span) {
     for (int64_t i = 0; i < span.size; ++i) {
       Tensor row = slice_rows(buffer, i, 1);
       torch::stable::copy_(row, slice_rows(logits, rows[span.start + i], 1));
@@ -81,7 +81,7 @@ LogitsLogprob forward(const Tensor& logits, const LabelledRows& labelled, int64_
   for_logit_rows<T>(logits, labelled.tokens, std::nullopt, [&](int64_t i, const T* z, T*) {
     OnlineSoftmax<T> softmax;
     without_label(vocab, labelled.labels[i], [&](int64_t start, int64_t n) {
-      for_spans(n, kChunk, [&](Span chunk) { softmax.add(z + start + chunk.start, chunk.size); });
+      for_spans({0, n}, kChunk, [&](Span chunk) { softmax.add(z + start + chunk.start, chunk.size); });
     });
     const int64_t token = labelled.tokens[i];
     data<T>(max_logit)[token] = softmax.max_logit;

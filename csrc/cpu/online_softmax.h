@@ -6,6 +6,7 @@
 
 #include <cmath>
 #include <limits>
+#include <utility>
 
 #include "rows.h"
 
@@ -25,6 +26,15 @@ struct OnlineSoftmax {
     if (sum_exp > T(0)) moment = (moment + shift * sum_exp) * rescale;  // shift may be -inf before the first logit
     sum_exp *= rescale;
     return rescale;
+  }
+
+  // Adds the sums over other competitors. Returns the factors by which this scales the sums of both.
+  std::pair<T, T> merge(const OnlineSoftmax& others) {
+    const T factor = raise_max(others.max_logit), shift = others.max_logit - max_logit;
+    const T other_factor = shift == T(0) ? T(1) : std::exp(shift);
+    if (others.sum_exp > T(0)) moment += (others.moment + shift * others.sum_exp) * other_factor;
+    sum_exp += others.sum_exp * other_factor;
+    return {factor, other_factor};
   }
 
   void add(const T* z, int64_t n) {

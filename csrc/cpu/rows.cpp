@@ -91,6 +91,9 @@ CWDPO_INLINE double dot(const T* a, const T* b, int64_t n) {
   CWDPO_FOR_EACH_PROCESSOR void subtract_from_row(T* y, const T* x, int64_t n, T slope, T scale) {                   \
     for (int64_t i = 0; i < n; ++i) y[i] = (slope * x[i] - y[i]) * scale;                                            \
   }                                                                                                                  \
+  CWDPO_FOR_EACH_PROCESSOR void add_rows(T* y, const T* x, int64_t n, T factor, T x_factor) {                        \
+    for (int64_t i = 0; i < n; ++i) y[i] = y[i] * factor + x[i] * x_factor;                                          \
+  }                                                                                                                  \
   CWDPO_FOR_EACH_PROCESSOR void scale_row(T* y, int64_t n, T factor) {                                               \
     for (int64_t i = 0; i < n; ++i) y[i] *= factor;                                                                  \
   }

@@ -33,6 +33,10 @@ void subtract_from_row(double* y, const double* x, int64_t n, double slope, doub
 void scale_row(float* y, int64_t n, float factor);
 void scale_row(double* y, int64_t n, double factor);
 
+// y <- factor * y + x_factor * x
+void add_rows(float* y, const float* x, int64_t n, float factor, float x_factor);
+void add_rows(double* y, const double* x, int64_t n, double factor, double x_factor);
+
 float sum_of_row(const float* x, int64_t n);
 double sum_of_row(const double* x, int64_t n);
 

@@ -1,4 +1,4 @@
-// Adds a tile of logits to the online softmax of its tokens, on all threads.
+// One sweep over the vocabulary: the online softmax of every token and, optionally, a sum of weight rows.
 #pragma once
 
 #include <algorithm>
@@ -7,6 +7,7 @@
 #include <vector>
 
 #include "head.h"
+#include "kept.h"
 #include "online_softmax.h"
 #include "strips.h"
 
@@ -59,13 +60,64 @@ template <class T, class F>
 void add_tile(
     const TiledHead<T>& head, const Matrix<T>& tile, Span columns, Span block, Sweep kind,
     std::vector<OnlineSoftmax<T>>& softmax, const F& rescaled) {
-  head.transform(tile, columns);
   const int64_t strips = (block.size + kStripTokens - 1) / kStripTokens;
   for_rows(strips, columns.size * kStripTokens, [&](int64_t i) {
     const int64_t start = i * kStripTokens;
     const Span part{start, std::min(kStripTokens, block.size - start)};
     add_strip(head, tile, columns, block, part, kind, softmax, rescaled);
   });
+}
+
+// The results of a sweep for the N labelled rows.
+template <class T>
+struct SweepResult {
+  std::vector<OnlineSoftmax<T>> softmax;
+  Tensor sum_exp_weight;  // of kExponentials: sum_v exp(z_v - max_logit) slope_v W_v [N, D]; else undefined
+};
+
+// Merges the results of the parts of the vocabulary into those of the first one, in order.
+template <class T>
+void merge_shards(const TiledHead<T>& head, std::vector<SweepResult<T>>& parts) {
+  if (parts.size() == 1) return;
+  const bool with_sums = head.pass == Pass::kHidden;
+  for_rows(head.rows, with_sums ? head.dim : 16, [&](int64_t row) {
+    for (size_t i = 1; i < parts.size(); ++i) {
+      const auto [factor, other_factor] = parts[0].softmax[row].merge(parts[i].softmax[row]);
+      if (!with_sums) continue;
+      const Matrix<T> sums = matrix<T>(parts[0].sum_exp_weight), others = matrix<T>(parts[i].sum_exp_weight);
+      add_rows(sums.row(row), others.row(row), head.dim, factor, other_factor);
+    }
+  });
+}
+
+// Sweeps over the vocabulary. Logits that have a place in `kept` are stored there.
+template <class T>
+SweepResult<T> sweep(const TiledHead<T>& head, Sweep kind, const KeptLogits<T>* kept = nullptr) {
+  const bool with_sums = kind == Sweep::kExponentials;
+  std::vector<SweepResult<T>> parts(head.plan.column_shards);
+  for (SweepResult<T>& part : parts) {
+    part.softmax.resize(head.rows);
+    if (with_sums) part.sum_exp_weight = empty<T>({head.rows, head.dim});
+  }
+  for_shards(head, [&](TileWorker<T>& worker) {
+    SweepResult<T>& part = parts[worker.column_shard];
+    const Matrix<T> sums = with_sums ? matrix<T>(part.sum_exp_weight) : Matrix<T>{};
+    worker.for_tiles([&](Span columns) {
+      const bool is_first = columns.start == worker.columns.start;
+      worker.for_blocks([&](Span block) {
+        const Matrix<T> tile = worker.buffer(block, columns);
+        worker.logits(tile, columns, block);
+        head.transform(tile, columns);
+        if (kept != nullptr) kept->store(tile, columns, block);
+        add_tile(head, tile, columns, block, kind, part.softmax, [&](int64_t row, T rescale) {
+          if (with_sums && !is_first) scale_row(sums.row(row), head.dim, rescale);
+        });
+        if (with_sums) worker.add_to_hidden(sums.row_block(block.start, block.size), tile, columns, block, !is_first);
+      });
+    });
+  });
+  merge_shards(head, parts);
+  return std::move(parts[0]);
 }
 
 }  // namespace cwdpo

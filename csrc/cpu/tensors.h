@@ -145,14 +145,4 @@ void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool
   }
 }
 
-// Calls f(row) for every row of a tile, on all threads. Each thread gets at least about 16 K entries.
-template <class F>
-void for_rows(int64_t rows, int64_t columns, const F& f) {
-  constexpr int64_t kEntries = 16384;
-  const int64_t grain = std::max<int64_t>(kEntries / std::max<int64_t>(columns, 1), 1);
-  torch::stable::parallel_for(0, rows, grain, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) f(row);
-  });
-}
-
 }  // namespace cwdpo

@@ -32,19 +32,6 @@ Stats<T> stats_of(T target, const OnlineSoftmax<T>& others) {
   return {logp, entropy < T(0) ? T(0) : entropy, T(1) / (T(1) + z_minus_1), max_minus_target <= T(0)};
 }
 
-template <class T>
-std::vector<OnlineSoftmax<T>> sweep(const TiledHead<T>& head) {
-  std::vector<OnlineSoftmax<T>> softmax(head.rows);
-  for_spans(head.vocab, head.plan.columns, [&](Span columns) {
-    for_spans(head.rows, head.plan.rows, [&](Span block) {
-      const Matrix<T> tile = head.buffer(block, columns);
-      head.logits(tile, columns, block);
-      add_tile(head, tile, columns, block, Sweep::kMoments, softmax, [](int64_t, T) {});
-    });
-  });
-  return softmax;
-}
-
 }  // namespace
 
 TokenStats token_stats(
@@ -59,9 +46,9 @@ TokenStats token_stats(
     TokenStats out{zeros(tokens, dtype_of<T>()), zeros(tokens, dtype_of<T>()), zeros(tokens, dtype_of<T>()),
                    zeros(tokens, ScalarType::Bool)};
     if (rows.size() == 0) return out;
-    const TiledHead<T> head(arguments, rows, plan_tiles(arguments, rows.size(), sizeof(T)));
+    const TiledHead<T> head(arguments, rows, Pass::kSums);
     const std::vector<T> target = head.target_logits();
-    const std::vector<OnlineSoftmax<T>> softmax = sweep(head);
+    const std::vector<OnlineSoftmax<T>> softmax = sweep(head, Sweep::kMoments).softmax;
     for (int64_t i = 0; i < rows.size(); ++i) {
       const int64_t token = rows.tokens[i];
       const Stats<T> stats = stats_of(target[i], softmax[i]);

@@ -1,0 +1,55 @@
+// Kept logits: raw columns of logits that forward keeps, so that backward need not recompute them.
+#pragma once
+
+#include <cstring>
+#include <vector>
+
+#include "tensors.h"
+#include "tiles.h"
+
+namespace cwdpo {
+
+// The logits of one vocabulary entry and all N labelled rows are one line. In the memory of the weight's gradient [V, D],
+// a line lies in the row of its entry, if it fits: backward reads it before it writes that row, so that threads work on
+// the vocabulary in any order. In opaque bytes, as many lines as fit are stored, of the last entries. Where a line lies
+// depends neither on the tiles nor on the number of threads, which may change between forward and backward.
+template <class T>
+class KeptLogits {
+ public:
+  KeptLogits(const Tensor& storage, int64_t n_labelled, int64_t vocab)
+      : bytes_(storage.numel() * static_cast<int64_t>(storage.element_size())), line_bytes_(n_labelled * sizeof(T)) {
+    const bool in_gradient = storage.dim() == 2;
+    stride_ = in_gradient ? storage.size(1) * static_cast<int64_t>(storage.element_size()) : line_bytes_;
+    start_ = data<char>(storage);
+    const bool fits = line_bytes_ > 0 && line_bytes_ <= stride_ && stride_ % static_cast<int64_t>(sizeof(T)) == 0;
+    count_ = fits ? std::min(bytes_ / stride_, vocab) : 0;
+    first_ = vocab - count_;
+  }
+
+  bool has(Span columns) const { return columns.start >= first_ && count_ > 0; }
+  // The logits [B, N] of a tile.
+  Matrix<T> tile(Span columns) const {
+    return {line(columns.start), columns.size, line_bytes_ / static_cast<int64_t>(sizeof(T)),
+            stride_ / static_cast<int64_t>(sizeof(T))};
+  }
+  // Keeps the lines of a tile [B, R] of the rows in `block` that have a place.
+  void store(const Matrix<T>& tile, Span columns, Span block) const {
+    for (int64_t v = std::max(first_ - columns.start, int64_t{0}); v < columns.size; ++v) {
+      std::memcpy(line(columns.start + v) + block.start, tile.row(v), block.size * sizeof(T));
+    }
+  }
+  void zero_unused() const {
+    for (int64_t i = 0; i < count_; ++i) {
+      std::memset(start_ + i * stride_ + line_bytes_, 0, stride_ - line_bytes_);
+    }
+    std::memset(start_ + count_ * stride_, 0, bytes_ - count_ * stride_);
+  }
+
+ private:
+  T* line(int64_t v) const { return reinterpret_cast<T*>(start_ + (v - first_) * stride_); }
+
+  char* start_;
+  int64_t bytes_, line_bytes_, stride_ = 0, count_ = 0, first_ = 0;
+};
+
+}  // namespace cwdpo

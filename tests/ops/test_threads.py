@@ -1,0 +1,108 @@
+"""The C++ backend on 1 to 64 threads: one parallel region a pass, and results that differ only by rounding."""
+
+import ctypes
+
+import pytest
+import torch
+
+import cwdpo_kernels as ck
+from cwdpo_kernels import reference
+from cwdpo_kernels.ops import library
+from cwdpo_kernels.testing import as_float64, check_budget, leaves, make_inputs
+
+HEAD = {"bias": True, "scale": 0.7, "softcap": 20.0}
+
+
+@pytest.fixture(autouse=True)
+def _only_csrc(backend):
+    if backend != "csrc":
+        pytest.skip("the threads of the C++ backend")
+
+
+def regions() -> int:
+    counter = ctypes.CDLL(str(library.PATH)).cwdpo_parallel_regions
+    counter.restype = ctypes.c_int64
+    return counter()
+
+
+def step(hidden, head, labels):
+    logp = ck.linear_logprob(hidden, head, labels)
+    return logp, *torch.autograd.grad(logp.sum(), leaves(hidden, head))
+
+
+def frozen(head):
+    return ck.Head(head.weight.detach(), None if head.bias is None else head.bias.detach(), head.scale, head.softcap)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trainable", "frozen"])
+def test_the_number_of_parallel_regions_does_not_depend_on_the_vocabulary(dtype, is_frozen):
+    counts = []
+    for vocab in (3000, 12000):
+        hidden, head, labels = make_inputs((2, 128), vocab, 96, dtype)
+        head = frozen(head) if is_frozen else head
+        before = regions()
+        step(hidden, head, labels)
+        counts.append(regions() - before)
+    assert counts[0] == counts[1]
+    assert 1 <= counts[0] <= 8
+
+
+def test_statistics_open_a_handful_of_regions():
+    hidden, head, labels = make_inputs((2, 128), 12000, 96)
+    before = regions()
+    ck.token_stats(hidden, head, labels)
+    assert 1 <= regions() - before <= 4
+
+
+@pytest.mark.parametrize("threads", [1, 2, 7, 64])
+@pytest.mark.parametrize("options", [{}, HEAD], ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+def test_any_number_of_threads_is_exact_and_repeatable(dtype, options, threads):
+    """64 threads of a small vocabulary are split over tokens too, where a head is frozen."""
+    hidden, head, labels = make_inputs((5, 61), 2001, 96, dtype, **options)
+    torch.set_num_threads(threads)
+    for head_ in (head, frozen(head)):
+        ours, again = step(hidden, head_, labels), step(hidden, head_, labels)
+        assert all(torch.equal(a, b) for a, b in zip(ours, again, strict=True))
+        logp = reference.linear_logprob(hidden, head_, labels)
+        eager = logp, *torch.autograd.grad(logp.sum(), leaves(hidden, head_))
+        hidden64, head64 = as_float64(hidden, head_)
+        exact = reference.linear_logprob(hidden64, head64, labels)
+        truth = exact, *torch.autograd.grad(exact.sum(), leaves(hidden64, head64))
+        for name, *values in zip(("logp", "hidden", "weight", "bias"), ours, eager, truth, strict=False):
+            check_budget(name, *values)
+    stats, expected = ck.token_stats(hidden, head, labels), reference.token_stats(*as_float64(hidden, head), labels)
+    torch.testing.assert_close(stats.entropy.double(), expected.entropy, rtol=1e-4, atol=1e-5)
+    assert torch.equal(stats.is_top1, expected.is_top1)
+
+
+@pytest.mark.parametrize("threads", [(2, 1), (1, 2), (2, 64)], ids=str)
+@pytest.mark.parametrize("budget", [ck.MemoryBudget(), ck.MemoryBudget(kept_bytes=150_000)], ids=["gradient", "bytes"])
+def test_threads_may_change_between_forward_and_backward(threads, budget):
+    hidden, head, labels = make_inputs((2, 40), 2001, 96)
+    torch.set_num_threads(threads[0])
+    logp = ck.linear_logprob(hidden, head, labels, budget=budget)
+    torch.set_num_threads(threads[1])
+    ours = torch.autograd.grad(logp.sum(), leaves(hidden, head))
+    hidden64, head64 = as_float64(hidden, head)
+    truth = torch.autograd.grad(reference.linear_logprob(hidden64, head64, labels).sum(), leaves(hidden64, head64))
+    for actual, expected in zip(ours, truth, strict=True):
+        torch.testing.assert_close(actual.double(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["rows", "columns"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_kept_logits_of_more_tokens_than_a_block(dtype, layout):
+    """Every block of 1024 tokens reads the kept logits of a tile from the memory of the tile's own gradient."""
+    hidden, head, labels = make_inputs((1100,), 300, 2200, dtype, labelled=1.0)
+    if layout == "columns":
+        head = ck.Head(head.weight.detach().T.contiguous().T.requires_grad_())
+    ours = step(hidden, head, labels)
+    hidden64, head64 = as_float64(hidden, head)
+    exact = reference.linear_logprob(hidden64, head64, labels)
+    truth = torch.autograd.grad(exact.sum(), leaves(hidden64, head64))
+    eager_logp = reference.linear_logprob(hidden, head, labels)
+    eager = torch.autograd.grad(eager_logp.sum(), leaves(hidden, head))
+    for name, *values in zip(("hidden", "weight"), ours[1:], eager, truth, strict=True):
+        check_budget(name, *values)
