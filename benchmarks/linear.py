@@ -5,6 +5,7 @@ Every implementation is compared with float64 first. Nothing is reported if an e
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -39,10 +40,13 @@ def measurements() -> dict[str, Callable[..., dict]]:
     }
 
 
-def measure(workload: Workload, mode: str, repeats: int, call: Callable, without: tuple[str, ...] = ()) -> dict:
+def measure(
+    workload: Workload, mode: str, repeats: int, call: Callable, without: tuple[str, ...] = (),
+    beside: Callable[[], contextlib.AbstractContextManager] = contextlib.nullcontext,
+) -> dict:  # fmt: skip
     """Errors, times, the measured limit and peak memory of every applicable implementation except those in `without`.
 
-    `call` runs a function in a worker process (see memory.worker).
+    `call` runs a function in a worker process (see memory.worker). Times are taken inside of `beside()`.
     """
     inputs = workload.make(mode)
     found = {name: peer for name, peer in applicable(workload, mode).items() if name not in without}
@@ -53,7 +57,7 @@ def measure(workload: Workload, mode: str, repeats: int, call: Callable, without
         name: lambda step=implementation.step: step_seconds(step, inputs) for name, implementation in found.items()
     }
     parts = timing.products(workload.labeled, workload.dim, workload.vocab, workload.dtype)
-    with timing.others() as others:
+    with beside(), timing.others() as others:
         times = timing.interleaved(steps | parts, repeats)
     medians = {name: timing.summary(values)["median_seconds"] for name, values in times.items()}
     limit = sum(medians[part] for part in PRODUCTS[mode])

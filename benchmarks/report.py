@@ -8,11 +8,11 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from benchmarks import gpu_report, results, sharing_report, workloads
+from benchmarks import gpu_report, loaded_report, results, sharing_report, workloads
 from benchmarks.report_text import mib, seconds, table
 from benchmarks.results import ROOT
 
-SUITES = ("linear", "logits", "accuracy", "trainer", "sharing", "trl", "sweeps")
+SUITES = ("linear", "loaded", "logits", "accuracy", "trainer", "sharing", "trl", "sweeps")
 PAGE, IMAGES, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 OURS = "cwdpo_kernels"
@@ -103,7 +103,8 @@ def readme_table(reports: Reports) -> str:
 
 
 def page(reports: Reports) -> str:
-    sections = [INTRODUCTION, machine(reports), linear(reports), logits(reports), accuracy(reports)]
+    sections = [INTRODUCTION, machine(reports), linear(reports)]
+    sections += [loaded_report.section(reports["loaded"]), logits(reports), accuracy(reports)]
     sections += [trainer(reports), sharing_report.section(reports["sharing"], reports["trl"]), sweeps(reports)]
     return "\n\n".join([*sections, *gpu_report.sections()]) + "\n"
 

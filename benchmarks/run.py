@@ -13,13 +13,14 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, linear, logits, memory, results, sharing, sweeps, trainer_step, trl_step
+from benchmarks import accuracy, linear, loaded, logits, memory, results, sharing, sweeps, trainer_step, trl_step
 from benchmarks.results import ResultFile
 
 # Suite -> module. Its measurements() maps a name to a function (repeats, call) -> results, where `call` runs a function
 # in a worker process (memory.worker).
 SUITES = {
     "linear": linear,
+    "loaded": loaded,
     "logits": logits,
     "accuracy": accuracy,
     "trainer": trainer_step,

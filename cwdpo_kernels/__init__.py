@@ -18,7 +18,7 @@ from .losses import (
     linear_cwdpo_loss,
     logits_cwdpo_loss,
 )
-from .ops import backend, default_workspace_bytes, missing_backend
+from .ops import backend, backend_details, default_workspace_bytes, missing_backend
 from .trees import TokenTree, tree_attention
 from .types import (
     IGNORE_INDEX,
@@ -48,6 +48,7 @@ __all__ = [
     "TokenStats",
     "TokenTree",
     "backend",
+    "backend_details",
     "constrained_sft_loss",
     "cooling_weight",
     "cwdpo_loss",

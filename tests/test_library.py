@@ -167,22 +167,32 @@ def test_gradients_have_the_layout_of_their_inputs():
         torch.testing.assert_close(transposed, plain)
 
 
-PRODUCTS = ["torch.mm", "avx512", "avx512bf16"]  # in the order of gemm.h
+PRODUCTS = ["torch.mm", "avx512", "avx512bf16", "plain"]  # in the order of gemm.h
+UNLIMITED = PRODUCTS.index("avx512bf16")
 
 
 @pytest.fixture(params=range(len(PRODUCTS)), ids=PRODUCTS)
 def products(request):
-    """The implementation of a head's matrix products: torch.mm, or ours for an instruction set of this processor."""
+    """The implementation of a head's matrix products: torch.mm, ours for an instruction set, or ours in plain C++."""
     limit = ctypes.CDLL(str(library.PATH)).cwdpo_limit_gemm
     if limit(request.param) != request.param:
-        limit(len(PRODUCTS) - 1)
+        limit(UNLIMITED)
         pytest.skip(f"this processor or compiler has no {PRODUCTS[request.param]}")
     yield PRODUCTS[request.param]
-    limit(len(PRODUCTS) - 1)
+    limit(UNLIMITED)
 
 
 # Sizes that are no multiples of 6-row blocks, 64-column panels, vectors or pairs; several tiles, blocks, partial sums.
 SHAPES = [(1, 1, 1), (1, 2, 3), (5, 17, 2), (7, 507, 123), (65, 129, 64), (70, 400, 2048), (1100, 700, 33)]
+
+
+@needs_library
+def test_the_products_in_use_are_reported(products):
+    details = ck.backend_details("cpu")
+    assert details["backend"] == "csrc"
+    own = {"torch.mm": (False, False), "avx512": (True, False)}.get(products, (True, True))
+    assert tuple(details[dtype].startswith("own") for dtype in ("float32", "bfloat16")) == own
+    assert ck.backend_details("meta") == {"backend": "portable"}
 
 
 @needs_library

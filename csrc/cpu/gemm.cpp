@@ -1,6 +1,7 @@
 #include "gemm.h"
 
 #include <atomic>
+#include <string>
 
 #include "gemm_kernels.h"
 #include "vector.h"
@@ -43,7 +44,7 @@ int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 GemmBackend gemm_backend() {
   static const GemmBackend detected = detect_backend();
-  return std::min<GemmBackend>(detected, limit);
+  return limit == GemmBackend::kPlain ? GemmBackend::kPlain : std::min<GemmBackend>(detected, limit);
 }
 
 template <class E>
@@ -85,12 +86,13 @@ void PackedB<E>::pack_transposed(const E* rows, int64_t depth) {
 template <class E>
 void multiply(const Matrix<float>& out, const OperandA<E>& a, const PackedB<E>& b, bool accumulate) {
   const int64_t blocks = (a.rows + kBlockRows - 1) / kBlockRows, n_panels = panels(b.columns);
+  const bool plain = gemm_backend() == GemmBackend::kPlain;
   for_rows(blocks * n_panels, kBlockRows * kPanel * std::max<int64_t>(a.depth / 32, 1), [&](int64_t i) {
     const int64_t row = i / n_panels * kBlockRows, panel = i % n_panels;
     const int64_t rows = std::min(kBlockRows, a.rows - row), columns = std::min(kPanel, b.columns - panel * kPanel);
-    micro_kernel<E>(rows, columns)(
+    micro_kernel<E>(rows, columns, plain)(
         {a.start + row * a.row_stride, a.row_stride, a.step_stride, a.depth, b.panel(panel),
-         out.row(row) + panel * kPanel, out.row_stride, columns, accumulate});
+         out.row(row) + panel * kPanel, out.row_stride, rows, columns, accumulate});
   });
 }
 
@@ -101,9 +103,18 @@ template void multiply(const Matrix<float>&, const OperandA<Bf16>&, const Packed
 
 }  // namespace cwdpo
 
-// For tests that compare instruction sets: limits all later products to the GemmBackend with index `most`. Returns the
-// index of the backend that is now in use.
+// For tests that compare instruction sets: limits all later products to the GemmBackend with index `most`; kPlain forces
+// that one. Returns the index of the backend that is now in use.
 extern "C" __attribute__((visibility("default"))) int cwdpo_limit_gemm(int most) {
   cwdpo::limit = static_cast<cwdpo::GemmBackend>(most);
   return static_cast<int>(cwdpo::gemm_backend());
+}
+
+// Read by cwdpo_kernels/ops/library.py: the instructions in use for products of "float32" or "bfloat16" operands, or for
+// "loops" over tiles.
+extern "C" __attribute__((visibility("default"))) const char* cwdpo_instructions(const char* what) {
+  const std::string name = what;
+  if (name == "float32") return cwdpo::has_gemm<float>() ? "own, AVX-512" : "torch.mm";
+  if (name == "bfloat16") return cwdpo::has_gemm<cwdpo::Bf16>() ? "own, AVX512-BF16" : "torch.mm in float32";
+  return cwdpo::loop_instructions();
 }

@@ -2,12 +2,54 @@
 
 #include <algorithm>
 #include <array>
+#include <bit>
 #include <cstring>
 #include <stdexcept>
 #include <type_traits>
 #include <utility>
 
 #include "vector.h"
+
+namespace cwdpo {
+namespace {
+
+// Entry `term` of a step: a float, or one of a pair of bfloat16.
+template <class E>
+float entry(uint32_t step, int64_t term) {
+  if constexpr (std::is_same_v<E, float>) return std::bit_cast<float>(step);
+  return std::bit_cast<float>(term == 0 ? step << 16 : step & 0xffff0000u);
+}
+
+template <class E>
+void multiply_plain(const Block& block) {
+  constexpr int64_t kTerms = kTermsPerStep<E>;
+  for (int64_t i = 0; i < block.rows; ++i) {
+    for (int64_t j = 0; j < block.columns; ++j) {
+      double sum = 0;
+      for (int64_t k = 0; k < block.depth; ++k) {
+        uint32_t step = 0;
+        std::memcpy(
+            &step, block.a + i * block.row_stride + k / kTerms * block.step_stride,
+            std::min(kTerms, block.depth - k / kTerms * kTerms) * sizeof(E));
+        const uint32_t other = block.b[k / kTerms * PackedB<E>::kPanel + j];
+        sum += static_cast<double>(entry<E>(step, k % kTerms)) * entry<E>(other, k % kTerms);
+      }
+      float* out = block.out + i * block.out_stride + j;
+      *out = static_cast<float>(block.accumulate ? *out + sum : sum);
+    }
+  }
+}
+
+Bf16 rounded_plain(float x) {
+  if (x != x) return 0x7fc0;
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return static_cast<Bf16>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
+}
+
+bool is_plain() { return gemm_backend() == GemmBackend::kPlain; }
+
+}  // namespace
+}  // namespace cwdpo
 
 #if CWDPO_HAS_AVX512_GEMM
 #include <immintrin.h>
@@ -81,18 +123,19 @@ CWDPO_AVX512 CWDPO_INLINE __m512i rounded(const float* x, __mmask16 mask) {
 }  // namespace
 
 template <class E>
-MicroKernel micro_kernel(int64_t rows, int64_t columns) {
+MicroKernel micro_kernel(int64_t rows, int64_t columns, bool plain) {
+  if (plain) return multiply_plain<E>;
   return kMicroKernels<E>[(rows - 1) * 4 + (columns + 15) / 16 - 1];
 }
 
-CWDPO_AVX512 void round_row(const float* x, Bf16* out, int64_t n) {
+CWDPO_AVX512 static void round_row_avx512(const float* x, Bf16* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = first_lanes(n - i);
     _mm512_mask_cvtepi32_storeu_epi16(out + i, mask, rounded(x + i, mask));
   }
 }
 
-CWDPO_AVX512 void round_pair(const float* low, const float* high, uint32_t* out, int64_t n) {
+CWDPO_AVX512 static void round_pair_avx512(const float* low, const float* high, uint32_t* out, int64_t n) {
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = first_lanes(n - i);
     __m512i pair = rounded(low + i, mask);
@@ -107,15 +150,28 @@ namespace cwdpo {
 
 [[noreturn]] static void not_compiled() { throw std::logic_error("cwdpo_kernels was compiled without AVX-512 products"); }
 template <class E>
-MicroKernel micro_kernel(int64_t, int64_t) {
+MicroKernel micro_kernel(int64_t, int64_t, bool plain) {
+  if (plain) return multiply_plain<E>;
   not_compiled();
 }
-void round_row(const float*, Bf16*, int64_t) { not_compiled(); }
-void round_pair(const float*, const float*, uint32_t*, int64_t) { not_compiled(); }
+static void round_row_avx512(const float*, Bf16*, int64_t) { not_compiled(); }
+static void round_pair_avx512(const float*, const float*, uint32_t*, int64_t) { not_compiled(); }
 
 #endif
 
-template MicroKernel micro_kernel<float>(int64_t, int64_t);
-template MicroKernel micro_kernel<Bf16>(int64_t, int64_t);
+void round_row(const float* x, Bf16* out, int64_t n) {
+  if (!is_plain()) return round_row_avx512(x, out, n);
+  for (int64_t i = 0; i < n; ++i) out[i] = rounded_plain(x[i]);
+}
+
+void round_pair(const float* low, const float* high, uint32_t* out, int64_t n) {
+  if (!is_plain()) return round_pair_avx512(low, high, out, n);
+  for (int64_t i = 0; i < n; ++i) {
+    out[i] = rounded_plain(low[i]) | (high == nullptr ? 0u : static_cast<uint32_t>(rounded_plain(high[i])) << 16);
+  }
+}
+
+template MicroKernel micro_kernel<float>(int64_t, int64_t, bool);
+template MicroKernel micro_kernel<Bf16>(int64_t, int64_t, bool);
 
 }  // namespace cwdpo

@@ -22,15 +22,15 @@ struct Block {
   int64_t row_stride, step_stride, depth;
   const uint32_t* b;
   float* out;
-  int64_t out_stride, columns;
+  int64_t out_stride, rows, columns;
   bool accumulate;
 };
 
 using MicroKernel = void (*)(const Block&);
 
-// The micro-kernel for blocks of that size. Requires has_gemm<E>().
+// The micro-kernel for blocks of that size; `plain`: in plain C++, else has_gemm<E>() is required.
 template <class E>
-MicroKernel micro_kernel(int64_t rows, int64_t columns);
+MicroKernel micro_kernel(int64_t rows, int64_t columns, bool plain);
 
 // Round n floats to bfloat16. round_pair interleaves two rows; high = nullptr stands for a row of zeros.
 void round_row(const float* x, Bf16* out, int64_t n);

@@ -10,12 +10,23 @@
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__) && \
     !defined(__SANITIZE_THREAD__)
 #define CWDPO_FOR_EACH_PROCESSOR __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#define CWDPO_HAS_CLONES 1
 #else
 #define CWDPO_FOR_EACH_PROCESSOR
+#define CWDPO_HAS_CLONES 0
 #endif
 #define CWDPO_INLINE inline __attribute__((always_inline))
 
 namespace cwdpo {
+
+// The version that the loader selects.
+inline const char* loop_instructions() {
+#if CWDPO_HAS_CLONES
+  if (__builtin_cpu_supports("avx512vl")) return "AVX-512";
+  if (__builtin_cpu_supports("avx2")) return "AVX2";
+#endif
+  return "those that the compiler was told to use";
+}
 
 // exp(x) = 2^n exp(r) with x = n ln 2 + r, |r| <= ln 2 / 2; exp(r) is a Taylor polynomial. Adding kMagic leaves n plus
 // the exponent's bias in the low bits of the sum; shifted up, they are the number 2^n. A multiplication by it keeps NaN,

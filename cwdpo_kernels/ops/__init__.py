@@ -12,7 +12,7 @@ from . import (
     token_stats,
 )
 from .linear_logprob import kept_bytes
-from .registry import backend, default_workspace_bytes, forced, missing_backend, register_backend
+from .registry import backend, backend_details, default_workspace_bytes, forced, missing_backend, register_backend
 from .schema import apply
 
 backends.register()
@@ -23,6 +23,7 @@ __all__ = [
     "constrained_sft_loss",
     "cooling_weight",
     "cwdpo_loss",
+    "backend_details",
     "default_workspace_bytes",
     "forced",
     "kept_bytes",

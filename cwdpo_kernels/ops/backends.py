@@ -19,4 +19,6 @@ def register() -> None:
     register_backend("portable", None, lambda: None, workspace_bytes=lambda: portable.WORKSPACE_BYTES)
     # The Triton kernels compute in float32, so float64 runs on `portable`.
     register_backend("triton", "cuda", _load_triton, workspace_bytes=lambda: triton.WORKSPACE_BYTES, float64=False)
-    register_backend("csrc", "cpu", library.load, workspace_bytes=library.workspace_bytes, compiled=True)
+    register_backend(
+        "csrc", "cpu", library.load, workspace_bytes=library.workspace_bytes, compiled=True, details=library.details
+    )

@@ -50,3 +50,10 @@ def workspace_bytes() -> int:
     default = ctypes.CDLL(str(PATH)).cwdpo_workspace_bytes
     default.restype = ctypes.c_int64
     return default()
+
+
+def details() -> dict[str, str]:
+    """What the library runs on this processor (see `backend_details`); `load` must have succeeded."""
+    instructions = ctypes.CDLL(str(PATH)).cwdpo_instructions
+    instructions.restype = ctypes.c_char_p
+    return {name: instructions(name.encode()).decode() for name in ("float32", "bfloat16", "loops")}

@@ -40,6 +40,7 @@ class Backend:
     loader: Callable[[], str | None]
     workspace_bytes: Callable[[], int]
     compiled: bool
+    details: Callable[[], Mapping[str, str]]
     kernels: Mapping[str, Kernel]
 
 
@@ -49,7 +50,7 @@ _FORCED: dict[str, str] = {}  # device type -> the backend that `forced` put the
 
 def register_backend(
     name: str, device: str | None, loader: Callable[[], str | None], *, workspace_bytes: Callable[[], int],
-    float64: bool = True, compiled: bool = False,
+    float64: bool = True, compiled: bool = False, details: Callable[[], Mapping[str, str]] = dict,
 ) -> None:  # fmt: skip
     """Let the backend `name` serve `device`, after all ops are defined.
 
@@ -58,10 +59,11 @@ def register_backend(
     workspace_bytes: returns the default of `MemoryBudget.workspace_bytes`; called only if `loader` succeeded.
     float64: False sends float64 tensors to the fallback.
     compiled: the loaded library registers its own kernels with torch, so there is no Python subpackage.
+    details: returns what `backend_details` adds for this backend; called only if `loader` succeeded.
     """
     ops = [] if compiled else [op for op in schema.OPS if _has_kernel(name, op)]
     kernels = {op: _kernel(name, op, float64) for op in ops}
-    _BACKENDS[name] = Backend(name, device, loader, workspace_bytes, compiled, kernels)
+    _BACKENDS[name] = Backend(name, device, loader, workspace_bytes, compiled, details, kernels)
     if loader() is None:
         for op, kernel in kernels.items():
             torch.library.impl(add_op_namespace_prefix(op), device or "default", kernel)
@@ -86,6 +88,17 @@ def missing_backend(device: str | torch.device = "cpu") -> str | None:
 def default_workspace_bytes(device: str | torch.device = "cpu") -> int:
     """The workspace, in bytes, that `MemoryBudget(workspace_bytes=None)` gives the ops on `device`."""
     return _BACKENDS[backend(device)].workspace_bytes()
+
+
+def backend_details(device: str | torch.device = "cpu") -> dict[str, str]:
+    """The backend that serves `device` and, for the C++ one, what it runs on this processor.
+
+    float32, bfloat16: how matrix products of such operands are computed: by own kernels, with their instruction set, or
+    by torch.mm. bfloat16 heads without own kernels are converted to float32, tile by tile. float16: as float32.
+    loops: the instruction set of the loops over tiles (exponentials, sums, conversions).
+    """
+    name = backend(device)
+    return {"backend": name, **_BACKENDS[name].details()}
 
 
 @contextlib.contextmanager
