@@ -41,8 +41,8 @@ void with_stored_type(ScalarType dtype, const F& f) {
   f(static_cast<T*>(nullptr));
 }
 
-// Calls f(row, column, stride, stride in a contiguous matrix, count) for every line of numbers: each row, or each column
-// where that is the one with adjacent numbers.
+// Calls f(row, column, stride, stride in a contiguous matrix, count) for every line of numbers: each row, or each
+// column where that is the one with adjacent numbers.
 template <class F>
 void for_lines(const RawMatrix& matrix, Span rows, const F& f) {
   if (matrix.column_stride <= matrix.row_stride) {

@@ -103,15 +103,15 @@ template void multiply(const Matrix<float>&, const OperandA<Bf16>&, const Packed
 
 }  // namespace cwdpo
 
-// For tests that compare instruction sets: limits all later products to the GemmBackend with index `most`; kPlain forces
-// that one. Returns the index of the backend that is now in use.
+// For tests that compare instruction sets: limits all later products to the GemmBackend with index `most`; kPlain
+// forces that one. Returns the index of the backend that is now in use.
 extern "C" __attribute__((visibility("default"))) int cwdpo_limit_gemm(int most) {
   cwdpo::limit = static_cast<cwdpo::GemmBackend>(most);
   return static_cast<int>(cwdpo::gemm_backend());
 }
 
-// Read by cwdpo_kernels/ops/library.py: the instructions in use for products of "float32" or "bfloat16" operands, or for
-// "loops" over tiles.
+// Read by cwdpo_kernels/ops/library.py: the instructions in use for products of "float32" or "bfloat16" operands, or
+// for "loops" over tiles.
 extern "C" __attribute__((visibility("default"))) const char* cwdpo_instructions(const char* what) {
   const std::string name = what;
   if (name == "float32") return cwdpo::has_gemm<float>() ? "own, AVX-512" : "torch.mm";

@@ -27,8 +27,8 @@ constexpr ScalarType kElementType = ScalarType::Float;
 template <>
 inline constexpr ScalarType kElementType<Bf16> = ScalarType::BFloat16;
 
-// The best instructions that both the compiler and the processor support. kTorch: use torch.mm. kPlain: the loops of this
-// file in plain C++, so that tests can run them on any processor; never chosen otherwise.
+// The best instructions that both the compiler and the processor support. kTorch: use torch.mm. kPlain: the loops of
+// this file in plain C++, so that tests can run them on any processor; never chosen otherwise.
 enum class GemmBackend { kTorch, kAvx512, kAvx512Bf16, kPlain };
 GemmBackend gemm_backend();
 // Whether `multiply` below supports operands of type E.

@@ -66,9 +66,9 @@ LabelledRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_
 
 namespace {
 
-// Splits a pass over `threads`: over the vocabulary while `room` bytes hold the partial sums [N, D] of all parts but the
-// first, and over the tokens beyond that. The weight's gradient sums over tokens, so its pass is not split over them.
-// If that leaves threads idle, the result is one shard.
+// Splits a pass over `threads`: over the vocabulary while `room` bytes hold the partial sums [N, D] of all parts but
+// the first, and over the tokens beyond that. The weight's gradient sums over tokens, so its pass is not split over
+// them. If that leaves more than a quarter of the threads idle, the result is one shard.
 TilePlan split(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass, int64_t threads, int64_t room) {
   const int64_t dim = head.weight.size(1), vocab = head.weight.size(0), sums_bytes = n_rows * dim * item_size;
   TilePlan plan{};

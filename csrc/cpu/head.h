@@ -92,8 +92,8 @@ class TiledHead {
   const T* bias_;
 };
 
-// One shard of a pass: its part of the tokens and of the vocabulary, a tile, and the products of its tiles, on PackedHead
-// if the processor supports it, else on torch.mm.
+// One shard of a pass: its part of the tokens and of the vocabulary, a tile, and the products of its tiles, on
+// PackedHead if the processor supports it, else on torch.mm.
 template <class T>
 class TileWorker {
  public:

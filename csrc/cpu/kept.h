@@ -1,18 +1,18 @@
 // Kept logits: raw columns of logits that forward keeps, so that backward need not recompute them.
 #pragma once
 
+#include <algorithm>
 #include <cstring>
-#include <vector>
 
 #include "tensors.h"
 #include "tiles.h"
 
 namespace cwdpo {
 
-// The logits of one vocabulary entry and all N labelled rows are one line. In the memory of the weight's gradient [V, D],
-// a line lies in the row of its entry, if it fits: backward reads it before it writes that row, so that threads work on
-// the vocabulary in any order. In opaque bytes, as many lines as fit are stored, of the last entries. Where a line lies
-// depends neither on the tiles nor on the number of threads, which may change between forward and backward.
+// The logits of one vocabulary entry and all N labelled rows are one line. In the memory of the weight's gradient
+// [V, D], a line lies in the row of its entry, if it fits: backward reads it before it writes that row, so that threads
+// work on the vocabulary in any order. In opaque bytes, as many lines as fit are stored, of the last entries. Where a
+// line lies depends neither on the tiles nor on the number of threads, which may change between forward and backward.
 template <class T>
 class KeptLogits {
  public:
@@ -40,9 +40,9 @@ class KeptLogits {
   }
   void zero_unused() const {
     for (int64_t i = 0; i < count_; ++i) {
-      std::memset(start_ + i * stride_ + line_bytes_, 0, stride_ - line_bytes_);
+      std::fill(start_ + i * stride_ + line_bytes_, start_ + (i + 1) * stride_, char{0});
     }
-    std::memset(start_ + count_ * stride_, 0, bytes_ - count_ * stride_);
+    std::fill(start_ + count_ * stride_, start_ + bytes_, char{0});
   }
 
  private:

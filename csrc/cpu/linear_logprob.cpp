@@ -132,12 +132,12 @@ void add_bias_gradient(const Matrix<T>& sums, const Matrix<T>& tile, Span block)
   });
 }
 
-// The gradient of one tile's weight or bias rows: summed in the output itself if that has the compute type and contiguous
-// rows, else in a buffer that store() rounds to the output.
+// The gradient of one tile's weight or bias rows: summed in the output itself if that has the compute type and
+// contiguous rows, else in a buffer that store() rounds to the output.
 template <class T>
 class TileSums {
  public:
-  // Without an output, or with an empty one, there is nothing to sum. `separate`: never sum in the output.
+  // `separate`: never sum in the output.
   TileSums(const Tensor& out, int64_t max_rows, bool separate) : out_(out) {
     separate_ = separate || out.scalar_type() != dtype_of<T>() || (out.dim() == 2 && out.stride(1) != 1);
     if (separate_) buffer_ = empty<T>({max_rows, out_.columns});
