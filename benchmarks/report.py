@@ -150,7 +150,8 @@ def short(commit: str) -> str:
 
 def others(reports: Reports) -> str:
     """How much other processes may have disturbed the measurements."""
-    shares = [entry["others"] for report in reports.values() for entry in report["measurements"] if "others" in entry]
+    quiet = [report for suite, report in reports.items() if suite != "loaded"]
+    shares = [entry["others"] for report in quiet for entry in report["measurements"] if "others" in entry]
     typical, most = statistics.median(shares), max(shares)
     return f"Other processes used {typical:.0%} of the CPU time during the runs (median), at most {most:.0%}."
 
