@@ -20,10 +20,10 @@ backends.register()
 __all__ = [
     "apply",
     "backend",
+    "backend_details",
     "constrained_sft_loss",
     "cooling_weight",
     "cwdpo_loss",
-    "backend_details",
     "default_workspace_bytes",
     "forced",
     "kept_bytes",
