@@ -16,12 +16,13 @@ endif
 # Without TORCH any finished set-up will do.
 READY := $(VENV)/ready$(if $(TORCH),-$(shell printf %s $(call quoted,$(TORCH)) | cksum | cut -d ' ' -f 1))
 
-.PHONY: help demo test test-slow sanitize sanitize-threads lint typecheck format docs wheel bench gpu rebuild clean
+.PHONY: help demo test test-slow tritons sanitize sanitize-threads lint typecheck format docs wheel bench gpu rebuild clean
 
 help:
 	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics go to runs/digits"
 	@echo "make test      run the test suite; WORKERS=2 files at a time"
 	@echo "make test-slow run the tests that take minutes each"
+	@echo "make tritons   compile the Triton kernels with other versions of Triton: TRITONS=\"3.6.0 3.9.0\""
 	@echo "make sanitize  run the op tests on a C++ backend built with ASan and UBSan"
 	@echo "make sanitize-threads  the same with ThreadSanitizer, for races between the threads of a parallel loop"
 	@echo "make lint      ruff (check and format) and mypy"
@@ -65,6 +66,20 @@ test: $(READY)
 
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
+
+# Kernels also have to compile with the Tritons of other torch versions. Each is installed into a folder of its own.
+TRITONS ?= 3.6.0 3.9.0
+OTHER_TRITON = build/triton-$(1)
+define COMPILE_WITH
+	[ -e $(OTHER_TRITON)/triton ] || \
+		$(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) $(call quoted,triton==$(1))
+	rm -f $(OTHER_TRITON)/compiled.json
+	PYTHONPATH=$(OTHER_TRITON) TRITON_CACHE_DIR=$(OTHER_TRITON)/cache $(BIN)/python -m benchmarks.compiled \
+		--out $(OTHER_TRITON)/compiled.json
+
+endef
+tritons: $(READY)
+	$(foreach version,$(TRITONS),$(call COMPILE_WITH,$(version)))
 
 # `make sanitize` and `make sanitize-threads` build a copy, so that the library of the source tree stays as it is. Only
 # the C++ is instrumented, so leaks in Python are not reported. The functions that are compiled for several processors

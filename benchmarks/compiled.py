@@ -6,6 +6,7 @@ number of tensor-core and TMA instructions and, on NVIDIA chips, the instruction
 
 `python -m benchmarks.compiled [--out FILE] [--chip sm_90 ...]` writes the report. It writes none if a kernel misses a
 requirement, or if one got worse (see compiled_checks.py): then say why with `--worse REASON`, which the report keeps.
+Chips that use the launch configurations of another one are compiled for if they are named: `--chip sm_89 --out FILE`.
 `--quick` lists all launches, but compiles only the matrix products on sm_90 in bfloat16, each kind once.
 """
 
@@ -46,11 +47,10 @@ from cwdpo_kernels.triton import (
 )
 
 RESULTS = Path(__file__).parent / "results" / "triton_compiled.json"
+CHIPS = ("sm_80", "sm_90", "sm_100", "gfx942")  # with launch configurations of their own
 TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
+    **{f"sm_{capability}": GPUTarget("cuda", capability, 32) for capability in (80, 86, 89, 90, 100, 120, 121)},
+    **{name: GPUTarget("hip", name, 64) for name in ("gfx90a", "gfx942", "gfx950")},
 }
 SHAPES = ((8192, 151936, 4096),)  # tokens, vocabulary, hidden: a 7B model
 CASES = (  # precision, dtype, bias, soft cap
@@ -78,7 +78,8 @@ def recorded(chip: str, precision: str) -> Iterator[list]:
     torch.backends.cuda.matmul.fp32_precision = precision  # not restored: this process only compiles
     with (
         mock.patch.object(JITFunction, "run", record),
-        mock.patch.object(configs, "chip", return_value=chip),
+        mock.patch.object(configs, "chip", return_value=configs.rows_of(chip)),
+        mock.patch.object(configs, "has_tf32", return_value=chip not in compiled_checks.WITHOUT_TF32),
         mock.patch.object(configs, "multiprocessors", return_value=132),
     ):
         yield launches
@@ -161,7 +162,8 @@ def digest(kernel: JITFunction) -> str:
 def launches(chip: str) -> list[tuple[dict, JITFunction, dict, dict]]:
     """Every launch on a chip: the start of its row, the kernel, its arguments and its launch options.
 
-    Launches that differ in sizes alone compile to the same instructions, so only the first of them is here.
+    Launches that differ in sizes alone compile to the same instructions, so only the first of them is here. Of a chip
+    that uses the rows of another one, only the matrix products are here.
     """
     found: dict[str, tuple[dict, JITFunction, dict, dict]] = {}
     for shape in SHAPES:
@@ -170,6 +172,8 @@ def launches(chip: str) -> list[tuple[dict, JITFunction, dict, dict]]:
                 call_every_op(dtype, bias=bias, softcap=softcap, shape=shape)
             for kernel, arguments, options in calls:
                 constants = {p.name: arguments[p.name] for p in kernel.params if p.is_constexpr}
+                if configs.rows_of(chip) != chip and kernel.__name__ not in compiled_checks.GEMM_KERNELS:
+                    continue  # the same code as on the chip whose rows it uses
                 row = {
                     "chip": chip, "precision": kind, "dim": shape[2], "kernel": kernel.__name__,
                     "digest": digest(kernel), "constants": constants, **options,
@@ -237,7 +241,7 @@ def write(path: Path, rows: list[dict], worse: list[str]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--chip", nargs="+", choices=TARGETS, default=list(TARGETS))
+    parser.add_argument("--chip", nargs="+", choices=TARGETS, default=list(CHIPS))
     parser.add_argument("--worse", metavar="REASON", help="why kernels got worse")
     parser.add_argument("--quick", action="store_true")
     options = parser.parse_args()

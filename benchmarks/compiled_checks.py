@@ -8,9 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-SHARED_LIMIT = {"sm_80": 163 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10, "gfx942": 64 << 10}  # bytes a program
+SHARED_LIMIT = {  # bytes a program
+    "sm_80": 163 << 10, "sm_86": 99 << 10, "sm_89": 99 << 10, "sm_90": 227 << 10, "sm_100": 227 << 10,
+    "sm_120": 99 << 10, "sm_121": 99 << 10, "gfx90a": 64 << 10, "gfx942": 64 << 10, "gfx950": 160 << 10,
+}  # fmt: skip
 # The matrix instruction of each chip.
-TENSOR_CORE = {"sm_80": "mma.sync", "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", "gfx942": "v_mfma"}
+TENSOR_CORE = {
+    **dict.fromkeys(("sm_80", "sm_86", "sm_89", "sm_120", "sm_121"), "mma.sync"),
+    "sm_90": "wgmma.mma_async", "sm_100": "tcgen05.mma", **dict.fromkeys(("gfx90a", "gfx942", "gfx950"), "v_mfma"),
+}  # fmt: skip
+WITHOUT_TF32 = ("gfx90a", "gfx950")  # float32 products there are "ieee", whatever is asked for
 TMA = "cp.async.bulk.tensor"
 POINTER_KERNELS = ("_block_sparse_kernel", "_block_sparse_transposed_kernel")  # load through pointers, not TMA
 TILE_KERNELS = ("_sweep_kernel", "_gradient_kernel", "_divergence_kernel")  # compute tiles of logits

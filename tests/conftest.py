@@ -81,6 +81,15 @@ def only_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builder, "create_masked_store", watched_store)
 
 
+@pytest.fixture
+def allow_tf32() -> Iterator[Callable[[], None]]:
+    """A function that allows float32 products in tf32 on a GPU until the test ends."""
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    yield lambda: setattr(matmul, "fp32_precision", "tf32")
+    matmul.fp32_precision = before
+
+
 def _span(tensor: torch.Tensor) -> tuple[int, int]:
     """The addresses from a tensor's first entry to the end of its last one."""
     last = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))

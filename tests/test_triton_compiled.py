@@ -23,6 +23,7 @@ ROOT = Path(__file__).parents[1]
 COMMITTED = json.loads((ROOT / "benchmarks" / "results" / "triton_compiled.json").read_text())
 ROWS = COMMITTED["kernels"]
 CHIPS = {"sm_80", "sm_90", "sm_100", "gfx942"}
+OTHER_CHIPS = {"sm_86", "sm_89", "sm_120", "sm_121", "gfx90a", "gfx950"}
 REGENERATE = "run python -m benchmarks.compiled and commit its report"
 
 
@@ -85,6 +86,17 @@ def test_the_whole_report(tmp_path):
     assert list(map(identity, ROWS)) == list(map(identity, new))
     if triton.__version__ == COMMITTED["triton"]:
         assert new == ROWS
+
+
+@pytest.mark.slow
+def test_chips_that_use_the_launch_configurations_of_another_one(tmp_path):
+    """The matrix products meet the chip's limits; without tf32 they are exact."""
+    rows = compiled_now(tmp_path / "report.json", "--chip", *sorted(OTHER_CHIPS))
+    assert {(row["chip"], row["kernel"]) for row in rows} == {
+        (chip, kernel) for chip in OTHER_CHIPS for kernel in compiled_checks.GEMM_KERNELS
+    }
+    found = {(row["chip"], row["constants"]["PRECISION"]) for row in rows if "tf32" in row["constants"].values()}
+    assert found == {(chip, "tf32") for chip in OTHER_CHIPS - {*compiled_checks.WITHOUT_TF32}}
 
 
 def row_of(kernel, *flags):

@@ -8,7 +8,7 @@ shared memory within the chip's limit (benchmarks/results/triton_compiled.json),
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 import triton
@@ -50,6 +50,7 @@ TILES: dict[tuple[str, str], TileConfig] = {
     ("interpreter", "tf32"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
     ("interpreter", "ieee"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
 }
+ROUNDS_TO_TF32 = "round_f32_to_tf32" in {field.name for field in fields(TensorDescriptor)}
 MIN_BLOCK_V = 32
 PERSISTENT_PROGRAMS_INTERPRETED = 3
 # Every launch passes these. enable_fp_fusion lets the compiler fuse a multiply and an add into one instruction that
@@ -62,21 +63,40 @@ def interpreted() -> bool:
 
 
 @functools.cache
-def chip(device: torch.device) -> str:
-    """The chip whose rows of TILES a device uses: its own generation, or the newest one before it."""
-    if interpreted():
-        return "interpreter"
+def architecture(device: torch.device) -> str:
+    """The name of a device's chip, such as "sm_89" or "gfx942"."""
     if torch.version.hip:
+        return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0]
+    return "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+
+
+def rows_of(architecture: str) -> str:
+    """The chip whose rows of TILES an architecture uses: its own, or the newest one before it that fits its memory."""
+    if architecture.startswith("gfx"):
         return "gfx942"
-    major, _ = torch.cuda.get_device_capability(device)
-    if major < 8:
-        raise NotImplementedError(f"the Triton backend: expected compute capability 8.0 or newer, got {major}.x")
-    return "sm_100" if major == 10 else "sm_90" if major == 9 else "sm_80"
+    generation = int(architecture.removeprefix("sm_")[:-1])
+    if generation < 8:
+        raise NotImplementedError(
+            f"the Triton backend: expected compute capability 8.0 or newer, got {generation}.{architecture[-1]}"
+        )
+    # 8.6, 8.9 and 12.x have 99 KiB of shared memory and no wgmma. The rows of sm_80 take 64 KiB.
+    return {9: "sm_90", 10: "sm_100"}.get(generation, "sm_80")
+
+
+@functools.cache
+def chip(device: torch.device) -> str:
+    """The chip whose rows of TILES a device uses."""
+    return "interpreter" if interpreted() else rows_of(architecture(device))
+
+
+def has_tf32() -> bool:
+    """Whether the current device multiplies in tf32. Of AMD's chips gfx942 does, and gfx90a and gfx950 do not."""
+    return not torch.version.hip or architecture(torch.device("cuda", torch.cuda.current_device())) == "gfx942"
 
 
 def precision() -> str:
-    """input_precision of tl.dot on float32 operands, as set in torch.backends.cuda.matmul."""
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """input_precision of tl.dot on float32 operands, as set in torch.backends.cuda.matmul; "ieee" without tf32."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and has_tf32() else "ieee"
 
 
 def tile_config(hidden: Tensor, *softcaps: float | None, column_divisor: int = 1) -> TileConfig:
@@ -116,9 +136,16 @@ def operands(
     }  # fmt: skip
     descriptors = descriptors and _supports_descriptor(hidden) and _supports_descriptor(weight)
     if descriptors:
-        hidden = TensorDescriptor.from_tensor(hidden, [block_n, block_d])
-        weight = TensorDescriptor.from_tensor(weight, [block_v, block_d])
+        rounding = _rounding(hidden)
+        hidden = TensorDescriptor.from_tensor(hidden, [block_n, block_d], **rounding)
+        weight = TensorDescriptor.from_tensor(weight, [block_v, block_d], **rounding)
     return {"hidden": hidden, "weight": weight, **strides}, descriptors
+
+
+def _rounding(matrix: Tensor) -> dict[str, bool]:
+    """Loads round float32 to tf32 if products are in tf32: tensor cores would truncate. Triton does it from 3.7 on."""
+    wanted = matrix.dtype == torch.float32 and precision() == "tf32" and not interpreted()
+    return {"round_f32_to_tf32": True} if wanted and ROUNDS_TO_TF32 else {}
 
 
 def _supports_descriptor(matrix: Tensor) -> bool:
