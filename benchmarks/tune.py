@@ -68,18 +68,19 @@ def winners(data: dict) -> list[str]:
     """The fastest candidates for each dtype and D: for either kernel, and for both together."""
     times: dict[tuple, dict[str, dict[str, float]]] = {}
     for row in data.get("tuned", []):
-        key = (row["chip"], row["precision"], row["dtype"], row["dim"])
+        key = (row["chip"], row["precision"], row["dtype"], row["dim"], row["descriptors"])
         times.setdefault(key, {}).setdefault(row["config"], {})[row["kernel"]] = row["ms"]
     lines = []
-    for (chip, precision, dtype, dim), by_config in sorted(times.items()):
+    for (chip, precision, dtype, dim, descriptors), by_config in sorted(times.items()):
         both = {config: ms for config, ms in by_config.items() if set(ms) == set(KERNELS)}
         choices = {kernel: {config: ms[kernel] for config, ms in both.items()} for kernel in KERNELS}
         choices["both"] = {config: sum(ms.values()) for config, ms in both.items()}
         for kernel, ms in choices.items():
             if ms:
                 best = min(ms, key=ms.__getitem__)
-                source = f"tuned: {data['environment']['device']}, {dtype}, D {dim}"
-                row = f'("{chip}", "{precision}", {dim}): TileConfig({best}, source="{source}"),'
+                source = f"timed on {data['environment']['device']}, {dtype}, D {dim}"
+                row = f'TileConfig({best}, descriptors={descriptors}, source="{source}"),'
+                row = f'("{chip}", "{precision}", {dim}): {row}'
                 lines.append(f"{kernel:20}{ms[best]:9.3f} ms  {row}")
     return lines
 

@@ -37,8 +37,11 @@ def do(kind: str, op: str, shape: Shape, emit: Callable[[str, dict], None]) -> N
 
 def describe(shape: Shape, dtype: str, config: dict) -> dict:
     kind = configs.precision() if dtype == "float32" else "half"
-    where = {"dim": shape.dim, "dtype": dtype, "config": tune.text(config), "tokens": shape.tokens}
-    return {**where, "vocab": shape.vocab, "chip": configs.chip(torch.get_default_device()), "precision": kind}
+    chip = configs.chip(torch.get_default_device())
+    return {
+        "dim": shape.dim, "dtype": dtype, "config": tune.text(config), "tokens": shape.tokens, "vocab": shape.vocab,
+        "chip": chip, "precision": kind, "descriptors": configs.row_for(chip, kind, shape.dim).descriptors,
+    }  # fmt: skip
 
 
 @functools.lru_cache(1)
@@ -62,7 +65,7 @@ def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:
 
 @contextlib.contextmanager
 def configured(dtype: str, config: dict) -> Iterator[None]:
-    """Launch with `config` in place of every row for this chip and dtype."""
+    """Launch with `config` in place of every row for this chip and dtype, whatever its hidden size."""
     kind = configs.precision() if dtype == "float32" else "half"
     key = (configs.chip(torch.get_default_device()), kind)
     rows = {name: replace(row, **config) for name, row in configs.TILES.items() if name[:2] == key}

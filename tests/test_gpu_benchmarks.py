@@ -192,15 +192,31 @@ def test_the_tuner_compiles_once_and_times_in_random_order(tmp_path):
 def test_the_winner_of_each_kernel_and_of_both():
     times = {"a": (1.0, 9.0), "b": (2.0, 5.0), "c": (7.0, 1.0), "half timed": (0.5,)}
     rows = [
-        {"chip": "sm_90", "precision": "half", "dtype": "bfloat16", "dim": 64, "config": config, "kernel": k, "ms": ms}
+        {
+            "chip": "sm_90", "precision": "half", "dtype": "bfloat16", "dim": 64, "descriptors": True,
+            "config": config, "kernel": k, "ms": ms,
+        }
         for config, both in times.items()
         for k, ms in zip(tune.KERNELS, both, strict=False)
-    ]
+    ]  # fmt: skip
     lines = tune.winners({"tuned": rows, "environment": {"device": "a GPU"}})
     assert [re.search(r"([\d.]+) ms .*TileConfig\((\w)", line).groups() for line in lines] == [
         ("1.000", "a"), ("1.000", "c"), ("7.000", "b"),
     ]  # fmt: skip
-    assert '("sm_90", "half", 64): TileConfig(b, source="tuned: a GPU, bfloat16, D 64")' in lines[2]
+    row = '("sm_90", "half", 64): TileConfig(b, descriptors=True, source="timed on a GPU, bfloat16, D 64")'
+    assert row in lines[2]
+
+
+def test_a_printed_row_can_be_pasted():
+    """With the key of configs.TILES, and with what the timed kernels had: descriptors are not among the candidates."""
+    config = {name: value for name, value in tune.candidates()[0].items()}
+    shape = Shape("tiny", 64, 512, 576)
+    with tune_work.on_chip("sm_90"):
+        rows = [tune_work.describe(shape, "bfloat16", config) | {"kernel": k, "ms": 1.0} for k in tune.KERNELS]
+    line = tune.winners({"tuned": rows, "environment": {"device": "a GPU"}})[2]
+    pasted = eval(f"{{{line.split(' ms ')[1]}}}", {"TileConfig": configs.TileConfig})
+    row = configs.TileConfig(**config, descriptors=True, source="timed on a GPU, bfloat16, D 576")
+    assert pasted == {("sm_90", "half", 576): row}
 
 
 @pytest.mark.parametrize("error", [ValueError("no\nmore"), SystemExit("no\nmore")])

@@ -11,7 +11,7 @@ from cwdpo_kernels import ops
 from cwdpo_kernels.testing import leaves, make_inputs
 
 pytest.importorskip("triton")
-from cwdpo_kernels.triton import linear_logprob, logits_logprob
+from cwdpo_kernels.triton import configs, linear_logprob, logits_logprob
 
 TRITON_SOURCES = sorted((Path(ck.__file__).parent / "triton").glob("*.py"))
 ON_GPU = torch.cuda.is_available()
@@ -72,6 +72,22 @@ def test_a_label_outside_the_vocabulary_gives_nan():
     from_logits, *_ = logits_logprob.logits_logprob(hidden @ weight.T, labels, -100, False)
     assert logp.isnan().tolist() == [False, True, True]
     assert from_logits.isnan().tolist() == [False, True, True]
+
+
+def test_a_row_is_for_hidden_sizes_up_to_its_own(monkeypatch):
+    """A fast configuration at a large hidden size is not used for small ones, whose tiles spend less on products."""
+    small, middle, large = (configs.TileConfig(size, 128, 64, 4, 3) for size in (32, 64, 128))
+    rows = {("x", "half", configs.ANY_D): large, ("x", "half", 576): small, ("x", "half", 2048): middle}
+    monkeypatch.setattr(configs, "TILES", rows | {("x", "tf32", 64): large, ("y", "half", 64): large})
+    expected = {1: small, 576: small, 577: middle, 2048: middle, 2049: large, 16384: large}
+    assert {dim: configs.row_for("x", "half", dim) for dim in expected} == expected
+
+
+def test_every_hidden_size_has_a_row():
+    from benchmarks.compiled import TARGETS
+
+    kinds = {(chip, kind) for chip in (*TARGETS, "interpreter") for kind in ("half", "tf32", "ieee")}
+    assert {(chip, kind) for chip, kind, size in configs.TILES if size == configs.ANY_D} == kinds
 
 
 @needs_gpu

@@ -1,13 +1,14 @@
-"""Launch configurations: one row per chip and precision, and the functions that select a row.
+"""Launch configurations: rows for chip, precision and hidden size, and the functions that select a row.
 
-`source` says how a row was chosen. "compiled" means by cross-compilation only: no spills, tensor-core instructions and
-shared memory within the chip's limit (benchmarks/results/triton_compiled.json), but no timing.
+`source` says how a row was chosen: by timing (see docs/notes.md), or by cross-compilation only ("compiled"): no spills,
+tensor-core instructions, and shared memory within the chip's limit (benchmarks/results/triton_compiled.json).
 `python -m benchmarks.tune` times candidates on a GPU and prints rows to paste here.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -31,24 +32,27 @@ class TileConfig:
     source: str = "compiled"
 
 
-# Key: chip, precision of the operands. "half" is bfloat16 or float16; "tf32" and "ieee" are float32.
-TILES: dict[tuple[str, str], TileConfig] = {
-    ("sm_80", "half"): TileConfig(128, 128, 64, num_warps=8, num_stages=3),
-    ("sm_80", "tf32"): TileConfig(128, 128, 32, num_warps=8, num_stages=3),
-    ("sm_80", "ieee"): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
-    ("sm_90", "half"): TileConfig(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
-    ("sm_90", "tf32"): TileConfig(128, 128, 32, num_warps=8, num_stages=4, descriptors=True),
-    ("sm_90", "ieee"): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
-    ("sm_100", "half"): TileConfig(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
-    ("sm_100", "tf32"): TileConfig(128, 128, 32, num_warps=8, num_stages=4, descriptors=True),
-    ("sm_100", "ieee"): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
-    ("gfx942", "half"): TileConfig(128, 128, 64, num_warps=8, num_stages=2),
-    ("gfx942", "tf32"): TileConfig(128, 128, 32, num_warps=8, num_stages=2),
-    ("gfx942", "ieee"): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+ANY_D = math.inf
+# Key: chip, precision of the operands, and the largest hidden size D that the row is for. "half" is bfloat16 or float16;
+# "tf32" and "ieee" are float32.
+TILES: dict[tuple[str, str, float], TileConfig] = {
+    ("sm_80", "half", ANY_D): TileConfig(128, 128, 64, num_warps=8, num_stages=3),
+    ("sm_80", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=3),
+    ("sm_80", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+    ("sm_90", "half", 1024): TileConfig(128, 128, 64, 4, 3, descriptors=True, source="timed on an H100, D 576"),
+    ("sm_90", "half", ANY_D): TileConfig(128, 256, 64, 8, 3, descriptors=True, source="timed on an H100, D 4096"),
+    ("sm_90", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=4, descriptors=True),
+    ("sm_90", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+    ("sm_100", "half", ANY_D): TileConfig(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
+    ("sm_100", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=4, descriptors=True),
+    ("sm_100", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+    ("gfx942", "half", ANY_D): TileConfig(128, 128, 64, num_warps=8, num_stages=2),
+    ("gfx942", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=2),
+    ("gfx942", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
     # Small tiles for the interpreter, so that small test shapes have several tiles, whole and partial.
-    ("interpreter", "half"): TileConfig(32, 128, 64, 4, 1, group_n=2, persistent=True, descriptors=True),
-    ("interpreter", "tf32"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
-    ("interpreter", "ieee"): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
+    ("interpreter", "half", ANY_D): TileConfig(32, 128, 64, 4, 1, group_n=2, persistent=True, descriptors=True),
+    ("interpreter", "tf32", ANY_D): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
+    ("interpreter", "ieee", ANY_D): TileConfig(32, 128, 64, 4, 1, group_n=2, descriptors=True),
 }
 ROUNDS_TO_TF32 = "round_f32_to_tf32" in {field.name for field in fields(TensorDescriptor)}
 MIN_BLOCK_V = 32
@@ -99,6 +103,12 @@ def precision() -> str:
     return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" and has_tf32() else "ieee"
 
 
+def row_for(chip: str, precision: str, dim: int) -> TileConfig:
+    """The row of TILES for a hidden size: of those for at least this size, the one for the smallest."""
+    sizes = [size for *key, size in TILES if key == [chip, precision] and dim <= size]
+    return TILES[chip, precision, min(sizes)]
+
+
 def tile_config(hidden: Tensor, *softcaps: float | None, column_divisor: int = 1) -> TileConfig:
     """The row for these operands, with block_v divided by `column_divisor`.
 
@@ -106,7 +116,7 @@ def tile_config(hidden: Tensor, *softcaps: float | None, column_divisor: int = 1
     divides block_v by at least 2.
     """
     kind = precision() if hidden.dtype == torch.float32 else "half"
-    config = TILES[chip(hidden.device), kind]
+    config = row_for(chip(hidden.device), kind, hidden.shape[1])
     if any(softcap is not None for softcap in softcaps):
         column_divisor = max(column_divisor, 2)
     block_v = config.block_v // column_divisor

@@ -162,9 +162,8 @@ def _gradient_kernel(
         mask_n = offs_n < N
         anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
         exp_factor = tl.load(exp_factor_ptr + offs_n, mask=mask_n, other=0.0)
-        grad_target = tl.load(grad_target_ptr + offs_n, mask=mask_n, other=0.0)
         labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
-        nonzero = (exp_factor != 0) | (grad_target != 0)
+        nonzero = exp_factor != 0
         if KEPT:
             offs_c = pid_v * BLOCK_V + tl.arange(0, BLOCK_V)
             offs_kept = offs_n.to(tl.int64)[:, None] * out_columns + offs_c[None, :]
@@ -189,6 +188,7 @@ def _gradient_kernel(
         holds_label = (labels >= col) & (labels < col + BLOCK_V)
         if tl.max(holds_label.to(tl.int32), 0) > 0:  # few tiles hold a label of their tokens
             # Replaces the exponential of the target logit, which may have overflowed.
+            grad_target = tl.load(grad_target_ptr + offs_n, mask=mask_n, other=0.0)
             gradient = tl.where(offs_v[None, :] == labels[:, None], grad_target[:, None], gradient)
         if HAS_SOFTCAP:
             gradient = tl.where(nonzero[:, None], gradient * slope_of(z, softcap), 0.0)

@@ -167,7 +167,10 @@ def logits_tile(
     DESCRIPTORS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_V: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """softcap(scale * (hidden @ weight.T + bias)) [BLOCK_N, BLOCK_V] in float32. With D = 0 there is no product."""
+    """softcap(scale * (hidden @ weight.T + bias)) [BLOCK_N, BLOCK_V] in float32; `scale` None for 1.
+
+    With D = 0 there is no product.
+    """
     z = tl.zeros((BLOCK_N, BLOCK_V), dtype=tl.float32)
     for d in range(0, D, BLOCK_D):
         hidden_tile = load_tile(hidden, row, d, N, D, stride_hidden_n, stride_hidden_d, BLOCK_N, BLOCK_D, DESCRIPTORS)
@@ -176,7 +179,8 @@ def logits_tile(
     if HAS_BIAS:
         offs_v = col + tl.arange(0, BLOCK_V)
         z += tl.load(bias_ptr + offs_v, mask=offs_v < V, other=0.0).to(tl.float32)[None, :]
-    z *= scale
+    if scale is not None:
+        z *= scale
     if HAS_SOFTCAP:
         # tanh(x) = 1 - 2 / (exp(2 x) + 1) has the right limits when exp overflows or underflows. It cancels near 0.
         x = z / softcap

@@ -35,11 +35,11 @@ from .primitives import (
 
 
 @triton.jit
-def _competitors(z, offs_n, offs_v, labels, holds_label, target_ptr):
-    """The tile's logits with -inf in place of the labels', which are written to target."""
+def _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr):
+    """The tile's logits with -inf for labels, whose logits are written to target, and outside the vocabulary."""
     is_label = offs_v[None, :] == labels[:, None]
     tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
-    return tl.where(is_label, float("-inf"), z)
+    return tl.where(is_label | (offs_v >= V)[None, :], float("-inf"), z)
 
 
 @triton.jit
@@ -84,12 +84,11 @@ def _sweep_kernel(
         labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
         holds_label = labelled & (labels >= col) & (labels < tl.minimum(col + BLOCK_V, V))
         if FLATTEN:  # in a flattened loop, which has the epilogue under a condition, a second one spills registers
-            competitor = _competitors(z, offs_n, offs_v, labels, holds_label, target_ptr)
+            competitor = _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr)
         else:
             competitor = z
-            if tl.max(holds_label.to(tl.int32), 0) > 0:  # few tiles hold a label of their tokens
-                competitor = _competitors(z, offs_n, offs_v, labels, holds_label, target_ptr)
-        competitor = tl.where((offs_v < V)[None, :], competitor, float("-inf"))
+            if (tl.max(holds_label.to(tl.int32), 0) > 0) | (col + BLOCK_V > V):  # few tiles are such a one
+                competitor = _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr)
 
         max_logit = tl.max(competitor, 1)
         anchor = anchor_of(max_logit)
@@ -168,7 +167,8 @@ def tile_arguments(
     """The arguments of a kernel that computes the logits of a head, in tiles of `config`, launch options included."""
     matrices, descriptors = operands(hidden, weight, config.block_n, config.block_v, config.block_d, config.descriptors)
     return {
-        **matrices, "bias_ptr": weight if bias is None else bias.contiguous(), "scale": scale,
+        **matrices, "bias_ptr": weight if bias is None else bias.contiguous(),
+        "scale": None if scale == 1 else scale,  # as a constant, None costs no multiplication
         "softcap": 1.0 if softcap is None else softcap, "HAS_BIAS": bias is not None,
         "HAS_SOFTCAP": softcap is not None, "PRECISION": precision(), "DESCRIPTORS": descriptors,
         "FLATTEN": config.persistent, "GROUP_N": config.group_n, "BLOCK_N": config.block_n,
