@@ -209,8 +209,7 @@ def test_the_winner_of_each_kernel_and_of_both():
 
 def test_a_printed_row_can_be_pasted():
     """With the key of configs.TILES, and with what the timed kernels had: descriptors are not among the candidates."""
-    config = {name: value for name, value in tune.candidates()[0].items()}
-    shape = Shape("tiny", 64, 512, 576)
+    config, shape = tune.candidates()[0], replace(TINY, dim=576)
     with tune_work.on_chip("sm_90"):
         rows = [tune_work.describe(shape, "bfloat16", config) | {"kernel": k, "ms": 1.0} for k in tune.KERNELS]
     line = tune.winners({"tuned": rows, "environment": {"device": "a GPU"}})[2]

@@ -76,8 +76,8 @@ def _(*, hidden, bias, needs_hidden, needs_bias, **_):
 def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: int | None) -> int:
     """How many bytes forward of a trainable head keeps; UNINITIALIZED: as many tiles as fit into the weight's gradient.
 
-    `budget` is `MemoryBudget.kept_bytes`. A GPU keeps tiles in the inputs' dtype together with their anchors, and none
-    under a soft cap. A CPU keeps tiles in the dtype of its computation.
+    `budget` is `MemoryBudget.kept_bytes`. A GPU keeps tiles in the inputs' dtype, and none under a soft cap. A CPU
+    keeps tiles in the dtype of its computation.
 
     By default nothing is kept in a compiled graph, which cannot pass the gradient's memory from forward to backward.
     Nor is anything in float64, which is for checks such as gradcheck: they expect the same bits from a second backward,
@@ -88,11 +88,9 @@ def kept_bytes(hidden: Tensor, weight: Tensor, softcap: float | None, budget: in
     in_gradient = weight.requires_grad and weight.is_contiguous() and not torch.compiler.is_compiling()
     if budget is None and in_gradient and hidden.dtype != torch.float64:
         return UNINITIALIZED
-    if hidden.is_cuda:
-        with_anchors = weight.shape[0] + weight.shape[0] // 32 + 256
-        return min(budget or 0, hidden.shape[0] * with_anchors * hidden.dtype.itemsize)
-    useful = hidden.shape[0] * weight.shape[0] * compute_dtype(hidden.dtype).itemsize
-    return min(budget or 0, useful)
+    itemsize = (hidden.dtype if hidden.is_cuda else compute_dtype(hidden.dtype)).itemsize
+    alignment = 16  # on a GPU, the last bytes that are not a multiple of it are not used
+    return min(budget or 0, hidden.shape[0] * weight.shape[0] * itemsize + alignment)
 
 
 def _saves(values: Values) -> Iterable[str]:

@@ -33,8 +33,8 @@ class TileConfig:
 
 
 ANY_D = math.inf
-# Key: chip, precision of the operands, and the largest hidden size D that the row is for. "half" is bfloat16 or float16;
-# "tf32" and "ieee" are float32.
+# Key: chip, precision of the operands, and the largest hidden size D that the row is for. "half" is bfloat16 or
+# float16; "tf32" and "ieee" are float32.
 TILES: dict[tuple[str, str, float], TileConfig] = {
     ("sm_80", "half", ANY_D): TileConfig(128, 128, 64, num_warps=8, num_stages=3),
     ("sm_80", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=3),

@@ -11,10 +11,10 @@ Floating-point operations, with 1G = 2 N D V, and bytes moved beyond the operand
     no gradient      1G   one sweep; 8 N T
     frozen head      2G   forward also writes u, a chunk at a time in the dtype of the inputs, and a dense GEMM
                           accumulates sum u_v slope_v W_v in float32; backward scales rows (in ops/). 2 N V tile entries
-    trainable head   3G   forward sweeps and keeps tiles of u. Backward turns each chunk into the gradient of its
-                          logits, in the dtype of the inputs, and two GEMMs form grad_weight of the chunk, written once,
-                          and grad_hidden, in float32. 5 N V tile entries
-                     4G   the same for tiles that were not kept: backward recomputes them. 3 N V tile entries
+    trainable head   3G   forward sweeps and keeps tiles of u (kept.py). In backward, two GEMMs per chunk form
+                          grad_weight, written once, and grad_hidden, in float32. 3 N V tile entries
+                     4G   for tiles that were not kept, backward computes the gradient of their logits, in the dtype of
+                          the inputs, for the same GEMMs. 3 N V tile entries
 
 Kept tiles lie in the memory of grad_weight; backward reads each one before it overwrites it. With `sparse_grad`, which
 announces tokens without a label or a gradient, blocks of such tokens skip the sweep, the recomputation and both GEMMs.
@@ -30,10 +30,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from . import WORKSPACE_BYTES
 from .combine import empty_sums, merge_tiles, rescale
 from .configs import COMPILER_OPTIONS, grid, tile_config
 from .gemm import BlockSparseGemm, DenseGemm
+from .kept import KeptChunks, kept_factor, tiles_per_chunk
 from .primitives import exp_anchored, logit_gradient, logits_tile, rounded, slope_of, tile_position
 from .sweep import Sweep, tile_arguments
 
@@ -82,17 +82,7 @@ def linear_logprob(
     kept_chunks = KeptChunks(kept, hidden, sweep.vocab, sweep.config.block_v, softcap, workspace_bytes)
     if kept_bytes is None or kept_bytes >= 0:
         kept_chunks.zero_unused()
-    for tiles in kept_chunks.chunks if kept_chunks.views else [range(sweep.tiles_v)]:
-        tile_NC, anchor_TN = kept_chunks.views.get(tiles.start, (None, None))
-        sweep.run(tiles, out=tile_NC)
-        if anchor_TN is not None:
-            anchor_TN.copy_(sweep.anchor_TN[tiles.start : tiles.stop])
-    anchor_N, sum_exp_N = empty_sums(sweep.rows, hidden.device)
-    logp_N = merge_tiles(
-        sweep.anchor_TN, sweep.sum_exp_TN, range(sweep.tiles_v), anchor_N, sum_exp_N, labels, ignore_index,
-        sweep.target_N,
-    )  # fmt: skip
-    return logp_N, anchor_N, sum_exp_N, hidden.new_empty(0, hidden.shape[1]), kept
+    return *kept_chunks.fill(sweep), hidden.new_empty(0, hidden.shape[1]), kept
 
 
 def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -100,7 +90,7 @@ def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor,
     hidden, weight, block_v = sweep.hidden, sweep.weight, sweep.config.block_v
     anchor_N, sum_exp_N = empty_sums(sweep.rows, hidden.device)
     sum_exp_weight_ND = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    chunk = _tiles_per_chunk(sweep.rows, hidden.element_size(), block_v, workspace_bytes)
+    chunk = tiles_per_chunk(sweep.rows * hidden.element_size(), block_v, workspace_bytes)
     workspace = hidden.new_empty(sweep.rows * min(chunk * block_v, sweep.vocab))
     for start in range(0, sweep.tiles_v, chunk):
         tiles = range(start, min(start + chunk, sweep.tiles_v))
@@ -139,8 +129,8 @@ def _direction(sweep: Sweep, sum_exp_weight_ND: Tensor, sum_exp_N: Tensor) -> Te
 
 @triton.jit
 def _gradient_kernel(
-    hidden, weight, bias_ptr, labels_ptr, anchor_ptr, exp_factor_ptr, grad_target_ptr, kept_ptr, kept_anchor_ptr,
-    out_ptr, grad_bias_partial_ptr, N, V, D, first_tile_v, end_tile_v, out_columns,
+    hidden, weight, bias_ptr, labels_ptr, anchor_ptr, exp_factor_ptr, grad_target_ptr, kept_ptr, out_ptr,
+    grad_bias_partial_ptr, N, V, D, first_tile_v, end_tile_v, out_columns,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, KEPT: tl.constexpr, NEEDS_BIAS: tl.constexpr,
     SKIP_ZEROS: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr, FLATTEN: tl.constexpr,
@@ -169,22 +159,21 @@ def _gradient_kernel(
             offs_kept = offs_n.to(tl.int64)[:, None] * out_columns + offs_c[None, :]
             mask_kept = mask_n[:, None] & (offs_c < out_columns)[None, :]
             u = tl.load(kept_ptr + offs_kept, mask=mask_kept, other=0.0).to(tl.float32)
-            kept_anchor = tl.load(kept_anchor_ptr + pid_v.to(tl.int64) * N + offs_n, mask=mask_n, other=0.0)
-            factor = exp_factor * tl.exp2(kept_anchor - anchor)
         else:
             if SKIP_ZEROS:  # a block whose gradient is all zeros has a loop of zero steps
                 depth = tl.where(tl.max(nonzero.to(tl.int32), 0) > 0, D, 0)
             else:
-                tl.assume(D > 0)  # else a flattened loop needs a second copy of the epilogue, for loops of zero steps
                 depth = D
+                if FLATTEN:
+                    tl.assume(D > 0)  # else the loop has a second copy of the epilogue, for products of zero steps
             z = logits_tile(
                 hidden, weight, bias_ptr, row, col, N, V, depth, stride_hidden_n, stride_hidden_d, stride_weight_v,
                 stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, BLOCK_N,
                 BLOCK_V, BLOCK_D,
             )  # fmt: skip
-            u, factor = exp_anchored(z, anchor[:, None]), exp_factor
+            u = exp_anchored(z, anchor[:, None])
         # Tokens without a gradient may have any logits, and unrelated anchors, so that the exponential overflows.
-        gradient = tl.where(nonzero[:, None], factor[:, None] * u, 0.0)
+        gradient = tl.where(nonzero[:, None], exp_factor[:, None] * u, 0.0)
         holds_label = (labels >= col) & (labels < col + BLOCK_V)
         if tl.max(holds_label.to(tl.int32), 0) > 0:  # few tiles hold a label of their tokens
             # Replaces the exponential of the target logit, which may have overflowed.
@@ -233,21 +222,38 @@ def linear_logprob_backward(
         "grad_bias_partial_ptr": grad_bias_partial, "N": rows, "V": vocab, "D": hidden.shape[1],
         "NEEDS_BIAS": needs_bias,
     }  # fmt: skip
-    for tiles in kept_chunks.chunks:
-        start, width = tiles.start * config.block_v, kept_chunks.width(tiles)
-        columns = slice(start, start + width)
-        grad_NC = workspace[: rows * width].view(rows, width)
-        is_kept = tiles.start in kept_chunks.views
-        kept_NC, kept_anchor_TN = kept_chunks.views[tiles.start] if is_kept else (grad_NC, anchor)  # else: not read
-        _gradient_kernel[grid(config, tiles_n * len(tiles), hidden.device)](
-            **arguments, kept_ptr=kept_NC, kept_anchor_ptr=kept_anchor_TN, out_ptr=grad_NC, first_tile_v=tiles.start,
-            end_tile_v=tiles.stop, out_columns=width, KEPT=is_kept, SKIP_ZEROS=sparse_grad and not is_kept,
-            **COMPILER_OPTIONS,
-        )  # fmt: skip
-        if needs_weight:
-            gemms.product(grad_weight[columns], grad_NC, used_hidden)
+
+    def add_chunk(tiles: range, grad_NC: Tensor, hidden_ND: Tensor) -> None:
+        start = tiles.start * config.block_v
+        columns = slice(start, start + kept_chunks.width(tiles))
         if needs_hidden:
             gemms.accumulate(grad_hidden_ND, grad_NC, weight[columns])
+        if needs_weight:
+            gemms.product(grad_weight[columns], grad_NC, hidden_ND)
+
+    def workspace_for(tiles: range) -> Tensor:
+        width = kept_chunks.width(tiles)
+        return workspace[: rows * width].view(rows, width)
+
+    # Float16 does not reach as far as sum_exp, or as exp_factor * hidden. The bias needs sums of the gradient.
+    factored = len(kept_chunks.views) if hidden.dtype != torch.float16 and not needs_bias else 0
+    if factored:
+        factor_N1 = kept_factor(exp_factor_N, sum_exp, hidden.dtype)[:, None]
+        scaled_hidden = torch.mul(used_hidden, factor_N1, out=torch.empty_like(used_hidden)) if needs_weight else hidden
+        for tiles in kept_chunks.chunks[:factored]:
+            u_NC = kept_chunks.views[tiles.start]
+            outlives = kept_chunks.outlives_its_gradient(tiles)
+            add_chunk(tiles, u_NC if outlives else workspace_for(tiles).copy_(u_NC), scaled_hidden)
+        if needs_hidden:
+            grad_hidden_ND *= factor_N1
+    for tiles in kept_chunks.chunks[factored:]:
+        grad_NC, is_kept = workspace_for(tiles), tiles.start in kept_chunks.views
+        _gradient_kernel[grid(config, tiles_n * len(tiles), hidden.device)](
+            **arguments, kept_ptr=kept_chunks.views.get(tiles.start, grad_NC), out_ptr=grad_NC,
+            first_tile_v=tiles.start, end_tile_v=tiles.stop, out_columns=kept_chunks.width(tiles), KEPT=is_kept,
+            SKIP_ZEROS=sparse_grad and not is_kept, **COMPILER_OPTIONS,
+        )  # fmt: skip
+        add_chunk(tiles, grad_NC, used_hidden)
     # In the memory layout of hidden, as the op's fake implementation declares.
     grad_hidden = torch.empty_like(hidden).copy_(grad_hidden_ND) if needs_hidden else hidden.new_empty(0)
     return grad_hidden, grad_weight, grad_bias_partial.sum(0).to(hidden.dtype)
@@ -264,65 +270,3 @@ def linear_logprob_backward_(
         needs_hidden, True, needs_bias, sparse_grad, workspace_bytes, grad_weight=kept,
     )  # fmt: skip
     return grad_hidden, grad_bias
-
-
-def _tiles_per_chunk(rows: int, itemsize: int, block_v: int, workspace_bytes: int) -> int:
-    """How many vocabulary tiles of all rows fit the workspace, at least one; 0 selects the default workspace."""
-    return max((workspace_bytes or WORKSPACE_BYTES) // max(rows * block_v * itemsize, 1), 1)
-
-
-class KeptChunks:
-    """Kept tiles: exponentials u of vocabulary chunks, and their anchors, that forward keeps for backward.
-
-    As many chunks as fit are stored, filling `storage` from its end. `storage` is opaque bytes or the memory of
-    grad_weight [V, D]. Backward overwrites the latter from the start, so a chunk is stored only if it lies after the
-    gradients of all earlier chunks. With a soft cap nothing is kept, because the slopes would be needed too.
-
-    `chunks` are all ranges of vocabulary tiles, with at most `workspace_bytes` of tile entries each. `views` maps the
-    first tile of each kept chunk to its exponentials [N, C] and anchors [T, N]. A chunk takes at most 1 / MIN_CHUNKS of
-    the storage, so that little of it stays unused, unless its GEMMs would get narrower than MIN_COLUMNS.
-    """
-
-    ALIGNMENT = 16  # bytes, for vector loads
-    MIN_CHUNKS, MIN_COLUMNS = 8, 4096  # 4096 columns still run at the full rate
-
-    def __init__(
-        self, storage: Tensor, hidden: Tensor, vocab: int, block_v: int, softcap: float | None, workspace_bytes: int
-    ) -> None:
-        rows, itemsize = hidden.shape[0], hidden.element_size()
-        self.vocab, self.block_v = vocab, block_v
-        self.bytes = storage.view(-1).view(torch.uint8)
-        end = self.bytes.numel() // self.ALIGNMENT * self.ALIGNMENT if softcap is None else 0
-        limit, share = workspace_bytes or WORKSPACE_BYTES, end // self.MIN_CHUNKS
-        if share >= rows * self.MIN_COLUMNS * itemsize:
-            limit = min(limit, share)
-        tiles_v, size = triton.cdiv(vocab, block_v), _tiles_per_chunk(rows, itemsize, block_v, limit)
-        self.chunks = [range(i, min(i + size, tiles_v)) for i in range(0, tiles_v if rows else 0, size)]
-
-        grad_row_bytes = storage.shape[1] * storage.element_size() if storage.dim() == 2 else 0
-        self.views: dict[int, tuple[Tensor, Tensor]] = {}
-        self.unused = [(end, self.bytes.numel())]
-        for tiles in reversed(self.chunks):
-            tile_bytes, anchor_bytes = rows * self.width(tiles) * itemsize, rows * len(tiles) * 4
-            middle = end - self._aligned(anchor_bytes)
-            start = middle - self._aligned(tile_bytes)
-            if start >= tiles.start * block_v * grad_row_bytes:
-                tile_NC = self.bytes[start : start + tile_bytes].view(hidden.dtype).view(rows, self.width(tiles))
-                anchor_TN = self.bytes[middle : middle + anchor_bytes].view(torch.float32).view(len(tiles), rows)
-                self.views[tiles.start] = tile_NC, anchor_TN
-                self.unused += [(start + tile_bytes, middle), (middle + anchor_bytes, end)]
-                end = start
-        self.unused.append((0, end))
-
-    def _aligned(self, size: int) -> int:
-        return triton.cdiv(size, self.ALIGNMENT) * self.ALIGNMENT
-
-    def width(self, tiles: range) -> int:
-        """The number of vocabulary columns in `tiles`."""
-        return min(tiles.stop * self.block_v, self.vocab) - tiles.start * self.block_v
-
-    def zero_unused(self) -> None:
-        """Zero all bytes that hold no kept tile or anchor."""
-        for start, stop in self.unused:
-            if start < stop:
-                self.bytes[start:stop] = 0

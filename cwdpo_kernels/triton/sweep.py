@@ -72,8 +72,9 @@ def _sweep_kernel(
         if SKIP_IGNORED:  # a block of ignored tokens has a loop of zero steps. Its results are never read.
             depth = tl.where(tl.max(labelled.to(tl.int32), 0) > 0, D, 0)
         else:
-            tl.assume(D > 0)  # else a flattened loop needs a second copy of the epilogue, for loops of zero steps
             depth = D
+            if FLATTEN:
+                tl.assume(D > 0)  # else the loop has a second copy of the epilogue, for products of zero steps
         z = logits_tile(
             hidden, weight, bias_ptr, row, col, N, V, depth, stride_hidden_n, stride_hidden_d, stride_weight_v,
             stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, BLOCK_N, BLOCK_V,

@@ -94,7 +94,8 @@ def token_divergence(
     arguments: dict[str, object] = {}
     for side, head in zip("pq", heads, strict=True):
         anchor, sum_exp = _normalizer(*head)
-        arguments |= _with_suffix(side, tile_arguments(*head, config))
+        # Without the multiplication by `scale`, the float32 kernel spills registers on sm_90.
+        arguments |= _with_suffix(side, tile_arguments(*head, config) | {"scale": head[3]})
         arguments |= {f"anchor_{side}_ptr": anchor, f"sum_exp_{side}_ptr": sum_exp, f"D_{side}": head[0].shape[1]}
     tiles_v = triton.cdiv(vocab, config.block_v)
     tv, js, kl = (torch.empty(tiles_v, rows, dtype=torch.float32, device=hidden_p.device) for _ in range(3))

@@ -265,8 +265,9 @@ def test_hidden_states_of_ignored_tokens_do_not_matter(mode, rows, value):
 
 
 @pytest.mark.parametrize("softcap", [None, 5.0])
-def test_tokens_without_an_upstream_gradient_do_not_matter(softcap):
-    hidden, head, labels = make_inputs((9,), 300, 12, bias=True, softcap=softcap, labelled=1.0)
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+def test_tokens_without_an_upstream_gradient_do_not_matter(bias, softcap):
+    hidden, head, labels = make_inputs((9,), 300, 12, bias=bias, softcap=softcap, labelled=1.0)
     with torch.no_grad():
         hidden[4] = NAN
     upstream = torch.ones(9)
