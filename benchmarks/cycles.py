@@ -27,6 +27,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import dataclass
+from pathlib import Path
 
 from benchmarks import compiled_checks, results
 from benchmarks.models import SHAPES, Shape
@@ -89,8 +90,11 @@ class Step:
         return kernels + vendor + self.bytes / BYTES_PER_SECOND + self.launches * LAUNCH_SECONDS
 
 
-def predicted_ms(product_ms: float, shape: Shape = SHAPES[0]) -> dict[tuple[str, str], float]:
-    """Milliseconds by the names of a shape and a step, if the three products of `shape` take `product_ms`."""
-    steps = json.loads(FILE.read_text())["steps"]
+def predicted_ms(product_ms: float, shape: Shape = SHAPES[0], file: Path = FILE) -> dict[tuple[str, str], float]:
+    """Milliseconds by the names of a shape and a step, if the three products of `shape` take `product_ms`.
+
+    `file`: the work of the steps.
+    """
+    steps = json.loads(file.read_text())["steps"]
     rate = clock(product_ms, shape)
     return {(row["shape"], row["op"]): Step(**row["work"]).seconds(rate) * 1e3 for row in steps}

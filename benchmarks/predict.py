@@ -26,6 +26,7 @@ from cwdpo_kernels.triton import linear_logprob
 CHIP = "sm_90"
 # How many of the tiles that the frozen head writes, and of its sums, have to be rescaled: as measured on the H100, A.
 RESCALED = {torch.bfloat16: 0.4, torch.float32: 0.1}
+TILES_OF = {"_rescale_kernel": "matrix_ptr", "_finish_kernel": "tile_ptr"}  # kernel -> what it rescales
 MODES = {  # op of gpu.json -> whether the head is frozen, bytes to keep; None: no gradient
     "no_grad": None,
     "frozen": (True, 0),
@@ -50,8 +51,8 @@ def add(step: Step, launch: tuple, rows: list[dict]) -> None:
     given = (x.base if isinstance(x, TensorDescriptor) else x for x in arguments.values())
     tensors = [x for x in given if isinstance(x, Tensor) and x.shape[:1] != (arguments.get("V"),)]  # not the head
     moved = sum(x.numel() * x.itemsize for x in tensors)
-    # Rescaling reads and writes.
-    step.bytes += moved * 2 * RESCALED[arguments["matrix_ptr"].dtype] if name == "_rescale_kernel" else moved
+    rescaled = arguments[TILES_OF[name]].dtype if name in TILES_OF else None
+    step.bytes += moved * 2 * RESCALED[rescaled] if rescaled else moved  # rescaling reads and writes
 
 
 def row_of(name: str, arguments: dict, rows: list[dict]) -> dict:
@@ -91,7 +92,7 @@ def step_of(shape: Shape, mode: str, rows: list[dict]) -> Step:
         step.bytes += (2 if mode == "no_grad" else 6) * n * d * hidden.itemsize
         frozen, kept_bytes = MODES[mode] or (False, 0)
         if kept_bytes > 0:
-            kept_bytes = min(kept_bytes, n * (v + v // 32 + 256) * hidden.itemsize)
+            kept_bytes = min(kept_bytes, n * v * hidden.itemsize)
         logp, anchor, sum_exp, _, kept = linear_logprob.linear_logprob(*head, frozen, False, 0, kept_bytes)
         if MODES[mode] and not frozen:
             saved = (logp, *head[:4], logp, anchor, sum_exp, kept, *head[4:], True)

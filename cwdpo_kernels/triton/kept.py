@@ -23,6 +23,7 @@ Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C vocab
 from __future__ import annotations
 
 import functools
+import itertools
 
 import torch
 import triton
@@ -82,11 +83,14 @@ class KeptChunks:
         self.bytes = storage.view(-1).view(torch.uint8)
         end = self.bytes.numel() // ALIGNMENT * ALIGNMENT if softcap is None else 0
         self.gradient_row_bytes = storage.shape[1] * storage.element_size() if storage.dim() == 2 else 0
-        size, count = plan(
-            self.rows * hidden.element_size(), vocab, block_v, end, self.gradient_row_bytes, workspace_bytes
-        )
-        tiles_v = triton.cdiv(vocab, block_v)
-        self.chunks = [range(i, min(i + size, tiles_v)) for i in range(0, tiles_v if self.rows else 0, size)]
+        column_bytes = self.rows * hidden.element_size()
+        size, count = plan(column_bytes, vocab, block_v, end, self.gradient_row_bytes, workspace_bytes)
+        tiles_v = triton.cdiv(vocab, block_v) if self.rows else 0
+        first_other = min(count * size, tiles_v)
+        others = triton.cdiv(tiles_v - first_other, tiles_per_chunk(column_bytes, block_v, workspace_bytes))
+        other_size = triton.cdiv(tiles_v - first_other, max(others, 1))
+        starts = [*range(0, first_other, size), *range(first_other, tiles_v, max(other_size, 1))]
+        self.chunks = [range(*pair) for pair in itertools.pairwise([*starts, tiles_v])]
 
         sizes = {tiles.start: self.rows * self.width(tiles) * hidden.element_size() for tiles in self.chunks[:count]}
         start = end - _aligned(sum(sizes.values()))
@@ -154,10 +158,10 @@ def tiles_per_chunk(column_bytes: int, block_v: int, workspace_bytes: int) -> in
 def plan(
     column_bytes: int, vocab: int, block_v: int, storage_bytes: int, gradient_row_bytes: int, workspace_bytes: int
 ) -> tuple[int, int]:
-    """The number of tiles in a chunk, and how many chunks are kept.
+    """The number of tiles in a kept chunk, and how many such chunks are kept.
 
-    All chunks but the last have the same size: of those that fit the workspace and have at least MIN_COLUMNS columns,
-    the one that keeps most columns; of several, the largest. `column_bytes`: N entries.
+    Their size is, of those that fit the workspace and have at least MIN_COLUMNS columns, the one that keeps most
+    columns; of several, the largest. `column_bytes`: N entries.
     """
     most, tiles_v = tiles_per_chunk(column_bytes, block_v, workspace_bytes), triton.cdiv(vocab, block_v)
     most = min(most, tiles_v)
