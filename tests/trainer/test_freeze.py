@@ -57,6 +57,14 @@ def test_an_error_says_that_everything_is_frozen(task):
         load(task, ["vision"], target_modules=BOTH)
 
 
+@pytest.mark.parametrize("option", ["target_modules", "exclude_modules", "modules_to_save"])
+def test_a_name_that_no_module_has_is_named(task, option):
+    """peft ignores it where another name of the list matches."""
+    lora = {"target_modules": BOTH} | {option: ["q_proj", "q_porj"]}
+    with pytest.raises(InputError, match=f"config: lora.{option}: expected names of the model's modules, got q_porj$"):
+        load(task, [], **lora)
+
+
 def test_an_error_says_that_no_weight_is_left_to_train(task):
     settings = ModelArguments(str(task / "model"), freeze=["model", "lm_head"])
     with pytest.raises(InputError, match=r"model\.freeze: expected weights outside of these modules, got \['model', "):

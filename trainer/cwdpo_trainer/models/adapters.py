@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cwdpo_trainer.config.arguments import LoraArguments, ModelArguments
-from cwdpo_trainer.errors import InputError, describe
+from cwdpo_trainer.errors import InputError, describe, require
 from cwdpo_trainer.files import read_json_object
 from cwdpo_trainer.models.freezing import exclude_frozen, freeze_adapters, left_without_adapter, say_frozen
 from cwdpo_trainer.models.reading import loading
@@ -66,8 +66,20 @@ def with_adapter(model: PreTrainedModel, settings: ModelArguments, lora: LoraArg
     return policy
 
 
+def check_module_names(model: PreTrainedModel, lora: LoraArguments) -> None:
+    """Raise `InputError` for a name in a list of `lora` that no module of the model has: peft would ignore it."""
+    modules = [f".{name}" for name, _ in model.named_modules()]
+    for option in ("target_modules", "exclude_modules", "modules_to_save"):
+        names = getattr(lora, option)
+        listed = names if isinstance(names, list) else []  # a text is "all-linear" or a pattern
+        dot = "" if option == "modules_to_save" else "."  # there peft compares the ends of names, not whole parts
+        unknown = [name for name in listed if not any(module.endswith(dot + name) for module in modules)]
+        require(not unknown, "config", f"lora.{option}", "names of the model's modules", ", ".join(unknown))
+
+
 def new_adapter(model: PreTrainedModel, lora: LoraArguments, frozen: Sequence[str]) -> tuple[PeftModel, LoraConfig]:
     """The model with a new adapter outside of the modules `frozen`, and the adapter's config. Raises `InputError`."""
+    check_module_names(model, lora)
     try:
         config = LoraConfig(
             r=lora.r, lora_alpha=lora.lora_alpha, lora_dropout=lora.lora_dropout, use_rslora=lora.use_rslora,
