@@ -121,9 +121,9 @@ def row_of(kernel, *flags):
     ids=str,
 )
 def test_a_planted_failure(planted, problem):
-    row = row_of("_sweep_kernel", "WRITE_TILE")
+    row = row_of("_sweep_kernel", "HAS_MIN_ANCHOR", "WRITE_TILE")
     assert compiled_checks.failures(row) == []
-    expected = f"sm_90 half D 4096 _sweep_kernel WRITE_TILE: {problem}"
+    expected = f"sm_90 half D 4096 _sweep_kernel HAS_MIN_ANCHOR WRITE_TILE: {problem}"
     assert compiled_checks.failures(row | planted) == [expected]
 
 
