@@ -269,6 +269,7 @@ def test_sparse_grad_changes_no_result(dead, dtype, transposed):
         check_budget(name, actual, dense, truth)
 
 
+@pytest.mark.plain_tensors
 @pytest.mark.parametrize("with_rows", [False, True], ids=["all_tokens", "rows"])
 def test_a_compiled_graph_without_rows_skips_ignored_tokens(with_rows):
     """There they are among the op's tokens. Kernels that skip them are slower where there are none."""
