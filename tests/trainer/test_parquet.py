@@ -92,7 +92,7 @@ def test_images_of_every_type(tmp_path, kind):
         ({"images": [["red.png", None]]}, "images: expected a list of paths or data: URIs"),
         ({"references": [["a", None]]}, "references: expected a non-empty list of texts, got ['a', None]"),
     ],
-    ids=str,
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else value,
 )
 def test_a_value_of_another_type_is_named(tmp_path, columns, message):
     with pytest.raises(InputError) as error:
