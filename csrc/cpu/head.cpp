@@ -9,10 +9,10 @@ constexpr int64_t kMinTile = 128;    // rows or columns of the smallest tile
 constexpr int64_t kMaxRows = 1024;
 constexpr int64_t kMinShardRows = 64;
 constexpr int64_t kTileBytes = 1 << 20;       // of one thread's tile, at most
-constexpr int64_t kWorkspaceBytes = 16 << 20;  // of all threads
+constexpr int64_t kWorkspaceBytes = 8 << 20;  // of all threads
 constexpr int64_t kMinShardedWork = 1 << 22;  // multiply-adds
 
-// The default workspace: 16 MiB, or 1 MiB for each thread.
+// The default workspace: 8 MiB, or 1 MiB for each thread.
 int64_t default_workspace() {
   return std::max<int64_t>(kWorkspaceBytes, int64_t{torch::stable::get_num_threads()} << 20);
 }
