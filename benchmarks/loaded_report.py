@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from benchmarks.report_text import seconds, table
-
-OURS = "cwdpo_kernels"
+from benchmarks.report_text import OURS, seconds, table
 
 
 def section(report: dict) -> str:

@@ -9,13 +9,12 @@ import statistics
 from pathlib import Path
 
 from benchmarks import gpu_report, loaded_report, results, sharing_report, workloads
-from benchmarks.report_text import mib, seconds, table
+from benchmarks.report_text import OURS, mib, seconds, table
 from benchmarks.results import ROOT
 
 SUITES = ("linear", "loaded", "logits", "accuracy", "trainer", "sharing", "trl", "sweeps")
 PAGE, IMAGES, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
-OURS = "cwdpo_kernels"
 LABELS = {f"{OURS}, none kept": f"{OURS}, tiles recomputed"}  # names in the result files -> in tables
 MODES = {
     "no_grad": "log-probs only, no gradient",
