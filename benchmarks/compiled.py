@@ -265,7 +265,7 @@ def main() -> None:
         from benchmarks import predict  # imports this module
 
         predict.main()
-        print("compiled: predictions have changed; python -m benchmarks.report brings them to docs/benchmarks.md")
+        print("compiled: predictions were written too; python -m benchmarks.report brings them to docs/benchmarks.md")
 
 
 def show(rows: list[dict]) -> None:

@@ -52,15 +52,22 @@ def _merge_kernel(
 
 
 @triton.jit
+def block_position(first_tile, BLOCK_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
+    """Tokens, columns and vocabulary tile of this program's block of exponentials [N, C], which begin at first_tile."""
+    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    tile = (first_tile + tl.program_id(1) * BLOCK_C // BLOCK_TILE).to(tl.int64)
+    return offs_n, offs_c, tile
+
+
+@triton.jit
 def _rescale_kernel(
     matrix_ptr, from_ptr, to_ptr, N, C, first_tile, stride_from, BLOCK_TILE: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """matrix [N, C] *= 2^(from - to). `from` is per token and tile of BLOCK_TILE columns. Skips equal anchors."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_n, offs_c, tile = block_position(first_tile, BLOCK_TILE, BLOCK_N, BLOCK_C)
     mask_n = offs_n < N
-    tile = (first_tile + tl.program_id(1) * BLOCK_C // BLOCK_TILE).to(tl.int64)
     from_anchor = tl.load(from_ptr + tile * stride_from + offs_n, mask=mask_n, other=0.0)
     to_anchor = tl.load(to_ptr + offs_n, mask=mask_n, other=0.0)
     changed = mask_n & (from_anchor != to_anchor)
@@ -93,6 +100,13 @@ def merge_tiles(
     return logp_N
 
 
+def blocks(rows: int, columns: int, tile_columns: int) -> tuple[tuple[int, int], dict[str, int]]:
+    """The grid and the constants of a kernel over exponentials [N, C] in tiles of `tile_columns` columns."""
+    block_c = min(BLOCK_C, tile_columns)  # so that a block lies in one tile
+    constants = {"BLOCK_TILE": tile_columns, "BLOCK_N": BLOCK_N, "BLOCK_C": block_c}
+    return (triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, block_c)), constants
+
+
 def rescale(matrix_NC: Tensor, from_TN: Tensor, to_N: Tensor, tiles: range, tile_columns: int) -> None:
     """Multiply a contiguous matrix [N, C] by 2^(from - to) in place, which is exact.
 
@@ -100,8 +114,7 @@ def rescale(matrix_NC: Tensor, from_TN: Tensor, to_N: Tensor, tiles: range, tile
     """
     rows, columns = matrix_NC.shape
     if rows and columns:
-        block_c = min(BLOCK_C, tile_columns)
-        _rescale_kernel[triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, block_c)](
-            matrix_NC, from_TN, to_N, rows, columns, tiles.start, from_TN.stride(0), BLOCK_TILE=tile_columns,
-            BLOCK_N=BLOCK_N, BLOCK_C=block_c, **COMPILER_OPTIONS,
-        )  # fmt: skip
+        grid, constants = blocks(rows, columns, tile_columns)
+        _rescale_kernel[grid](
+            matrix_NC, from_TN, to_N, rows, columns, tiles.start, from_TN.stride(0), **constants, **COMPILER_OPTIONS
+        )

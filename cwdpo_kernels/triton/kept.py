@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import WORKSPACE_BYTES
-from .combine import BLOCK_C, BLOCK_N, empty_sums, merge_tiles
+from .combine import block_position, blocks, empty_sums, merge_tiles
 from .configs import COMPILER_OPTIONS
 from .primitives import rounded
 from .sweep import Sweep
@@ -46,10 +46,8 @@ def _finish_kernel(
     ignore_index, BLOCK_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Bring exponentials [N, C] to the last anchor and write the entries of labels and of tokens without gradient."""
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
+    offs_n, offs_c, tile = block_position(first_tile, BLOCK_TILE, BLOCK_N, BLOCK_C)
     mask_n = offs_n < N
-    tile = (first_tile + tl.program_id(1) * BLOCK_C // BLOCK_TILE).to(tl.int64)
     tile_anchor = tl.load(anchor_TN_ptr + tile * N + offs_n, mask=mask_n, other=0.0)
     anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
     sum_exp = tl.load(sum_exp_ptr + offs_n, mask=mask_n, other=0.0)
@@ -131,11 +129,11 @@ class KeptChunks:
             sweep.ignore_index, sweep.target_N,
         )  # fmt: skip
         for tiles in kept:
-            width, block_c = self.width(tiles), min(BLOCK_C, self.block_v)
-            _finish_kernel[triton.cdiv(sweep.rows, BLOCK_N), triton.cdiv(width, block_c)](
+            width = self.width(tiles)
+            grid, constants = blocks(sweep.rows, width, self.block_v)
+            _finish_kernel[grid](
                 self.views[tiles.start], sweep.anchor_TN, anchor_N, sum_exp_N, logp_N, sweep.labels, sweep.rows, width,
-                tiles.start, tiles.start * self.block_v, sweep.ignore_index, BLOCK_TILE=self.block_v, BLOCK_N=BLOCK_N,
-                BLOCK_C=block_c, **COMPILER_OPTIONS,
+                tiles.start, tiles.start * self.block_v, sweep.ignore_index, **constants, **COMPILER_OPTIONS,
             )  # fmt: skip
         return logp_N, anchor_N, sum_exp_N
 
