@@ -75,7 +75,8 @@ TilePlan split(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass
   if (threads == 1 || n_rows * dim * vocab < kMinShardedWork) return plan;
   const int64_t most = pass == Pass::kSums ? threads : std::min(threads, 1 + room / sums_bytes);
   for (int64_t columns = std::min(most, (vocab + kMinTile - 1) / kMinTile); columns >= 1; --columns) {
-    const int64_t rows = pass == Pass::kHiddenWeight ? 1 : std::min(threads / columns, n_rows / kMinShardRows);
+    const int64_t most_rows = pass == Pass::kHiddenWeight ? 1 : n_rows / kMinShardRows;
+    const int64_t rows = std::clamp<int64_t>(most_rows, 1, threads / columns);
     if (rows * columns > plan.shards()) plan.row_shards = rows, plan.column_shards = columns;
   }
   if (4 * plan.shards() < 3 * threads) plan.row_shards = plan.column_shards = 1;

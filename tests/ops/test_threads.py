@@ -36,10 +36,11 @@ def frozen(head):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("is_frozen", [False, True], ids=["trainable", "frozen"])
-def test_the_number_of_parallel_regions_does_not_depend_on_the_vocabulary(dtype, is_frozen):
+@pytest.mark.parametrize("tokens", [20, 128])
+def test_the_number_of_parallel_regions_does_not_depend_on_the_vocabulary(tokens, dtype, is_frozen):
     counts = []
-    for vocab in (3000, 12000):
-        hidden, head, labels = make_inputs((2, 128), vocab, 96, dtype)
+    for vocab in (6000, 24000):
+        hidden, head, labels = make_inputs((2, tokens), vocab, 96, dtype)
         head = frozen(head) if is_frozen else head
         before = regions()
         step(hidden, head, labels)
