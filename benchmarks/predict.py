@@ -107,7 +107,7 @@ def step_of(shape: Shape, mode: str, rows: list[dict]) -> Step:
 
 
 def document(rows: list[dict]) -> dict:
-    """The work of every step, in integers, and the sweep's ceiling by hidden size."""
+    """The work of every step, in integers."""
     steps = []
     for shape in SHAPES:
         for mode in MODES:
