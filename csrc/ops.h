@@ -15,10 +15,10 @@ namespace cwdpo {
 using torch::stable::Tensor;
 
 using LinearLogprob = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // logp, max_logit, sum_exp, direction, kept
-using LinearLogprobGrads = std::tuple<Tensor, Tensor, Tensor>;             // grad_hidden, grad_weight, grad_bias
+using HeadGrads = std::tuple<Tensor, Tensor, Tensor>;  // grad_hidden, grad_weight, grad_bias; empty if not needed
 using HiddenAndBias = std::tuple<Tensor, Tensor>;                          // grad_hidden, grad_bias
 using LogitsLogprob = std::tuple<Tensor, Tensor, Tensor>;                  // logp, max_logit, sum_exp
-using TokenStats = std::tuple<Tensor, Tensor, Tensor, Tensor>;             // logp, entropy, top1_prob, is_top1
+using SoftmaxSums = std::tuple<Tensor, Tensor>;                            // sums, kept
 // loss, chosen_reward, rejected_reward, margin, accuracy, cooling_weight, kept, sum_logp, mean, count, grad_logp
 using CWDPOLoss =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -28,7 +28,7 @@ LinearLogprob linear_logprob(
     std::optional<double> softcap, int64_t ignore_index, bool with_direction, bool sparse_grad,
     int64_t workspace_bytes, std::optional<int64_t> kept_bytes);
 
-LinearLogprobGrads linear_logprob_backward(
+HeadGrads linear_logprob_backward(
     const Tensor& grad_logp, const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias,
     const Tensor& labels, const Tensor& logp, const Tensor& max_logit, const Tensor& sum_exp, const Tensor& kept,
     double scale, std::optional<double> softcap, int64_t ignore_index, bool needs_hidden, bool needs_weight,
@@ -52,9 +52,23 @@ void logits_logprob_backward_(
     const Tensor& grad_logp, const Tensor& logits, const Tensor& labels, const Tensor& logp, const Tensor& max_logit,
     const Tensor& sum_exp, int64_t ignore_index);
 
-TokenStats token_stats(
+SoftmaxSums softmax_sums(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, double scale,
-    std::optional<double> softcap, int64_t ignore_index, int64_t workspace_bytes);
+    std::optional<double> softcap, int64_t ignore_index, bool partial, int64_t workspace_bytes,
+    std::optional<int64_t> kept_bytes);
+
+HeadGrads softmax_sums_backward(
+    const Tensor& grad_target, const Tensor& exp_factor, const Tensor& log_factor, const Tensor& hidden,
+    const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, const Tensor& max_logit,
+    const Tensor& kept, double scale, std::optional<double> softcap, int64_t ignore_index, bool partial,
+    bool needs_hidden, bool needs_weight, bool needs_bias, int64_t workspace_bytes);
+
+// Writes the gradient of the weight into `kept`, over the tiles that forward left there.
+HiddenAndBias softmax_sums_backward_(
+    const Tensor& grad_target, const Tensor& exp_factor, const Tensor& log_factor, const Tensor& hidden,
+    const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, const Tensor& max_logit,
+    const Tensor& kept, double scale, std::optional<double> softcap, int64_t ignore_index, bool partial,
+    bool needs_hidden, bool needs_bias, int64_t workspace_bytes);
 
 CWDPOLoss cwdpo_loss(
     const Tensor& logp, const std::optional<Tensor>& labels, const std::optional<Tensor>& count,

@@ -18,7 +18,9 @@ void implement(StableLibrary& library) {
   library.impl("logits_logprob", TORCH_BOX(&cwdpo::logits_logprob));
   library.impl("logits_logprob_backward", TORCH_BOX(&cwdpo::logits_logprob_backward));
   library.impl("logits_logprob_backward_", TORCH_BOX(&cwdpo::logits_logprob_backward_));
-  library.impl("token_stats", TORCH_BOX(&cwdpo::token_stats));
+  library.impl("softmax_sums", TORCH_BOX(&cwdpo::softmax_sums));
+  library.impl("softmax_sums_backward", TORCH_BOX(&cwdpo::softmax_sums_backward));
+  library.impl("softmax_sums_backward_", TORCH_BOX(&cwdpo::softmax_sums_backward_));
   library.impl("cwdpo_loss", TORCH_BOX(&cwdpo::cwdpo_loss));
 }
 

@@ -73,8 +73,7 @@ def token_logprob(
     tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
     sparse_grad |= tokens.rows is None and torch.compiler.is_compiling()
     head = tokens.head
-    parameters = [head.weight] if head.bias is None else [head.weight, head.bias]
-    trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in parameters)
+    trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head_parameters(head))
     frozen = torch.is_grad_enabled() and tokens.hidden.requires_grad and not trainable
     kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
     logp, *_ = apply(
@@ -123,6 +122,11 @@ def as_head(op: str, arg: str, head: Head | Tensor) -> Head:
         return Head(head)
     check.expect(isinstance(head, Head), op, arg, "type", "Head or Tensor [V, D]", type(head).__name__)
     return head
+
+
+def head_parameters(head: Head) -> list[Tensor]:
+    """The head's weight and, if it has one, bias."""
+    return [head.weight] if head.bias is None else [head.weight, head.bias]
 
 
 def autocast(hidden: Tensor, head: Head) -> tuple[Tensor, Head]:

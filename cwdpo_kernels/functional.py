@@ -23,6 +23,7 @@ from ._inputs import (
     autocast,
     check_budget,
     detached,
+    head_parameters,
     labeled_tokens,
     labels_in_rows,
     sequence_offsets,
@@ -30,7 +31,7 @@ from ._inputs import (
     workspace_bytes,
 )
 from ._ops import ops
-from .ops import apply
+from .ops import apply, kept_bytes
 from .types import DEFAULT_BUDGET, IGNORE_INDEX, Divergence, Head, MemoryBudget, SequenceLogprob, TokenStats
 
 
@@ -77,19 +78,27 @@ def token_stats(
     hidden: Tensor, head: Head | Tensor, labels: Tensor, *, rows: Tensor | None = None,
     budget: MemoryBudget = DEFAULT_BUDGET, ignore_index: int = IGNORE_INDEX,
 ) -> TokenStats:  # fmt: skip
-    """Log-prob of the label, entropy (nats), top-1 probability and whether the label is top-1, per token. No gradient.
+    """Statistics of softmax(head(hidden)) per token, without the logits: hidden [..., D], labels [...] -> [...] each.
 
-    Shapes and `rows` as in `linear_logprob`. Every field is [...]; 0 (False) where ignored.
+    Entropy, the log-prob of the label and the log-sum-exp of the logits are differentiable in hidden, head.weight and
+    head.bias; `TokenStats` says what the other fields are. `rows` and `budget` as in `linear_logprob`.
+
+    One forward pass over the vocabulary (1 N D V multiply-adds) computes all fields. Backward takes 2 N D V for a
+    frozen head and 3 N D V for a trainable one; tiles that `budget` keeps save up to 1 N D V (on a GPU, none are kept).
+    For the log-prob's gradient alone, `linear_logprob` needs less.
     """
-    check_budget("token_stats", budget)
-    tokens = labeled_tokens("token_stats", hidden, head, labels, rows, ignore_index)
+    op = "token_stats"
+    check_budget(op, budget)
+    tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
     head = tokens.head
-    stats = ops.token_stats(
-        hidden=detached(tokens.hidden), weight=detached(head.weight), bias=detached(head.bias), labels=tokens.labels,
-        scale=float(head.scale), softcap=head.softcap, ignore_index=ignore_index,
-        workspace_bytes=workspace_bytes(budget),
+    differentiable = [tokens.hidden, *head_parameters(head)]
+    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes, of_logits=True) if has_gradient else 0
+    stats = apply(
+        op, hidden=tokens.hidden, weight=head.weight, bias=head.bias, labels=tokens.labels, scale=float(head.scale),
+        softcap=head.softcap, ignore_index=ignore_index, workspace_bytes=workspace_bytes(budget), kept_bytes=kept,
     )  # fmt: skip
-    return TokenStats(*(tokens.scatter(field) for field in stats))
+    return TokenStats(*(tokens.scatter(field) for field in stats[: len(TokenStats._fields)]))
 
 
 def token_divergence(

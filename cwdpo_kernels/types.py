@@ -137,12 +137,20 @@ class SequenceLogprob(NamedTuple):
 
 
 class TokenStats(NamedTuple):
-    """Per token: `logp` of its label (nats), `entropy` (nats), `top1_prob`, `is_top1` (bool). 0 where ignored."""
+    """Per token, in nats, 0 (False) where ignored. `logp`, `entropy` and `logsumexp` have gradients.
+
+    `logp` of the label; `entropy` of the distribution; `top1_prob`, the largest probability; `is_top1`, whether it is
+    the label's (bool); `logsumexp` of the logits; `log_sum_sq_probs` = log sum_v p_v^2; `mean_logit` over the
+    vocabulary.
+    """
 
     logp: Tensor
     entropy: Tensor
     top1_prob: Tensor
     is_top1: Tensor
+    logsumexp: Tensor
+    log_sum_sq_probs: Tensor
+    mean_logit: Tensor
 
 
 class Divergence(NamedTuple):

@@ -118,15 +118,18 @@ def check_softcap(op: str, arg: str, softcap: float | None, dtype: torch.dtype) 
     expect(ok, op, arg, "value", f"None or between {limits.tiny:.2g} and {limits.max:.2g}", softcap)
 
 
-def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: int, ignore_index: int) -> None:
-    """Check that labels fit `like` [..., X]; their values only on the CPU, where reading them needs no device sync."""
+def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: int | None, ignore_index: int) -> None:
+    """Check that labels fit `like` [..., X]; their values only on the CPU, where reading them needs no device sync.
+
+    vocab None: labels may have any value.
+    """
     check_dtype(op, "labels", labels, INDEX_DTYPES)
     check_ignore_index(op, ignore_index)
     expected = list(like.shape[:-1])
     ok = list(labels.shape) == expected
     expect(ok, op, "labels", "shape", f"{expected} (as {like_name})", list(labels.shape))
     check_device(op, "labels", labels, like, like_name)
-    if labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+    if vocab is not None and labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         if wrong.any():
             value = labels[wrong][0].item()

@@ -30,9 +30,9 @@ def op_cases():
     refs = (torch.zeros(2), torch.zeros(2))
     count = torch.tensor([3, 3, 0, 3])
     cooling = (0.1, -3.0, 1.0, None, -9.0, False, -100)
-    one, none = OPS.token_stats, torch.no_grad()
-    with none:
-        stats = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in linear)
+    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in linear)
+    sums, kept_logits = OPS.softmax_sums(*detached, False, 1 << 20, 600)
+    factors = (torch.randn(12), torch.randn(12), torch.randn(12), *detached[:4], sums[1])
     return [
         ("linear_logprob", (*linear, False, False, 1 << 20, 600)),
         ("linear_logprob", (*frozen, True, False, 1 << 20, 0)),
@@ -41,8 +41,12 @@ def op_cases():
         ("logits_logprob", (logits, labels, -100, False)),
         ("logits_logprob_backward", gradient),
         ("logits_logprob_backward_", gradient),
-        (one.__name__, (*stats, 1 << 20)),
-        ("token_divergence", (*stats[:3], 1.0, None, *stats[:3], 0.5, None, 1 << 20)),
+        ("token_stats", (*linear, 1 << 20, 600)),
+        ("softmax_sums", (*detached, False, 1 << 20, 600)),
+        ("softmax_sums", (*detached, True, 1 << 20, 0)),
+        ("softmax_sums_backward", (*factors, kept_logits, *linear[4:], False, True, True, True, 1 << 20)),
+        ("softmax_sums_backward_", (*factors, torch.empty_like(saved[2]), *linear[4:], False, True, True, 1 << 20)),
+        ("token_divergence", (*detached[:3], 1.0, None, *detached[:3], 0.5, None, 1 << 20)),
         ("cooling_weight", (torch.randn(4), -3.0, 1.0, None)),
         ("sequence_logprob", (token, labels, CU, -100)),
         ("sequence_logprob_backward", (torch.ones(4), torch.ones(4), labels, count, CU, -100)),
@@ -103,7 +107,7 @@ def public_calls():
             ck.linear_constrained_sft_loss(h, weight, labels, negatives=negatives).loss
         ),
         "constrained_sft_loss": lambda h: ck.constrained_sft_loss(*sequences(h), negatives=negatives).loss,
-        "token_stats": lambda h: ck.token_stats(h, weight, labels).entropy.sum() + h.sum(),
+        "token_stats": lambda h: sum(x.sum() for x in ck.token_stats(h, weight, labels)[:2]),
         "token_divergence": lambda h: ck.token_divergence(h, weight, other, weight).js.sum() + h.sum(),
         "cooling_weight": lambda h: ck.cooling_weight(h[:, 0, 0], ck.Cooling()).sum() + h.sum(),
         "shift_labels": lambda h: ck.linear_logprob(h, weight, ck.shift_labels(labels)).sum(),

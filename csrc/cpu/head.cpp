@@ -51,13 +51,14 @@ void check_head(const char* op, const HeadArguments& head, const Tensor& labels)
   });
 }
 
-LabelledRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab) {
+LabelledRows labelled_rows(
+    const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab, bool partial) {
   const Tensor as_int64 = contiguous_as<int64_t>(labels);
   const int64_t* values = data<int64_t>(as_int64);
   LabelledRows labelled;
   for (int64_t i = 0; i < labels.numel(); ++i) {
     if (values[i] == ignore_index) continue;
-    expect(values[i] >= 0 && values[i] < vocab, op, "labels", "values below", vocab, values[i]);
+    expect(partial || (values[i] >= 0 && values[i] < vocab), op, "labels", "values below", vocab, values[i]);
     labelled.tokens.push_back(i);
     labelled.labels.push_back(values[i]);
   }
@@ -188,6 +189,7 @@ std::vector<T> TiledHead<T>::target_logits() const {
     const Tensor hidden_rows = contiguous_as<T>(slice_rows(hidden_, block.start, block.size));
     for_rows(block.size, dim, [&](int64_t i) {
       const int64_t row = block.start + i;
+      if (!Span{0, vocab}.contains(labelled_.labels[row])) return;
       logits[row] = static_cast<T>(dot_row(data<T>(hidden_rows) + i * dim, data<T>(label_weight) + i * dim, dim));
       transform_row(&logits[row], 1, bias(labelled_.labels[row]), scale, cap);
     });

@@ -36,8 +36,10 @@ struct LabelledRows {
   std::vector<int64_t> tokens, labels;
   int64_t size() const { return static_cast<int64_t>(tokens.size()); }
 };
-// All tokens whose label is not `ignore_index`. Throws if a label is outside [0, vocab).
-LabelledRows labelled_rows(const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab);
+// All tokens whose label is not `ignore_index`. Throws if a label is outside [0, vocab), unless the head is a part of the
+// vocabulary (`partial`): such a label belongs to another part.
+LabelledRows labelled_rows(
+    const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab, bool partial = false);
 
 // What a pass keeps in memory for each of its shards, beside a tile.
 enum class Pass {
@@ -72,11 +74,15 @@ class TiledHead {
       transform_row(tile.row(v), tile.columns, bias(columns.start + v), scale, cap);
     });
   }
-  // The weight row of each token's label, [R, D], for a block of tokens.
+  // The weight row of each token's label, [R, D], for a block of tokens; any row for a label outside the vocabulary.
   Tensor target_weight(Span block) const {
-    return contiguous_as<T>(index_rows(weight_, labelled_.labels.data() + block.start, block.size));
+    std::vector<int64_t> labels(block.size);
+    for (int64_t i = 0; i < block.size; ++i) {
+      labels[i] = std::clamp<int64_t>(labelled_.labels[block.start + i], 0, vocab - 1);
+    }
+    return contiguous_as<T>(index_rows(weight_, labels.data(), block.size));
   }
-  // The logit of each token's label, [N]: one dot product per token.
+  // The logit of each token's label, [N]: one dot product per token. 0 for a label outside the vocabulary.
   std::vector<T> target_logits() const;
 
  private:

@@ -3,11 +3,21 @@
 
 #include <algorithm>
 #include <cstring>
+#include <optional>
 
 #include "tensors.h"
 #include "tiles.h"
 
 namespace cwdpo {
+
+// A value of kept_bytes (cwdpo_kernels/ops/checks.py): as without a value, but unused bytes are not zeroed.
+constexpr int64_t kUninitialized = -1;
+
+// Memory for kept logits: that of the weight's gradient, or as many opaque bytes as `kept_bytes` says.
+inline Tensor memory_for_kept(const Tensor& weight, std::optional<int64_t> kept_bytes) {
+  const bool opaque = kept_bytes && *kept_bytes >= 0;
+  return opaque ? empty({*kept_bytes}, ScalarType::Byte) : torch::stable::empty_like(weight);
+}
 
 // The logits of one vocabulary entry and all N labelled rows are one line. In the memory of the weight's gradient
 // [V, D], a line lies in the row of its entry, if it fits: backward reads it before it writes that row, so that threads

@@ -6,10 +6,12 @@
 
 namespace cwdpo {
 
-// The labelled rows whose grad_logp is not zero. With y the label of a row, the gradient of its unscaled logits is
+// The labelled rows whose logits have a gradient. With y the label of a row, the gradient of its unscaled logits is
 //
-//   grad_target                             at v = y
-//   exp_factor * exp(z_v - max_logit)       elsewhere
+//   grad_target                                                                   at v = y
+//   exp(z_v - max_logit) * (exp_factor + log_factor * (z_v - max_logit))          elsewhere
+//
+// log_factor is empty where it is 0 for all tokens.
 template <class T>
 struct LogitGrads {
   LogitGrads(
@@ -32,9 +34,29 @@ struct LogitGrads {
     }
   }
 
+  // From the numbers of each token, of unscaled logits.
+  LogitGrads(
+      const LabelledRows& labelled, const Tensor& target, const Tensor& exponential, const Tensor& logarithmic,
+      const Tensor& max_logit) {
+    const Tensor target_N = contiguous_as<T>(target), exp_N = contiguous_as<T>(exponential),
+                 log_N = contiguous_as<T>(logarithmic), max_logit_N = contiguous_as<T>(max_logit);
+    for (int64_t i = 0; i < labelled.size(); ++i) {
+      const int64_t token = labelled.tokens[i];
+      const T at_target = data<T>(target_N)[token], exp_part = data<T>(exp_N)[token], log_part = data<T>(log_N)[token];
+      if (at_target == T(0) && exp_part == T(0) && log_part == T(0)) continue;
+      rows.tokens.push_back(token);
+      rows.labels.push_back(labelled.labels[i]);
+      index_among_labelled.push_back(i);
+      grad_target.push_back(at_target);
+      exp_factor.push_back(exp_part);
+      log_factor.push_back(log_part);
+      max_logits.push_back(data<T>(max_logit_N)[token]);
+    }
+  }
+
   LabelledRows rows;
   std::vector<int64_t> index_among_labelled;
-  std::vector<T> grad_target, exp_factor, max_logits;
+  std::vector<T> grad_target, exp_factor, log_factor, max_logits;
 };
 
 inline void check_per_token(

@@ -16,7 +16,10 @@ template <class T>
 struct OnlineSoftmax {
   T max_logit = std::numeric_limits<T>::lowest();  // max z; stays finite if every z is -inf
   T sum_exp = 0;                                   // sum exp(z - max_logit)
-  T moment = 0;                                    // sum exp(z - max_logit) (z - max_logit); only for token_stats
+  // Only in sweeps of kMoments:
+  T moment = 0;     // sum exp(z - max_logit) (z - max_logit)
+  T sum_sq = 0;     // sum exp(z - max_logit)^2
+  T sum_logit = 0;  // sum z, the target logit included
 
   // Raises max_logit to `candidate` if that is larger. Returns the factor by which this scales all earlier sums.
   T raise_max(T candidate) {
@@ -25,6 +28,7 @@ struct OnlineSoftmax {
     max_logit = candidate;
     if (sum_exp > T(0)) moment = (moment + shift * sum_exp) * rescale;  // shift may be -inf before the first logit
     sum_exp *= rescale;
+    sum_sq *= rescale * rescale;
     return rescale;
   }
 
@@ -34,6 +38,8 @@ struct OnlineSoftmax {
     const T other_factor = shift == T(0) ? T(1) : std::exp(shift);
     if (others.sum_exp > T(0)) moment += (others.moment + shift * others.sum_exp) * other_factor;
     sum_exp += others.sum_exp * other_factor;
+    sum_sq += others.sum_sq * other_factor * other_factor;
+    sum_logit += others.sum_logit;
     return {factor, other_factor};
   }
 

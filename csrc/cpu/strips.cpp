@@ -49,14 +49,29 @@ CWDPO_INLINE void exp_sum(Strip<T> strip, const T* max_logit, T* sum_exp) {
 }
 
 template <class T>
-CWDPO_INLINE void exp_moment(Strip<T> strip, const T* max_logit, T* sum_exp, T* moment) {
-  sum_in_parts(strip, std::array{sum_exp, moment}, [&](const T* z, T (*parts)[kStripTokens]) {
-    T *sums = parts[0], *moments = parts[1];
+CWDPO_INLINE void sum_of(Strip<T> strip, T* sum) {
+  sum_in_parts(strip, std::array{sum}, [&](const T* z, T (*parts)[kStripTokens]) {
+    T* part = parts[0];
+#pragma omp simd
+    for (int64_t n = 0; n < strip.count; ++n) part[n] += z[n];
+  });
+}
+
+template <class T>
+CWDPO_INLINE T at_least_low(T x) {
+  return x < Exp<T>::kLow ? Exp<T>::kLow : x;  // exp(x) is 0 there, and 0 * -inf would be NaN
+}
+
+template <class T>
+CWDPO_INLINE void exp_moments(Strip<T> strip, const T* max_logit, T* sum_exp, T* moment, T* sum_sq) {
+  sum_in_parts(strip, std::array{sum_exp, moment, sum_sq}, [&](const T* z, T (*parts)[kStripTokens]) {
+    T *sums = parts[0], *moments = parts[1], *squares = parts[2];
 #pragma omp simd
     for (int64_t n = 0; n < strip.count; ++n) {
       const T x = z[n] - max_logit[n], exp_x = fast_exp(x);
       sums[n] += exp_x;
-      moments[n] += exp_x * (x < Exp<T>::kLow ? Exp<T>::kLow : x);  // 0 * -inf would be NaN
+      moments[n] += exp_x * at_least_low(x);
+      squares[n] += exp_x * exp_x;
     }
   });
 }
@@ -82,33 +97,43 @@ CWDPO_INLINE void exponentiate(Strip<T> strip, const T* max_logit, T cap, T* sum
   });
 }
 
-template <bool kCapped, class T>
-CWDPO_INLINE void exp_across(const T* z, T* out, int64_t size, const T* max_logit, const T* factor, T cap) {
+template <bool kCapped, bool kLog, class T>
+CWDPO_INLINE void exp_across(
+    const T* z, T* out, int64_t size, const T* max_logit, const T* factor, const T* log_factor, T cap) {
 #pragma omp simd
   for (int64_t n = 0; n < size; ++n) {
-    out[n] = fast_exp(z[n] - max_logit[n]) * factor[n] * slope_at<kCapped>(z[n], cap);
+    const T x = z[n] - max_logit[n];
+    T total = factor[n];
+    if constexpr (kLog) total += log_factor[n] * at_least_low(x);
+    out[n] = fast_exp(x) * total * slope_at<kCapped>(z[n], cap);
   }
 }
 
 }  // namespace
 
-#define CWDPO_DEFINE(T)                                                                                    \
-  CWDPO_FOR_EACH_PROCESSOR void max_of_strip(Strip<T> strip, T* max_logit) { max_of(strip, max_logit); }   \
-  CWDPO_FOR_EACH_PROCESSOR void exp_sum_of_strip(Strip<T> strip, const T* max_logit, T* sum_exp) {         \
-    exp_sum(strip, max_logit, sum_exp);                                                                    \
-  }                                                                                                        \
-  CWDPO_FOR_EACH_PROCESSOR void exp_moment_of_strip(                                                       \
-      Strip<T> strip, const T* max_logit, T* sum_exp, T* moment) {                                         \
-    exp_moment(strip, max_logit, sum_exp, moment);                                                         \
-  }                                                                                                        \
-  CWDPO_FOR_EACH_PROCESSOR void exp_strip(Strip<T> strip, const T* max_logit, T cap, T* sum_exp) {         \
-    cap == T(0) ? exponentiate<false>(strip, max_logit, cap, sum_exp)                                      \
-                : exponentiate<true>(strip, max_logit, cap, sum_exp);                                      \
-  }                                                                                                        \
-  CWDPO_FOR_EACH_PROCESSOR void exp_across_tokens(                                                         \
-      const T* z, T* out, int64_t n, const T* max_logit, const T* factor, T cap) {                         \
-    cap == T(0) ? exp_across<false>(z, out, n, max_logit, factor, cap)                                     \
-                : exp_across<true>(z, out, n, max_logit, factor, cap);                                     \
+#define CWDPO_DEFINE(T)                                                                                   \
+  CWDPO_FOR_EACH_PROCESSOR void max_of_strip(Strip<T> strip, T* max_logit) { max_of(strip, max_logit); }  \
+  CWDPO_FOR_EACH_PROCESSOR void sum_of_strip(Strip<T> strip, T* sum) { sum_of(strip, sum); }              \
+  CWDPO_FOR_EACH_PROCESSOR void exp_sum_of_strip(Strip<T> strip, const T* max_logit, T* sum_exp) {        \
+    exp_sum(strip, max_logit, sum_exp);                                                                   \
+  }                                                                                                       \
+  CWDPO_FOR_EACH_PROCESSOR void exp_moments_of_strip(                                                     \
+      Strip<T> strip, const T* max_logit, T* sum_exp, T* moment, T* sum_sq) {                             \
+    exp_moments(strip, max_logit, sum_exp, moment, sum_sq);                                               \
+  }                                                                                                       \
+  CWDPO_FOR_EACH_PROCESSOR void exp_strip(Strip<T> strip, const T* max_logit, T cap, T* sum_exp) {        \
+    cap == T(0) ? exponentiate<false>(strip, max_logit, cap, sum_exp)                                     \
+                : exponentiate<true>(strip, max_logit, cap, sum_exp);                                     \
+  }                                                                                                       \
+  CWDPO_FOR_EACH_PROCESSOR void exp_across_tokens(                                                        \
+      const T* z, T* out, int64_t n, const T* max_logit, const T* factor, const T* log_factor, T cap) {   \
+    if (log_factor != nullptr) {                                                                          \
+      cap == T(0) ? exp_across<false, true>(z, out, n, max_logit, factor, log_factor, cap)                \
+                  : exp_across<true, true>(z, out, n, max_logit, factor, log_factor, cap);                \
+    } else {                                                                                              \
+      cap == T(0) ? exp_across<false, false>(z, out, n, max_logit, factor, log_factor, cap)               \
+                  : exp_across<true, false>(z, out, n, max_logit, factor, log_factor, cap);               \
+    }                                                                                                     \
   }
 
 CWDPO_DEFINE(float)

@@ -16,7 +16,7 @@ namespace cwdpo {
 // What a sweep over the vocabulary computes, and what it leaves in each tile.
 enum class Sweep {
   kSumExp,        // max_logit and sum_exp; the tile keeps its logits
-  kMoments,       // the same, and moments
+  kMoments,       // the same, moment, sum_sq and sum_logit
   kExponentials,  // max_logit and sum_exp; the tile becomes exp(z - max_logit) * slope, with 0 at the labels
 };
 
@@ -26,13 +26,14 @@ template <class T, class F>
 void add_strip(
     const TiledHead<T>& head, const Matrix<T>& tile, Span columns, Span block, Span part, Sweep kind,
     std::vector<OnlineSoftmax<T>>& softmax, const F& rescaled) {
-  std::array<T, kStripTokens> strip_max, max_logit, sum_exp, moment, target;
+  std::array<T, kStripTokens> strip_max, max_logit, sum_exp, moment, sum_sq, sum_logit, target;
   const Strip<T> strip{tile.data + part.start, columns.size, tile.row_stride, part.size};
   const int64_t first = block.start + part.start;
   const auto target_entry = [&](int64_t n) {
     const int64_t label = head.label(first + n);
     return columns.contains(label) ? &strip.z[(label - columns.start) * strip.stride + n] : nullptr;
   };
+  if (kind == Sweep::kMoments) sum_of_strip(strip, sum_logit.data());
   for (int64_t n = 0; n < part.size; ++n) {
     T* entry = target_entry(n);
     if (entry == nullptr) continue;
@@ -46,11 +47,18 @@ void add_strip(
     if (rescale != T(1)) rescaled(first + n, rescale);
   }
   if (kind == Sweep::kSumExp) exp_sum_of_strip(strip, max_logit.data(), sum_exp.data());
-  if (kind == Sweep::kMoments) exp_moment_of_strip(strip, max_logit.data(), sum_exp.data(), moment.data());
+  if (kind == Sweep::kMoments) {
+    exp_moments_of_strip(strip, max_logit.data(), sum_exp.data(), moment.data(), sum_sq.data());
+  }
   if (kind == Sweep::kExponentials) exp_strip(strip, max_logit.data(), head.cap, sum_exp.data());
   for (int64_t n = 0; n < part.size; ++n) {
-    softmax[first + n].sum_exp += sum_exp[n];
-    if (kind == Sweep::kMoments) softmax[first + n].moment += moment[n];
+    OnlineSoftmax<T>& sums = softmax[first + n];
+    sums.sum_exp += sum_exp[n];
+    if (kind == Sweep::kMoments) {
+      sums.moment += moment[n];
+      sums.sum_sq += sum_sq[n];
+      sums.sum_logit += sum_logit[n];
+    }
     if (T* entry = target_entry(n)) *entry = kind == Sweep::kExponentials ? T(0) : target[n];
   }
 }

@@ -8,10 +8,11 @@ from . import (
     linear_logprob,
     logits_logprob,
     sequence_logprob,
+    softmax_sums,
     token_divergence,
     token_stats,
 )
-from .linear_logprob import kept_bytes
+from .kept_tiles import kept_bytes
 from .registry import backend, backend_details, default_workspace_bytes, forced, missing_backend, register_backend
 from .schema import apply
 
@@ -32,6 +33,7 @@ __all__ = [
     "missing_backend",
     "register_backend",
     "sequence_logprob",
+    "softmax_sums",
     "token_divergence",
     "token_stats",
 ]

@@ -13,7 +13,10 @@ from .. import validation as check
 from ..portable.tiles import compute_dtype
 from .schema import Values
 
-PER_TOKEN = ("labels", "logp", "anchor", "sum_exp", "grad_logp")  # [N]
+PER_TOKEN = (  # [N]
+    "labels", "logp", "anchor", "max_logit", "sum_exp", "grad_logp", "grad_target", "exp_factor", "log_factor",
+)  # fmt: skip
+SAVED = ("anchor", "max_logit", "sum_exp", "grad_target", "exp_factor", "log_factor")  # in the compute dtype
 PER_SEQUENCE = ("count", "grad_sum_logp", "grad_mean")  # [S]
 PER_PAIR = ("ref_chosen", "ref_rejected")  # [P] of S = 2P
 BY_VALUE = ("kept_bytes", "workspace_bytes")
@@ -49,7 +52,8 @@ def check_arguments(op: str, values: Values) -> None:
         _check_sequences(op, tensors)
     if "labels" in tensors and ("weight" in tensors or "logits" in tensors):
         matrix, rows_name, columns = ("weight", "hidden", 0) if "weight" in tensors else ("logits", "logits", 1)
-        vocab = tensors[matrix].shape[columns]
+        # With `partial`, labels outside the head's vocabulary belong to another process.
+        vocab = None if values.get("partial") else tensors[matrix].shape[columns]
         check.check_labels(op, tensors["labels"], tensors[rows_name], rows_name, vocab, values["ignore_index"])
     if "mode" in values:
         check.check_choice(op, "mode", values["mode"], check.SFT_MODES)
@@ -87,7 +91,7 @@ def _check_tokens(op: str, tensors: dict[str, Tensor]) -> None:
     tokens = tensors[given[0]].numel() if matrix is None else matrix.shape[0]
     for name in given:
         _check_shape(op, name, tensors[name], [tokens])
-        if name in ("anchor", "sum_exp") and matrix is not None:
+        if name in SAVED and matrix is not None:
             check.check_dtype(op, name, tensors[name], (compute_dtype(matrix.dtype),))
             check.expect(tensors[name].is_contiguous(), op, name, "layout", "contiguous", "strided")
 

@@ -39,6 +39,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gradients import LogitGrads, head_gradients
+from .kept import KeptTiles
 from .tiles import TiledHead, compute_dtype, direction_dtype, fill_target, rows_where
 
 
@@ -138,50 +140,14 @@ def linear_logprob_backward(
     Rows without an upstream gradient are always skipped, so `sparse_grad` is not read. The weight's gradient is written
     to `grad_weight` if that is given.
     """
-    dtype = compute_dtype(hidden.dtype)
-    if grad_weight is None:
-        grad_weight = torch.empty_like(weight) if needs_weight else weight.new_empty(0)
-    labelled = labels != ignore_index
-    rows = rows_where(labelled & (grad_logp != 0))
-    labels_N, anchor_N, sum_exp_N = labels[rows].long(), anchor[rows], sum_exp[rows]
-    # Forward planned its tiles for all labelled rows. Use the same plan, so that kept tiles have the same boundaries.
-    n_labelled = int(labelled.sum())
-    head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes, max_rows=n_labelled)
-    kept_tiles = KeptTiles(kept, head, n_labelled, selected=_positions(labelled, rows))
-    grad_target_N = grad_logp[rows].to(dtype) * -torch.expm1(logp[rows]) * scale  # 1 - p_y = -expm1(logp)
-    exp_factor_N = exp_factor_of(grad_target_N, sum_exp_N)
-    grad_hidden_ND = grad_target_N.new_zeros(head.hidden.shape) if needs_hidden else None
-    grad_bias = weight.new_empty(0) if bias is None or not needs_bias else torch.empty_like(bias)
-
-    for columns in head.columns():
-        weight_BD = head.weight_tile(columns)
-        grad_weight_BD = _accumulator(grad_weight[columns], dtype) if needs_weight else None
-        grad_bias_B = weight_BD.new_zeros(weight_BD.shape[0]) if needs_bias else None
-        for block in head.rows():
-            tile_RB = kept_tiles.load(block, columns)
-            if tile_RB is None:
-                tile_RB = head.logits(block, columns, weight_BD)
-            slope_RB = head.slope(tile_RB)
-            grad_RB = tile_RB.sub_(anchor_N[block, None]).exp_().mul_(exp_factor_N[block, None])
-            # Replaces exp(c - anchor), which may overflow.
-            fill_target(grad_RB, labels_N[block], columns, grad_target_N[block, None])
-            if slope_RB is not None:
-                grad_RB.mul_(slope_RB)
-            if grad_hidden_ND is not None:
-                grad_hidden_ND[block].addmm_(grad_RB, weight_BD)
-            if grad_weight_BD is not None:
-                grad_weight_BD.addmm_(grad_RB.T, head.hidden_block(block))
-            if grad_bias_B is not None:
-                grad_bias_B.add_(grad_RB.sum(0))
-        if grad_weight_BD is not None and grad_weight.dtype != dtype:
-            grad_weight[columns] = grad_weight_BD
-        if grad_bias_B is not None:
-            grad_bias[columns] = grad_bias_B
-
-    grad_hidden = torch.zeros_like(hidden) if needs_hidden else hidden.new_empty(0)
-    if grad_hidden_ND is not None:
-        grad_hidden[rows] = grad_hidden_ND.to(hidden.dtype)
-    return grad_hidden, grad_weight, grad_bias
+    grad_target = grad_logp.to(logp.dtype) * -torch.expm1(logp) * scale  # 1 - p_y = -expm1(logp)
+    # The log-prob of a token without an upstream gradient may be NaN.
+    grad_target = torch.where(grad_logp == 0, 0.0, grad_target)
+    grads = LogitGrads(labels, labels != ignore_index, anchor, grad_target, exp_factor_of(grad_target, sum_exp))
+    return head_gradients(
+        hidden, weight, bias, grads, kept, scale, softcap, needs_hidden, needs_weight, needs_bias, workspace_bytes,
+        grad_weight,
+    )  # fmt: skip
 
 
 def linear_logprob_backward_(
@@ -195,52 +161,3 @@ def linear_logprob_backward_(
         needs_hidden, True, needs_bias, sparse_grad, workspace_bytes, grad_weight=kept,
     )  # fmt: skip
     return grad_hidden, grad_bias
-
-
-def _accumulator(out: Tensor, dtype: torch.dtype) -> Tensor:
-    """Zeros in the compute dtype, in the output's own memory if it has that dtype."""
-    return out.zero_() if out.dtype == dtype else torch.zeros_like(out, dtype=dtype)
-
-
-def _positions(labelled: Tensor, rows: Tensor | slice) -> Tensor | slice:
-    """Indices of `rows` (of all tokens) among the labelled rows. A slice means that every token is in both."""
-    return rows if isinstance(rows, slice) else (labelled.cumsum(0) - 1)[rows]
-
-
-class KeptTiles:
-    """Logits that forward keeps for backward: for all labelled rows, as many vocabulary tiles as fit in `storage`.
-
-    The tiles fill `storage` from its end. If `storage` is the memory of the weight's gradient [V, D], which backward
-    writes from the start, each tile lies behind its own slice of the gradient. It is therefore read before it is
-    overwritten.
-    """
-
-    def __init__(
-        self, storage: Tensor, head: TiledHead, n_rows: int | None = None, selected: Tensor | slice = slice(None)
-    ) -> None:
-        n_rows = head.hidden.shape[0] if n_rows is None else n_rows
-        gradient_row = storage.shape[1] * storage.element_size() if storage.dim() == 2 else 0
-        self.head, self.selected, self.tiles_NB = head, selected, {}
-        self.bytes = storage.view(-1).view(torch.uint8)
-        self.start = self.stop = self.bytes.numel() // head.dtype.itemsize * head.dtype.itemsize
-        for columns in reversed(list(head.columns())):
-            width = columns.stop - columns.start
-            start = self.start - n_rows * width * head.dtype.itemsize
-            if start >= columns.stop * gradient_row:
-                self.tiles_NB[columns.start] = self.bytes[start : self.start].view(head.dtype).view(n_rows, width)
-                self.start = start
-
-    def zero_unused(self) -> None:
-        self.bytes[: self.start] = 0
-        self.bytes[self.stop :] = 0
-
-    def save(self, tile_RB: Tensor, rows: slice, columns: slice) -> None:
-        if columns.start in self.tiles_NB:
-            self.tiles_NB[columns.start][rows] = tile_RB
-
-    def load(self, rows: slice, columns: slice) -> Tensor | None:
-        """A copy in the head's buffer that the caller may overwrite, or None if the tile was not kept."""
-        if columns.start not in self.tiles_NB:
-            return None
-        kept_RB = self.tiles_NB[columns.start][self.selected][rows]
-        return self.head.buffer(*kept_RB.shape).copy_(kept_RB)

@@ -1,9 +1,17 @@
-"""Entropy, top-1 probability and top-1 correctness with the label's log-probability, in one pass, without logits.
+r"""Statistics of a token's distribution, and their gradient, from sums over the vocabulary (see softmax_sums.py).
 
-The pass accumulates the competitors' (anchor, sum_exp) of linear_logprob and moment = sum exp(z_v - anchor)
-(z_v - anchor). Then the label's own logit c joins in, with m = max(anchor, c) and Z = sum_v exp(z_v - m) over all v:
+With p the probability of the label, s its odds, q_v = u_v / sum_exp the distribution of its competitors among
+themselves, and h2(p) = -p log p - (1 - p) log(1 - p),
 
-    entropy = log Z - (1 / Z) sum_v exp(z_v - m) (z_v - m)       top-1 probability = 1 / Z
+    log s = (max_logit - target) + log sum_exp      logp = -log(1 + s)       log(1 - p) = -log(1 + 1 / s)
+    H(q) = log sum_exp - moment / sum_exp           entropy = h2(p) + (1 - p) H(q)
+    logsumexp = target - logp                       sum p_v^2 = p^2 + (1 - p)^2 sum_sq / sum_exp^2
+
+No formula subtracts nearly equal numbers, however confident the token. With r = p (log s - H(q)),
+
+    d entropy / d z_y   = (1 - p) r                 d entropy / d z_v   = -(1 - p) q_v (log q_v + H(q) + r)
+    d logp / d z_y      = 1 - p                     d logp / d z_v      = -(1 - p) q_v
+    d logsumexp / d z_y = p                         d logsumexp / d z_v = (1 - p) q_v
 """
 
 from __future__ import annotations
@@ -11,57 +19,75 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .linear_logprob import logp_of
-from .tiles import TiledHead, compute_dtype, fill_target, rows_where
-
-# nats: exp(-NEGLIGIBLE) is 0 in every dtype. Distances are cut off here, because 0 * -inf would make a moment NaN.
-NEGLIGIBLE = 1e3
+from .._ops import ops
 
 
 def token_stats(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
-    ignore_index: int, workspace_bytes: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp, entropy, top-1 probability [N] and whether the label is top-1 (bool [N]); 0 where ignored."""
-    dtype = compute_dtype(hidden.dtype)
-    logp, entropy, top1_prob = (torch.zeros(labels.shape, dtype=dtype, device=hidden.device) for _ in range(3))
-    is_top1 = torch.zeros(labels.shape, dtype=torch.bool, device=hidden.device)
-
-    rows = rows_where(labels != ignore_index)
-    head = TiledHead(hidden[rows], weight, bias, scale, softcap, workspace_bytes)
-    labels_N = labels[rows].long()
-    target_N = head.target_logits(labels_N)
-    anchor_N, sum_exp_N, moment_N = _accumulate(head, labels_N)
-
-    logp[rows] = logp_of(target_N, anchor_N, sum_exp_N)
-    lead_N = anchor_N - target_N  # of the best competitor over the label
-    top_N = lead_N.clamp_min(0)  # of the top token over the label
-    # Z - 1, the weight of all but the top token: log1p of it keeps its digits when Z is close to 1.
-    rest_N = torch.where(lead_N > 0, (sum_exp_N - 1) + torch.exp(-top_N), torch.exp(lead_N.clamp_max(0)) * sum_exp_N)
-    below_N = lead_N.clamp_max(0)  # of the best competitor under the top token
-    others_N = torch.exp(below_N) * (moment_N + below_N * sum_exp_N)
-    shifted_N = others_N - torch.exp(-top_N) * top_N.clamp_max(NEGLIGIBLE)
-    broken_N = torch.isnan(logp[rows])
-    entropy[rows] = (torch.log1p(rest_N) - shifted_N / (1 + rest_N)).clamp_min(0).masked_fill(broken_N, torch.nan)
-    top1_prob[rows] = (1 / (1 + rest_N)).masked_fill(broken_N, torch.nan)
-    is_top1[rows] = (lead_N <= 0) & ~broken_N
-    return logp, entropy, top1_prob, is_top1
+    ignore_index: int, workspace_bytes: int, kept_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq_probs, mean_logit [N] (0 where ignored), sums, kept."""
+    sums, kept = ops.softmax_sums(
+        hidden, weight, bias, labels, scale, softcap, ignore_index, False, workspace_bytes, kept_bytes
+    )
+    labelled = labels != ignore_index
+    stats = stats_of(sums, weight.shape[0])
+    return *(field.masked_fill(~labelled, 0) for field in stats), sums, kept
 
 
-def _accumulate(head: TiledHead, labels_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    anchor_N = labels_N.new_full(labels_N.shape, torch.finfo(head.dtype).min, dtype=head.dtype)
-    sum_exp_N, moment_N = torch.zeros_like(anchor_N), torch.zeros_like(anchor_N)
-    for columns in head.columns():
-        weight_BD = head.weight_tile(columns)
-        for rows in head.rows():
-            tile_RB = head.logits(rows, columns, weight_BD)
-            fill_target(tile_RB, labels_N[rows], columns, -torch.inf)
-            anchor_R = torch.maximum(anchor_N[rows], tile_RB.amax(1))
-            shift_R = (anchor_N[rows] - anchor_R).clamp_min_(-NEGLIGIBLE)
-            decay_R = torch.exp(shift_R)
-            anchor_N[rows] = anchor_R
-            tile_RB.sub_(anchor_R[:, None]).clamp_min_(-NEGLIGIBLE)
-            weight_RB = torch.exp(tile_RB)
-            moment_N[rows] = (moment_N[rows] + shift_R * sum_exp_N[rows]) * decay_R + (weight_RB * tile_RB).sum(1)
-            sum_exp_N[rows] = sum_exp_N[rows] * decay_R + weight_RB.sum(1)
-    return anchor_N, sum_exp_N, moment_N
+def stats_of(sums: Tensor, vocab: int) -> tuple[Tensor, ...]:
+    """logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq_probs, mean_logit [N] of sums [6, N].
+
+    All NaN (False) if a logit is NaN or +inf, or if all are -inf.
+    """
+    target, max_logit, sum_exp, _, sum_sq, sum_logit = sums
+    log_odds, logp, log_other = _log_probs(sums)
+    p, other = torch.exp(logp), torch.exp(log_other)
+    entropy = torch.where(p == 0, 0.0, -p * logp) + torch.where(other == 0, 0.0, other * (_entropy_of_others(sums) - log_other))
+    top_other = other / _nonzero(sum_exp)
+    log_sq_other = 2 * (log_other - torch.log(_nonzero(sum_exp))) + torch.log(sum_sq)
+    unlikely = log_odds > 0
+    logsumexp = torch.where(unlikely, (max_logit + torch.log(sum_exp)) - log_other, target - logp)
+    broken = torch.isnan(logp)
+    fields = (
+        logp, entropy.clamp_min(0), torch.where(max_logit > target, top_other, p), (target >= max_logit) & ~broken,
+        logsumexp, torch.logaddexp(2 * logp, log_sq_other), sum_logit / vocab,
+    )  # fmt: skip
+    return tuple(x if x.dtype == torch.bool else x.masked_fill(broken, torch.nan) for x in fields)
+
+
+def gradient_factors(
+    sums: Tensor, grad_logp: Tensor, grad_entropy: Tensor, grad_logsumexp: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """grad_target, exp_factor, log_factor [N] of the logits (see gradients.py), 0 where no gradient arrives."""
+    sum_exp, moment = _nonzero(sums[2]), sums[3]
+    log_odds, logp, _ = _log_probs(sums)
+    p, other = torch.exp(logp), -torch.expm1(logp)
+    competes = sums[2] != 0
+    r = torch.where(competes & (p != 0), p * (log_odds - _entropy_of_others(sums)), 0.0)
+    share = torch.where(competes, other / sum_exp, 0.0)
+    grad_target = other * (grad_logp + grad_entropy * r) + grad_logsumexp * p
+    exp_factor = share * (grad_logsumexp - grad_logp + grad_entropy * (moment / sum_exp - r))
+    used = (grad_logp != 0) | (grad_entropy != 0) | (grad_logsumexp != 0)
+    factors = (grad_target, exp_factor, share * -grad_entropy)
+    return tuple(torch.where(used, factor, 0.0) for factor in factors)  # type: ignore[return-value]
+
+
+def _log_probs(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """log s, log p and log(1 - p). log p is NaN if a logit is NaN or +inf, or if all are -inf."""
+    target, max_logit, sum_exp, *_ = sums
+    log_odds = (max_logit - target) + torch.log(sum_exp)
+    zero = torch.zeros_like(log_odds)
+    logp = -torch.logaddexp(log_odds, zero)
+    return log_odds, logp.masked_fill(target == torch.inf, torch.nan), -torch.logaddexp(-log_odds, zero)
+
+
+def _entropy_of_others(sums: Tensor) -> Tensor:
+    """H(q): the entropy of the competitors' distribution among themselves; 0 without competitors."""
+    sum_exp = _nonzero(sums[2])
+    return torch.log(sum_exp) - sums[3] / sum_exp
+
+
+def _nonzero(sum_exp: Tensor) -> Tensor:
+    """The sum, or 1 if there is none: without competitors (V = 1, or all of them at -inf) it is 0."""
+    return torch.where(sum_exp == 0, 1.0, sum_exp)

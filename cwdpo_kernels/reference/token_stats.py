@@ -12,11 +12,13 @@ def token_stats(hidden: Tensor, head: Head, labels: Tensor, ignore_index: int = 
     logits = head_logits(hidden, head)
     log_p = torch.log_softmax(logits, -1)
     p = log_p.exp()
-    entropy = -torch.where(p == 0, 0.0, p * log_p).sum(-1)  # 0 log 0 = 0
+    entropy = -(p * log_p.masked_fill(p == 0, 0.0)).sum(-1)  # 0 log 0 = 0
     used = labels != ignore_index
+    fields = {
+        "entropy": entropy, "top1_prob": log_p.amax(-1).exp(), "logsumexp": torch.logsumexp(logits, -1),
+        "log_sum_sq_probs": torch.logsumexp(2 * log_p, -1), "mean_logit": logits.mean(-1),
+    }  # fmt: skip
     return TokenStats(
-        logits_logprob(logits, labels, ignore_index),
-        torch.where(used, entropy, 0.0),
-        torch.where(used, log_p.amax(-1).exp(), 0.0),
-        used & (log_p.argmax(-1) == labels),
-    )
+        logp=logits_logprob(logits, labels, ignore_index), is_top1=used & (log_p.argmax(-1) == labels),
+        **{name: torch.where(used, field, 0.0) for name, field in fields.items()},
+    )  # fmt: skip

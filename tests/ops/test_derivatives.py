@@ -34,6 +34,9 @@ def logits(function):
 # hidden [4, 3, D], weight [V, D] -> scalar
 FUNCTIONS = {
     "linear_logprob": lambda hidden, weight: ck.linear_logprob(hidden, weight, labels()).sum(),
+    "token_stats": lambda hidden, weight: sum(
+        getattr(ck.token_stats(hidden, weight, labels()), name).sum() for name in ("logp", "entropy", "logsumexp")
+    ),
     "logits_logprob": logits(lambda z: ck.logits_logprob(z, labels()).sum()),
     "sequence_logprob": lambda hidden, weight: ck.linear_sequence_logprob(hidden, weight, labels()).mean.sum(),
     "cwdpo_loss": cwdpo,

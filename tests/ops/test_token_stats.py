@@ -1,3 +1,4 @@
+import dataclasses
 import math
 
 import pytest
@@ -5,36 +6,140 @@ import torch
 
 import cwdpo_kernels as ck
 from cwdpo_kernels import reference
-from cwdpo_kernels.testing import as_float64, check_budget, confident_inputs, make_inputs, relative_error
+from cwdpo_kernels.testing import as_float64, check_budget, confident_inputs, leaves, make_inputs, relative_error
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Both have whole and partial tiles, in the interpreter too.
 SHAPES = [(3, 33), pytest.param((5, 61), marks=pytest.mark.slow)]
 
 
-@pytest.mark.parametrize("workspace_bytes", [1, 4 << 20])
-@pytest.mark.parametrize("options", [{}, {"bias": True, "scale": 0.5, "softcap": 5.0}], ids=["plain", "softcap"])
+FIELDS = ("logp", "entropy", "top1_prob", "logsumexp", "log_sum_sq_probs", "mean_logit")
+DIFFERENTIABLE = ("logp", "entropy", "logsumexp")
+BUDGETS = [ck.MemoryBudget(), ck.MemoryBudget(1, 0), ck.MemoryBudget(4 << 20, 1 << 12)]
+OPTIONS = [{}, {"bias": True, "scale": 0.5, "softcap": 5.0}]
+
+
+def frozen(head):
+    bias = None if head.bias is None else head.bias.detach()
+    return dataclasses.replace(head, weight=head.weight.detach(), bias=bias)
+
+
+def gradients(stats, inputs, fields=DIFFERENTIABLE, seed=1):
+    """Gradients of a random combination of `fields`."""
+    generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
+    total = 0.0
+    for name in fields:
+        values = getattr(stats, name)
+        total = total + (values * torch.randn(values.shape, generator=generator).to(values.dtype)).sum()
+    return torch.autograd.grad(total, inputs)
+
+
+@pytest.mark.parametrize("budget", BUDGETS, ids=["default", "smallest tiles", "some kept"])
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "softcap"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
-def test_within_the_error_budget(shape, dtype, options, workspace_bytes):
+def test_within_the_error_budget(shape, dtype, options, budget):
     hidden, head, labels = make_inputs(shape, 507, 123, dtype, **options)
-    ours = ck.token_stats(hidden, head, labels, budget=ck.MemoryBudget(workspace_bytes))
-    eager = reference.token_stats(hidden, head, labels)
-    truth = reference.token_stats(*as_float64(hidden, head), labels)
-    for name in ("logp", "entropy", "top1_prob"):
-        check_budget(name, *(getattr(stats, name) for stats in (ours, eager, truth)))
-        assert not getattr(ours, name).requires_grad
-    assert torch.equal(ours.is_top1, truth.is_top1)
-    torch.testing.assert_close(ours.logp, ck.linear_logprob(hidden, head, labels).detach(), rtol=1e-5, atol=1e-6)
+    exact = as_float64(hidden, head)
+    stats = [ck.token_stats(hidden, head, labels, budget=budget), reference.token_stats(hidden, head, labels)]
+    stats.append(reference.token_stats(*exact, labels))
+    for name in FIELDS:
+        check_budget(name, *(getattr(each, name) for each in stats))
+        assert getattr(stats[0], name).requires_grad == (name in DIFFERENTIABLE)
+    assert torch.equal(stats[0].is_top1, stats[2].is_top1)
+    torch.testing.assert_close(stats[0].logp, ck.linear_logprob(hidden, head, labels), rtol=1e-5, atol=1e-6)
+    for fields in (DIFFERENTIABLE, ("entropy",)):
+        inputs = [leaves(hidden, head), leaves(hidden, head), leaves(*exact)]
+        found = [gradients(each, leaf, fields) for each, leaf in zip(stats[1:], inputs[1:], strict=True)]
+        ours = gradients(ck.token_stats(hidden, head, labels, budget=budget), inputs[0], fields)
+        for name, *grads in zip(("hidden", "weight", "bias"), ours, *found, strict=False):
+            check_budget(f"{fields}: {name}", *grads)
+        of_frozen = gradients(ck.token_stats(hidden, frozen(head), labels, budget=budget), [hidden], fields)
+        check_budget(f"{fields}: hidden, frozen head", of_frozen[0], found[0][0], found[1][0])
 
 
 @pytest.mark.parametrize("p_label", [0.5, 0.999, 1 - 1e-6])
 def test_confident_tokens(p_label):
+    """The entropy and its gradient keep their digits, however small they are."""
     hidden, head, labels = confident_inputs(p_label, 32, 500, 64, torch.float32)
-    ours, truth = ck.token_stats(hidden, head, labels), reference.token_stats(*as_float64(hidden, head), labels)
-    assert relative_error(ours.entropy, truth.entropy) < 1e-4
-    assert relative_error(ours.top1_prob, truth.top1_prob) < 1e-6
+    exact = as_float64(hidden, head)
+    ours, truth = ck.token_stats(hidden, head, labels), reference.token_stats(*exact, labels)
     assert torch.equal(ours.is_top1, truth.is_top1)
+    for name in FIELDS:
+        assert relative_error(getattr(ours, name), getattr(truth, name)) < 1e-5, name
+    for name in DIFFERENTIABLE:
+        ours, truth = ck.token_stats(hidden, head, labels), reference.token_stats(*exact, labels)
+        found, expected = (
+            gradients(ours, leaves(hidden, head), [name]), gradients(truth, leaves(*exact), [name])
+        )  # fmt: skip
+        for actual, value in zip(found, expected, strict=True):
+            assert relative_error(actual, value) < 1e-5, name
+
+
+def test_flat_distributions():
+    """Equal logits: the entropy is log V, the largest there is, so that its gradient is 0."""
+    hidden, weight = torch.ones(3, 4, requires_grad=True), torch.full((507, 4), 0.25, requires_grad=True)
+    stats = ck.token_stats(hidden, weight, torch.tensor([0, 506, 100]))
+    torch.testing.assert_close(stats.entropy, torch.full((3,), math.log(507)))
+    torch.testing.assert_close(stats.log_sum_sq_probs, torch.full((3,), -math.log(507)))
+    for grad in torch.autograd.grad(stats.entropy.sum(), [hidden, weight]):
+        assert grad.abs().max() < 1e-6
+
+
+def test_rows_without_a_gradient_may_have_any_values():
+    """Ignored tokens, and tokens whose upstream gradient is 0, never spoil the others."""
+    hidden, head, labels = make_inputs((8,), 61, 20, labelled=1.0)
+    hidden = hidden.detach().index_fill(0, torch.tensor([2, 5]), math.nan).requires_grad_()
+    labels = labels.index_fill(0, torch.tensor([2]), ck.IGNORE_INDEX)
+    upstream = torch.ones(8).index_fill(0, torch.tensor([5]), 0.0)
+    stats = ck.token_stats(hidden, head, labels)
+    assert torch.isnan(stats.entropy).nonzero().flatten().tolist() == [5]
+    grads = torch.autograd.grad(stats.entropy.nan_to_num() @ upstream, [hidden, head.weight])
+    assert all(torch.isfinite(grad).all() for grad in grads)
+    assert not grads[0][[2, 5]].any()
+
+
+def test_two_backwards_and_repeatability():
+    """Backward may run twice (the kept tiles are then recomputed), and equal inputs give equal bits."""
+    hidden, head, labels = make_inputs((12,), 130, 40)
+    first, again = (ck.token_stats(hidden, head, labels) for _ in range(2))
+    for name in ck.TokenStats._fields:
+        assert torch.equal(getattr(first, name), getattr(again, name))
+    inputs = leaves(hidden, head)
+    total = (first.entropy + first.logp).sum()
+    once, twice = (torch.autograd.grad(total, inputs, retain_graph=True) for _ in range(2))
+    other = torch.autograd.grad((again.entropy + again.logp).sum(), inputs)
+    for a, b, c in zip(once, twice, other, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+        assert torch.equal(a, c)
+
+
+def test_gradcheck(exact_dtype):
+    if exact_dtype != torch.float64:
+        pytest.skip("needs float64")
+    hidden, head, labels = make_inputs((5,), 19, 7, torch.float64, bias=True, scale=0.7, softcap=4.0)
+
+    def function(hidden, weight, bias):
+        stats = ck.token_stats(hidden, dataclasses.replace(head, weight=weight, bias=bias), labels)
+        return stats.logp, stats.entropy, stats.logsumexp
+
+    assert torch.autograd.gradcheck(function, leaves(hidden, head))
+
+
+def test_function_transforms():
+    """torch.func.grad, and vmap over it."""
+    hidden, head, labels = make_inputs((3, 6), 31, 8)
+    weight = head.weight.detach()
+
+    def total(hidden, labels):
+        return ck.token_stats(hidden, weight, labels).entropy.sum()
+
+    expected = torch.autograd.grad(total(hidden, labels), hidden)[0]
+    torch.testing.assert_close(torch.func.grad(total)(hidden.detach(), labels), expected)
+    # Under vmap no token is left out in advance: the op skips the ignored ones.
+    labels = labels.clamp_min(0)
+    expected = torch.stack([torch.func.grad(total)(h, y) for h, y in zip(hidden.detach(), labels, strict=True)])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(total))(hidden.detach(), labels), expected)
 
 
 def test_known_values():
@@ -49,4 +154,4 @@ def test_known_values():
     assert torch.equal(certain.is_top1, torch.tensor([True, False]))
     torch.testing.assert_close(certain.logp, torch.tensor([0.0, -2e4]))
     single = ck.token_stats(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0]))
-    assert [field.item() for field in single] == [0.0, 0.0, 1.0, True]
+    assert [field.item() for field in single] == [0.0, 0.0, 1.0, True, 1.0, 0.0, 1.0]
