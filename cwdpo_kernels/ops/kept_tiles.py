@@ -92,7 +92,7 @@ def _may_overwrite(values: Values) -> bool:
     Only if forward was asked for such memory [V, D], and not if backward is batched or traced, because `kept` is then
     read again.
     """
-    upstream = next(values[name] for name in ("grad_logp", "grad_target") if name in values)
+    upstream = next(values[name] for name in ("grad_target", "grad_logp") if name in values)
     return (
         values["kept_bytes"] == UNINITIALIZED
         and values["kept"].dim() == 2

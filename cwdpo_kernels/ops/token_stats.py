@@ -1,9 +1,10 @@
 """token_stats: statistics of each token's distribution, of which logp, entropy and logsumexp have gradients.
 
-The op computes them from softmax_sums on every backend, so portable/token_stats.py has the only kernel. Saved for
-backward: hidden, weight, bias, labels, `sums` [6, N] and the kept tiles. Backward recomputes the tiles that were not
-kept: 3G of floating-point operations in all for a frozen head, 1G = 2 N D V. One pass could not take less, because the
-gradients of logp and entropy need a sum of weight rows each.
+The op has one kernel for all backends: it takes the sums of softmax_sums, and portable/stats.py has the formulas. Saved
+for backward: hidden, weight, bias, labels, `sums` [6, N] and the kept tiles. Backward recomputes the tiles that were
+not kept. In units of 1G = 2 N D V floating-point operations, that is 3G in all for a frozen head. One pass could not
+take less, because the gradients of logp and entropy need a sum of weight rows each. A trainable head takes 4G, or 3G if
+all tiles were kept.
 """
 
 from __future__ import annotations
@@ -12,10 +13,12 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from .._ops import add_op_namespace_prefix, ops
 from ..portable.softmax_sums import SUMS
 from ..portable.tiles import compute_dtype
-from ..portable.token_stats import gradient_factors
+from ..portable.stats import gradient_factors, stats_of
 from .kept_tiles import backward_from_kept, kept_like
 from .schema import Values, arguments, define, register_autograd, register_fake
 
@@ -36,6 +39,18 @@ def _(*, hidden, weight, labels, kept_bytes, **_):
     return *fields, sums, kept_like(hidden, weight, kept_bytes)
 
 
+def token_stats(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
+    ignore_index: int, workspace_bytes: int, kept_bytes: int | None,
+) -> tuple[Tensor, ...]:  # fmt: skip
+    """logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq_probs, mean_logit [N] (0 where ignored), sums, kept."""
+    sums, kept = ops.softmax_sums(
+        hidden, weight, bias, labels, scale, softcap, ignore_index, False, workspace_bytes, kept_bytes
+    )
+    ignored = labels == ignore_index
+    return *(field.masked_fill(ignored, 0) for field in stats_of(sums, weight.shape[0])), sums, kept
+
+
 def _saves(values: Values) -> Iterable[str]:
     return "sums", "kept_bytes", *arguments("softmax_sums_backward")
 
@@ -43,8 +58,8 @@ def _saves(values: Values) -> Iterable[str]:
 def _backward(ctx: Any, values: Values) -> Values:
     sums, labels = values["sums"], values["labels"]
     grads = [values[f"grad_{name}"] for name in DIFFERENTIABLE]
-    labelled = labels != values["ignore_index"]
-    grads = [torch.zeros_like(sums[0]) if grad is None else grad.masked_fill(~labelled, 0) for grad in grads]
+    ignored = labels == values["ignore_index"]
+    grads = [torch.zeros_like(sums[0]) if grad is None else grad.masked_fill(ignored, 0) for grad in grads]
     factors = gradient_factors(sums, *grads)
     names = ("grad_target", "exp_factor", "log_factor")
     values |= {name: factor * values["scale"] for name, factor in zip(names, factors, strict=True)}
@@ -52,4 +67,5 @@ def _backward(ctx: Any, values: Values) -> Values:
     return backward_from_kept(ctx, "softmax_sums_backward", values)
 
 
+torch.library.impl(add_op_namespace_prefix("token_stats"), "default", token_stats)
 register_autograd("token_stats", differentiable=DIFFERENTIABLE, saves=_saves, backward=_backward)

@@ -19,21 +19,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .._ops import ops
-
-
-def token_stats(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
-    ignore_index: int, workspace_bytes: int, kept_bytes: int | None,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq_probs, mean_logit [N] (0 where ignored), sums, kept."""
-    sums, kept = ops.softmax_sums(
-        hidden, weight, bias, labels, scale, softcap, ignore_index, False, workspace_bytes, kept_bytes
-    )
-    labelled = labels != ignore_index
-    stats = stats_of(sums, weight.shape[0])
-    return *(field.masked_fill(~labelled, 0) for field in stats), sums, kept
-
 
 def stats_of(sums: Tensor, vocab: int) -> tuple[Tensor, ...]:
     """logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq_probs, mean_logit [N] of sums [6, N].
