@@ -31,6 +31,7 @@ from .types import (
     MemoryBudget,
     SequenceLogprob,
     TokenStats,
+    VocabShard,
 )
 
 __version__ = "0.1.0"
@@ -47,6 +48,7 @@ __all__ = [
     "SequenceLogprob",
     "TokenStats",
     "TokenTree",
+    "VocabShard",
     "backend",
     "backend_details",
     "constrained_sft_loss",

@@ -46,9 +46,14 @@ def labeled_tokens(
     In a compiled graph all tokens are gathered, because the number of labeled ones would be a data-dependent shape;
     the op itself then skips ignored tokens.
     """
-    hidden, head = autocast(hidden, as_head(op, "head", head))
+    head = as_head(op, "head", head)
+    if is_dtensor(head.weight):
+        from ._vocab_parallel import local_part
+
+        hidden, head, labels = local_part(op, hidden, head, labels)
+    hidden, head = autocast(hidden, head)
     check.check_head(op, hidden, head)
-    check.check_labels(op, labels, hidden, "hidden", head.weight.shape[0], ignore_index)
+    check.check_labels(op, labels, hidden, "hidden", head.vocab, ignore_index)
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if rows is not None:
         check.check_rows(op, rows, labels)
@@ -73,6 +78,8 @@ def token_logprob(
     tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
     sparse_grad |= tokens.rows is None and torch.compiler.is_compiling()
     head = tokens.head
+    if head.shard is not None:
+        return tokens.scatter(sharded(op, tokens, budget, ignore_index)[0])
     trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head_parameters(head))
     frozen = torch.is_grad_enabled() and tokens.hidden.requires_grad and not trainable
     kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
@@ -83,6 +90,17 @@ def token_logprob(
         workspace_bytes=workspace_bytes(budget), kept_bytes=kept,
     )  # fmt: skip
     return tokens.scatter(logp)
+
+
+def sharded(op: str, tokens: LabeledTokens, budget: MemoryBudget, ignore_index: int) -> tuple[Tensor, ...]:
+    """The fields of TokenStats [M] for a head that is split over processes."""
+    from ._vocab_parallel import Options, sharded_stats  # torch.distributed takes time to import
+
+    head = tokens.head
+    kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes or 0, of_logits=True)
+    transform = (float(head.scale), head.softcap)
+    options = Options(op, head.shard, *transform, ignore_index, workspace_bytes(budget), kept)  # type: ignore[arg-type]
+    return sharded_stats(tokens.hidden, head, tokens.labels, options)
 
 
 def labels_in_rows(op: str, labels: Tensor, rows: Tensor | None, ignore_index: int) -> Tensor:
@@ -119,9 +137,22 @@ def sequence_offsets(op: str, labels: Tensor, cu_seqlens: Tensor | None) -> Tens
 def as_head(op: str, arg: str, head: Head | Tensor) -> Head:
     """`head`, or the Head of a bare weight [V, D]."""
     if isinstance(head, Tensor):
-        return Head(head)
+        head = Head(head)
     check.expect(isinstance(head, Head), op, arg, "type", "Head or Tensor [V, D]", type(head).__name__)
     return head
+
+
+def whole_head(op: str, arg: str, head: Head | Tensor) -> Head:
+    """`as_head`, for ops that need the whole vocabulary in one process."""
+    head = as_head(op, arg, head)
+    if head.shard is not None or is_dtensor(head.weight):
+        raise NotImplementedError(f"{op}: {arg} split over processes is not supported, only a whole head is")
+    return head
+
+
+def is_dtensor(tensor: Tensor) -> bool:
+    """Whether `tensor` is a DTensor. Does not import torch.distributed.tensor: without it there are none."""
+    return type(tensor).__name__ == "DTensor"
 
 
 def head_parameters(head: Head) -> list[Tensor]:

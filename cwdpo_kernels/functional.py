@@ -18,7 +18,6 @@ from torch import Tensor
 
 from . import validation as check
 from ._inputs import (
-    as_head,
     at_least_float32,
     autocast,
     check_budget,
@@ -27,7 +26,9 @@ from ._inputs import (
     labeled_tokens,
     labels_in_rows,
     sequence_offsets,
+    sharded,
     token_logprob,
+    whole_head,
     workspace_bytes,
 )
 from ._ops import ops
@@ -91,9 +92,13 @@ def token_stats(
     check_budget(op, budget)
     tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
     head = tokens.head
+    if head.shard is not None:
+        return TokenStats(*(tokens.scatter(field) for field in sharded(op, tokens, budget, ignore_index)))
     differentiable = [tokens.hidden, *head_parameters(head)]
     has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
-    kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes, of_logits=True) if has_gradient else 0
+    kept = 0
+    if has_gradient:
+        kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes, of_logits=True)
     stats = apply(
         op, hidden=tokens.hidden, weight=head.weight, bias=head.bias, labels=tokens.labels, scale=float(head.scale),
         softcap=head.softcap, ignore_index=ignore_index, workspace_bytes=workspace_bytes(budget), kept_bytes=kept,
@@ -112,8 +117,8 @@ def token_divergence(
     """
     op = "token_divergence"
     check_budget(op, budget)
-    hidden_p, head_p = autocast(detached(hidden_p), as_head(op, "head_p", head_p))
-    hidden_q, head_q = autocast(detached(hidden_q), as_head(op, "head_q", head_q))
+    hidden_p, head_p = autocast(detached(hidden_p), whole_head(op, "head_p", head_p))
+    hidden_q, head_q = autocast(detached(hidden_q), whole_head(op, "head_q", head_q))
     check.check_head(op, hidden_p, head_p, "hidden_p", "head_p")
     check.check_head(op, hidden_q, head_q, "hidden_q", "head_q")
     check.check_device(op, "hidden_q", hidden_q, hidden_p, "hidden_p")

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from . import validation as check
-from ._inputs import as_head, at_least_float32, labels_in_rows, sequence_offsets, token_logprob
+from ._inputs import at_least_float32, labels_in_rows, sequence_offsets, token_logprob, whole_head
 from ._ops import ops
 from ._smoothing import lead_over_mean_logit
 from .functional import logits_logprob, sequence_logprob
@@ -130,7 +130,7 @@ def linear_constrained_sft_loss(
     smoothing = None
     _check_negatives(op, negatives)
     if negatives.mode == "smoothed":
-        head = as_head(op, "head", head)
+        head = whole_head(op, "head", head)
         if head.softcap is not None:
             raise NotImplementedError(f"{op}: negatives.mode='smoothed' is not defined with a soft cap")
         lead = lead_over_mean_logit(hidden, head, labels, ignore_index)

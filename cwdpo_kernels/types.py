@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 import sys
 from dataclasses import dataclass
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,17 +19,49 @@ IGNORE_INDEX = -100
 
 
 @dataclass(frozen=True)
+class VocabShard:
+    """The part [start, start + V_r) of a vocabulary of `size` entries that this process has of a head.
+
+    All processes of `group` (a ProcessGroup, None for the default one) hold one part each, and call with the same
+    hidden states and labels (ValueError on a CPU if labels differ, NaN log-probs on a GPU). Labels count from the start
+    of the whole vocabulary. The gradient of hidden is summed over the processes, unless `reduce_grad_hidden` is False
+    because the caller does that.
+    """
+
+    group: Any
+    start: int
+    size: int
+    reduce_grad_hidden: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("start", "size"):
+            value, least = getattr(self, name), int(name == "size")
+            ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
+            expect(ok, "VocabShard", name, "value", f"an integer >= {least}", repr(value))
+
+
+@dataclass(frozen=True)
 class Head:
     """The output head: logits = softcap(scale * (hidden @ weight.T + bias)), softcap(z) = cap * tanh(z / cap).
 
     weight [V, D]; bias [V] or None; `scale` multiplies the logits (use it for 1 / temperature); `softcap` is the cap
     of Gemma-like models, in logits, or None. The tensors are not copied, so gradients flow into them.
+
+    shard: the head is split over processes by vocabulary (tensor parallelism), and weight and bias are this process's
+        part. Then `linear_logprob`, `token_stats` and the losses give the results of the whole head in every process.
+        A DTensor weight with placement Shard(0) needs no `shard`: it says which part it is.
     """
 
     weight: Tensor
     bias: Tensor | None = None
     scale: float = 1.0
     softcap: float | None = None
+    shard: VocabShard | None = None
+
+    @property
+    def vocab(self) -> int:
+        """V, of all processes together."""
+        return self.weight.shape[0] if self.shard is None else self.shard.size
 
     @classmethod
     def of(cls, module: torch.nn.Module, scale: float = 1.0, softcap: float | None = None) -> Head:

@@ -15,7 +15,7 @@ import torch
 import cwdpo_kernels as ck
 from cwdpo_kernels import ops, reference
 from cwdpo_kernels.ops import library
-from cwdpo_kernels.ops.linear_logprob import UNINITIALIZED
+from cwdpo_kernels.ops.checks import UNINITIALIZED
 from cwdpo_kernels.testing import as_float64, confident_inputs, leaves, make_inputs, relative_error
 
 ROOT = Path(__file__).parents[1]

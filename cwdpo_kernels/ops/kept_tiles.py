@@ -44,8 +44,9 @@ def kept_bytes(
 
 def kept_like(hidden: Tensor, weight: Tensor, kept_bytes: int | None) -> Tensor:
     """Memory for kept tiles: that of the weight's gradient, or opaque bytes."""
-    in_gradient = kept_bytes is None or kept_bytes == UNINITIALIZED
-    return torch.empty_like(weight) if in_gradient else hidden.new_empty(kept_bytes, dtype=torch.uint8)
+    if kept_bytes is None or kept_bytes == UNINITIALIZED:
+        return torch.empty_like(weight)
+    return hidden.new_empty(kept_bytes, dtype=torch.uint8)
 
 
 def gradients_like(

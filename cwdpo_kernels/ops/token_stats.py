@@ -17,8 +17,8 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 from ..portable.softmax_sums import SUMS
-from ..portable.tiles import compute_dtype
 from ..portable.stats import gradient_factors, stats_of
+from ..portable.tiles import compute_dtype
 from .kept_tiles import backward_from_kept, kept_like
 from .schema import Values, arguments, define, register_autograd, register_fake
 

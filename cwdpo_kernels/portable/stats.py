@@ -28,16 +28,17 @@ def stats_of(sums: Tensor, vocab: int) -> tuple[Tensor, ...]:
     target, max_logit, sum_exp, _, sum_sq, sum_logit = sums
     log_odds, logp, log_other = _log_probs(sums)
     p, other = torch.exp(logp), torch.exp(log_other)
-    entropy = torch.where(p == 0, 0.0, -p * logp) + torch.where(other == 0, 0.0, other * (_entropy_of_others(sums) - log_other))
+    entropy_of_label = torch.where(p == 0, 0.0, -p * logp)
+    entropy_of_others = torch.where(other == 0, 0.0, other * (_entropy_of_others(sums) - log_other))
     top_other = other / _nonzero(sum_exp)
     log_sq_other = 2 * (log_other - torch.log(_nonzero(sum_exp))) + torch.log(sum_sq)
     unlikely = log_odds > 0
     logsumexp = torch.where(unlikely, (max_logit + torch.log(sum_exp)) - log_other, target - logp)
     broken = torch.isnan(logp)
-    fields = (
-        logp, entropy.clamp_min(0), torch.where(max_logit > target, top_other, p), (target >= max_logit) & ~broken,
-        logsumexp, torch.logaddexp(2 * logp, log_sq_other), sum_logit / vocab,
-    )  # fmt: skip
+    entropy = (entropy_of_label + entropy_of_others).clamp_min(0)
+    top1_prob, is_top1 = torch.where(max_logit > target, top_other, p), (target >= max_logit) & ~broken
+    log_sum_sq = torch.logaddexp(2 * logp, log_sq_other)
+    fields = (logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq, sum_logit / vocab)
     return tuple(x if x.dtype == torch.bool else x.masked_fill(broken, torch.nan) for x in fields)
 
 

@@ -48,6 +48,31 @@ def test_values_and_gradients(reduction, shift, softcap, dtype, tolerance):
     assert all(relative_error(a, b) < tolerance for a, b in zip(found, expected, strict=True))
 
 
+@pytest.mark.parametrize("shift", [False, 2])
+@pytest.mark.parametrize("softcap", [None, 5.0])
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-12), (torch.float32, 2e-6), (torch.bfloat16, 8e-3)], ids=str
+)
+def test_log_sum_exp_and_a_z_loss(shift, softcap, dtype, tolerance):
+    """return_lse: also the log-sum-exp, whose gradient a z-loss needs."""
+    leaves, targets = make((3, 11), dtype)
+    e, c, bias = leaves
+    loss, lse = linear_cross_entropy(e, c, targets, bias, softcap=softcap, shift=shift, return_lse=True)
+    plain = linear_cross_entropy(e, c, targets, bias, softcap=softcap, shift=shift)
+    torch.testing.assert_close(loss, plain, rtol=1e-6, atol=0)
+    copies = [x.detach().double().requires_grad_() for x in leaves]
+    e64, c64, bias64 = copies
+    logits = e64[:, : 11 - int(shift)] @ c64.T + bias64
+    logits = logits if softcap is None else softcap * torch.tanh(logits / softcap)
+    lse64 = logits.logsumexp(-1) * (targets[:, int(shift) :] != -100)
+    assert lse.shape == lse64.shape
+    assert relative_error(lse.detach(), lse64.detach()) < 1e-6
+    loss64 = eager(*copies, targets, int(shift), softcap, "mean")
+    found = torch.autograd.grad(loss + 0.1 * lse.square().sum(), leaves)
+    expected = torch.autograd.grad(loss64 + 0.1 * lse64.square().sum(), copies)
+    assert all(relative_error(a, b) < tolerance for a, b in zip(found, expected, strict=True))
+
+
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("shift", [False, True])
 def test_only_the_import_changes(reduction, shift):
@@ -67,7 +92,6 @@ def test_only_the_import_changes(reduction, shift):
     [
         ({"filter_eps": "high"}, NotImplementedError, "filter_eps='high' is not supported"),
         ({"filter_c_grad": True}, NotImplementedError, "filter_c_grad=True is not supported"),
-        ({"return_lse": True}, NotImplementedError, "return_lse=True is not supported"),
         ({"impl": "cce"}, NotImplementedError, "impl='cce' is not supported"),
         ({"reduction": "avg"}, ValueError, "expected reduction to have a value in none, mean, sum, got 'avg'"),
         ({"shift": -1}, ValueError, r"expected shift to have a value between 0 and 10 \(as targets\), got -1"),
@@ -78,7 +102,7 @@ def test_only_the_import_changes(reduction, shift):
             r"expected bias to have type Tensor or None \(pass ignore_index by name\)",
         ),
     ],
-    ids=["filter", "filter_grad", "lse", "impl", "reduction", "negative", "too-far", "positional"],
+    ids=["filter", "filter_grad", "impl", "reduction", "negative", "too-far", "positional"],
 )
 def test_errors_name_the_argument(options, error, message):
     (e, c, _), targets = make((3, 11), torch.float32)

@@ -1,0 +1,153 @@
+"""Heads that are split over processes by vocabulary: statistics of the whole distribution from every process's part.
+
+Every process has the same hidden states [M, D] and labels [M], and one part of the weight, [V_r, D]. It sums over its
+part (softmax_sums with `partial`), and two all-reduces merge the sums: one of M maxima, one of up to 5 M sums. Backward
+needs one of the gradient of hidden [M, D].
+
+Sums of a part relative to its own maximum m_r become sums relative to the maximum m of all parts, with d = m_r - m:
+
+    sum_exp = sum_r e^d sum_exp_r    moment = sum_r e^d (moment_r + d sum_exp_r)    sum_sq = sum_r e^2d sum_sq_r
+
+Backward goes the other way: u_v = e^d u_v,r and z_v - m = (z_v - m_r) + d.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from ._ops import ops
+from .portable.gradients import NEGLIGIBLE
+from .portable.softmax_sums import SUMS
+from .portable.stats import gradient_factors, stats_of
+from .types import Head, TokenStats, VocabShard
+from .validation import expect, fail
+
+FIELDS = len(TokenStats._fields)
+DIFFERENTIABLE = [TokenStats._fields.index(name) for name in ("logp", "entropy", "logsumexp")]
+
+
+class Options(NamedTuple):
+    """What a call passes on beside tensors; `op` is the name in error messages."""
+
+    op: str
+    shard: VocabShard
+    scale: float
+    softcap: float | None
+    ignore_index: int
+    workspace_bytes: int
+    kept_bytes: int
+
+
+def sharded_stats(hidden: Tensor, head: Head, labels: Tensor, options: Options) -> tuple[Tensor, ...]:
+    """The fields of TokenStats [M] of the whole vocabulary; 0 where ignored. The same in every process of the group."""
+    return _ShardedStats.apply(hidden, head.weight, head.bias, labels, options)[:FIELDS]
+
+
+def local_part(op: str, hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Head, Tensor]:
+    """This process's part of a head whose weight is a DTensor, with hidden and labels as plain tensors."""
+    weight, bias = cast(DTensor, head.weight), head.bias
+    mesh, placements = weight.device_mesh, weight.placements
+    sharded = placements == (Shard(0),)
+    ok = sharded or placements == (Replicate(),)
+    expect(ok, op, "head.weight", "placements", "(Shard(0),) or (Replicate(),) over one mesh dimension", placements)
+    if isinstance(bias, DTensor):
+        expected = f"{placements} (as head.weight)"
+        expect(bias.placements == placements, op, "head.bias", "placements", expected, bias.placements)
+        bias = bias.to_local()
+    elif bias is not None:
+        expect(not sharded, op, "head.bias", "type", "DTensor (as head.weight)", type(bias).__name__)
+    shard = None
+    if sharded:
+        _, (start, _) = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
+        shard = VocabShard(mesh.get_group(), start, weight.shape[0])
+    head = replace(head, weight=weight.to_local(), bias=bias, shard=shard)
+    return _plain(op, "hidden", hidden), head, _plain(op, "labels", labels)
+
+
+def _plain(op: str, name: str, tensor: Tensor) -> Tensor:
+    """`tensor` as every process has it."""
+    if not isinstance(tensor, DTensor):
+        return tensor
+    ok = all(placement == Replicate() for placement in tensor.placements)
+    expect(ok, op, name, "placements", "Replicate() on all mesh dimensions", tensor.placements)
+    return tensor.to_local()
+
+
+class _ShardedStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options
+    ) -> tuple[Tensor, ...]:
+        local_labels = labels_in_part(labels, options.shard, options.ignore_index)
+        local, kept = ops.softmax_sums(
+            hidden, weight, bias, local_labels, options.scale, options.softcap, options.ignore_index, True,
+            options.workspace_bytes, options.kept_bytes,
+        )  # fmt: skip
+        sums = _merged(options.op, local, labels, options.shard)
+        ignored = labels == options.ignore_index
+        fields = (field.masked_fill(ignored, 0) for field in stats_of(sums, options.shard.size))
+        return *fields, local[SUMS.index("max_logit")], sums, kept, local_labels
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
+        *tensors, ctx.options = inputs
+        ctx.save_for_backward(*tensors, *output[FIELDS:])
+        ctx.mark_non_differentiable(*(output[i] for i in range(len(output)) if i not in DIFFERENTIABLE))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias, labels, max_logit, sums, kept, local_labels = ctx.saved_tensors
+        options: Options = ctx.options
+        ignored = labels == options.ignore_index
+        upstream = (grads[i] for i in DIFFERENTIABLE)
+        given = (torch.zeros_like(sums[0]) if x is None else x.masked_fill(ignored, 0) for x in upstream)
+        grad_target, exp_factor, log_factor = (factor * options.scale for factor in gradient_factors(sums, *given))
+        shift = (max_logit - sums[SUMS.index("max_logit")]).clamp_min(-NEGLIGIBLE)
+        decay = torch.exp(shift)
+        factors = (grad_target, decay * (exp_factor + log_factor * shift), decay * log_factor)
+        needs = ctx.needs_input_grad[:3]
+        grad_hidden, grad_weight, grad_bias = ops.softmax_sums_backward(
+            *factors, hidden, weight, bias, local_labels, max_logit, kept, options.scale, options.softcap,
+            options.ignore_index, True, *needs, options.workspace_bytes,
+        )  # fmt: skip
+        if needs[0] and options.shard.reduce_grad_hidden:
+            total = grad_hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+            dist.all_reduce(total, group=options.shard.group)
+            grad_hidden = total.to(hidden.dtype)
+        results = zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)
+        return *(grad if need else None for grad, need in results), None, None
+
+
+def labels_in_part(labels: Tensor, shard: VocabShard, ignore_index: int) -> Tensor:
+    """Labels counted from the part's first entry; outside [0, V_r) if another part has them."""
+    local = labels.long() - shard.start
+    # A label of another part must not look like an ignored one.
+    local = torch.where(local == ignore_index, -1 if ignore_index != -1 else -2, local)
+    return torch.where(labels == ignore_index, ignore_index, local)
+
+
+def _merged(op: str, local: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
+    """The sums [6, M] over all parts."""
+    target, max_logit, sum_exp, moment, sum_sq, sum_logit = local
+    # The labels travel along, so that processes with different tokens (data parallelism) are noticed.
+    checked = torch.stack([max_logit, labels.to(max_logit), -labels.to(max_logit)])
+    dist.all_reduce(checked, dist.ReduceOp.MAX, group=shard.group)
+    differ = checked[1] != -checked[2]
+    if labels.device.type == "cpu" and bool(differ.any()):
+        fail(op, "labels", "values", "the same in all processes of head.shard.group", "different ones")
+    top = checked[0]
+    shift = (max_logit - top).clamp_min(-NEGLIGIBLE)
+    decay = torch.exp(shift)
+    moment = (moment + shift * sum_exp) * decay
+    merged = torch.stack([target, sum_exp * decay, moment, sum_sq * decay * decay, sum_logit])
+    dist.all_reduce(merged, group=shard.group)
+    target = merged[0].masked_fill(differ, torch.nan)  # on a GPU, where raising an error would wait for it
+    return torch.stack([target, top, *merged[1:]])
