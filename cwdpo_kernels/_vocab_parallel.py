@@ -4,11 +4,8 @@ Every process has the same hidden states [M, D] and labels [M], and one part of 
 part (softmax_sums with `partial`), and two all-reduces merge the sums: one of M maxima, one of up to 5 M sums. Backward
 needs one of the gradient of hidden [M, D].
 
-Sums of a part relative to its own maximum m_r become sums relative to the maximum m of all parts, with d = m_r - m:
-
-    sum_exp = sum_r e^d sum_exp_r    moment = sum_r e^d (moment_r + d sum_exp_r)    sum_sq = sum_r e^2d sum_sq_r
-
-Backward goes the other way: u_v = e^d u_v,r and z_v - m = (z_v - m_r) + d.
+The sums of a part are relative to its own maximum. They are merged relative to the maximum of all parts; see
+`sums_relative_to` in portable/stats.py, and `factors_relative_to` for the way back.
 """
 
 from __future__ import annotations
@@ -23,12 +20,11 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ._ops import ops
-from .portable.gradients import NEGLIGIBLE
-from .portable.softmax_sums import SUMS
-from .portable.stats import gradient_factors, stats_of
+from .ops import token_stats
 from .types import Head, TokenStats, VocabShard
 from .validation import expect, fail
 
+MAX_LOGIT = token_stats.SUMS.index("max_logit")
 FIELDS = len(TokenStats._fields)
 DIFFERENTIABLE = [TokenStats._fields.index(name) for name in ("logp", "entropy", "logsumexp")]
 
@@ -92,8 +88,8 @@ class _ShardedStats(torch.autograd.Function):
         )  # fmt: skip
         sums = _merged(options.op, local, labels, options.shard)
         ignored = labels == options.ignore_index
-        fields = (field.masked_fill(ignored, 0) for field in stats_of(sums, options.shard.size))
-        return *fields, local[SUMS.index("max_logit")], sums, kept, local_labels
+        fields = (field.masked_fill(ignored, 0) for field in token_stats.stats_of(sums, options.shard.size))
+        return *fields, local[MAX_LOGIT], sums, kept, local_labels
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple, output: tuple[Tensor, ...]) -> None:
@@ -109,13 +105,11 @@ class _ShardedStats(torch.autograd.Function):
         ignored = labels == options.ignore_index
         upstream = (grads[i] for i in DIFFERENTIABLE)
         given = (torch.zeros_like(sums[0]) if x is None else x.masked_fill(ignored, 0) for x in upstream)
-        grad_target, exp_factor, log_factor = (factor * options.scale for factor in gradient_factors(sums, *given))
-        shift = (max_logit - sums[SUMS.index("max_logit")]).clamp_min(-NEGLIGIBLE)
-        decay = torch.exp(shift)
-        factors = (grad_target, decay * (exp_factor + log_factor * shift), decay * log_factor)
+        grad_target, *factors = (factor * options.scale for factor in token_stats.gradient_factors(sums, *given))
+        exp_and_log = token_stats.factors_relative_to(max_logit, sums[MAX_LOGIT], *factors)
         needs = ctx.needs_input_grad[:3]
         grad_hidden, grad_weight, grad_bias = ops.softmax_sums_backward(
-            *factors, hidden, weight, bias, local_labels, max_logit, kept, options.scale, options.softcap,
+            grad_target, *exp_and_log, hidden, weight, bias, local_labels, max_logit, kept, options.scale, options.softcap,
             options.ignore_index, True, *needs, options.workspace_bytes,
         )  # fmt: skip
         if needs[0] and options.shard.reduce_grad_hidden:
@@ -136,18 +130,14 @@ def labels_in_part(labels: Tensor, shard: VocabShard, ignore_index: int) -> Tens
 
 def _merged(op: str, local: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
     """The sums [6, M] over all parts."""
-    target, max_logit, sum_exp, moment, sum_sq, sum_logit = local
+    target, max_logit, *_, sum_logit = local
     # The labels travel along, so that processes with different tokens (data parallelism) are noticed.
     checked = torch.stack([max_logit, labels.to(max_logit), -labels.to(max_logit)])
     dist.all_reduce(checked, dist.ReduceOp.MAX, group=shard.group)
     differ = checked[1] != -checked[2]
     if labels.device.type == "cpu" and bool(differ.any()):
         fail(op, "labels", "values", "the same in all processes of head.shard.group", "different ones")
-    top = checked[0]
-    shift = (max_logit - top).clamp_min(-NEGLIGIBLE)
-    decay = torch.exp(shift)
-    moment = (moment + shift * sum_exp) * decay
-    merged = torch.stack([target, sum_exp * decay, moment, sum_sq * decay * decay, sum_logit])
+    merged = torch.stack([target, *token_stats.sums_relative_to(checked[0], local), sum_logit])
     dist.all_reduce(merged, group=shard.group)
     target = merged[0].masked_fill(differ, torch.nan)  # on a GPU, where raising an error would wait for it
-    return torch.stack([target, top, *merged[1:]])
+    return torch.stack([target, checked[0], *merged[1:]])

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 from ..portable.softmax_sums import SUMS
-from ..portable.stats import gradient_factors, stats_of
+from ..portable.stats import factors_relative_to, gradient_factors, stats_of, sums_relative_to
 from ..portable.tiles import compute_dtype
 from .kept_tiles import backward_from_kept, kept_like
 from .schema import Values, arguments, define, register_autograd, register_fake
@@ -28,6 +28,7 @@ define(
     "SymInt workspace_bytes, SymInt? kept_bytes) -> (Tensor logp, Tensor entropy, Tensor top1_prob, Tensor is_top1, "
     "Tensor logsumexp, Tensor log_sum_sq_probs, Tensor mean_logit, Tensor sums, Tensor kept)",
 )
+__all__ = ["SUMS", "factors_relative_to", "gradient_factors", "stats_of", "sums_relative_to"]
 DIFFERENTIABLE = ("logp", "entropy", "logsumexp")
 
 

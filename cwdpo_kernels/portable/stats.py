@@ -19,6 +19,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .gradients import NEGLIGIBLE
+
 
 def stats_of(sums: Tensor, vocab: int) -> tuple[Tensor, ...]:
     """logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq_probs, mean_logit [N] of sums [6, N].
@@ -57,6 +59,29 @@ def gradient_factors(
     used = (grad_logp != 0) | (grad_entropy != 0) | (grad_logsumexp != 0)
     factors = (grad_target, exp_factor, share * -grad_entropy)
     return tuple(torch.where(used, factor, 0.0) for factor in factors)  # type: ignore[return-value]
+
+
+def sums_relative_to(top: Tensor, sums: Tensor) -> Tensor:
+    """sum_exp, moment and sum_sq [3, N] relative to `top` [N], which is at least max_logit.
+
+    With d = max_logit - top: sum_exp e^d, (moment + d sum_exp) e^d and sum_sq e^2d.
+    """
+    _, max_logit, sum_exp, moment, sum_sq, _ = sums
+    shift = (max_logit - top).clamp_min(-NEGLIGIBLE)
+    decay = torch.exp(shift)
+    return torch.stack([sum_exp * decay, (moment + shift * sum_exp) * decay, sum_sq * decay.square()])
+
+
+def factors_relative_to(
+    max_logit: Tensor, top: Tensor, exp_factor: Tensor, log_factor: Tensor
+) -> tuple[Tensor, Tensor]:
+    """exp_factor and log_factor [N] for u_v = exp(z_v - max_logit), given those for exp(z_v - top).
+
+    With d = max_logit - top: exp(z_v - top) = e^d u_v, and z_v - top = (z_v - max_logit) + d.
+    """
+    shift = (max_logit - top).clamp_min(-NEGLIGIBLE)
+    decay = torch.exp(shift)
+    return decay * (exp_factor + log_factor * shift), decay * log_factor
 
 
 def _log_probs(sums: Tensor) -> tuple[Tensor, Tensor, Tensor]:
