@@ -24,6 +24,7 @@ STYLES = {
     "torch linear_cross_entropy, chunked": ("#009E73", "v", 6),
     "Liger fused linear DPO": ("#D55E00", "P", 6),
     "TRL chunked log-prob": ("#CC79A7", "*", 7),
+    "TRL fused head": ("#CC79A7", "*", 7),
 }
 SWEEPS = {
     "response": "tokens per answer",
@@ -50,6 +51,7 @@ def draw(reports: dict[str, dict], folder: Path) -> None:
             _save(_sweep(reports["sweeps"]["measurements"], sweep), folder / f"{sweep}.svg")
         _save(_accuracy(reports["accuracy"]["measurements"]), folder / "accuracy.svg")
         _save(_sharing(reports["sharing"]["measurements"]), folder / "sharing.svg")
+        _save(_real_model(reports["real_model"]["measurements"][0]["groups"]), folder / "real_model.svg")
 
 
 def _save(figure: Figure, path: Path) -> None:
@@ -112,6 +114,21 @@ def _sharing(measurements: list[dict]) -> Figure:
     axis.set(xscale="log", xlabel="prompt tokens per answer token", ylabel="shared : separate", ylim=(0, 1.15))
     _ticks(axis, ratio, lambda value, _: f"{value:g}")
     axis.legend(frameon=False)
+    return figure
+
+
+def _real_model(groups: list[dict]) -> Figure:
+    """The largest error of log-probs and entropies on a real model, by the probability of the token."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.0), layout="constrained")
+    ticks = list(range(len(groups)))
+    labels = ["{:g} to {:g}".format(*group["probability"]) for group in groups]
+    for axis, (what, title) in zip(axes, (("logp", "log-probs"), ("entropy", "entropies")), strict=True):
+        for name in STYLES:
+            if what in groups[0]["error"].get(name, {}):
+                _line(axis, name, [(i, group["error"][name][what]["max"]) for i, group in enumerate(groups)])
+        axis.set(yscale="log", xlabel="probability of the token", title=f"largest error of {title} (nats)")
+        _ticks(axis, ticks, lambda value, _: labels[round(value)])
+    _legend(figure, axes[0])
     return figure
 
 

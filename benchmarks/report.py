@@ -8,11 +8,11 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from benchmarks import gpu_report, loaded_report, results, sharing_report, workloads
+from benchmarks import entropy_report, gpu_report, loaded_report, results, sharing_report, workloads
 from benchmarks.report_text import OURS, mib, seconds, table
 from benchmarks.results import ROOT
 
-SUITES = ("linear", "loaded", "logits", "accuracy", "trainer", "sharing", "trl", "sweeps")
+SUITES = ("linear", "loaded", "entropy", "real_model", "logits", "accuracy", "trainer", "sharing", "trl", "sweeps")
 PAGE, IMAGES, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 LABELS = {f"{OURS}, none kept": f"{OURS}, tiles recomputed"}  # names in the result files -> in tables
@@ -32,6 +32,7 @@ PLOTS = {
     "share": "One step with a frozen head, by the share of answer tokens in sequences of 512 tokens (one pair)",
     "accuracy": "Relative error against float64, by the probability of the label",
     "sharing": sharing_report.PLOT,
+    "real_model": entropy_report.PLOT,
 }
 SWEEPS = {  # name -> (heading, first cell of its table)
     "response": ("Answer length", "tokens per answer"),
@@ -103,7 +104,8 @@ def readme_table(reports: Reports) -> str:
 
 def page(reports: Reports) -> str:
     sections = [INTRODUCTION, machine(reports), linear(reports)]
-    sections += [loaded_report.section(reports["loaded"]), logits(reports), accuracy(reports)]
+    sections += [loaded_report.section(reports["loaded"]), entropy_report.section(reports["entropy"])]
+    sections += [logits(reports), accuracy(reports), entropy_report.real_model(reports["real_model"])]
     sections += [trainer(reports), sharing_report.section(reports["sharing"], reports["trl"]), sweeps(reports)]
     return "\n\n".join([*sections, *gpu_report.sections()]) + "\n"
 

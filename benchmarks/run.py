@@ -13,7 +13,19 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from benchmarks import accuracy, linear, loaded, logits, memory, results, sharing, sweeps, trainer_step, trl_step
+from benchmarks import (
+    accuracy,
+    entropy,
+    linear,
+    loaded,
+    logits,
+    memory,
+    results,
+    sharing,
+    sweeps,
+    trainer_step,
+    trl_step,
+)
 from benchmarks.results import ResultFile
 
 # Suite -> module. Its measurements() maps a name to a function (repeats, call) -> results, where `call` runs a function
@@ -21,6 +33,7 @@ from benchmarks.results import ResultFile
 SUITES = {
     "linear": linear,
     "loaded": loaded,
+    "entropy": entropy,
     "logits": logits,
     "accuracy": accuracy,
     "trainer": trainer_step,
