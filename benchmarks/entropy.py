@@ -3,7 +3,8 @@
     loss = -sum_t (a_t log p_t + 0.01 entropy_t)        over the labeled tokens, with fixed a_t
 
 Ours, TRL's head, and eager and compiled logits. Cut-cross-entropy's head has no entropy: its row is the step without
-it. Liger's heads have none either and return no log-probs to weight. Every implementation is compared with float64 first.
+it. Liger's heads have none either, and return no log-probs to weight. Every implementation is first compared with
+float64.
 """
 
 from __future__ import annotations
@@ -91,8 +92,9 @@ def loss(statistics: Statistics, hidden: Tensor, head: ck.Head, labels: Tensor, 
 
 def errors(workload: Workload, mode: str, inputs: Inputs, found: dict[str, Statistics]) -> dict[str, dict]:
     """Relative errors against float64. Raises SystemExit if an error of ours exceeds its tolerance."""
-    truth = outcome(_reference, inputs._replace(**dict(zip(("hidden", "head"), as_float64(*inputs[:2]), strict=True))))
-    result = {}
+    hidden64, head64 = as_float64(inputs.hidden, inputs.head)
+    truth = outcome(_reference, inputs._replace(hidden=hidden64, head=head64))
+    result: dict[str, dict] = {}
     for name, statistics in found.items():
         if name in WITHOUT_ENTROPY:
             outcome(statistics, inputs)  # a warm-up

@@ -39,8 +39,8 @@ def real_model(report: dict) -> str:
     w, groups = entry["workload"], entry["groups"]
     text = (
         f"The next-token log-probs and entropies of {entry['name']} reading this documentation: {w['tokens']} tokens, "
-        f"V {w['vocab']}, D {w['dim']}, hidden states and head in bfloat16. Cells are the largest error in nats against "
-        "float64 on the same numbers."
+        f"V {w['vocab']}, D {w['dim']}, hidden states and head in bfloat16. Cells are the largest error in nats "
+        "against float64 on the same numbers."
     )
     parts = [f"## Errors on a real model\n\n{text}", f"![{PLOT}](images/real_model.svg)"]
     for what, title in (("logp", "Log-probs"), ("entropy", "Entropies")):

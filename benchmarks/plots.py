@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -132,7 +132,7 @@ def _real_model(groups: list[dict]) -> Figure:
     return figure
 
 
-def _line(axis: Axes, name: str, points: list[tuple[float, float]]) -> None:
+def _line(axis: Axes, name: str, points: Sequence[tuple[float, float]]) -> None:
     if not points:
         return
     color, marker, size = STYLES[name]

@@ -10,6 +10,7 @@ Hidden states and head are rounded to bfloat16 first. Errors are against float64
 from __future__ import annotations
 
 import argparse
+import itertools
 from collections.abc import Callable
 from pathlib import Path
 
@@ -68,20 +69,23 @@ def measure(hidden: Tensor, head: ck.Head, labels: Tensor) -> list[dict]:
         errors[name] = {what: (value.double() - truth[what]).abs() for what, value in values.items()}
     probability = truth["logp"].exp()
     groups = []
-    for low, high in zip(BOUNDS, BOUNDS[1:], strict=False):
+    for low, high in itertools.pairwise(BOUNDS):
         group = (probability > low) & (probability <= high)
         groups.append(
             {
                 "probability": [low, high],
                 "tokens": int(group.sum()),
                 "error": {
-                    name: {what: {"max": error[group].max().item(), "mean": error[group].mean().item()}
-                           for what, error in found.items()}
+                    name: {what: summary(error[group]) for what, error in found.items()}
                     for name, found in errors.items()
                 },
             }
         )  # fmt: skip
     return groups
+
+
+def summary(error: Tensor) -> dict[str, float]:
+    return {"max": error.max().item(), "mean": error.mean().item()} if error.numel() else {"max": 0.0, "mean": 0.0}
 
 
 def main() -> None:

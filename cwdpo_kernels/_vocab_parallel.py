@@ -109,8 +109,8 @@ class _ShardedStats(torch.autograd.Function):
         exp_and_log = token_stats.factors_relative_to(max_logit, sums[MAX_LOGIT], *factors)
         needs = ctx.needs_input_grad[:3]
         grad_hidden, grad_weight, grad_bias = ops.softmax_sums_backward(
-            grad_target, *exp_and_log, hidden, weight, bias, local_labels, max_logit, kept, options.scale, options.softcap,
-            options.ignore_index, True, *needs, options.workspace_bytes,
+            grad_target, *exp_and_log, hidden, weight, bias, local_labels, max_logit, kept, options.scale,
+            options.softcap, options.ignore_index, True, *needs, options.workspace_bytes,
         )  # fmt: skip
         if needs[0] and options.shard.reduce_grad_hidden:
             total = grad_hidden.to(torch.promote_types(hidden.dtype, torch.float32))

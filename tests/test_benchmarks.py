@@ -13,9 +13,23 @@ import torch
 
 import cwdpo_kernels as ck
 from cwdpo_kernels import reference
+from cwdpo_kernels.testing import confident_inputs
 
 pytest.importorskip("transformers")
-from benchmarks import accuracy, linear, logits, memory, peers, results, run, timing, trainer_step, workloads
+from benchmarks import (
+    accuracy,
+    entropy,
+    linear,
+    logits,
+    memory,
+    peers,
+    real_model,
+    results,
+    run,
+    timing,
+    trainer_step,
+    workloads,
+)  # fmt: skip
 from benchmarks.workloads import Workload
 
 ROOT = Path(__file__).parents[1]
@@ -112,6 +126,29 @@ def test_accuracy_by_probability():
     assert errors[0.999].keys() == {
         name for name, x in peers.implementations().items() if x.logp and not x.only_trainable
     }
+
+
+@pytest.mark.parametrize("mode", ["frozen", "trainable"])
+def test_entropies_are_measured_and_checked(mode, monkeypatch):
+    workload = TINY
+    entry = entropy.measure(workload, mode, 1, lambda function, *args: 2**20)
+    ours, theirs = entry["results"]["cwdpo_kernels"], entry["results"]["TRL fused head"]
+    assert max(ours["relative_error"].values()) < 1e-5
+    assert set(ours["relative_error"]) == set(theirs["relative_error"])
+    assert ours["extra_mib"] == 1.0
+    assert ours["against_best_peer"] > 0
+    monkeypatch.setattr(entropy, "_ours", lambda *args: tuple(1.01 * x for x in entropy._reference(*args)))
+    with pytest.raises(SystemExit, match="expected a relative error of logp of at most"):
+        entropy.measure(workload, mode, 1, lambda function, *args: 2**20)
+
+
+def test_a_real_models_tokens_are_grouped_by_probability():
+    flat, head, labels = confident_inputs(0.95, 40, 300, 64, torch.bfloat16)
+    groups = real_model.measure(flat.detach(), ck.Head(head.weight.detach()), labels)
+    assert [group["tokens"] for group in groups] == [0, 0, 40, 0, 0]
+    error = groups[2]["error"]
+    assert error["cwdpo_kernels"]["entropy"]["max"] < 1e-5 < error["eager, full logits"]["entropy"]["max"]
+    assert set(error["cut-cross-entropy"]) == {"logp"}
 
 
 def test_both_heads_give_the_same_trainer_step(monkeypatch):
