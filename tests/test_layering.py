@@ -43,6 +43,7 @@ ALLOWED = {
 PEERS = {"transformers", "accelerate", "peft", "datasets", "trl", "lightning", "liger_kernel", "verl"}
 PEERS_OF = {
     "integrations/trl.py": {"trl", "transformers", "accelerate"},
+    "integrations/trl_head.py": {"trl", "transformers"},
     "integrations/trl_sharing.py": {"accelerate"},
     "integrations/shared_prefix.py": {"transformers"},  # it registers an attention there
 }

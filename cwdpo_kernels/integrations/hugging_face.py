@@ -38,6 +38,7 @@ __all__ = [
     "HeadInfo",
     "attach_head",
     "attach_head_unmeasured",
+    "call_head",
     "check_head",
     "evaluating",
     "rounding_tolerance",
@@ -77,26 +78,31 @@ class HeadInfo:
         )
 
 
-def attach_head(model: nn.Module) -> HeadInfo:
+def attach_head(model: nn.Module, *, head_casts: bool = False) -> HeadInfo:
     """Add the argument `head_op` to the forward of `model`. Without that argument the forward does what it did before.
 
     `model` is a `transformers.PreTrainedModel` with a backbone and an output head, or a peft model of one. The patched
     forwards are bound methods, so a `copy.deepcopy(model)` calls its own head; `save_pretrained` and `generate` see the
     same signatures as before. A second call returns the result of the first.
 
+    head_casts: the head's forward may be patched, to cast hidden states to the dtype of its weight and multiply. Calls
+        without `head_op` still run it.
+
     Raises `HeadError` if the head is not linear, if a forward is patched already, or if the logits are not
     softcap(scale * (hidden W^T + b)). The model is then unchanged.
     """
     model = model.get_base_model() if is_peft_model(model) else model
     if _INFO in vars(model):
+        if head_casts and is_language_model(model):
+            _forget_replaced(_output_head(model))
         return vars(model)[_INFO]
     name = type(model).__name__
-    model, head, layers = _patchable(model)
+    model, head, layers = _patchable(model, head_casts)
     try:
         transform = measure_transform(model, head)
         _take_op(layers)
         _patch(model, _with_head_op(type(model).forward, transform))
-        info = _compare(model, head, transform)
+        info = _compare(model, head, transform, head_casts)
     except ValueError as error:
         for module in (model, *layers):
             _restore(module)
@@ -117,8 +123,8 @@ def attach_head_unmeasured(model: nn.Module) -> None:
     _patch(model, _with_head_op(type(model).forward, Transform()))
 
 
-def _patchable(model: nn.Module) -> tuple[LanguageModel, nn.Module, list[nn.Module]]:
-    """The model, its head and the head's linear layers."""
+def _patchable(model: nn.Module, head_casts: bool = False) -> tuple[LanguageModel, nn.Module, list[nn.Module]]:
+    """The model, its head and the head's linear layers. `head_casts`: the head itself may be patched."""
     name = type(model).__name__
     if not is_language_model(model):
         _fail(name, "an output head", "no get_output_embeddings()")
@@ -126,7 +132,8 @@ def _patchable(model: nn.Module) -> tuple[LanguageModel, nn.Module, list[nn.Modu
     _expect(model.base_model is not model, name, "a backbone below the head", "none (base_model is the model itself)")
     layers = _layers(name, head)
     for module in (model, *layers):
-        _expect(_may_patch(module), name, "forwards that are not patched", f"a patched {type(module).__name__}.forward")
+        may_patch = _may_patch(module) or (head_casts and module is head)
+        _expect(may_patch, name, "forwards that are not patched", f"a patched {type(module).__name__}.forward")
     return model, head, layers
 
 
@@ -177,6 +184,12 @@ def _take_op(layers: list[nn.Module]) -> None:
             vars(layer)[_TAKES_OP] = True
 
 
+def _forget_replaced(head: nn.Module) -> None:
+    """Let `_take_op` patch the head again if someone has replaced its forward since."""
+    if getattr(vars(head).get("forward"), "__func__", None) is not _head_forward:
+        vars(head).pop(_TAKES_OP, None)
+
+
 def _may_patch(module: nn.Module) -> bool:
     # accelerate's hooks (of a quantized model, say) also patch forward. Calls without `head_op` still run them.
     return "forward" not in vars(module) or hasattr(module, "_hf_hook")
@@ -215,19 +228,27 @@ def _with_head_op(plain: Callable[..., Any], transform: Transform) -> Callable[.
         # Peft's wrappers pass options that the caller did not give as None.
         given = {key: value for key, value in kwargs.items() if value is not None}
         hidden = self.base_model(*args, **given, use_cache=False).last_hidden_state
-        head = _output_head(self)
-        _take_op(_layers(type(self).__name__, head))
-
-        def op(hidden: Tensor, head: Head) -> Any:
-            return head_op(hidden, dataclasses.replace(head, scale=transform.scale, softcap=transform.softcap))
-
-        return head(hidden, op=op)
+        return call_head(self, hidden, head_op, transform)
 
     return forward
 
 
+def call_head(model: LanguageModel, hidden: Tensor, head_op: HeadOp, transform: Transform) -> Any:
+    """`head_op` of `hidden` and the head of an attached model, inside the forward of the head module.
+
+    Call it inside the forward of `model`.
+    """
+    head = _output_head(model)
+    _take_op(_layers(type(model).__name__, head))
+
+    def op(hidden: Tensor, head: Head) -> Any:
+        return head_op(hidden, dataclasses.replace(head, scale=transform.scale, softcap=transform.softcap))
+
+    return head(hidden, op=op)
+
+
 @torch.no_grad()
-def _compare(model: LanguageModel, head: nn.Module, transform: Transform) -> HeadInfo:
+def _compare(model: LanguageModel, head: nn.Module, transform: Transform, head_casts: bool) -> HeadInfo:
     """Compare fused log-probs of random tokens with those of the model's logits, over a stubbed backbone."""
     found: dict[str, Any] = {}
     with stubbed(model, head) as (hidden, inputs), evaluating(model):
@@ -238,6 +259,7 @@ def _compare(model: LanguageModel, head: nn.Module, transform: Transform) -> Hea
             weight = head.weight
             found.update(vocab=weight.shape[0], dim=weight.shape[1], dtype=weight.dtype, bias=head.bias is not None)
             found["labels"] = (labels % weight.shape[0]).to(weight.device)
+            hidden = hidden.to(weight.dtype) if head_casts else hidden
             return linear_logprob(hidden, head, found["labels"])
 
         fused = model(**inputs, head_op=op)

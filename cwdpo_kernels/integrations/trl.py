@@ -38,6 +38,7 @@ from .. import (
 )
 from ..validation import check_choice, check_positive, expect
 from .hugging_face import attach_head
+from .trl_head import use_fused_head as use_fused_head
 from .trl_sharing import OP, Batch, PromptSharing
 
 # Options of DPOConfig that the trainer does not implement, and their values without effect, which it accepts.
