@@ -198,9 +198,12 @@ def _per_token(model: Any, hidden: Tensor, labels: Tensor, fused: _Fused) -> dic
             head = Head(weight.float(), None if head.bias is None else head.bias.float(), head.scale, head.softcap)
         hidden, targets = hidden.to(weight.device), labels.to(weight.device)
         if set(fused.outputs) <= {"log_probs"}:
-            return {"log_probs": linear_logprob(hidden, head, targets)}
-        stats = token_stats(hidden, head, targets)
-        return {name: getattr(stats, PER_TOKEN[name]) for name in ("log_probs", *fused.outputs)}
+            fields = {"log_probs": linear_logprob(hidden, head, targets)}
+        else:
+            stats = token_stats(hidden, head, targets)
+            fields = {name: getattr(stats, PER_TOKEN[name]) for name in ("log_probs", *fused.outputs)}
+        # Views would lose FSDP's hooks if the caller changed them in place.
+        return {name: field.clone() for name, field in fields.items()}
 
     if not fused.in_float32:
         return call_head(model, hidden, op, fused.transform)

@@ -7,6 +7,7 @@ import importlib
 import importlib.metadata
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,6 +21,9 @@ from cwdpo_kernels.integrations import trl_head
 from cwdpo_kernels.integrations.hugging_face import HeadError
 from cwdpo_kernels.integrations.trl import use_fused_head
 from cwdpo_kernels.integrations.trl_head import PER_TOKEN, add_fused_lm_head
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+import mock_gpu
 
 # TRL 1.16 still uses names that transformers has renamed.
 pytestmark = pytest.mark.filterwarnings("ignore:.*gradient_checkpointing.* is deprecated:FutureWarning")
@@ -92,7 +96,7 @@ def check(output, expected, mask, names=ALL):
         torch.testing.assert_close(output[name].double(), expected[name].double(), rtol=2e-5, atol=2e-5, msg=name)
         assert output[name].dtype == (torch.bool if name == "is_top1" else torch.float32)
         assert not output[name][~mask].any()
-    assert torch.equal(output.label_mask, mask)
+    assert torch.equal(output["label_mask"], mask)
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -245,6 +249,36 @@ def test_head_in_float32(by_trl):
         torch.testing.assert_close(again.double(), expected, rtol=1e-5, atol=1e-5)
     output.loss.backward()
     assert head.weight.grad.dtype == head.weight.dtype
+
+
+def test_head_on_another_device_than_the_backbone():
+    """As `device_map` may place it."""
+    ids, labels = batch()
+    model = build()
+    expected, mask = truth(model, ids, labels)
+    add_fused_lm_head(model)
+    with mock_gpu.running(), torch.no_grad():
+        model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to("cuda"), requires_grad=False)
+        output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        assert output.log_probs.device.type == output.label_mask.device.type == output.loss.device.type == "cuda"
+        fields = {name: output[name].cpu() for name in ("log_probs", "label_mask")}
+    check(fields, expected, mask, ["log_probs"])
+
+
+def test_the_head_is_called_inside_the_models_forward():
+    """So that the hooks of FSDP and DDP fire, which gather its weight and reduce its gradient."""
+    model = build()
+    ids, labels = batch()
+    seen = []
+    for module in (model, model.lm_head):
+        module.register_forward_pre_hook(lambda module, args: seen.append(f"before {type(module).__name__}"))
+        module.register_forward_hook(lambda module, args, output: seen.append(f"after {type(module).__name__}"))
+    add_fused_lm_head(model, outputs=ALL)
+    seen.clear()
+    output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+    assert seen == ["before LlamaForCausalLM", "before Linear", "after Linear", "after LlamaForCausalLM"]
+    assert not output.log_probs._is_view()
+    assert not output.entropy._is_view()
 
 
 def test_the_models_own_forward_is_unchanged(tmp_path):
