@@ -120,7 +120,7 @@ def _sharing(measurements: list[dict]) -> Figure:
 def _real_model(groups: list[dict]) -> Figure:
     """The largest error of log-probs and entropies on a real model, by the probability of the token."""
     figure, axes = plt.subplots(1, 2, figsize=(10, 4.0), layout="constrained")
-    ticks = list(range(len(groups)))
+    ticks = [float(i) for i in range(len(groups))]
     labels = ["{:g} to {:g}".format(*group["probability"]) for group in groups]
     for axis, (what, title) in zip(axes, (("logp", "log-probs"), ("entropy", "entropies")), strict=True):
         for name in STYLES:
