@@ -1,4 +1,4 @@
-"""token_stats under torch.export, dynamic shapes, functional_call and DDP. Other transforms: ops/test_derivatives.py."""
+"""token_stats under torch.export, dynamic shapes, functional_call and DDP. More transforms: ops/test_derivatives.py."""
 
 import pytest
 import torch
