@@ -8,11 +8,14 @@ from __future__ import annotations
 import statistics
 from pathlib import Path
 
-from benchmarks import entropy_report, gpu_report, loaded_report, results, sharing_report, workloads
+from benchmarks import entropy_report, gpu_report, loaded_report, results, sharing_report, trl_head_report, workloads
 from benchmarks.report_text import OURS, mib, seconds, table
 from benchmarks.results import ROOT
 
-SUITES = ("linear", "loaded", "entropy", "real_model", "logits", "accuracy", "trainer", "sharing", "trl", "sweeps")
+SUITES = (
+    "linear", "loaded", "entropy", "real_model", "logits", "accuracy", "trainer", "sharing", "trl", "trl_head",
+    "sweeps",
+)  # fmt: skip
 PAGE, IMAGES, README = ROOT / "docs" / "benchmarks.md", ROOT / "docs" / "images", ROOT / "README.md"
 BEGIN, END = "<!-- benchmarks:begin -->", "<!-- benchmarks:end -->"
 LABELS = {f"{OURS}, none kept": f"{OURS}, tiles recomputed"}  # names in the result files -> in tables
@@ -106,7 +109,8 @@ def page(reports: Reports) -> str:
     sections = [INTRODUCTION, machine(reports), linear(reports)]
     sections += [loaded_report.section(reports["loaded"]), entropy_report.section(reports["entropy"])]
     sections += [logits(reports), accuracy(reports), entropy_report.real_model(reports["real_model"])]
-    sections += [trainer(reports), sharing_report.section(reports["sharing"], reports["trl"]), sweeps(reports)]
+    sections += [trainer(reports), sharing_report.section(reports["sharing"], reports["trl"])]
+    sections += [trl_head_report.section(reports["trl_head"]), sweeps(reports)]
     return "\n\n".join([*sections, *gpu_report.sections()]) + "\n"
 
 

@@ -24,6 +24,7 @@ from benchmarks import (
     sharing,
     sweeps,
     trainer_step,
+    trl_head,
     trl_step,
 )
 from benchmarks.results import ResultFile
@@ -39,6 +40,7 @@ SUITES = {
     "trainer": trainer_step,
     "sharing": sharing,
     "trl": trl_step,
+    "trl_head": trl_head,
     "sweeps": sweeps,
 }
 REPEATS = 7
