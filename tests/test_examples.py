@@ -61,6 +61,16 @@ def test_lightning_module(run):
     assert module.reference.lm_head.weight.grad is None
 
 
+def test_trl_head(run):
+    names, printed = run("trl_head")
+    first, last = printed["loss"]
+    assert first == pytest.approx(1, abs=1e-3)  # hinge: the policy is its reference
+    assert last < 0.8
+    assert printed["rewards/margins"][1] > 0.2
+    assert names["trainer"].model.forward.__func__.__module__ == "transformers.models.llava.modeling_llava"
+    assert "cwdpo_kernels" in names["trainer"].model.forward.__func__.__code__.co_filename
+
+
 def test_trl_dpo(run):
     names, printed = run("trl_dpo")
     expect_cooled_learning(printed, "rewards/margins", "cooling_weight")
