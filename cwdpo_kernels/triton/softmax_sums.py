@@ -30,7 +30,7 @@ from .gradients import LogitGrads, head_gradients
 from .primitives import LN2, LN2_HI, LN2_LO, LOG2E, MAX_ANCHOR, NO_ANCHOR, log2_anchored, merge
 from .sweep import Sweep
 
-BLOCK_N, BLOCK_T = 32, 32
+BLOCK_N, BLOCK_T = 32, 8
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # max_logit without competitors
 
 
