@@ -24,12 +24,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..portable.softmax_sums import SUMS
 from .configs import COMPILER_OPTIONS
 from .gradients import LogitGrads, head_gradients
 from .primitives import LN2, LN2_HI, LN2_LO, LOG2E, MAX_ANCHOR, NO_ANCHOR, log2_anchored, merge
 from .sweep import Sweep
 
+SUMS = 6  # target, max_logit, sum_exp, moment, sum_sq, sum_logit
 BLOCK_N, BLOCK_T = 32, 8
 LOWEST = tl.constexpr(torch.finfo(torch.float32).min)  # max_logit without competitors
 
@@ -105,7 +105,7 @@ def softmax_sums(
         kept.zero_()
     sweep = Sweep(hidden, weight, bias, labels.contiguous(), scale, softcap, ignore_index, statistics=True)
     sweep.run(range(sweep.tiles_v))
-    sums = hidden.new_empty(len(SUMS), sweep.rows, dtype=torch.float32)
+    sums = hidden.new_empty(SUMS, sweep.rows, dtype=torch.float32)
     if sweep.rows:
         _sums_kernel[(triton.cdiv(sweep.rows, BLOCK_N),)](
             sweep.anchor_TN, sweep.sum_exp_TN, sweep.statistics_T4N, sweep.target_N, sweep.labels, sums, sweep.rows,
