@@ -42,8 +42,8 @@ from cwdpo_kernels.triton import (
     linear_logprob,
     logits_logprob,
     sequence_logprob,
+    softmax_sums,
     token_divergence,
-    token_stats,
 )
 
 RESULTS = Path(__file__).parent / "results" / "triton_compiled.json"
@@ -103,7 +103,11 @@ def call_every_op(
         linear_logprob.linear_logprob_backward(
             logp, *head[:4], logp, logp, logp, kept, *head[4:], True, True, bias, sparse_grad, 0
         )
-    token_stats.token_stats(*head, 0)
+    for partial in (False, True):
+        sums, _ = softmax_sums.softmax_sums(*head, partial, 0, 0)
+    softmax_sums.softmax_sums_backward(
+        logp, logp, logp, *head[:4], sums[1], kept, *head[4:], False, True, True, bias, 0
+    )
     token_divergence.token_divergence(*head[:3], 1.0, softcap, *head[:3], 1.0, softcap, 0)
     if not bias:
         logits = torch.empty(n, v, dtype=dtype, device="meta")

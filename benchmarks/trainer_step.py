@@ -75,19 +75,22 @@ def full_logits_logp(hidden: Tensor, head: ck.Head, labels: Tensor, cu_seqlens: 
 
 def full_logits_loss(
     hidden: Tensor, head: ck.Head, labels: Tensor, *refs: Tensor, cu_seqlens: None = None, **options
-) -> ck.CWDPOOutput:
+) -> ck.PreferenceOutput:
     """The same loss and metrics from eager log-probs."""
     sequences = full_logits_logp(hidden, head, labels)
     pairs = labels.shape[0] // 2
     chosen, rejected = (
         ck.SequenceLogprob(*(x[part] for x in sequences)) for part in (slice(pairs), slice(pairs, None))
     )
-    return ck.cwdpo_loss(chosen, rejected, *refs, **options)
+    return ck.preference_loss(chosen, rejected, *refs, **options)
 
 
 PATHS: dict[str, dict[str, Any]] = {  # the attributes of `dpo` that a path replaces
-    "fused": {"linear_sequence_logprob": ck.linear_sequence_logprob, "linear_cwdpo_loss": ck.linear_cwdpo_loss},
-    "eager, full logits": {"linear_sequence_logprob": full_logits_logp, "linear_cwdpo_loss": full_logits_loss},
+    "fused": {
+        "linear_sequence_logprob": ck.linear_sequence_logprob,
+        "linear_preference_loss": ck.linear_preference_loss,
+    },
+    "eager, full logits": {"linear_sequence_logprob": full_logits_logp, "linear_preference_loss": full_logits_loss},
 }
 
 

@@ -17,11 +17,11 @@ from benchmarks import ahead, gpu_measure, tune
 from benchmarks.models import Shape
 from cwdpo_kernels import IGNORE_INDEX
 from cwdpo_kernels.testing import relative_error
-from cwdpo_kernels.triton import configs, linear_logprob, sweep
+from cwdpo_kernels.triton import configs, gradients, linear_logprob, sweep
 
 REPEATS = 7
 MOST_ERROR = 0.01  # of values and gradients, relative to those of the current row: more than bfloat16 rounds
-KERNELS = {kernel.__name__: kernel for kernel in (sweep._sweep_kernel, linear_logprob._gradient_kernel)}
+KERNELS = {kernel.__name__: kernel for kernel in (sweep._sweep_kernel, gradients._gradient_kernel)}
 
 
 def do(kind: str, op: str, shape: Shape, emit: Callable[[str, dict], None]) -> None:

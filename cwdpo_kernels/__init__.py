@@ -19,6 +19,13 @@ from .losses import (
     logits_cwdpo_loss,
 )
 from .ops import backend, backend_details, default_workspace_bytes, missing_backend
+from .preference import (
+    PREFERENCE_LOSSES,
+    CoolingWeighted,
+    PreferenceLoss,
+    linear_preference_loss,
+    preference_loss,
+)
 from .trees import TokenTree, tree_attention
 from .types import (
     IGNORE_INDEX,
@@ -29,6 +36,7 @@ from .types import (
     GentleNegatives,
     Head,
     MemoryBudget,
+    PreferenceOutput,
     SequenceLogprob,
     TokenStats,
     VocabShard,
@@ -38,13 +46,17 @@ __version__ = "0.1.0"
 
 __all__ = [
     "IGNORE_INDEX",
+    "PREFERENCE_LOSSES",
     "CWDPOOutput",
     "ConstrainedSFTOutput",
     "Cooling",
+    "CoolingWeighted",
     "Divergence",
     "GentleNegatives",
     "Head",
     "MemoryBudget",
+    "PreferenceLoss",
+    "PreferenceOutput",
     "SequenceLogprob",
     "TokenStats",
     "TokenTree",
@@ -58,11 +70,13 @@ __all__ = [
     "linear_constrained_sft_loss",
     "linear_cwdpo_loss",
     "linear_logprob",
+    "linear_preference_loss",
     "linear_sequence_logprob",
     "logits_cwdpo_loss",
     "logits_logprob",
     "logits_sequence_logprob",
     "missing_backend",
+    "preference_loss",
     "sequence_logprob",
     "shift_labels",
     "token_divergence",

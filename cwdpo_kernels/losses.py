@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from . import validation as check
-from ._inputs import at_least_float32, labels_in_rows, sequence_offsets, token_logprob, whole_head
+from ._inputs import labels_in_rows, sequence_offsets, token_logprob, whole_head
 from ._ops import ops
+from ._pairs import NORMALIZE, reference_total, split_pairs, stack_pairs
 from ._smoothing import lead_over_mean_logit
 from .functional import logits_logprob, sequence_logprob
 from .ops import apply
@@ -26,8 +27,6 @@ from .types import (
     MemoryBudget,
     SequenceLogprob,
 )
-
-NORMALIZE = ("sequence", "token")
 
 
 def cooling_weight(mean_logp: Tensor, cooling: Cooling) -> Tensor:
@@ -58,7 +57,7 @@ def cwdpo_loss(
     Pairs with an empty answer, or below `cooling.drop_below`, are left out of the mean (`kept` is False).
     """
     op = "cwdpo_loss"
-    sum_logp, count = _stack_pairs(op, chosen, rejected)
+    sum_logp, count = stack_pairs(op, chosen, rejected)
     offsets = torch.arange(sum_logp.shape[0] + 1, device=sum_logp.device)
     return _cwdpo(op, sum_logp, None, count, offsets, ref_chosen, ref_rejected, beta, cooling, normalize, IGNORE_INDEX)
 
@@ -108,7 +107,7 @@ def constrained_sft_loss(
         answer's tokens (`linear_constrained_sft_loss` computes it from the mean row of the head).
     """
     op = "constrained_sft_loss"
-    sum_logp, count = _stack_pairs(op, chosen, rejected)
+    sum_logp, count = stack_pairs(op, chosen, rejected)
     offsets = torch.arange(sum_logp.shape[0] + 1, device=sum_logp.device)
     return _constrained_sft(op, sum_logp, None, count, offsets, negatives, rejected_smoothing, IGNORE_INDEX)
 
@@ -159,11 +158,10 @@ def _cwdpo(
     pairs = check.check_pairs(op, "labels" if count is None else "chosen", offsets.shape[0] - 1)
     check.check_positive(op, "beta", beta)
     check.check_choice(op, "normalize", normalize, NORMALIZE)
-    references = []
-    for arg, ref in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected)):
-        ref = ref.total if isinstance(ref, SequenceLogprob) else ref
-        check.check_per_pair(op, arg, ref, pairs, logp)
-        references.append(ref.detach())
+    references = [
+        reference_total(op, arg, ref, pairs, logp)
+        for arg, ref in (("ref_chosen", ref_chosen), ("ref_rejected", ref_rejected))
+    ]
     _check_cooling(op, cooling)
     loss, chosen_reward, rejected_reward, margin, accuracy, weight, kept, sum_logp, mean, count, _ = apply(
         "cwdpo_loss",
@@ -172,7 +170,7 @@ def _cwdpo(
         constant=cooling.constant, drop_below=cooling.drop_below, per_token=normalize == "token",
         ignore_index=ignore_index,
     )  # fmt: skip
-    chosen, rejected = _split_pairs(sum_logp, mean, count)
+    chosen, rejected = split_pairs(sum_logp, mean, count)
     return CWDPOOutput(loss, chosen_reward, rejected_reward, margin, accuracy, weight, chosen, rejected, kept)
 
 
@@ -198,33 +196,12 @@ def _constrained_sft(
         spread = smoothing.sum() / (lengths > 0).sum().clamp_min(1)
         if factor := negatives.weight * negatives.smoothing:  # 0 * inf would be NaN
             loss, penalty = loss + factor * spread, penalty + factor * spread.detach()
-    return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *_split_pairs(sum_logp, mean, counts))
+    return ConstrainedSFTOutput(loss, chosen_nll, rejected_nll, penalty, *split_pairs(sum_logp, mean, counts))
 
 
 def _check_negatives(op: str, negatives: GentleNegatives) -> None:
     kind = type(negatives).__name__
     check.expect(isinstance(negatives, GentleNegatives), op, "negatives", "type", "GentleNegatives", kind)
-
-
-def _stack_pairs(op: str, chosen: SequenceLogprob, rejected: SequenceLogprob) -> tuple[Tensor, Tensor]:
-    """Totals and counts of 2P sequences, chosen first."""
-    for arg, value in (("chosen", chosen), ("rejected", rejected)):
-        check.expect(isinstance(value, SequenceLogprob), op, arg, "type", "SequenceLogprob", type(value).__name__)
-        check.check_dtype(op, f"{arg}.total", value.total, check.FLOAT_DTYPES)
-        check.check_dtype(op, f"{arg}.count", value.count, check.INDEX_DTYPES)
-        shape = list(value.total.shape)
-        check.expect(len(shape) == 1, op, f"{arg}.total", "shape", "[P]", shape)
-        check.check_device(op, f"{arg}.count", value.count, chosen.total, "the policy's log-probs")
-        check.expect(list(value.count.shape) == shape, op, f"{arg}.count", "shape", shape, list(value.count.shape))
-    check.check_per_pair(op, "rejected.total", rejected.total, chosen.total.shape[0], chosen.total)
-    sum_logp = torch.cat([chosen.total, rejected.total])
-    return at_least_float32(sum_logp), torch.cat([chosen.count, rejected.count]).long()
-
-
-def _split_pairs(sum_logp: Tensor, mean: Tensor, count: Tensor) -> tuple[SequenceLogprob, SequenceLogprob]:
-    pairs = sum_logp.shape[0] // 2
-    chosen = SequenceLogprob(sum_logp[:pairs], mean[:pairs], count[:pairs])
-    return chosen, SequenceLogprob(sum_logp[pairs:], mean[pairs:], count[pairs:])
 
 
 def _check_cooling(op: str, cooling: Cooling) -> None:

@@ -193,12 +193,13 @@ class Divergence(NamedTuple):
     kl: Tensor
 
 
-class CWDPOOutput(NamedTuple):
+class PreferenceOutput(NamedTuple):
     """`loss` (scalar, differentiable) and metrics per pair [P], detached.
 
     `chosen_reward` = beta * D_w, `rejected_reward` = beta * D_l, `margin` = their difference (without the cooling
-    weight), `accuracy` = 1.0 where margin > 0, `cooling_weight` = w_c, `chosen_logp` and `rejected_logp` of the policy,
-    `kept` = False where the pair is left out of the mean (an empty answer, or below `Cooling.drop_below`).
+    weight), `accuracy` = 1.0 where margin > 0, `cooling_weight` = w_c (1 for a loss without one), `chosen_logp` and
+    `rejected_logp` of the policy, `kept` = False where the pair is left out of the mean (an empty answer, or below
+    `Cooling.drop_below`). D = policy - reference log-prob, or the policy's log-prob for a loss without a reference.
     """
 
     loss: Tensor
@@ -210,6 +211,9 @@ class CWDPOOutput(NamedTuple):
     chosen_logp: SequenceLogprob
     rejected_logp: SequenceLogprob
     kept: Tensor
+
+
+CWDPOOutput = PreferenceOutput  # the name that the functions of CW-DPO use
 
 
 class ConstrainedSFTOutput(NamedTuple):

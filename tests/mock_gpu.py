@@ -14,6 +14,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import importlib
 from collections.abc import Callable, Iterator
 from unittest import mock
 
@@ -142,13 +143,17 @@ def call(op, args: tuple, kwargs: dict):
 
 
 def _kernel(op, args: tuple, kwargs: dict):
-    """Call the kernel of the backend that serves the device, as PyTorch's dispatcher would."""
+    """Call the kernel of the backend that serves the device, as PyTorch's dispatcher would.
+
+    An op made of other ops, such as token_stats, is one function for all devices, in the op's file.
+    """
     schema = op._schema.arguments
     values = {x.name: x.default_value for x in schema if x.has_default_value()} | kwargs
     values |= {x.name: value for x, value in zip(schema, args, strict=False)}
     name = op._schema.name.split("::")[1]
     serving = registry._BACKENDS[registry.backend("cuda")].kernels
-    kernel = serving.get(name) or registry._fallback().kernels[name]
+    kernel = serving.get(name) or registry._fallback().kernels.get(name)
+    kernel = kernel or getattr(importlib.import_module(f"cwdpo_kernels.ops.{name}"), name)
     with _Ops(), _Calls():
         return kernel(*(values[x.name] for x in schema))
 

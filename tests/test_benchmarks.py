@@ -158,9 +158,9 @@ def test_both_heads_give_the_same_trainer_step(monkeypatch):
     json.dumps(measured)
 
     def wrong(hidden, head, labels, *args, **options):
-        return ck.linear_cwdpo_loss(hidden, head, labels.roll(1, 0), *args, **options)
+        return ck.linear_preference_loss(hidden, head, labels.roll(1, 0), *args, **options)
 
-    monkeypatch.setitem(trainer_step.PATHS["fused"], "linear_cwdpo_loss", wrong)
+    monkeypatch.setitem(trainer_step.PATHS["fused"], "linear_preference_loss", wrong)
     with pytest.raises(SystemExit, match="losses differ, nothing is reported"):
         trainer_step.measure(False, 2, here, TINY_TRAINER)
 

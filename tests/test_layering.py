@@ -22,18 +22,20 @@ BACKENDS = {"portable", "triton"}
 ADAPTERS = {"compat", "integrations"}
 # What each part of cwdpo_kernels may import from it. Only tests and benchmarks import `reference` and `testing`.
 ALLOWED = {
-    "__init__": {"functional", "losses", "ops", "trees", "types"},
-    "losses": {"functional", "_inputs", "_ops", "_smoothing", "ops", "types", "validation"},
+    "__init__": {"functional", "losses", "ops", "preference", "trees", "types"},
+    "preference": {"preference", "losses", "functional", "_inputs", "_pairs", "types", "validation"},
+    "losses": {"functional", "_inputs", "_ops", "_pairs", "_smoothing", "ops", "types", "validation"},
     "functional": {"_inputs", "_ops", "ops", "types", "validation"},
     "_inputs": {"_ops", "_vocab_parallel", "ops", "types", "validation"},
     "_vocab_parallel": {"_ops", "ops", "types", "validation"},
+    "_pairs": {"_inputs", "types", "validation"},
     "_ops": set(),
     "_smoothing": {"types"},
     "types": {"validation"},
     "validation": set(),
     "testing": {"types"},
     # The package's public names, and helpers of its own functions.
-    **{group: {group, "__init__", "_inputs", "_smoothing", "trees", "validation"} for group in ADAPTERS},
+    **{group: {group, "__init__", "_inputs", "_smoothing", "preference", "trees", "validation"} for group in ADAPTERS},
     "trees": {"ops", "trees", "validation"},
     "ops": {"ops", "_ops", "validation", *BACKENDS},
     "reference": {"reference", "types"},

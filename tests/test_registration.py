@@ -6,6 +6,7 @@ import torch
 import cwdpo_kernels as ck
 from cwdpo_kernels import ops
 from cwdpo_kernels.ops import registry
+from cwdpo_kernels.preference import DPO
 from cwdpo_kernels.testing import make_inputs
 
 OPS = torch.ops.cwdpo
@@ -103,6 +104,8 @@ def public_calls():
         "linear_cwdpo_loss": lambda h: ck.linear_cwdpo_loss(h, weight, labels, *refs, **dpo).loss,
         "logits_cwdpo_loss": lambda h: ck.logits_cwdpo_loss(h @ weight.T, labels, *refs, **dpo).loss,
         "cwdpo_loss": lambda h: ck.cwdpo_loss(*sequences(h), *refs, **dpo).loss,
+        "linear_preference_loss": lambda h: ck.linear_preference_loss(h, weight, labels, *refs, loss=DPO()).loss,
+        "preference_loss": lambda h: ck.preference_loss(*sequences(h), *refs, loss=DPO()).loss,
         "linear_constrained_sft_loss": lambda h: (
             ck.linear_constrained_sft_loss(h, weight, labels, negatives=negatives).loss
         ),

@@ -11,14 +11,13 @@ After:
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
 
-from .. import IGNORE_INDEX, Head, linear_sequence_logprob
+from .. import IGNORE_INDEX, PREFERENCE_LOSSES, Head, PreferenceLoss, linear_sequence_logprob
+from ..preference import Pairs
 from ..validation import INDEX_DTYPES, check_dtype, check_number, check_positive, expect, fail
 
 OP = "LigerFusedLinearDPOLoss"
@@ -41,50 +40,10 @@ class DPOMetrics(NamedTuple):
     rejected_rewards: Tensor
 
 
-class _Pairs(NamedTuple):
-    """The arguments of the losses: rewards w and l, d = w - l [P], and the options."""
-
-    w: Tensor
-    l: Tensor  # noqa: E741
-    d: Tensor
-    beta: float
-    smoothing: float
-    tau: float
-
-
-def _exo_pair(p: _Pairs) -> Tensor:
-    """KL(q || p) of q = (sigmoid(d), sigmoid(-d)) and p = (1 - smoothing, smoothing)."""
-    smoothing = p.d.new_tensor(p.smoothing)
-    chosen = torch.sigmoid(p.d) * (logsigmoid(p.d) - torch.log1p(-smoothing))
-    return chosen + torch.sigmoid(-p.d) * (logsigmoid(-p.d) - torch.log(smoothing))
-
-
-def _robust(p: _Pairs) -> Tensor:
-    flipped = p.smoothing * logsigmoid(-p.d)
-    return (flipped - (1 - p.smoothing) * logsigmoid(p.d)) / (1 - 2 * p.smoothing)
-
-
-def _discopop(p: _Pairs) -> Tensor:
-    """(1 - m) * -log sigmoid(d) + m * exp(-d), m = sigmoid(d / tau).
-
-    m * exp(-d) is computed as one exponential, because its factors can be 0 and infinity: at d = -100 nats it is
-    exp(100 - 100 / tau).
-    """
-    return torch.sigmoid(-p.d / p.tau) * -logsigmoid(p.d) + torch.exp(logsigmoid(p.d / p.tau) - p.d)
-
-
-LOSSES: dict[str, Callable[[_Pairs], Tensor]] = {
-    "sigmoid": lambda p: -logsigmoid(p.d),  # DPO, arXiv 2305.18290
-    "hinge": lambda p: torch.relu(1 - p.d),  # SLiC, arXiv 2305.10425
-    "exo_pair": _exo_pair,  # arXiv 2402.00856, equation 16
-    "nca_pair": lambda p: -logsigmoid(p.w) - 0.5 * (logsigmoid(-p.w) + logsigmoid(-p.l)),  # arXiv 2402.05369
-    "robust": _robust,  # arXiv 2403.00409
-    "bco_pair": lambda p: -logsigmoid(p.w) - logsigmoid(-p.l),  # arXiv 2404.04656
-    "sppo_hard": lambda p: ((p.w - 0.5) ** 2 + (p.l + 0.5) ** 2) / p.beta**2,  # arXiv 2405.00675, equation 4.7
-    "apo_zero": lambda p: torch.sigmoid(-p.w) + torch.sigmoid(p.l),  # arXiv 2408.06266, equation 7
-    "apo_down": lambda p: torch.sigmoid(p.w) + torch.sigmoid(-p.d),  # arXiv 2408.06266, equation 8
-    "discopop": _discopop,  # arXiv 2406.08414, equation 5
-}
+# Liger's loss types.
+LOSSES = (
+    "sigmoid", "hinge", "exo_pair", "nca_pair", "robust", "bco_pair", "sppo_hard", "apo_zero", "apo_down", "discopop",
+)  # fmt: skip
 
 
 class LigerFusedLinearDPOLoss(torch.nn.Module):
@@ -92,7 +51,7 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
 
         d = beta * ((log pi(y_w) - log ref(y_w)) - (log pi(y_l) - log ref(y_l)));  "sigmoid": -log sigmoid(d)
 
-    loss_type: a key of `LOSSES`.
+    loss_type: one of `LOSSES`, which `cwdpo_kernels.preference` computes.
     average_log_prob: use means over an answer's tokens instead of sums.
     use_ref_model: False sets log ref = 0 and ignores the reference's arguments.
     label_smoothing: used by "exo_pair" and "robust".
@@ -144,18 +103,16 @@ class LigerFusedLinearDPOLoss(torch.nn.Module):
         logp = policy.mean if self.average_log_prob else policy.total
         logratio = logp - self._reference_logp(target, ref_input, ref_weight, ref_bias)
         chosen, rejected = logratio.split(pairs)
-        beta = self.beta
-        terms = _Pairs(
-            beta * chosen, beta * rejected, beta * (chosen - rejected), beta, self.label_smoothing, self.discopop_tau
-        )
-        loss = LOSSES[self.loss_type](terms).mean()
+        preference = _preference_loss(self.loss_type, self.beta, self.label_smoothing, self.discopop_tau)
+        loss = preference.per_pair(Pairs(chosen, rejected, *policy.mean.split(pairs))).mean()
         nll = torch.zeros_like(loss)
         if self.compute_nll_loss:
             nll = -policy.total[:pairs].sum() / policy.count[:pairs].sum().clamp_min(1)
             loss = loss + self.alpha * nll
         chosen_logp, rejected_logp = logp.split(pairs)
         chosen_mean, rejected_mean = _mean_logits(_input, lin_weight, bias)
-        metrics = DPOMetrics(chosen_logp, rejected_logp, chosen_mean, rejected_mean, nll, terms.w, terms.l)
+        rewards = self.beta * chosen, self.beta * rejected
+        metrics = DPOMetrics(chosen_logp, rejected_logp, chosen_mean, rejected_mean, nll, *rewards)
         return loss, DPOMetrics(*(metric.detach() for metric in metrics))
 
     def _reference_logp(
@@ -202,6 +159,16 @@ def _check_options(loss_type: str, beta: float, label_smoothing: float, discopop
         raise ValueError(f"{OP}: label_smoothing must lie in [0.0, 0.5) for loss_type='robust', got {label_smoothing}")
     check_positive(OP, "beta", beta, "a value")
     check_positive(OP, "discopop_tau", discopop_tau, "a value")
+
+
+def _preference_loss(loss_type: str, beta: float, label_smoothing: float, discopop_tau: float) -> PreferenceLoss:
+    """The loss of Liger's name, with those of the options that Liger uses for it."""
+    options = {"beta": beta}
+    if loss_type in ("exo_pair", "robust"):
+        options["label_smoothing"] = label_smoothing
+    if loss_type == "discopop":
+        options["tau"] = discopop_tau
+    return PREFERENCE_LOSSES[loss_type](**options)
 
 
 def _required(name: str, value: Tensor | None) -> Tensor:

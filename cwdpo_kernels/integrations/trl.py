@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from typing import Any
+from typing import Any, cast
 
 import torch
 from accelerate.utils import is_peft_model
@@ -29,12 +29,14 @@ from trl.trainer.utils import use_adapter
 
 from .. import (
     Cooling,
-    CWDPOOutput,
+    CoolingWeighted,
     Head,
+    PreferenceLoss,
+    PreferenceOutput,
     SequenceLogprob,
-    cwdpo_loss,
-    linear_cwdpo_loss,
+    linear_preference_loss,
     linear_sequence_logprob,
+    preference_loss,
 )
 from ..validation import check_choice, check_positive, expect
 from .hugging_face import attach_head
@@ -61,7 +63,9 @@ class CoolingDPOTrainer(DPOTrainer):
     """TRL's DPOTrainer with the loss -log sigmoid(beta * (D_w - w_c * D_l)), D = policy - reference log-prob.
 
     cooling: defines w_c; `Cooling(constant=1.0)` is DPO as TRL computes it.
-    normalize: "sequence" for D of total log-probs, "token" for D of means.
+    loss: another `PreferenceLoss`, instead of `cooling`. Its `beta` counts; that of `args` has its default or the same
+        value. For a loss without a reference no step runs one, though TRL loads it (not for a peft model).
+    normalize: "sequence" for D of total log-probs, "token" for D of means. The default is that of the loss.
     prefix_sharing: True encodes the prompt of each pair and its images once for both answers, in the policy and in the
         reference. If the vision path is frozen, policy and reference also share the image features. Losses, metrics and
         gradients stay the same within rounding. On the first batch, log-probs are compared with those of separate rows.
@@ -72,8 +76,8 @@ class CoolingDPOTrainer(DPOTrainer):
     name). A policy that has been trained since it was loaded needs `ref_model`.
 
     `max_length` can leave an answer without tokens. DPO counts such a pair with log-prob 0 for the answer. So does this
-    trainer with `constant=1.0`. Otherwise w_c is undefined for the pair, so it is left out of the loss. The first such
-    pair causes a warning.
+    trainer with `constant=1.0`. Otherwise w_c is undefined for the pair, so it is left out of the loss, as it is with
+    `loss`. The first such pair causes a warning.
 
     The head is called inside the model's forward (`attach_head`), so wrappers' hooks fire. It logs TRL's `rewards/*`,
     `logps/*` (sums, nats) and `num_tokens`, and also `cooling_weight` (mean over the kept pairs), `kept` (their share),
@@ -83,24 +87,29 @@ class CoolingDPOTrainer(DPOTrainer):
     NotImplementedError: options that differ from `ONLY`, prompt learning of peft that differs from `PROMPTS`, router
     losses of mixtures of experts, `compute_metrics` and `predict` (they need logits); with `prefix_sharing`, models
     that cannot share prompts (see `why_no_trees`), `torch_compile` and prompt learning. ValueError: `beta` <= 0, a
-    `metric_for_best_model` that evaluation does not measure, and on the first batch a model whose log-probs change with
-    `prefix_sharing`. HeadError: the head is not supported (see `attach_head`).
+    `metric_for_best_model` that evaluation does not measure, a reference for a loss without one, and on the first batch
+    a model whose log-probs change with `prefix_sharing`. HeadError: the head is not supported (see `attach_head`).
     """
 
     model: PreTrainedModel  # or a peft model, which forwards attributes to it; never None after __init__
 
     def __init__(
         self, model: Any, ref_model: Any = None, args: DPOConfig | None = None, *more: Any,
-        cooling: Cooling, normalize: str = "sequence", prefix_sharing: bool | None = None, **options: Any,
+        cooling: Cooling | None = None, loss: PreferenceLoss | None = None, normalize: str | None = None,
+        prefix_sharing: bool | None = None, **options: Any,
     ) -> None:  # fmt: skip
-        expect(isinstance(cooling, Cooling), OP, "cooling", "type", "Cooling", type(cooling).__name__)
-        check_choice(OP, "normalize", normalize, ("sequence", "token"))
+        if loss is None:
+            expect(isinstance(cooling, Cooling), OP, "cooling", "type", "Cooling", type(cooling).__name__)
+        else:
+            _check_loss(loss, cooling, ref_model, args)
+        if normalize is not None:
+            check_choice(OP, "normalize", normalize, ("sequence", "token"))
         given = inspect.signature(DPOTrainer.__init__).bind(self, model, ref_model, args, *more, **options).arguments
         is_known = prefix_sharing is None or isinstance(prefix_sharing, bool)
         expect(is_known, OP, "prefix_sharing", "value", "True or False", repr(prefix_sharing))
         _check(given)
         self.sharing = PromptSharing(bool(prefix_sharing), given)
-        self.cooling, self.normalize = cooling, normalize
+        self.loss, self.cooling, self.normalize = loss, cooling, normalize
         self._has_warned_of_empty_answers = False
         super().__init__(model, ref_model, args, *more, **options)
         if self.aux_loss_enabled:
@@ -151,26 +160,29 @@ class CoolingDPOTrainer(DPOTrainer):
         self._record(output, inputs["attention_mask"])
         return output.loss
 
-    def _forward(self, model: nn.Module, reference: nn.Module, batch: Batch, inputs: dict[str, Any]) -> CWDPOOutput:
+    def _forward(
+        self, model: nn.Module, reference: nn.Module, batch: Batch, inputs: dict[str, Any]
+    ) -> PreferenceOutput:
+        loss = self.loss or CoolingWeighted(self.beta, cast(Cooling, self.cooling))
+        references: tuple[Tensor, ...] = ()
         if self.precompute_ref_logps:
-            chosen, rejected = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
-        else:
-            chosen, rejected = self._reference(reference, batch)
-        answers, beta, cooling, normalize = batch.answers, self.beta, self.cooling, self.normalize
+            references = inputs["ref_chosen_logps"], inputs["ref_rejected_logps"]
+        elif loss.needs_reference:
+            references = self._reference(reference, batch)
+        answers, normalize = batch.answers, self.normalize
 
-        def op(hidden: Tensor, head: Head) -> CWDPOOutput:
+        def op(hidden: Tensor, head: Head) -> PreferenceOutput:
             labels, cu_seqlens = answers.labels, answers.cu_seqlens
-            if cooling.constant == 1.0:
+            if isinstance(loss, CoolingWeighted) and loss.cooling.constant == 1.0:
                 policy = _counted(linear_sequence_logprob(hidden, head, labels, cu_seqlens))
-                return cwdpo_loss(*policy, chosen, rejected, beta=beta, cooling=cooling, normalize=normalize)
-            return linear_cwdpo_loss(
-                hidden, head, labels, chosen, rejected, beta=beta, cooling=cooling, normalize=normalize,
-                cu_seqlens=cu_seqlens,
-            )  # fmt: skip
+                return preference_loss(*policy, *references, loss=loss, normalize=normalize)
+            return linear_preference_loss(
+                hidden, head, labels, *references, loss=loss, normalize=normalize, cu_seqlens=cu_seqlens
+            )
 
         return answers.run(model, op)
 
-    def _record(self, output: CWDPOOutput, attention_mask: Tensor) -> None:
+    def _record(self, output: PreferenceOutput, attention_mask: Tensor) -> None:
         mode = "train" if self.model.training else "eval"
         metrics = {
             "rewards/chosen": output.chosen_reward, "rewards/rejected": output.rejected_reward,
@@ -203,6 +215,20 @@ class CoolingDPOTrainer(DPOTrainer):
                 "Raise max_length, or remove the pairs",
                 stacklevel=2,
             )
+
+
+def _check_loss(loss: Any, cooling: Any, ref_model: Any, args: DPOConfig | None) -> None:
+    """Check the argument `loss` together with those that it replaces."""
+    expect(isinstance(loss, PreferenceLoss), OP, "loss", "type", "PreferenceLoss", type(loss).__name__)
+    expect(cooling is None, OP, "cooling", "value", "None (as loss is given)", type(cooling).__name__)
+    kind, beta = type(loss).__name__, DPOConfig.beta if args is None else args.beta
+    expect(beta in (DPOConfig.beta, loss.beta), OP, "beta", "value", f"{loss.beta} (as loss has)", beta)
+    if loss.needs_reference:
+        return
+    expect(ref_model is None, OP, "ref_model", "value", f"None ({kind} has no reference)", type(ref_model).__name__)
+    for name in ("precompute_ref_log_probs", "sync_ref_model"):
+        value = getattr(args, name, False)
+        expect(not value, OP, name, "value", f"False ({kind} has no reference)", value)
 
 
 def _check(given: dict[str, Any]) -> None:

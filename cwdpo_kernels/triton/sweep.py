@@ -6,9 +6,11 @@ primitives.py) and all sums and maxima over the competitors of one tile:
     anchor, sum_exp = sum u_v                              [T, N] each
     target = z_y                                           [N], written by the tile that holds the label
     tile = u_v * slope_v                                   [N, C] in the dtype of the inputs      (WRITE_TILE)
-    max_logit = max z_v, moment = sum u_v log2(u_v)        [T, N] each                            (STATISTICS)
+    statistics = max z_v, sum u_v log2(u_v), sum u_v^2, and the sum of all z_v, label included
+                                                           [T, 4, N]                              (STATISTICS)
 
-2 N D V floating-point operations. Bytes moved: the operands, 8 N T and, with WRITE_TILE, the tiles, but never logits.
+2 N D V floating-point operations. Bytes moved: the operands, 8 N T (24 N T with STATISTICS) and, with WRITE_TILE, the
+tiles, but never logits.
 Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C vocabulary columns of a tile of exponentials.
 """
 
@@ -45,7 +47,7 @@ def _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr):
 @triton.jit
 def _sweep_kernel(
     hidden, weight, bias_ptr, labels_ptr, min_anchor_ptr, anchor_ptr, sum_exp_ptr, target_ptr, tile_ptr,
-    max_logit_ptr, moment_ptr, N, V, D, first_tile_v, end_tile_v, tile_columns,
+    statistics_ptr, N, V, D, first_tile_v, end_tile_v, tile_columns,
     stride_hidden_n, stride_hidden_d, stride_weight_v, stride_weight_d, scale, softcap, ignore_index,
     HAS_BIAS: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_MIN_ANCHOR: tl.constexpr, WRITE_TILE: tl.constexpr,
     STATISTICS: tl.constexpr, SKIP_IGNORED: tl.constexpr, PRECISION: tl.constexpr, DESCRIPTORS: tl.constexpr,
@@ -80,6 +82,8 @@ def _sweep_kernel(
             stride_weight_d, scale, softcap, HAS_BIAS, HAS_SOFTCAP, PRECISION, DESCRIPTORS, BLOCK_N, BLOCK_V,
             BLOCK_D,
         )  # fmt: skip
+        if STATISTICS:
+            sum_logit = tl.sum(z, 1)  # logits outside the vocabulary are 0
 
         # An int64 comparison takes twice the registers. A label outside the vocabulary is in no tile.
         labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
@@ -101,8 +105,11 @@ def _sweep_kernel(
         tl.store(anchor_ptr + offs_partial, anchor, mask=mask_n)
         tl.store(sum_exp_ptr + offs_partial, or_nan(tl.sum(u, 1), max_logit), mask=mask_n)
         if STATISTICS:
-            tl.store(max_logit_ptr + offs_partial, max_logit, mask=mask_n)
-            tl.store(moment_ptr + offs_partial, tl.sum(tl.where(u > 0, u * exponent, 0.0), 1), mask=mask_n)
+            statistics = statistics_ptr + tile_v.to(tl.int64) * 4 * N + offs_n
+            tl.store(statistics, max_logit, mask=mask_n)
+            tl.store(statistics + N, tl.sum(tl.where(u > 0, u * exponent, 0.0), 1), mask=mask_n)
+            tl.store(statistics + 2 * N, tl.sum(u * u, 1), mask=mask_n)
+            tl.store(statistics + 3 * N, sum_logit, mask=mask_n)
         if WRITE_TILE:
             if HAS_SOFTCAP:
                 u *= slope_of(z, softcap)
@@ -132,12 +139,11 @@ class Sweep:
         self.rows, self.vocab = self.hidden.shape[0], self.weight.shape[0]
         self.tiles_v = triton.cdiv(self.vocab, self.config.block_v)
 
-        def partial() -> Tensor:
-            return self.hidden.new_empty(self.tiles_v, self.rows, dtype=torch.float32)
+        def partial(*fields: int) -> Tensor:
+            return self.hidden.new_empty(self.tiles_v, *fields, self.rows, dtype=torch.float32)
 
         self.anchor_TN, self.sum_exp_TN = partial(), partial()
-        # Without statistics the kernel writes neither: any pointer will do.
-        self.max_logit_TN, self.moment_TN = (partial(), partial()) if self.statistics else (self.sum_exp_TN,) * 2
+        self.statistics_T4N = partial(4) if self.statistics else None
         # No tile writes the target of a label outside the vocabulary: its log-prob stays NaN.
         self.target_N = torch.full((self.rows,), torch.nan, dtype=torch.float32, device=self.hidden.device)
 
@@ -154,8 +160,7 @@ class Sweep:
             **self.tile_arguments(), labels_ptr=self.labels,
             min_anchor_ptr=self.target_N if min_anchor is None else min_anchor, anchor_ptr=self.anchor_TN,
             sum_exp_ptr=self.sum_exp_TN, target_ptr=self.target_N, tile_ptr=self.hidden if out is None else out,
-            max_logit_ptr=self.max_logit_TN, moment_ptr=self.moment_TN, N=self.rows, V=self.vocab,
-            D=self.hidden.shape[1],
+            statistics_ptr=self.statistics_T4N, N=self.rows, V=self.vocab, D=self.hidden.shape[1],
             first_tile_v=tiles.start, end_tile_v=tiles.stop, tile_columns=0 if out is None else out.shape[1],
             ignore_index=self.ignore_index, HAS_MIN_ANCHOR=min_anchor is not None, WRITE_TILE=out is not None,
             STATISTICS=self.statistics, SKIP_IGNORED=self.skip_ignored, **COMPILER_OPTIONS,

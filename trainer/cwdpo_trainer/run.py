@@ -228,7 +228,7 @@ class Run:
             if should_save:
                 trainer.state.save_to_json(str(unfinished / STATE_FILE))
                 write_json(unfinished / ANSWERS_FILE, trainer.probes.answer_counts())
-                if isinstance(trainer, CWDPOTrainer):
+                if isinstance(trainer, CWDPOTrainer) and trainer.cooling is not None:
                     write_json(unfinished / COOLING_FILE, asdict(trainer.cooling))
                 seal(unfinished)
         trainer.accelerator.wait_for_everyone()

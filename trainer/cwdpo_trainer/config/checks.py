@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
-from typing import TypeGuard
+from collections.abc import Iterable, Mapping
+from dataclasses import fields
+from typing import Any, TypeGuard
 
 import torch
 
-from cwdpo_trainer.errors import InputError, InputErrors
+from cwdpo_kernels import PreferenceLoss
+from cwdpo_trainer.errors import InputError, InputErrors, did_you_mean
 
 SMALLEST, LARGEST = torch.finfo(torch.float32).tiny, torch.finfo(torch.float32).max
 CONFIG = "config"  # `InputError.where` until the loader replaces it by the file name
@@ -48,3 +50,26 @@ def is_finite(value: object) -> TypeGuard[float]:
 
 def one_of(names: Iterable[str]) -> str:
     return "one of " + ", ".join(names)
+
+
+def as_number(value: Any) -> Any:
+    """A number that YAML reads as text, such as 1e-3. Anything else as it is."""
+    try:
+        return float(value) if isinstance(value, str) else value
+    except ValueError:
+        return value
+
+
+def check_loss_options(check: Checks, loss: type[PreferenceLoss], options: Mapping[Any, Any]) -> None:
+    """Note mistakes in `loss_options`: unknown names, and values that `loss` refuses."""
+    known = [each.name for each in fields(loss) if each.name not in ("beta", "cooling")]
+    for key, value in options.items():
+        if key not in known:
+            expected = f"options of loss {loss.name} ({', '.join(known) or 'it has none'}){did_you_mean(key, known)}"
+            check(False, "loss_options", expected, key)
+            continue
+        try:
+            loss(**{key: as_number(value)})
+        except ValueError as error:  # "SimPO: expected gamma to have value finite and >= 0, got -1.0"
+            expected = str(error).partition(" to have ")[2].rpartition(", got ")[0]
+            check(False, "loss_options", f"{key} to have {expected}", value)

@@ -7,7 +7,7 @@ Both extend `transformers.TrainingArguments`, so a stage section accepts its opt
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass, field, fields
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
@@ -16,14 +16,16 @@ import torch
 from transformers import TrainingArguments
 from transformers.integrations import get_available_reporting_integrations
 
-from cwdpo_kernels import Cooling, GentleNegatives
-from cwdpo_trainer.config.checks import Checks, is_finite, one_of
+from cwdpo_kernels import PREFERENCE_LOSSES, Cooling, CoolingWeighted, GentleNegatives, PreferenceLoss
+from cwdpo_trainer.config.checks import Checks, as_number, check_loss_options, is_finite, one_of
 from cwdpo_trainer.config.findings import finding_names
 from cwdpo_trainer.config.training_rules import check_training, try_training
+from cwdpo_trainer.errors import did_you_mean
 
 AUTO = "auto"
 DROP_TAUS = math.log(19)  # sigmoid(-ln 19) = 0.05: the cooling weight of `drop_below: auto`
 COOLING_MODES = ("adaptive", "constant", "off")
+OF_COOLING = ("cooling", "logp_floor", "tau", "auto_rows", "constant_weight", "drop_below")  # options of loss cwdpo
 LOWER_IS_BETTER = ("_ece", "_tv", "_js")  # suffixes of metric names
 
 
@@ -201,9 +203,13 @@ class Schedule:
 
 @dataclass
 class DPOArguments(StageArguments):
-    """Stage 2, CW-DPO. Log-probs are in nats.
+    """Stage 2: CW-DPO, or another preference loss. Log-probs are in nats.
 
-    - `beta`: the beta of DPO: scale of the log-ratios to the reference, > 0.
+    - `loss`: `cwdpo`, or a loss of [`cwdpo_kernels.preference`](api/kernels.md#preference-losses): `sigmoid` (DPO),
+      `hinge`, `ipo`, `robust`, `exo_pair`, `nca_pair`, `bco_pair`, `sppo_hard`, `apo_zero`, `apo_down`, `discopop`; or
+      `simpo`, `cpo` and `orpo`, which have no reference: no step runs it (the probes do).
+    - `loss_options`: options of `loss` other than `beta`, such as `{gamma: 1.0}` for `simpo`.
+    - `beta`: the beta of DPO: scale of the log-ratios to the reference, > 0. For `simpo` take 2 to 2.5.
     - `cooling`: weight w_c of a rejected answer: `adaptive` is sigmoid((mean log-prob - `logp_floor`) / `tau`),
       `constant` is `constant_weight`, `off` is 1 (with `drop_below: null` that is vanilla DPO).
     - `logp_floor`, `tau`: a number in nats per token (`tau` > 0), or `auto`: measured on `auto_rows` pairs when the
@@ -213,7 +219,8 @@ class DPOArguments(StageArguments):
     - `drop_below`: leave out pairs whose rejected answer is extremely easy: the policy gives it a mean log-prob below
       this, in nats per token (negative filtering, in every cooling mode). `auto`: `logp_floor` - 2.94 `tau`, where the
       adaptive w_c is 0.05. null: leave out none.
-    - `normalize`: `sequence` compares sums of log-probs (DPO), `token` means.
+    - `normalize`: `sequence` compares sums of log-probs (DPO), `token` means. null: as the loss is defined, `token` for
+      `ipo`, `simpo` and `orpo`, else `sequence`.
     - `onpolicy_fraction`: fraction of the pairs whose negative is sampled from the policy: a number in [0, 1], or
       [position, fraction] points with linear interpolation. Positions are fractions of the stage, or optimizer steps
       if any is above 1.
@@ -224,10 +231,15 @@ class DPOArguments(StageArguments):
       null: random order.
     - `reference_cache`: folder for the reference's log-probs of the dataset's pairs (models/reference_cache.py).
       Runs can share it. A relative path is inside the run folder. null: compute them at every step.
+
+    `cooling`, `logp_floor`, `tau`, `auto_rows`, `constant_weight` and `drop_below` belong to loss `cwdpo`. With another
+    loss they are refused, except `drop_below: null`. So is a `reference_cache` with a loss without a reference.
     """
 
     stage: ClassVar[str] = "dpo"
 
+    loss: str = CoolingWeighted.name
+    loss_options: dict[str, Any] = field(default_factory=dict)
     beta: float = 0.1
     cooling: str | bool = "adaptive"  # YAML reads `off` as false
     logp_floor: float | str = Cooling.logp_floor
@@ -235,7 +247,7 @@ class DPOArguments(StageArguments):
     auto_rows: int = 256
     constant_weight: float | None = None
     drop_below: float | str | None = AUTO
-    normalize: str = "sequence"
+    normalize: str | None = None
     onpolicy_fraction: Any = 0.0
     onpolicy_staleness: float | None = 0.1
     refresh_steps: int = 50
@@ -254,13 +266,32 @@ class DPOArguments(StageArguments):
         check(math.isfinite(self.beta) and self.beta > 0, "beta", "a finite number > 0", self.beta)
         for name in ("beta", "logp_floor", "tau", "drop_below"):
             check.float32(name, getattr(self, name))
-        check(self.normalize in ("sequence", "token"), "normalize", "sequence or token", self.normalize)
+        check(self.normalize in (None, "sequence", "token"), "normalize", "sequence or token", self.normalize)
+        self._check_loss(check)
         known = self.curriculum in (None, "hardest_first")
         check(known, "curriculum", "null or hardest_first", self.curriculum)
         random = self.curriculum is None or self.train_sampling_strategy == "random"
         expected = "random, as curriculum sets the order"
         check(random, "train_sampling_strategy", expected, self.train_sampling_strategy)
         self._check_onpolicy(check)
+
+    def _check_loss(self, check: Checks) -> None:
+        names = list(PREFERENCE_LOSSES)
+        check(self.loss in names, "loss", one_of(names) + did_you_mean(self.loss, names), self.loss)
+        if check.found("loss"):
+            return
+        check_loss_options(check, self._loss_type, self.loss_options)
+        defaults = {each.name: each.default for each in fields(self) if each.default is not MISSING}
+        for name in () if self.has_cooling else OF_COOLING:
+            value, default = getattr(self, name), defaults[name]
+            is_off = name == "drop_below" and value is None
+            expected = (
+                f"its default {'null' if default is None else default}, as loss {self.loss} has no cooling weight"
+            )
+            check(is_off or value == default, name, expected, value)
+        if not self.needs_reference:
+            expected = f"its default or null, as loss {self.loss} has no reference"
+            check(self.reference_cache in (None, "reference_cache"), "reference_cache", expected, self.reference_cache)
 
     def _check_cooling(self, check: Checks) -> None:
         floor, tau, weight = self.logp_floor, self.tau, self.constant_weight
@@ -295,9 +326,45 @@ class DPOArguments(StageArguments):
         return Schedule.of(self.onpolicy_fraction)
 
     @property
+    def _loss_type(self) -> type[PreferenceLoss]:
+        return PREFERENCE_LOSSES[self.loss]
+
+    @property
+    def has_cooling(self) -> bool:
+        """Whether the loss weights and filters its negatives."""
+        return self._loss_type is CoolingWeighted
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss compares with the reference."""
+        return self._loss_type.needs_reference
+
+    @property
+    def normalization(self) -> str:
+        """`normalize`, or that of the loss."""
+        return self.normalize or self._loss_type.normalize
+
+    def preference_loss(self, cooling: Cooling | None) -> PreferenceLoss:
+        """The loss with its options. `cooling`: of loss cwdpo, measured or fixed."""
+        options = {key: as_number(value) for key, value in self.loss_options.items()}
+        if self.has_cooling:
+            options["cooling"] = cooling
+        return self._loss_type(beta=self.beta, **options)
+
+    def describe_loss(self) -> str:
+        """The loss and its options on one line."""
+        given = {"beta": self.beta, **self.loss_options}
+        options = vars(self._loss_type(**{key: as_number(value) for key, value in given.items()}))
+        shown = [f"{key} {value:g}" for key, value in options.items() if key != "cooling"]
+        shown += [f"cooling {self.cooling}"] if self.has_cooling else []
+        shown += ["means of log-probs" if self.normalization == "token" else "sums of log-probs"]
+        shown += [] if self.needs_reference else ["no reference"]
+        return f"loss of stage dpo: {self.loss} ({', '.join(shown)})"
+
+    @property
     def is_cooling_measured(self) -> bool:
         """Whether `logp_floor` or `tau` is needed and measured when the stage starts."""
-        needed = self.cooling == "adaptive" or self.drop_below == AUTO
+        needed = self.has_cooling and (self.cooling == "adaptive" or self.drop_below == AUTO)
         return needed and AUTO in (self.logp_floor, self.tau)
 
     @property
@@ -306,8 +373,9 @@ class DPOArguments(StageArguments):
 
     @property
     def fixed_cooling(self) -> Cooling | None:
-        """The cooling that the config determines, or None if it has to be measured."""
-        return None if self.is_cooling_measured else self.cooling_with(Cooling.logp_floor, Cooling.temperature)
+        """The cooling that the config determines. None if it has to be measured, or the loss has none."""
+        is_fixed = self.has_cooling and not self.is_cooling_measured
+        return None if not is_fixed else self.cooling_with(Cooling.logp_floor, Cooling.temperature)
 
     def cooling_with(self, measured_floor: float, measured_tau: float) -> Cooling:
         """The cooling with measured values instead of `auto`."""

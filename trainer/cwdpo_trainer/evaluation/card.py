@@ -13,6 +13,7 @@ import yaml
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from transformers import TrainingArguments
 
+from cwdpo_kernels import CoolingWeighted
 from cwdpo_trainer.config.sections import without_secrets
 from cwdpo_trainer.errors import require, shorten
 from cwdpo_trainer.evaluation.doctor import Finding, diagnose
@@ -29,9 +30,10 @@ SETS = (
     "Answers: `chosen` are right; `onpolicy` are wrong samples of the model that a stage started from; the others are "
     "rejected answers, by `negative_source`. All values are means over n."
 )
+PAPER = "(CW-DPO, [arXiv 2510.11978](https://arxiv.org/abs/2510.11978))"
 METHODS = {
-    "sft": "constrained supervised fine-tuning with gentle negatives, stage 1 of Cooling-Weighted DPO",
-    "dpo": "Cooling-Weighted DPO",
+    "sft": f"constrained supervised fine-tuning with gentle negatives, stage 1 of Cooling-Weighted DPO\n{PAPER}",
+    "dpo": f"Cooling-Weighted DPO\n{PAPER}",
 }
 
 
@@ -107,8 +109,7 @@ def make_card(stage: str, name: str, metrics: Mapping[str, Any], origin: Origin,
     }
     text = f"""# {_escaped(name)}
 
-Fine-tuned from {_code(base)} with {METHODS[stage]}
-(CW-DPO, [arXiv 2510.11978](https://arxiv.org/abs/2510.11978)), using cwdpo_kernels.
+Fine-tuned from {_code(base)} with {_method(stage, origin.settings)}, using cwdpo_kernels.
 
 ## Metrics on held-out rows
 
@@ -131,6 +132,12 @@ Fine-tuned from {_code(base)} with {METHODS[stage]}
 {_markdown(["", "version or value"], made_with.items())}
 """
     return ModelCard(f"---\n{data.to_yaml()}\n---\n\n{text}")
+
+
+def _method(stage: str, settings: Mapping[str, Any]) -> str:
+    """What the stage did, as a part of a sentence. `settings`: the run's config."""
+    loss = (settings.get(stage) or {}).get("loss", CoolingWeighted.name) if stage == "dpo" else CoolingWeighted.name
+    return METHODS[stage] if loss == CoolingWeighted.name else f"the preference loss `{loss}`"
 
 
 def changed_settings(args: TrainingArguments) -> dict[str, Any]:

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 from transformers import TrainerCallback
 
+from cwdpo_kernels import CoolingWeighted
 from cwdpo_trainer.config.findings import finding_names
 from cwdpo_trainer.evaluation.history import MIN_ANSWERS, History, StageHistory, probe_entries
 from cwdpo_trainer.reporter import say
@@ -292,7 +293,7 @@ def onpolicy_empty(history: StageHistory) -> Diagnosis | None:
 def nothing_kept(history: StageHistory) -> Diagnosis | None:
     """Pairs whose negative has a mean log-prob below drop_below leave the loss. Without pairs there is no gradient."""
     kept = history.recent("kept")
-    if not kept <= KEPT_FEW:
+    if not (history.has_cooling() and kept <= KEPT_FEW):
         return None
     return (
         f"drop_below = {history.settings.get('drop_below')} leaves {kept:.1%} of the pairs in the loss",
@@ -318,6 +319,8 @@ def past_best(history: StageHistory) -> Diagnosis | None:
 
 
 def _cool_more(history: StageHistory) -> str:
+    if not history.has_cooling():
+        return f"set loss: {CoolingWeighted.name}"
     return "raise logp_floor" if history.is_adaptive() else "set cooling: adaptive"
 
 

@@ -12,6 +12,8 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Any
 
+from cwdpo_kernels import CoolingWeighted
+
 Entry = dict[str, Any]
 History = list[Entry]
 PREFIX = "eval_"  # the library's prefix for the metrics of an evaluation
@@ -127,11 +129,15 @@ class StageHistory:
         changes = [self.last(f"{name}_delta_logp") for name in self.dataset_negatives()]
         return self.last("chosen_delta_logp") - sum(changes) / len(changes) if changes else math.nan
 
+    def has_cooling(self) -> bool:
+        """Whether the loss of stage 2 has a cooling weight."""
+        return self.settings.get("loss", CoolingWeighted.name) == CoolingWeighted.name
+
     def is_adaptive(self) -> bool:
-        return self.settings.get("cooling", "adaptive") == "adaptive"
+        return self.has_cooling() and self.settings.get("cooling", "adaptive") == "adaptive"
 
     def cooling_weights(self) -> dict[str, float]:
-        """Mean w_c by set of negatives. Empty if w_c is constant: then its value is the user's choice."""
+        """Mean w_c by set of negatives. Empty if w_c is constant, which is the user's choice, or absent."""
         if not self.is_adaptive():
             return {}
         return {name: self.last(f"{name}_cooling") for name in self.negatives()}

@@ -63,6 +63,8 @@ def check_run(path: Path, overrides: Sequence[str], rows: int, load: bool, call_
     if preview is not None:
         if preview.config.preset is not None:
             say(f"\n{preview.config.preset}")
+        if preview.config.dpo is not None:
+            say(f"\n{preview.config.dpo.describe_loss()}")
         for name in preview.rows:
             say("\n".join(_dataset_report(preview, name)))
         say("\n".join(_model_report(preview)))

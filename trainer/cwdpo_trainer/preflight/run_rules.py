@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 import torch
 
+from cwdpo_kernels import PREFERENCE_LOSSES
 from cwdpo_trainer.config.loader import RunConfig
 from cwdpo_trainer.config.stage_arguments import StageArguments
 from cwdpo_trainer.config.training_rules import check_batches
@@ -39,7 +40,8 @@ LARGE_MODEL = 100_000_000  # parameters; smaller models are often trained from s
 HIGHEST_RATE = {"sft": 2e-4, "dpo": 5e-5}
 LORA_RATE = 20
 LOWEST_RATE = 1e-8  # smaller AdamW steps leave bfloat16 weights unchanged
-BETAS = {"sequence": (0.01, 1.0), "token": (0.1, 20.0)}  # DPO on sums; losses on means, as SimPO with 2 to 10
+BETAS = {"sequence": (0.01, 1.0), "token": (0.1, 20.0)}  # DPO on sums; losses on means
+BETAS_OF_LOSS = {"simpo": (1.0, 20.0), "sppo_hard": (1e-4, 1.0)}  # SPPO's beta is 1 / eta, with eta 1000 in its paper
 LONGER = 1.5  # tokens of chosen answers per token of rejected ones
 LONGER_SHARE = 0.8  # of the pairs
 
@@ -176,12 +178,13 @@ def beta(preview: RunPreview) -> Diagnosis | None:
     dpo = preview.config.dpo
     if dpo is None:
         return None
-    low, high = BETAS[dpo.normalize]
+    low, high = BETAS_OF_LOSS.get(dpo.loss, BETAS[dpo.normalization])
     if low <= dpo.beta <= high:
         return None
     return (
-        f"dpo.beta is {dpo.beta:g}, not in [{low:g}, {high:g}] (dpo.normalize: {dpo.normalize})",
-        "the usual value is 0.1",
+        f"dpo.beta is {dpo.beta:g}, not in [{low:g}, {high:g}] (dpo.loss: {dpo.loss}, on "
+        f"{'means' if dpo.normalization == 'token' else 'sums'} of log-probs)",
+        f"the usual value is {PREFERENCE_LOSSES[dpo.loss].beta:g}",
     )
 
 

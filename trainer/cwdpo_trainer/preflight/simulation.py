@@ -25,7 +25,7 @@ from cwdpo_kernels import (
     Cooling,
     Head,
     linear_constrained_sft_loss,
-    linear_cwdpo_loss,
+    linear_preference_loss,
     linear_sequence_logprob,
 )
 from cwdpo_kernels.integrations.hugging_face import attach_head_unmeasured, evaluating
@@ -269,11 +269,11 @@ def _truncated(make: Callable[[], Simulation], layers: dict[str, int]) -> Simula
 
 
 def reference_sums(model: nn.Module, args: StageArguments, batch: Batch | SharedBatch) -> Sequence[Tensor]:
-    """The reference's total log-probs of the chosen [P] and the rejected [P] answers, in nats. Empty for stage 1.
+    """The reference's total log-probs of the chosen [P] and the rejected [P] answers, in nats.
 
-    `model` itself serves as the reference, with LoRA off.
+    Empty for stage 1 and for losses without a reference. `model` itself serves as the reference, with LoRA off.
     """
-    if not isinstance(args, DPOArguments):
+    if not isinstance(args, DPOArguments) or not args.needs_reference:
         return ()
     adapter: contextlib.AbstractContextManager[None] = contextlib.nullcontext()
     if isinstance(model, PeftModel):
@@ -292,11 +292,10 @@ def precision(args: StageArguments) -> torch.autocast:
 def loss_of(args: StageArguments, batch: Batch | SharedBatch, *reference: Tensor) -> Callable[[Tensor, Head], Any]:
     """The loss of a stage, as its trainer computes it."""
     if isinstance(args, DPOArguments):
-        cooling = args.fixed_cooling or Cooling()
-        return lambda hidden, head: linear_cwdpo_loss(
-            hidden, head, batch.labels, *reference, cu_seqlens=batch.cu_seqlens, beta=args.beta, cooling=cooling,
-            normalize=args.normalize,
-        )  # fmt: skip
+        loss = args.preference_loss(args.fixed_cooling or Cooling())
+        return lambda hidden, head: linear_preference_loss(
+            hidden, head, batch.labels, *reference, cu_seqlens=batch.cu_seqlens, loss=loss, normalize=args.normalize
+        )
     assert isinstance(args, SFTArguments)
     negatives = args.gentle_negatives
     return lambda hidden, head: linear_constrained_sft_loss(

@@ -53,7 +53,7 @@ def measure_filtering(
 
     `auto` values are measured on these rows. Raises `InputError` if they cannot be measured.
     """
-    if config.dpo is None or config.dpo.drop_below is None:
+    if config.dpo is None or config.dpo.drop_below is None or not config.dpo.has_cooling:
         return None
     rows = rows[:ROWS]
     mean_logp = _rejected_mean_logp(model, collator, rows, device)

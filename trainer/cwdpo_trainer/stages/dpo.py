@@ -1,4 +1,4 @@
-"""Stage 2: Cooling-Weighted DPO.
+"""Stage 2: Cooling-Weighted DPO, or another preference loss (`dpo.loss`).
 
 For each pair, with D_w and D_l the log-ratios (policy - reference, nats) of the chosen answer and of the negative:
 
@@ -7,11 +7,11 @@ For each pair, with D_w and D_l the log-ratios (policy - reference, nats) of the
 
 Where each part is computed:
 
-- w_c and the loss: in the op `linear_cwdpo_loss`, called in `CWDPOTrainer._loss_output`. `w_c` alone is
-  `cwdpo_kernels.cooling_weight`.
+- w_c and the loss: in the op `linear_cwdpo_loss`, which `linear_preference_loss` calls in `CWDPOTrainer._loss_of`.
+  `w_c` alone is `cwdpo_kernels.cooling_weight`. Other losses: `cwdpo_kernels.preference`.
 - logp_floor and tau: given as numbers, or measured when the stage starts (cooling.py).
 - kept pairs: those whose negative has a mean log-prob of at least drop_below (negative filtering), in the same op.
-- the reference's log-probs: one forward per batch, or from the cache (reference.py).
+- the reference's log-probs: one forward per batch, or from the cache (reference.py); none for SimPO, CPO and ORPO.
 - negatives: the dataset's, a share of them replaced by the policy's own answers (negatives/pool.py).
 """
 
@@ -27,7 +27,7 @@ from accelerate.utils import broadcast_object_list
 from torch import Tensor, nn
 from transformers.trainer_utils import TrainOutput
 
-from cwdpo_kernels import Cooling, CWDPOOutput, linear_cwdpo_loss, linear_sequence_logprob
+from cwdpo_kernels import Cooling, PreferenceOutput, linear_preference_loss, linear_sequence_logprob
 from cwdpo_trainer.config.arguments import SamplingArguments
 from cwdpo_trainer.config.stage_arguments import AUTO, DPOArguments
 from cwdpo_trainer.data.collator import Batch, PairCollator, SharedBatch
@@ -53,12 +53,11 @@ from cwdpo_trainer.stages.reference import CachedReference, check_handover, open
 class CWDPOTrainer(StageTrainer):
     """Stage 2: DPO that weights the push on a negative by how likely the policy still finds it.
 
-    `cooling` holds logp_floor and tau. If they are `auto`, `train` measures and sets them. `order` lists the row
-    indices of every epoch; None is random order.
+    `cooling` holds logp_floor and tau. If they are `auto`, it is None until `train` measures them; so it is for a loss
+    without cooling. `order` lists the row indices of every epoch; None is random order.
     """
 
     args: DPOArguments
-    cooling: Cooling
 
     def __init__(
         self, model: Model, reference: Reference, args: DPOArguments, rows: list[Row],
@@ -71,8 +70,7 @@ class CWDPOTrainer(StageTrainer):
         self.rows_by_id = {row.id: row for row in rows}
         self.pool = OnPolicyPool(args.refresh_steps, args.onpolicy_staleness, args.seed)
         self.negatives_log = NegativesLog(args.folder / f"negatives_{args.process_index}.jsonl")
-        if args.fixed_cooling is not None:
-            self.cooling = args.fixed_cooling
+        self.cooling: Cooling | None = args.fixed_cooling
         self.order: list[int] | None = None
         self.cached_reference = None
         if cache is not None:
@@ -104,7 +102,8 @@ class CWDPOTrainer(StageTrainer):
         """Restore what `_save_stage_files` saved, so that the stage continues exactly."""
         folder = Path(checkpoint)
         self.pool.load(self._pool_path(folder))
-        self.cooling = Cooling(**read_json(folder / COOLING_FILE))
+        if self.args.has_cooling:
+            self.cooling = Cooling(**read_json(folder / COOLING_FILE))
         if self.args.curriculum is not None:
             self.order = load_order(folder, len(self.rows))
         self.negatives_log.start(state_of(checkpoint).global_step)
@@ -113,7 +112,8 @@ class CWDPOTrainer(StageTrainer):
         self.pool.save(self._pool_path(folder))
         self.negatives_log.flush()
         if self.args.should_save:
-            write_json(folder / COOLING_FILE, dataclasses.asdict(self.cooling))
+            if self.cooling is not None:
+                write_json(folder / COOLING_FILE, dataclasses.asdict(self.cooling))
             if self.order is not None:
                 save_order(folder, self.order)
 
@@ -139,7 +139,7 @@ class CWDPOTrainer(StageTrainer):
     def _get_train_sampler(self, train_dataset: Any = None) -> Any:
         return super()._get_train_sampler(train_dataset) if self.order is None else self.order
 
-    def _loss_output(self, model: nn.Module, inputs: dict[str, Any]) -> CWDPOOutput:
+    def _loss_output(self, model: nn.Module, inputs: dict[str, Any]) -> PreferenceOutput:
         negatives = self._choose_negatives(model, inputs)
         with self._images_once():
             return self._loss_of(model, inputs, negatives)
@@ -152,15 +152,16 @@ class CWDPOTrainer(StageTrainer):
         is_uneven = self.cached_reference is not None and is_sharded(self.accelerator)
         return contextlib.nullcontext() if self.image_features is None or is_uneven else self.image_features.once()
 
-    def _loss_of(self, model: nn.Module, inputs: dict[str, Any], negatives: BatchNegatives) -> CWDPOOutput:
+    def _loss_of(self, model: nn.Module, inputs: dict[str, Any], negatives: BatchNegatives) -> PreferenceOutput:
         batch = self.collator.join(inputs["prompts"], inputs["chosen"], negatives.answers)
-        ref_chosen, ref_rejected = self._reference_sums(inputs, negatives)
-        # The op computes w_c from the policy's log-probs in the same pass as the loss.
+        references = self._reference_sums(inputs, negatives) if self.args.needs_reference else ()
+        # Of cwdpo, the op computes w_c from the policy's log-probs in the same pass as the loss.
+        loss = self.args.preference_loss(self.cooling)
         return batch.run(
             model,
-            lambda hidden, head: linear_cwdpo_loss(
-                hidden, head, batch.labels, ref_chosen, ref_rejected, cu_seqlens=batch.cu_seqlens,
-                beta=self.args.beta, cooling=self.cooling, normalize=self.args.normalize,
+            lambda hidden, head: linear_preference_loss(
+                hidden, head, batch.labels, *references, cu_seqlens=batch.cu_seqlens, loss=loss,
+                normalize=self.args.normalize,
             ),
         )  # fmt: skip
 
@@ -198,26 +199,27 @@ class CWDPOTrainer(StageTrainer):
                 lambda hidden, head: linear_sequence_logprob(hidden, head, batch.labels, batch.cu_seqlens).total,
             )
 
-    def _pairs_in_mean(self, output: CWDPOOutput, pairs: int) -> Tensor:
+    def _pairs_in_mean(self, output: PreferenceOutput, pairs: int) -> Tensor:
         return output.kept.sum()
 
-    def _metrics(self, output: CWDPOOutput) -> dict[str, Tensor]:
+    def _metrics(self, output: PreferenceOutput) -> dict[str, Tensor]:
         # Dropped pairs do not count. If all are dropped, the means are NaN, which `log` leaves out.
         kept = output.kept
-        names = ("margin", "accuracy", "chosen_reward", "rejected_reward", "cooling_weight")
+        names = ["margin", "accuracy", "chosen_reward", "rejected_reward"]
+        names += ["cooling_weight"] if self.args.has_cooling else []
         metrics = {name: getattr(output, name)[kept] for name in names}
         metrics |= {f"{name}_mean_logp": getattr(output, f"{name}_logp").mean for name in ("chosen", "rejected")}
         return metrics | {"kept": kept.float()}
 
     def _check_first_batch(self, model: nn.Module, inputs: dict[str, Any]) -> None:
         super()._check_first_batch(model, inputs)
-        if self.state.global_step == 0:
+        if self.state.global_step == 0 and self.args.needs_reference:
             ref_sums = self._reference_sums(inputs, BatchNegatives.of_dataset(inputs["rejected"]))
             check_handover(model, self._dataset_batch(inputs), torch.cat(ref_sums))
             chosen: dict[str, float] = {}
-            if self.args.is_cooling_measured:
+            if self.cooling is not None and self.args.is_cooling_measured:
                 chosen |= {"logp_floor": self.cooling.logp_floor, "tau": self.cooling.temperature}
-            if self.args.drop_below == AUTO and self.cooling.drop_below is not None:
+            if self.cooling is not None and self.args.drop_below == AUTO and self.cooling.drop_below is not None:
                 chosen["drop_below"] = self.cooling.drop_below
             if chosen:
                 self.log(chosen)

@@ -95,11 +95,11 @@ class CachedReference:
 
 
 def open_cache(args: DPOArguments, reference: Reference, collator: PairCollator) -> ReferenceCache | None:
-    """The cache folder that belongs to `reference`, or None if `args` turn caching off.
+    """The cache folder that belongs to `reference`, or None if `args` turn caching off or the loss has no reference.
 
     The folder's name is a hash of all weights, so call this before they are sharded.
     """
-    if args.reference_cache is None:
+    if args.reference_cache is None or not args.needs_reference:
         return None
     precision = "bf16" if args.bf16 else "fp16" if args.fp16 else "weights"
     names = [fingerprint(reference, collator.processor, precision) if args.process_index == 0 else None]
