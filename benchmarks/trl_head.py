@@ -30,7 +30,6 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from benchmarks import timing
 from cwdpo_kernels.integrations.trl import use_fused_head
 
 STEPS, PAIRS, GROUP = 10, 4, 4  # steps; pairs of a batch; completions of a prompt
@@ -79,12 +78,9 @@ def measurements() -> dict[str, Callable[..., dict]]:
 def measure(case: Case, repeats: int, call: Callable, steps: int = STEPS) -> dict:
     """Errors of both heads. Raises SystemExit if their losses differ in float32."""
     del repeats, call  # nothing is timed
-    with timing.others() as others:
-        runs = {
-            (head, dtype): train(case, head == OURS, bf16, steps)
-            for head in (TRL, OURS)
-            for dtype, bf16 in DTYPES.items()
-        }
+    runs = {
+        (head, dtype): train(case, head == OURS, bf16, steps) for head in (TRL, OURS) for dtype, bf16 in DTYPES.items()
+    }
     truth = runs[TRL, "float32"]
     differences = {head: runs[head, "bfloat16"].losses - truth.losses for head in (TRL, OURS)}
     float32 = runs[OURS, "float32"].losses - truth.losses
@@ -93,7 +89,6 @@ def measure(case: Case, repeats: int, call: Callable, steps: int = STEPS) -> dic
         raise SystemExit(f"trl_head: losses in float32 differ by {worst:.1e}, nothing is reported: {runs}")
     return {
         "steps": steps,
-        "others": others(),
         "losses": truth.losses.tolist(),
         "float32": {"loss": worst, "update": _relative(runs[OURS, "float32"].update, truth.update)},
         "bfloat16": {
