@@ -251,18 +251,19 @@ def test_head_in_float32(by_trl):
     assert head.weight.grad.dtype == head.weight.dtype
 
 
-def test_head_on_another_device_than_the_backbone():
+@pytest.mark.parametrize("outputs", [("log_probs",), ALL], ids=["log_probs", "all"])
+def test_head_on_another_device_than_the_backbone(outputs):
     """As `device_map` may place it."""
     ids, labels = batch()
     model = build()
     expected, mask = truth(model, ids, labels)
-    add_fused_lm_head(model)
+    add_fused_lm_head(model, outputs=outputs)
     with mock_gpu.running(), torch.no_grad():
         model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().to("cuda"), requires_grad=False)
         output = model(input_ids=ids, labels=labels, fused_lm_head=True)
         assert output.log_probs.device.type == output.label_mask.device.type == output.loss.device.type == "cuda"
-        fields = {name: output[name].cpu() for name in ("log_probs", "label_mask")}
-    check(fields, expected, mask, ["log_probs"])
+        fields = {name: output[name].cpu() for name in (*outputs, "label_mask")}
+    check(fields, expected, mask, outputs)
 
 
 def test_the_head_is_called_inside_the_models_forward():
