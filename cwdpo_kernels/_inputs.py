@@ -6,7 +6,7 @@ Shapes as in `functional`; M labeled tokens of N.
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -47,7 +47,7 @@ def labeled_tokens(
     the op itself then skips ignored tokens.
     """
     head = as_head(op, "head", head)
-    if is_dtensor(head.weight):
+    if any(is_dtensor(x) for x in (hidden, head.weight, head.bias, labels)):
         from ._vocab_parallel import local_part
 
         hidden, head, labels = local_part(op, hidden, head, labels)
@@ -150,7 +150,7 @@ def whole_head(op: str, arg: str, head: Head | Tensor) -> Head:
     return head
 
 
-def is_dtensor(tensor: Tensor) -> bool:
+def is_dtensor(tensor: Any) -> bool:
     """Whether `tensor` is a DTensor. Does not import torch.distributed.tensor: without it there are none."""
     return type(tensor).__name__ == "DTensor"
 

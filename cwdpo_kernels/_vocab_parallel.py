@@ -11,7 +11,7 @@ The sums of a part are relative to its own maximum. They are merged relative to 
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -21,10 +21,12 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 
 from ._ops import ops
 from .ops import token_stats
+from .ops.autograd import first_derivative, one_by_one, refuse_forward_mode
 from .types import Head, TokenStats, VocabShard
 from .validation import expect, fail
 
 MAX_LOGIT = token_stats.SUMS.index("max_logit")
+IGNORED, ELSEWHERE = -1, -2  # labels of a part: an ignored token, and an entry that another part has
 FIELDS = len(TokenStats._fields)
 DIFFERENTIABLE = [TokenStats._fields.index(name) for name in ("logp", "entropy", "logsumexp")]
 
@@ -47,8 +49,12 @@ def sharded_stats(hidden: Tensor, head: Head, labels: Tensor, options: Options) 
 
 
 def local_part(op: str, hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Head, Tensor]:
-    """This process's part of a head whose weight is a DTensor, with hidden and labels as plain tensors."""
-    weight, bias = cast(DTensor, head.weight), head.bias
+    """This process's part of a head whose weight may be a DTensor, with hidden and labels as plain tensors."""
+    if not isinstance(head.weight, DTensor):
+        expect(not isinstance(head.bias, DTensor), op, "head.bias", "type", "Tensor (as head.weight)", "DTensor")
+        return _plain(op, "hidden", hidden), head, _plain(op, "labels", labels)
+    weight, bias = head.weight, head.bias
+    expect(head.shard is None, op, "head.shard", "value", "None (head.weight is a DTensor)", head.shard)
     mesh, placements = weight.device_mesh, weight.placements
     sharded = placements == (Shard(0),)
     ok = sharded or placements == (Replicate(),)
@@ -81,11 +87,10 @@ class _ShardedStats(torch.autograd.Function):
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options
     ) -> tuple[Tensor, ...]:
-        local_labels = labels_in_part(labels, options.shard, options.ignore_index)
-        local, kept = ops.softmax_sums(
-            hidden, weight, bias, local_labels, options.scale, options.softcap, options.ignore_index, True,
-            options.workspace_bytes, options.kept_bytes,
-        )  # fmt: skip
+        if labels.device.type == "cpu":
+            _check_processes(options.op, options.shard, weight.shape[0], labels.numel())
+        local_labels = labels_in_part(labels, options.shard.start, weight.shape[0], options.ignore_index)
+        local, kept = _sums_of_part(hidden, weight, bias, local_labels, options)
         sums = _merged(options.op, local, labels, options.shard)
         ignored = labels == options.ignore_index
         fields = (field.masked_fill(ignored, 0) for field in token_stats.stats_of(sums, options.shard.size))
@@ -100,6 +105,18 @@ class _ShardedStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return first_derivative(ctx.options.op, _ShardedStats.gradients, ctx, grads)
+
+    @staticmethod
+    def jvp(ctx: Any, *tangents: Any) -> Any:
+        refuse_forward_mode(ctx.options.op)
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
+        return one_by_one(_ShardedStats.apply, info.batch_size, in_dims, args)
+
+    @staticmethod
+    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
         hidden, weight, bias, labels, max_logit, sums, kept, local_labels = ctx.saved_tensors
         options: Options = ctx.options
         ignored = labels == options.ignore_index
@@ -108,24 +125,85 @@ class _ShardedStats(torch.autograd.Function):
         grad_target, *factors = (factor * options.scale for factor in token_stats.gradient_factors(sums, *given))
         exp_and_log = token_stats.factors_relative_to(max_logit, sums[MAX_LOGIT], *factors)
         needs = ctx.needs_input_grad[:3]
-        grad_hidden, grad_weight, grad_bias = ops.softmax_sums_backward(
-            grad_target, *exp_and_log, hidden, weight, bias, local_labels, max_logit, kept, options.scale,
-            options.softcap, options.ignore_index, True, *needs, options.workspace_bytes,
-        )  # fmt: skip
+        if weight.shape[0]:
+            grad_hidden, grad_weight, grad_bias = ops.softmax_sums_backward(
+                grad_target, *exp_and_log, hidden, weight, bias, local_labels, max_logit.contiguous(),
+                kept.contiguous(), options.scale, options.softcap, IGNORED, True, *needs, options.workspace_bytes,
+            )  # fmt: skip
+        else:
+            empty = (None if x is None else torch.zeros_like(x) for x in (hidden, weight, bias))
+            grad_hidden, grad_weight, grad_bias = empty
         if needs[0] and options.shard.reduce_grad_hidden:
             total = grad_hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            dist.all_reduce(total, group=options.shard.group)
-            grad_hidden = total.to(hidden.dtype)
+            grad_hidden = _SumOverProcesses.apply(total, options.shard.group).to(hidden.dtype)
         results = zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)
         return *(grad if need else None for grad, need in results), None, None
 
 
-def labels_in_part(labels: Tensor, shard: VocabShard, ignore_index: int) -> Tensor:
-    """Labels counted from the part's first entry; outside [0, V_r) if another part has them."""
-    local = labels.long() - shard.start
-    # A label of another part must not look like an ignored one.
-    local = torch.where(local == ignore_index, -1 if ignore_index != -1 else -2, local)
-    return torch.where(labels == ignore_index, ignore_index, local)
+class _SumOverProcesses(torch.autograd.Function):
+    """An all-reduce of the sum, which vmap can batch."""
+
+    @staticmethod
+    def forward(total: Tensor, group: Any) -> Tensor:
+        total = total.clone()
+        dist.all_reduce(total, group=group)
+        return total
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+        pass
+
+    @staticmethod
+    def vmap(info: Any, in_dims: tuple, total: Tensor, group: Any) -> tuple[Tensor, int]:
+        return _SumOverProcesses.apply(total, group), in_dims[0]
+
+
+def labels_in_part(labels: Tensor, start: int, size: int, ignore_index: int) -> Tensor:
+    """Labels counted from `start`, the first of the part's `size` entries; or IGNORED, or ELSEWHERE in another part.
+
+    `ignore_index` itself cannot mark them: it may be the number of an entry of the part.
+    """
+    local = labels.long() - start
+    local = torch.where((local >= 0) & (local < size), local, ELSEWHERE)
+    return torch.where(labels == ignore_index, IGNORED, local)
+
+
+def _check_processes(op: str, shard: VocabShard, part: int, tokens: int) -> None:
+    """Check that all processes have as many tokens, and that their parts are the whole vocabulary, without overlap.
+
+    On a CPU only, where the exchange costs little. Different numbers of tokens would end the process inside gloo.
+    """
+    own = torch.tensor([tokens, shard.start, part, shard.size], device="cpu")
+    gathered = [torch.empty_like(own) for _ in range(dist.get_world_size(shard.group))]
+    dist.all_gather(gathered, own, group=shard.group)
+    counts, starts, parts, sizes = zip(*(row.tolist() for row in gathered), strict=True)
+    same = "the same in all processes of head.shard.group"
+    expect(len(set(counts)) == 1, op, "labels", "number of tokens", same, list(counts))
+    expect(len(set(sizes)) == 1, op, "head.shard", "size", same, list(sizes))
+    spans = sorted((start, start + length) for start, length in zip(starts, parts, strict=True))
+    ends = [0, *(stop for _, stop in spans)]
+    ok = ends[-1] == shard.size and all(start == end for (start, _), end in zip(spans, ends, strict=False))
+    expect(ok, op, "head.shard", "parts", f"that cover [0, {shard.size}) without overlap", spans)
+
+
+def _sums_of_part(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, local_labels: Tensor, options: Options
+) -> tuple[Tensor, Tensor]:
+    """The sums [6, M] over this process's part, and the kept tiles. A part may be empty (V_r = 0)."""
+    if not weight.shape[0]:
+        return token_stats.sums_of_nothing(hidden), hidden.new_empty(0, dtype=torch.uint8)
+    return ops.softmax_sums(
+        hidden,
+        weight,
+        bias,
+        local_labels,
+        options.scale,
+        options.softcap,
+        IGNORED,
+        True,
+        options.workspace_bytes,
+        options.kept_bytes,
+    )
 
 
 def _merged(op: str, local: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:

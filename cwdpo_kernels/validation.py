@@ -76,13 +76,17 @@ def check_device(op: str, arg: str, tensor: Tensor, like: Tensor, like_name: str
 
 
 def check_head(op: str, hidden: Tensor, head: Any, hidden_name: str = "hidden", head_name: str = "head") -> None:
-    """Check that `head` fits `hidden` [..., D]: shapes, dtype, device, a positive soft cap."""
+    """Check that `head` fits `hidden` [..., D]: shapes, dtype, device, a positive soft cap.
+
+    One process's part of a head may be empty.
+    """
     check_dtype(op, hidden_name, hidden, FLOAT_DTYPES)
     expect(hidden.dim() >= 1, op, hidden_name, "dimensions", ">= 1", hidden.dim())
     weight, bias = head.weight, head.bias
     check_dtype(op, f"{head_name}.weight", weight, FLOAT_DTYPES)
     expect(weight.dim() == 2, op, f"{head_name}.weight", "shape", "[V, D]", list(weight.shape))
-    expect(weight.shape[0] >= 1, op, f"{head_name}.weight", "V", ">= 1", weight.shape[0])
+    ok = weight.shape[0] >= 1 or head.shard is not None
+    expect(ok, op, f"{head_name}.weight", "V", ">= 1", weight.shape[0])
     expect(hidden.shape[-1] >= 1, op, hidden_name, "D", ">= 1", hidden.shape[-1])
     expect(
         weight.shape[1] == hidden.shape[-1], op, f"{head_name}.weight", "D",

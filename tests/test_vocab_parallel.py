@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import cwdpo_kernels as ck
-from cwdpo_kernels._vocab_parallel import labels_in_part
+from cwdpo_kernels._vocab_parallel import ELSEWHERE, IGNORED, labels_in_part
 
 ROOT = Path(__file__).parents[1]
 
@@ -46,15 +46,13 @@ def test_a_part_of_one_process_is_the_whole_head(tmp_path):
         torch.distributed.destroy_process_group()
 
 
-@pytest.mark.parametrize("ignore_index", [-100, -1, -3, 5])
+@pytest.mark.parametrize("ignore_index", [-100, -1, -3, 1, 5])
 def test_labels_of_other_parts_are_not_ignored(ignore_index):
-    """A label that lies |ignore_index| before the part would, counted from its start, look like an ignored one."""
+    """Counted from the part's start, any label may look like `ignore_index`, inside the part and outside."""
     labels = torch.tensor([ignore_index, *(value for value in range(12) if value != ignore_index)])
-    local = labels_in_part(labels, ck.VocabShard(None, 4, 12), ignore_index)
-    assert (local == ignore_index).tolist() == (labels == ignore_index).tolist()
-    inside = (labels >= 4) & (labels < 8) & (labels != ignore_index)
-    if ignore_index != 5:
-        assert torch.equal((local >= 0) & (local < 4), inside)
+    local = labels_in_part(labels, 4, 6, ignore_index)
+    expected = [IGNORED if x == ignore_index else x - 4 if 4 <= x < 10 else ELSEWHERE for x in labels.tolist()]
+    assert local.tolist() == expected
 
 
 @pytest.mark.parametrize(("start", "size"), [(-1, 5), (0, 0), (1.0, 5), (True, 5)])

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
-from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard
+from torch.distributed.tensor import DeviceMesh, DTensor, Replicate, Shard, distribute_tensor
 
 import cwdpo_kernels as ck
 from cwdpo_kernels import reference
@@ -31,10 +31,10 @@ def combination(stats):
     return total
 
 
-def part_of(head, rank, processes, uneven):
+def part_of(head, rank, processes, uneven, cuts=None):
     """This process's part of a head, as leaves."""
     vocab = head.weight.shape[0]
-    cuts = [round(vocab * ((i / processes) ** (2 if uneven else 1))) for i in range(processes + 1)]
+    cuts = cuts or [round(vocab * ((i / processes) ** (2 if uneven else 1))) for i in range(processes + 1)]
     rows = slice(cuts[rank], cuts[rank + 1])
     weight = head.weight.detach()[rows].clone().requires_grad_()
     bias = None if head.bias is None else head.bias.detach()[rows].clone().requires_grad_()
@@ -59,6 +59,57 @@ def check_statistics(rank, processes):
             check_budget("hidden", *(grad[0] for grad in grads))
             for name, own, *whole in zip(("weight", "bias"), *(grad[1:] for grad in grads), strict=False):
                 check_budget(name, own, *(grad[rows] for grad in whole))
+
+
+def check_empty_parts(rank, processes):
+    """A vocabulary with fewer entries than processes, as DTensor splits it, or with an empty part in front."""
+    hidden, head, labels = make_inputs((6,), 13, 8, torch.float64, bias=True, labelled=1.0)
+    for empty in (0, processes - 1):
+        cuts = [0, 0, *[13] * (processes - 1)] if empty == 0 else [0, *[13] * processes]
+        part, rows = part_of(head, rank, processes, uneven=False, cuts=cuts)
+        check_equal(hidden, head, labels, part, rows)
+    hidden, head, labels = make_inputs((6,), 1, 8, torch.float64, labelled=1.0)
+    weight = distribute_tensor(head.weight.detach(), DeviceMesh("cpu", list(range(processes))), [Shard(0)])
+    stats = ck.token_stats(hidden, weight.requires_grad_(), labels)
+    torch.testing.assert_close(stats, ck.token_stats(hidden, head, labels))
+    assert torch.autograd.grad(combination(stats), weight)[0].shape == (1, 8)
+
+
+def check_equal(hidden, head, labels, part, rows, **options):
+    """A split head and the whole one give the same statistics and gradients."""
+    ours, whole = (ck.token_stats(hidden, each, labels, **options) for each in (part, head))
+    torch.testing.assert_close(ours, whole)
+    own, full = (torch.autograd.grad(combination(x), leaves(hidden, y)) for x, y in ((ours, part), (whole, head)))
+    torch.testing.assert_close(own, (full[0], *(grad[rows] for grad in full[1:])))
+
+
+def check_ignore_index(rank, processes):
+    """It may be the number of an entry: of the whole vocabulary, or counted from a part's start."""
+    hidden, head, _ = make_inputs((30,), 30, 8, torch.float64, bias=True)
+    part, rows = part_of(head, rank, processes, uneven=True)
+    for ignore_index in (5, 20, 29, -1, -10):
+        labels = torch.arange(30).index_fill(0, torch.tensor([4]), ignore_index)
+        check_equal(hidden, head, labels, part, rows, ignore_index=ignore_index)
+
+
+def check_transforms(rank, processes):
+    """First derivatives under torch.func and create_graph; others raise."""
+    hidden, head, labels = make_inputs((6,), 30, 8, torch.float64, labelled=1.0)
+    part, _ = part_of(head, rank, processes, uneven=False)
+    frozen = ck.Head(part.weight.detach(), shard=part.shard)
+
+    def total(hidden):
+        return combination(ck.token_stats(hidden, frozen, labels))
+
+    expected = torch.autograd.grad(total(hidden), hidden, create_graph=True)[0]
+    plain = hidden.detach()
+    torch.testing.assert_close(torch.func.grad(total)(plain), expected.detach())
+    batch = torch.stack([plain, plain * 0.5])
+    torch.testing.assert_close(torch.func.vmap(torch.func.grad(total))(batch)[0], expected.detach())
+    with pytest.raises(NotImplementedError, match="token_stats: second derivatives are not implemented"):
+        expected.sum().backward()
+    with pytest.raises(NotImplementedError, match="token_stats: forward-mode derivatives"):
+        torch.func.jvp(total, (plain,), (plain,))
 
 
 def check_loss(rank, processes):
@@ -136,13 +187,33 @@ def check_refusals(rank, processes):
         ck.token_divergence(hidden, part, hidden, head)
     with pytest.raises(ValueError, match=r"expected labels to have values in \[0, 30\)"):
         ck.linear_logprob(hidden, part, labels + 30)
+    count = 6 - rank
+    with pytest.raises(ValueError, match=r"expected labels to have number of tokens the same .* got \[6, 5"):
+        ck.linear_logprob(hidden[:count], part, labels[:count])
+    overlapping = ck.Head(head.weight[:20], shard=ck.VocabShard(None, min(rank, 1) * 10, 30))
+    with pytest.raises(ValueError, match=r"expected head.shard to have parts that cover \[0, 30\) without overlap"):
+        ck.linear_logprob(hidden, overlapping, labels)
+    mesh = DeviceMesh("cpu", list(range(processes)))
+    whole = [DTensor.from_local(x.detach(), mesh, [Replicate()]) for x in (head.weight, head.weight[:, 0])]
+    with pytest.raises(ValueError, match=r"expected head.bias to have type Tensor \(as head.weight\), got DTensor"):
+        ck.linear_logprob(hidden, ck.Head(head.weight, whole[1]), labels)
+    with pytest.raises(ValueError, match=r"expected head\.shard to have value None"):
+        ck.linear_logprob(hidden, ck.Head(whole[0], shard=part.shard), labels)
+    replicated = DTensor.from_local(hidden, mesh, [Replicate()])
+    torch.testing.assert_close(ck.linear_logprob(replicated, head, labels), ck.linear_logprob(hidden, head, labels))
+
+
+CHECKS = (
+    check_statistics, check_empty_parts, check_ignore_index, check_transforms, check_loss, check_dtensor,
+    check_adapters, check_refusals,
+)  # fmt: skip
 
 
 def main() -> None:
     rank, processes, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=processes)
-    for check in (check_statistics, check_loss, check_dtensor, check_adapters, check_refusals):
+    for check in CHECKS:
         check(rank, processes)
         print(check.__name__, flush=True)
     dist.destroy_process_group()

@@ -26,7 +26,7 @@ struct OnlineSoftmax {
     if (!(candidate > max_logit)) return T(1);
     const T shift = max_logit - candidate, rescale = std::exp(shift);
     max_logit = candidate;
-    if (sum_exp > T(0)) moment = (moment + shift * sum_exp) * rescale;  // shift may be -inf before the first logit
+    moment = (moment + at_least_negligible(shift) * sum_exp) * rescale;
     sum_exp *= rescale;
     sum_sq *= rescale * rescale;
     return rescale;
@@ -36,12 +36,15 @@ struct OnlineSoftmax {
   std::pair<T, T> merge(const OnlineSoftmax& others) {
     const T factor = raise_max(others.max_logit), shift = others.max_logit - max_logit;
     const T other_factor = shift == T(0) ? T(1) : std::exp(shift);
-    if (others.sum_exp > T(0)) moment += (others.moment + shift * others.sum_exp) * other_factor;
+    moment += (others.moment + at_least_negligible(shift) * others.sum_exp) * other_factor;
     sum_exp += others.sum_exp * other_factor;
     sum_sq += others.sum_sq * other_factor * other_factor;
     sum_logit += others.sum_logit;
     return {factor, other_factor};
   }
+
+  // exp(-1000) is 0 in float and double. Larger distances are cut off: they may overflow, and 0 * -inf would be NaN.
+  static T at_least_negligible(T shift) { return shift < T(-1000) ? T(-1000) : shift; }
 
   void add(const T* z, int64_t n) {
     raise_max(max_of_row(z, n));

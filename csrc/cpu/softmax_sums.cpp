@@ -38,14 +38,18 @@ void write_gradients(
     const char* op, const HeadArguments& arguments, const Tensor& grad_target, const Tensor& exp_factor,
     const Tensor& log_factor, const Tensor& labels, const Tensor& max_logit, const Tensor& kept, int64_t ignore_index,
     bool partial, const HeadGrads& out) {
-  expect_vector(op, "grad_target", grad_target, labels.numel());
-  expect_vector(op, "exp_factor", exp_factor, labels.numel());
-  expect_vector(op, "log_factor", log_factor, labels.numel());
-  expect_vector(op, "max_logit", max_logit, labels.numel());
+  const auto check = [&](const char* name, const Tensor& tensor, auto type) {
+    expect_vector(op, name, tensor, labels.numel());
+    expect_dtype(op, name, tensor, dtype_of<decltype(type)>());
+  };
   check_kept(op, kept);
   const LabelledRows labelled = labelled_rows(op, labels, ignore_index, arguments.weight.size(0), partial);
   with_compute_type(arguments.hidden.scalar_type(), [&](auto type) {
     using T = decltype(type);
+    check("grad_target", grad_target, type);
+    check("exp_factor", exp_factor, type);
+    check("log_factor", log_factor, type);
+    check("max_logit", max_logit, type);
     const LogitGrads<T> grads(labelled, grad_target, exp_factor, log_factor, max_logit);
     head_gradients<T>(arguments, labelled, grads, kept, out);
   });

@@ -11,7 +11,7 @@ would call it only for tensors that require a gradient, so that forward-mode der
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -36,16 +36,11 @@ def register_first_order(
 
         @staticmethod
         def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-            ctx.create_graph = torch.is_grad_enabled()
-            if not ctx.create_graph:
-                return backward(ctx, *grads)
-            with torch.no_grad():
-                results = backward(ctx, *grads)
-            return FirstDerivative.of(op, results, (*grads, *ctx.saved_tensors))
+            return first_derivative(op, backward, ctx, grads)
 
         @staticmethod
         def jvp(ctx: Any, *tangents: Any) -> Any:
-            raise NotImplementedError(f"{op}: forward-mode derivatives (jvp, jacfwd) are not implemented")
+            refuse_forward_mode(op)
 
         @staticmethod
         def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
@@ -68,6 +63,22 @@ def register_first_order(
 
     torch.library.impl(add_op_namespace_prefix(op), "Autograd", kernel)
     return FirstOrder
+
+
+def first_derivative(
+    op: str, backward: Callable[..., tuple], ctx: Any, grads: tuple[Tensor | None, ...]
+) -> tuple[Tensor | None, ...]:
+    """backward(ctx, *grads), whose result cannot be differentiated again: that raises an error with the name `op`."""
+    ctx.create_graph = torch.is_grad_enabled()
+    if not ctx.create_graph:
+        return backward(ctx, *grads)
+    with torch.no_grad():
+        results = backward(ctx, *grads)
+    return FirstDerivative.of(op, results, (*grads, *ctx.saved_tensors))
+
+
+def refuse_forward_mode(op: str) -> NoReturn:
+    raise NotImplementedError(f"{op}: forward-mode derivatives (jvp, jacfwd) are not implemented")
 
 
 def _has_tangent(tensor: Tensor) -> bool:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .._ops import add_op_namespace_prefix, ops
 from ..portable.softmax_sums import SUMS
-from ..portable.stats import factors_relative_to, gradient_factors, stats_of, sums_relative_to
+from ..portable.stats import factors_relative_to, gradient_factors, stats_of, sums_of_nothing, sums_relative_to
 from ..portable.tiles import compute_dtype
 from .kept_tiles import backward_from_kept, kept_like
 from .schema import Values, arguments, define, register_autograd, register_fake
@@ -28,7 +28,7 @@ define(
     "SymInt workspace_bytes, SymInt? kept_bytes) -> (Tensor logp, Tensor entropy, Tensor top1_prob, Tensor is_top1, "
     "Tensor logsumexp, Tensor log_sum_sq_probs, Tensor mean_logit, Tensor sums, Tensor kept)",
 )
-__all__ = ["SUMS", "factors_relative_to", "gradient_factors", "stats_of", "sums_relative_to"]
+__all__ = ["SUMS", "factors_relative_to", "gradient_factors", "stats_of", "sums_of_nothing", "sums_relative_to"]
 DIFFERENTIABLE = ("logp", "entropy", "logsumexp")
 
 
@@ -57,7 +57,7 @@ def _saves(values: Values) -> Iterable[str]:
 
 
 def _backward(ctx: Any, values: Values) -> Values:
-    sums, labels = values["sums"], values["labels"]
+    sums, labels = values["sums"].contiguous(), values["labels"]  # saved-tensor hooks may change the layout
     grads = [values[f"grad_{name}"] for name in DIFFERENTIABLE]
     ignored = labels == values["ignore_index"]
     grads = [torch.zeros_like(sums[0]) if grad is None else grad.masked_fill(ignored, 0) for grad in grads]

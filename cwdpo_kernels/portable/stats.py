@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from .gradients import NEGLIGIBLE
+from .tiles import compute_dtype
 
 
 def stats_of(sums: Tensor, vocab: int) -> tuple[Tensor, ...]:
@@ -51,7 +52,8 @@ def gradient_factors(
     sum_exp, moment = _nonzero(sums[2]), sums[3]
     log_odds, logp, _ = _log_probs(sums)
     p, other = torch.exp(logp), -torch.expm1(logp)
-    competes = sums[2] != 0
+    # Without competitors, or if theirs has no probability left, log s may be -inf: 0 * -inf would be NaN.
+    competes = (sums[2] != 0) & (other != 0)
     r = torch.where(competes & (p != 0), p * (log_odds - _entropy_of_others(sums)), 0.0)
     share = torch.where(competes, other / sum_exp, 0.0)
     grad_target = other * (grad_logp + grad_entropy * r) + grad_logsumexp * p
@@ -59,6 +61,13 @@ def gradient_factors(
     used = (grad_logp != 0) | (grad_entropy != 0) | (grad_logsumexp != 0)
     factors = (grad_target, exp_factor, share * -grad_entropy)
     return tuple(torch.where(used, factor, 0.0) for factor in factors)  # type: ignore[return-value]
+
+
+def sums_of_nothing(hidden: Tensor) -> Tensor:
+    """The sums [6, N] over no entry of a vocabulary."""
+    sums = hidden.new_zeros(6, hidden.shape[0], dtype=compute_dtype(hidden.dtype))
+    sums[1] = torch.finfo(sums.dtype).min
+    return sums
 
 
 def sums_relative_to(top: Tensor, sums: Tensor) -> Tensor:

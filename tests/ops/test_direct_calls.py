@@ -171,3 +171,35 @@ def test_wrong_rows_in_a_compiled_graph(rows):
         pytest.skip("torch's own device assert would make the process lose its GPU")
     with pytest.raises((IndexError, RuntimeError), match=r"out of (bounds|range)"):
         compiled(hidden, head.weight, labels, rows=torch.tensor(rows))
+
+
+def sums_backward(op, **changes):
+    one = torch.ones(N)
+    arguments = {
+        "grad_target": one, "exp_factor": one, "log_factor": one, "hidden": torch.randn(N, D),
+        "weight": torch.randn(V, D), "bias": None, "labels": torch.arange(N), "max_logit": one,
+        "kept": torch.zeros(V, D), "scale": 1.0, "softcap": None, "ignore_index": -100, "partial": False,
+        "needs_hidden": True, "needs_weight": True, "needs_bias": False, "workspace_bytes": 0,
+    }  # fmt: skip
+    if op.endswith("_"):
+        del arguments["needs_weight"]
+    return getattr(OPS, op)(**arguments | changes)
+
+
+@pytest.mark.parametrize("name", ["grad_target", "exp_factor", "log_factor", "max_logit", "labels", "kept"])
+@pytest.mark.parametrize("op", ["softmax_sums_backward", "softmax_sums_backward_"])
+def test_wrong_arguments_of_softmax_sums_backward(op, name):
+    one = torch.ones(N)
+    wrong = [torch.ones(N + 1), torch.ones(N, 0), torch.ones(1, N), one.double(), one.int(), one.bfloat16()]
+    wrong = {"labels": [one, torch.arange(N + 1)], "kept": [torch.ones(1).expand(V, D)]}.get(name, wrong)
+    for value in wrong:
+        with pytest.raises(REFUSED, match=f"{op}: expected {name} to have"):
+            sums_backward(op, **{name: value})
+
+
+@pytest.mark.parametrize("partial", [False, True])
+def test_softmax_sums_needs_a_vocabulary(partial):
+    """A process without entries does not call it (see _vocab_parallel.py)."""
+    weight, labels = torch.zeros(0, D), torch.arange(N) if partial else torch.full((N,), -100)
+    with pytest.raises(REFUSED, match="softmax_sums: expected weight to have V >= 1, got 0"):
+        OPS.softmax_sums(torch.randn(N, D), weight, None, labels, 1.0, None, -100, partial, 0, 0)

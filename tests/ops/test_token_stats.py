@@ -166,3 +166,34 @@ def test_known_values():
     torch.testing.assert_close(certain.logp, torch.tensor([0.0, -2e4]))
     single = ck.token_stats(torch.ones(1, 1), torch.ones(1, 1), torch.tensor([0]))
     assert [field.item() for field in single] == [0.0, 0.0, 1.0, True, 1.0, 0.0, 1.0]
+
+
+@pytest.mark.slow_interpreted
+@pytest.mark.parametrize("budget", BUDGETS.values(), ids=BUDGETS)
+@pytest.mark.parametrize(("low", "high"), [(-2e38, 2e38), (-1e38, 2e38)])
+def test_logits_whose_distance_overflows(low, high, budget):
+    """Fifty equal logits far above all others, in a late tile: the entropy is log 50."""
+    logits = torch.full((20000,), low).index_fill(0, torch.arange(19000, 19050), high)
+    hidden, weight = torch.ones(3, 1, requires_grad=True), logits[:, None].clone().requires_grad_()
+    stats = ck.token_stats(hidden, weight, torch.tensor([19000, 0, 19049]), budget=budget)
+    torch.testing.assert_close(stats.entropy, torch.full((3,), math.log(50)))
+    assert all(torch.isfinite(grad).all() for grad in torch.autograd.grad(stats.entropy.sum(), [hidden, weight]))
+
+
+def test_a_label_whose_competitors_have_no_probability_left():
+    """The log-odds overflow: the gradients are 0."""
+    hidden, weight = torch.ones(1, 1, requires_grad=True), torch.tensor([[3e38], [-3e38], [-3e38]], requires_grad=True)
+    stats = ck.token_stats(hidden, weight, torch.tensor([0]))
+    assert [field.item() for field in stats[:4]] == [0.0, 0.0, 1.0, True]
+    for grad in torch.autograd.grad((stats.entropy + stats.logp).sum(), [hidden, weight]):
+        assert not grad.any()
+
+
+def test_saved_tensor_hooks_may_change_the_layout():
+    hidden, head, labels = make_inputs((9,), 37, 8, bias=True)
+    inputs = leaves(hidden, head)
+    expected = gradients(ck.token_stats(hidden, head, labels), inputs)
+    strided = lambda x: x.t().contiguous().t() if x.dim() == 2 and x.is_floating_point() else x.clone()  # noqa: E731
+    with torch.autograd.graph.saved_tensors_hooks(strided, lambda x: x):
+        stats = ck.token_stats(hidden, head, labels)
+    torch.testing.assert_close(gradients(stats, inputs), expected)
