@@ -193,17 +193,9 @@ def _sums_of_part(
     if not weight.shape[0]:
         return token_stats.sums_of_nothing(hidden), hidden.new_empty(0, dtype=torch.uint8)
     return ops.softmax_sums(
-        hidden,
-        weight,
-        bias,
-        local_labels,
-        options.scale,
-        options.softcap,
-        IGNORED,
-        True,
-        options.workspace_bytes,
+        hidden, weight, bias, local_labels, options.scale, options.softcap, IGNORED, True, options.workspace_bytes,
         options.kept_bytes,
-    )
+    )  # fmt: skip
 
 
 def _merged(op: str, local: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:
