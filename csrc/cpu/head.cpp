@@ -32,7 +32,6 @@ void check_head(const char* op, const HeadArguments& head, const Tensor& labels)
   expect_float(op, "hidden", head.hidden);
   expect_at_least(op, "D", head.hidden.size(1), 1);
   expect_dims(op, "weight", head.weight, 2);
-  expect(head.weight.size(0) >= 1, op, "weight", "V", ">= 1", head.weight.size(0));
   expect_size(op, "weight", head.weight, 1, head.hidden.size(1));
   expect_dtype(op, "weight", head.weight, head.hidden.scalar_type());
   expect_index(op, "labels", labels);

@@ -12,6 +12,11 @@ namespace {
 
 constexpr int64_t kSums = 6;  // target, max_logit, sum_exp, moment, sum_sq, sum_logit
 
+void check_arguments(const char* op, const HeadArguments& head, const Tensor& labels) {
+  check_head(op, head, labels);
+  expect(head.weight.size(0) >= 1, op, "weight", "V", ">= 1", head.weight.size(0));
+}
+
 template <class T>
 SoftmaxSums forward(
     const HeadArguments& arguments, const Tensor& labels, const LabelledRows& labelled,
@@ -62,7 +67,7 @@ SoftmaxSums softmax_sums(
     std::optional<double> softcap, int64_t ignore_index, bool partial, int64_t workspace_bytes,
     std::optional<int64_t> kept_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
-  check_head("softmax_sums", arguments, labels);
+  check_arguments("softmax_sums", arguments, labels);
   if (kept_bytes) expect_at_least("softmax_sums", "kept_bytes", *kept_bytes, kUninitialized);
   const LabelledRows labelled = labelled_rows("softmax_sums", labels, ignore_index, weight.size(0), partial);
   return with_compute_type(hidden.scalar_type(), [&](auto type) {
@@ -77,7 +82,7 @@ HeadGrads softmax_sums_backward(
     bool needs_hidden, bool needs_weight, bool needs_bias, int64_t workspace_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   const char* op = "softmax_sums_backward";
-  check_head(op, arguments, labels);
+  check_arguments(op, arguments, labels);
   const HeadGrads out = allocate_gradients(
       arguments, needs_hidden, needs_bias,
       needs_weight ? torch::stable::empty_like(weight) : empty({0}, weight.scalar_type()));
@@ -93,7 +98,7 @@ HiddenAndBias softmax_sums_backward_(
     bool needs_hidden, bool needs_bias, int64_t workspace_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   const char* op = "softmax_sums_backward_";
-  check_head(op, arguments, labels);
+  check_arguments(op, arguments, labels);
   check_kept_as_gradient(op, kept, weight);
   const HeadGrads out = allocate_gradients(arguments, needs_hidden, needs_bias, kept);
   write_gradients(

@@ -38,7 +38,6 @@ from cwdpo_kernels import (
     Head,
     SequenceLogprob,
     cooling_weight,
-    linear_logprob,
     sequence_logprob,
     token_divergence,
     token_stats,
@@ -200,7 +199,8 @@ def _measure_batch(policy: nn.Module, reference: nn.Module, batch: Batch | Share
         def reference_op(ref_hidden: Tensor, ref_head: Head) -> tuple[Tensor, ...]:
             ref_rows = ref_hidden[labeled]
             divergence = token_divergence(rows, head, ref_rows, ref_head)
-            return linear_logprob(ref_rows, ref_head, targets), divergence.tv, divergence.js
+            # The same op as for the policy, so that equal models have equal log-probs, to the last bit.
+            return token_stats(ref_rows, ref_head, targets).logp, divergence.tv, divergence.js
 
         ref_logp, tv, js = batch.run(reference, reference_op)
         stats = token_stats(rows, head, targets)
