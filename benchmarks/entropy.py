@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 
 import cwdpo_kernels as ck
-from benchmarks import linear, memory, peers, timing
-from benchmarks.workloads import QWEN, SMOLVLM, Inputs, Workload
+from benchmarks import linear, peers, timing
+from benchmarks.workloads import QWEN, SMOLVLM, Inputs, Workload, by_mode
 from cwdpo_kernels import reference
 from cwdpo_kernels.testing import as_float64, leaves, relative_error
 
@@ -37,13 +37,7 @@ Statistics = Callable[[Tensor, ck.Head, Tensor], tuple[Tensor, Tensor | None]]
 
 def measurements() -> dict[str, Callable[..., dict]]:
     """Name -> measurement (see run.SUITES)."""
-    return {
-        f"{workload.name}/{mode}": lambda repeats, call, workload=workload, mode=mode: measure(
-            workload, mode, repeats, call
-        )
-        for workload, modes in ON_A_CPU.items()
-        for mode in modes
-    }
+    return by_mode(ON_A_CPU, measure)
 
 
 def measure(workload: Workload, mode: str, repeats: int, call: Callable) -> dict:
@@ -121,15 +115,7 @@ def outcome(statistics: Statistics, inputs: Inputs) -> dict[str, Tensor]:
 
 def peak(workload: Workload, mode: str, name: str) -> int:
     """Peak memory of a step in bytes. Runs in a worker."""
-    step = functools.partial(loss, implementations()[name])
-    for size in (8, 16):  # warm up as linear.peak does
-        linear.run_step(step, replace(workload, tokens=2 * size, response=size, vocab=2048 + size).make(mode))
-
-    def measured(inputs: Inputs) -> list[Tensor]:
-        linear.run_step(step, inputs)
-        return [x.grad for x in (inputs.hidden, inputs.head.weight) if x.grad is not None]
-
-    return memory.extra_bytes(lambda: workload.make(mode), measured)
+    return linear.peak_of(functools.partial(loss, implementations()[name]), workload, mode)
 
 
 def _ours(hidden: Tensor, head: ck.Head, labels: Tensor) -> tuple[Tensor, Tensor]:

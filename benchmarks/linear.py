@@ -15,7 +15,7 @@ from torch import Tensor
 import cwdpo_kernels as ck
 from benchmarks import memory, peers, timing
 from benchmarks.peers import Implementation
-from benchmarks.workloads import ON_A_CPU, Inputs, Workload
+from benchmarks.workloads import ON_A_CPU, Inputs, Workload, by_mode
 from cwdpo_kernels import reference
 from cwdpo_kernels.testing import as_float64, leaves, relative_error
 
@@ -31,13 +31,7 @@ PRODUCTS = {  # the matrix products that every method needs
 
 def measurements() -> dict[str, Callable[..., dict]]:
     """Name -> measurement (see run.SUITES)."""
-    return {
-        f"{workload.name}/{mode}": lambda repeats, call, workload=workload, mode=mode: measure(
-            workload, mode, repeats, call
-        )
-        for workload, modes in ON_A_CPU.items()
-        for mode in modes
-    }
+    return by_mode(ON_A_CPU, measure)
 
 
 def measure(
@@ -165,7 +159,11 @@ def float64_truth(inputs: Inputs, cooling: ck.Cooling) -> dict[str, Tensor]:
 
 def peak(workload: Workload, mode: str, name: str) -> int:
     """Peak memory of a step in bytes. Runs in a worker."""
-    step = peers.implementations()[name].step
+    return peak_of(peers.implementations()[name].step, workload, mode)
+
+
+def peak_of(step: Callable, workload: Workload, mode: str) -> int:
+    """Peak memory of `step` (see `run_step`) on a workload, in bytes."""
     # Warm up on small copies of the workload: threads, BLAS, autograd and compilers allocate memory once. It takes two
     # sizes, because at the second size a compiler generates code for any size.
     for size in (8, 16):

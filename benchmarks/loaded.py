@@ -12,7 +12,7 @@ import sys
 from collections.abc import Callable, Iterator
 
 from benchmarks import linear
-from benchmarks.workloads import ON_A_CPU
+from benchmarks.workloads import ON_A_CPU, Workload, by_mode
 
 PROCESSES = 2
 WITHOUT = (
@@ -39,11 +39,9 @@ def busy_processes(count: int = PROCESSES) -> Iterator[None]:
 
 def measurements() -> dict[str, Callable[..., dict]]:
     """Name -> measurement (see run.SUITES)."""
-    return {
-        f"{workload.name}/{mode}": lambda repeats, call, workload=workload, mode=mode: {
-            "busy_processes": PROCESSES,
-            **linear.measure(workload, mode, repeats, call, WITHOUT, beside=busy_processes),
-        }
-        for workload, modes in ON_A_CPU.items()
-        for mode in modes
-    }
+    return by_mode(ON_A_CPU, measure)
+
+
+def measure(workload: Workload, mode: str, repeats: int, call: Callable) -> dict:
+    measured = linear.measure(workload, mode, repeats, call, WITHOUT, beside=busy_processes)
+    return {"busy_processes": PROCESSES, **measured}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import NamedTuple
 
@@ -76,3 +78,14 @@ ON_A_CPU: dict[Workload, tuple[str, ...]] = {  # workload -> modes
     replace(SMOLVLM, name="smolvlm-bf16", dtype=torch.bfloat16, all_tokens=False): MODES,
     QWEN: ("frozen",),
 }
+
+
+def by_mode(
+    workloads: dict[Workload, tuple[str, ...]], measure: Callable[[Workload, str, int, Callable], dict]
+) -> dict[str, Callable[..., dict]]:
+    """Name -> measurement (see run.SUITES) of every workload in each of its modes."""
+    return {
+        f"{workload.name}/{mode}": functools.partial(measure, workload, mode)
+        for workload, modes in workloads.items()
+        for mode in modes
+    }
