@@ -22,6 +22,7 @@ Legend: N tokens, D hidden, V vocabulary, C vocabulary columns of a chunk of til
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 import triton
@@ -176,8 +177,8 @@ def head_gradients(
     # Float16 does not reach as far as sum_exp, or as exp_factor * hidden. The bias needs sums of the gradient.
     factored = len(kept_chunks.views) if hidden.dtype != torch.float16 and not needs_bias else 0
     if factored:
-        assert grads.sum_exp is not None  # what u is kept of has no log_factor
-        factor_N1 = kept_factor(grads.exp_factor, grads.sum_exp, hidden.dtype)[:, None]
+        sum_exp_N = cast(Tensor, grads.sum_exp)  # given wherever tiles are kept
+        factor_N1 = kept_factor(grads.exp_factor, sum_exp_N, hidden.dtype)[:, None]
         scaled_hidden = torch.mul(used_hidden, factor_N1, out=torch.empty_like(used_hidden)) if needs_weight else hidden
         for tiles in kept_chunks.chunks[:factored]:
             u_NC = kept_chunks.views[tiles.start]
