@@ -19,8 +19,10 @@ from __future__ import annotations
 import argparse
 import contextlib
 import importlib.machinery
+import shutil
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from benchmarks import gpu_run
@@ -28,9 +30,15 @@ from benchmarks.gpu_file import LEFT_OUT
 from benchmarks.gpu_plan import PARTS, PEERS, PROMPTS, plan
 from benchmarks.models import SHAPES
 
+# Python imports this module when it starts. It reads .pth files in its own folders only, not in those of PYTHONPATH.
+READS_PTH_FILES = "import os, site\n\nsite.addsitedir(os.path.dirname(__file__))\n"
+
 
 def install(run: gpu_run.Run, wheels: Path) -> None:
-    """Install each wheel of a folder for the peers, without its dependencies. One that fails is recorded."""
+    """Install each wheel of a folder for the peers, without its dependencies. One that fails is recorded.
+
+    Wheels may share folders, which pip's --target would replace, so each goes to a folder of its own first.
+    """
     for wheel in sorted(wheels.glob("*.whl")):
         name, limit = f"install {wheel.name}", min(run.limits["install"], run.seconds_left())
         if run.report.finished(name):
@@ -38,17 +46,20 @@ def install(run: gpu_run.Run, wheels: Path) -> None:
         if limit < gpu_run.LEAST_SECONDS:
             run.report.fail(name, f"{LEFT_OUT}the time budget is spent")
             continue
-        command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
-        command += ["--no-index", "--upgrade", "--target", str(run.packages), str(wheel)]
-        try:
-            result = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
-        except subprocess.TimeoutExpired:
-            run.report.fail(name, f"took longer than {limit:.0f} s")
-            continue
-        if result.returncode:
-            lines = result.stderr.strip().splitlines() or [f"pip ended with status {result.returncode}"]
-            run.report.fail(name, next((line for line in lines if line.startswith("ERROR")), lines[-1]))
-        else:
+        with tempfile.TemporaryDirectory() as target:
+            command = [sys.executable, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", "--no-deps"]
+            command += ["--no-index", "--target", target, str(wheel)]
+            try:
+                result = subprocess.run(command, capture_output=True, text=True, timeout=limit, check=False)
+            except subprocess.TimeoutExpired:
+                run.report.fail(name, f"took longer than {limit:.0f} s")
+                continue
+            if result.returncode:
+                lines = result.stderr.strip().splitlines() or [f"pip ended with status {result.returncode}"]
+                run.report.fail(name, next((line for line in lines if line.startswith("ERROR")), lines[-1]))
+                continue
+            shutil.copytree(target, run.packages, dirs_exist_ok=True)
+            (run.packages / "sitecustomize.py").write_text(READS_PTH_FILES)
             run.report.done(name)
 
 
@@ -62,10 +73,13 @@ def main() -> None:
     gpu_run.add_options(parser)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=PARTS)
     parser.add_argument("--shapes", nargs="+", choices=[shape.name for shape in SHAPES], help="default: all")
+    parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help="default: all")
     parser.add_argument("--wheels", type=Path, help="folder of wheels for the peers")
     options = parser.parse_args()
     run, simulated = gpu_run.begin(options, "gpu.json")
-    peers = simulated.get("PEERS", PEERS)
+    peers = {
+        name: module for name, module in simulated.get("PEERS", PEERS).items() if name in (options.peers or [name])
+    }
     shapes = [x for x in simulated.get("SHAPES", SHAPES) if x.name in (options.shapes or [x.name])]
     with run.log, contextlib.closing(run):
         if options.wheels and "peers" in options.parts:

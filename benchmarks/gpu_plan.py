@@ -21,7 +21,8 @@ PEERS: dict[str, str | None] = {
     "eager, full logits": None, "torch.compile, full logits": None, "torch linear_cross_entropy": None,
     "torch linear_cross_entropy, chunked": None, "cut-cross-entropy": "cut_cross_entropy",
     "Liger fused linear DPO": "liger_kernel", "Liger scaled cross-entropy": "liger_kernel",
-    "QuACK linear cross-entropy": "quack", "TRL chunked log-prob": "trl",
+    "Liger linear cross-entropy, CuTe": "liger_kernel", "QuACK linear cross-entropy": "quack",
+    "TRL chunked log-prob": "trl",
 }  # fmt: skip
 TESTS = {"tests, kernels compiled ahead": "compile", "tests": "run", "tests, compute-sanitizer": "sanitizer"}
 # Seconds that an item of a kind may take, compilation included: 1 to 5 s for a kernel of ours, a minute for some peers.

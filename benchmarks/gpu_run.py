@@ -138,7 +138,8 @@ def begin(options: argparse.Namespace, name: str) -> tuple[Run, dict]:
     arguments = ["--out", str(options.out.resolve()), "--commit", options.commit or current_commit()]
     arguments += ["--simulate", str(options.simulate.resolve())] if options.simulate else []
     log, limits = (options.out / "log.txt").open("a"), LIMITS | simulated.get("LIMITS", {})
-    return Run(report, options.budget_s, log, arguments, options.out / "peers", limits), simulated
+    packages = options.out / "peers" / "site-packages"  # QuACK refuses to run from a folder of another name
+    return Run(report, options.budget_s, log, arguments, packages, limits), simulated
 
 
 def current_commit() -> str:

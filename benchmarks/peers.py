@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -130,6 +131,9 @@ def _peers(device: str) -> dict[str, Implementation | str]:
         "Liger scaled cross-entropy": _not_installed("liger_kernel")
         or only_gpus
         or _of_logp("liger-kernel", _liger_scaled_logp),
+        "Liger linear cross-entropy, CuTe": _not_installed("liger_kernel")
+        or only_gpus
+        or Implementation("liger-kernel", _liger_cute_step, cooling=VANILLA, all_tokens=True),
         "QuACK linear cross-entropy": _not_installed("quack")
         or only_gpus
         or Implementation("quack-kernels", _quack_step, cooling=VANILLA, all_tokens=True),
@@ -207,6 +211,18 @@ def _liger_scaled_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
 
     flat = hidden.reshape(-1, hidden.shape[-1])
     return -LigerFusedLinearScaledCrossEntropyFunction.apply(flat, head.weight, labels.reshape(-1)).view(labels.shape)
+
+
+def _liger_cute_step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:
+    """The summed cross-entropy, for timing: this implementation does not return token log-probs.
+
+    Liger chooses implementations when it is first imported, so this needs a process of its own.
+    """
+    os.environ["LIGER_KERNEL_IMPL"] = "cutedsl"
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
+    return loss(head.weight, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1))
 
 
 def _quack_step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:

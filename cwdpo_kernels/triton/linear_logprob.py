@@ -23,13 +23,15 @@ Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C vocab
 
 from __future__ import annotations
 
+import itertools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from .combine import empty_sums, merge_tiles, rescale
-from .configs import COMPILER_OPTIONS
+from .configs import COMPILER_OPTIONS, multiprocessors
 from .gemm import DenseGemm
 from .gradients import LogitGrads, head_gradients
 from .kept import KeptChunks, tiles_per_chunk
@@ -89,10 +91,9 @@ def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor,
     hidden, weight, block_v = sweep.hidden, sweep.weight, sweep.config.block_v
     anchor_N, sum_exp_N = empty_sums(sweep.rows, hidden.device)
     sum_exp_weight_ND = hidden.new_zeros(hidden.shape, dtype=torch.float32)
-    chunk = tiles_per_chunk(sweep.rows * hidden.element_size(), block_v, workspace_bytes)
-    workspace = hidden.new_empty(sweep.rows * min(chunk * block_v, sweep.vocab))
-    for start in range(0, sweep.tiles_v, chunk):
-        tiles = range(start, min(start + chunk, sweep.tiles_v))
+    chunks = _frozen_chunks(sweep, workspace_bytes)
+    workspace = hidden.new_empty(sweep.rows * min(max(map(len, chunks), default=0) * block_v, sweep.vocab))
+    for tiles in chunks:
         columns = slice(tiles.start * block_v, min(tiles.stop * block_v, sweep.vocab))
         width = columns.stop - columns.start
         tile_NC = workspace[: sweep.rows * width].view(sweep.rows, width)
@@ -107,6 +108,19 @@ def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor,
         sweep.target_N,
     )  # fmt: skip
     return logp_N, anchor_N, sum_exp_N, _direction(sweep, sum_exp_weight_ND, sum_exp_N)
+
+
+def _frozen_chunks(sweep: Sweep, workspace_bytes: int) -> list[range]:
+    """The vocabulary tiles in chunks that fit the workspace.
+
+    If there are several, the first one is a wave of programs: its anchors serve most tiles of the others, which then
+    need no rescaling.
+    """
+    size = tiles_per_chunk(sweep.rows * sweep.hidden.element_size(), sweep.config.block_v, workspace_bytes)
+    wave = triton.cdiv(multiprocessors(sweep.hidden.device), max(triton.cdiv(sweep.rows, sweep.config.block_n), 1))
+    first = min(wave, size) if size < sweep.tiles_v else 0
+    starts = sorted({0, *range(first, sweep.tiles_v, size), sweep.tiles_v})
+    return [range(*pair) for pair in itertools.pairwise(starts)]
 
 
 def _direction(sweep: Sweep, sum_exp_weight_ND: Tensor, sum_exp_N: Tensor) -> Tensor:

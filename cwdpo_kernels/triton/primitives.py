@@ -6,7 +6,9 @@
 
 The anchor is in units of ln 2: an integer, stored as a float, equal to or just above max_v z_v / ln 2. So no
 exponential overflows, however large the logits are. Changing the anchor of a sum, or of a tile of exponentials in
-bfloat16, multiplies it by a power of two, which is exact. Nothing has to be done if the anchor stays the same.
+bfloat16, multiplies it by a power of two, which is exact. Nothing has to be done if the anchor stays the same. So a
+tile of bfloat16, which has the exponents of float32, keeps the anchor of the tiles before it unless its own is more
+than HEADROOM above: then its exponentials are up to 2^HEADROOM.
 
 Comparisons, tl.maximum and tl.max drop NaN on a GPU. So NaN travels in sum_exp only: anchors are never NaN. A sum with
 a logit of +inf, or above 7.4e8 (MAX_ANCHOR), is NaN.
@@ -32,6 +34,9 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 # Anchors stay within +-MAX_ANCHOR: beyond 2^31 the distance between floats exceeds the range of an exponential.
 MAX_ANCHOR = tl.constexpr(1073741824.0)  # 2^30, a logit of 7.4e8
 NO_ANCHOR = tl.constexpr(-1073741824.0)  # of an empty sum
+# 28 nats. Sums over a vocabulary stay far from overflow, and exponents keep as many digits as the logits have: anchors
+# belong to logits of the same token.
+HEADROOM = tl.constexpr(40.0)
 
 
 @triton.jit

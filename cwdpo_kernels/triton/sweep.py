@@ -25,6 +25,7 @@ from torch import Tensor
 
 from .configs import COMPILER_OPTIONS, TileConfig, grid, operands, precision, tile_config
 from .primitives import (
+    HEADROOM,
     NO_ANCHOR,
     anchor_of,
     log2_anchored,
@@ -98,7 +99,9 @@ def _sweep_kernel(
         max_logit = tl.max(competitor, 1)
         anchor = anchor_of(max_logit)
         if HAS_MIN_ANCHOR:
-            anchor = tl.maximum(anchor, tl.load(min_anchor_ptr + offs_n, mask=mask_n, other=NO_ANCHOR))
+            headroom: tl.constexpr = HEADROOM if tile_ptr.dtype.element_ty == tl.bfloat16 else 0
+            min_anchor = tl.load(min_anchor_ptr + offs_n, mask=mask_n, other=NO_ANCHOR)
+            anchor = tl.where(anchor > min_anchor + headroom, anchor, min_anchor)
         exponent = log2_anchored(competitor, anchor[:, None])
         u = tl.exp2(exponent)
         offs_partial = tile_v.to(tl.int64) * N + offs_n
@@ -152,7 +155,10 @@ class Sweep:
         return tile_arguments(self.hidden, self.weight, self.bias, self.scale, self.softcap, self.config)
 
     def run(self, tiles: range, min_anchor: Tensor | None = None, out: Tensor | None = None) -> None:
-        """Sweep over `tiles`. Their exponentials go to `out` [N, C]; anchors are at least `min_anchor` [N]."""
+        """Sweep over `tiles`. Their exponentials go to `out` [N, C].
+
+        Anchors are at least `min_anchor` [N]. With bfloat16 tiles they are equal to it within HEADROOM.
+        """
         if self.rows == 0 or len(tiles) == 0:
             return
         n_tiles = triton.cdiv(self.rows, self.config.block_n) * len(tiles)
