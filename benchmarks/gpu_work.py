@@ -14,7 +14,7 @@ from benchmarks import cost, gpu_measure, gpu_peers, gpu_tests
 from benchmarks.gpu_measure import linear_inputs
 from benchmarks.gpu_plan import VALUES
 from benchmarks.models import Shape
-from cwdpo_kernels import _inputs, reference
+from cwdpo_kernels import reference
 from cwdpo_kernels.testing import as_float64, check_budget, confident_inputs, leaves, make_inputs, relative_error
 
 DEVICE = "cuda"
@@ -133,15 +133,15 @@ def linear_steps(shape: Shape) -> dict[str, tuple[Callable, cost.Cost]]:
         torch.autograd.grad(logp.sum(), [x for x in (hidden, head) if x.requires_grad])
 
     def partly(sparse_grad: bool) -> None:
-        logp = _inputs.token_logprob(
-            "linear_logprob", hidden, weight, labels, rows, ck.MemoryBudget(kept_bytes=0), ck.IGNORE_INDEX, sparse_grad
+        logp, *_ = torch.ops.cwdpo.linear_logprob(
+            hidden, weight, None, labels, 1.0, None, ck.IGNORE_INDEX, False, sparse_grad, 0, 0
         )
         torch.autograd.grad(logp, [hidden, weight], half.view(-1))
 
-    def without_gradient(function: Callable, *args: object) -> Callable[[], None]:
+    def without_gradient(function: Callable, *args: object, **options: object) -> Callable[[], None]:
         def run() -> None:
             with torch.no_grad():
-                function(*args)
+                function(*args, **options)
 
         return run
 
@@ -154,7 +154,7 @@ def linear_steps(shape: Shape) -> dict[str, tuple[Callable, cost.Cost]]:
         forward.flops + backward[0].flops - backward[1].flops, forward.bytes + backward[0].bytes - backward[1].bytes
     )
     return {
-        "no_grad": (without_gradient(lambda: ck.linear_logprob(hidden, weight, labels, rows=rows)), forward),
+        "no_grad": (without_gradient(ck.linear_logprob, hidden, weight, labels, rows=rows), forward),
         "frozen": (lambda: step(weight.detach()), needed("frozen")),
         "trainable": (lambda: step(weight), needed("trainable", shape.dim / shape.tokens)),
         "trainable, none kept": (lambda: step(weight, ck.MemoryBudget(kept_bytes=0)), needed("trainable")),
@@ -163,7 +163,7 @@ def linear_steps(shape: Shape) -> dict[str, tuple[Callable, cost.Cost]]:
             needed("trainable", (4 << 30) / (shape.tokens * shape.vocab * 2)),
         ),
         "token_stats": (
-            without_gradient(ck.token_stats, hidden, weight, labels),
+            without_gradient(ck.token_stats, hidden, weight, labels, rows=rows),
             cost.token_stats(shape.tokens, shape.dim, shape.vocab, 2),
         ),
         "token_divergence": (

@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import importlib.util
-import os
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -214,15 +213,15 @@ def _liger_scaled_logp(hidden: Tensor, head: ck.Head, labels: Tensor) -> Tensor:
 
 
 def _liger_cute_step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:
-    """The summed cross-entropy, for timing: this implementation does not return token log-probs.
+    """The summed cross-entropy, for timing: its kernels for Hopper do not return token log-probs.
 
-    Liger chooses implementations when it is first imported, so this needs a process of its own.
+    Liger's module with LIGER_KERNEL_IMPL=cutedsl passes more arguments than its function takes, so this calls the
+    function.
     """
-    os.environ["LIGER_KERNEL_IMPL"] = "cutedsl"
-    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+    from liger_kernel.ops.cutedsl.ops.fused_linear_cross_entropy_sm90 import liger_fused_linear_cross_entropy_sm90
 
-    loss = LigerFusedLinearCrossEntropyLoss(reduction="sum")
-    return loss(head.weight, hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1))
+    flat = hidden.reshape(-1, hidden.shape[-1])
+    return liger_fused_linear_cross_entropy_sm90(flat, head.weight, labels.reshape(-1), reduction="sum")
 
 
 def _quack_step(hidden: Tensor, head: ck.Head, labels: Tensor, refs: Tensor) -> Tensor:

@@ -24,8 +24,8 @@ from cwdpo_kernels.ops.checks import UNINITIALIZED
 from cwdpo_kernels.triton import linear_logprob
 
 CHIP = "sm_90"
-# How many of the tiles that the frozen head writes, and of its sums, have to be rescaled: as measured on the H100, A.
-RESCALED = {torch.bfloat16: 0.4, torch.float32: 0.1}
+# The share of the tiles and of their sums that rescaling moves: measured on an H200 (SmolVLM) and an H100 (A).
+RESCALED = {torch.bfloat16: 0.2, torch.float32: 0.1}
 TILES_OF = {"_rescale_kernel": "matrix_ptr", "_finish_kernel": "tile_ptr"}  # kernel -> what it rescales
 MODES = {  # op of gpu.json -> whether the head is frozen, bytes to keep; None: no gradient
     "no_grad": None,

@@ -61,22 +61,22 @@ def labeled_tokens(
         rows = (flat_labels != ignore_index).nonzero().squeeze(1)
         rows = None if rows.numel() == labels.numel() else rows
     if rows is not None:
-        flat_hidden, flat_labels = flat_hidden[rows], flat_labels[rows]
+        # Unlike indexing, index_select has a gradient that sorts nothing.
+        flat_hidden, flat_labels = flat_hidden.index_select(0, rows), flat_labels.index_select(0, rows)
     return LabeledTokens(flat_hidden, head, flat_labels, rows, labels.shape)
 
 
 def token_logprob(
     op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, budget: MemoryBudget,
-    ignore_index: int, sparse_grad: bool = False,
+    ignore_index: int,
 ) -> Tensor:  # fmt: skip
     """`functional.linear_logprob`. `op` is the name used in error messages.
 
-    `sparse_grad`: whole sequences may get no gradient. Affects speed only: a GPU then runs kernels that skip them. It
-    also does so in a compiled graph without `rows`, where ignored tokens were not left out.
+    In a compiled graph without `rows`, where ignored tokens were not left out, a GPU runs kernels that skip them.
     """
     check_budget(op, budget)
     tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
-    sparse_grad |= tokens.rows is None and torch.compiler.is_compiling()
+    sparse_grad = tokens.rows is None and torch.compiler.is_compiling()
     head = tokens.head
     if head.shard is not None:
         return tokens.scatter(sharded(op, tokens, budget, ignore_index)[0])

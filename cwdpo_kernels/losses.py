@@ -75,9 +75,8 @@ def linear_cwdpo_loss(
     """
     op = "linear_cwdpo_loss"
     _check_cooling(op, cooling)
-    drops_gradients = cooling.drop_below is not None or cooling.constant == 0
     labels = labels_in_rows(op, labels, rows, ignore_index)
-    token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index, drops_gradients)
+    token_logp = token_logprob(op, hidden, head, labels, rows, budget, ignore_index)
     return _token_cwdpo(
         op, token_logp, labels, cu_seqlens, ref_chosen, ref_rejected, beta, cooling, normalize, ignore_index
     )

@@ -96,7 +96,8 @@ def test_threads(frozen, dtype):
         assert all(torch.equal(a, b) for a, b in zip(runs[threads], again, strict=True))
     for threads in (2, 7):
         for actual, expected in zip(runs[threads], runs[1], strict=True):
-            assert relative_error(actual, expected) < (1e-6 if actual.dtype == torch.float32 else 1e-4)
+            # In bfloat16, sums in another order may round an entry the other way.
+            assert relative_error(actual, expected) < (1e-6 if actual.dtype == torch.float32 else 2**-9)
 
 
 @needs_library

@@ -18,6 +18,7 @@ from .configs import COMPILER_OPTIONS
 from .primitives import NO_ANCHOR, logp_of, merge, rounded
 
 BLOCK_N, BLOCK_T, BLOCK_C = 32, 32, 128
+STEPS = 8  # blocks of exponentials per program
 
 
 @triton.jit
@@ -52,30 +53,36 @@ def _merge_kernel(
 
 
 @triton.jit
-def block_position(first_tile, BLOCK_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    """Tokens, columns and vocabulary tile of this program's block of exponentials [N, C], which begin at first_tile."""
+def block_position(step, first_tile, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
+                   BLOCK_C: tl.constexpr):  # fmt: skip
+    """Tokens, columns and vocabulary tile of a block of exponentials [N, C], which begin at first_tile.
+
+    A program has STEPS blocks, one after another: few have anything to do, and most of the time is that of a start.
+    """
+    block_c = tl.program_id(1) * STEPS + step
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    tile = (first_tile + tl.program_id(1) * BLOCK_C // BLOCK_TILE).to(tl.int64)
-    return offs_n, offs_c, tile
+    offs_c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
+    return offs_n, offs_c, (first_tile + block_c * BLOCK_C // BLOCK_TILE).to(tl.int64)
 
 
 @triton.jit
 def _rescale_kernel(
-    matrix_ptr, from_ptr, to_ptr, N, C, first_tile, stride_from, BLOCK_TILE: tl.constexpr,
+    matrix_ptr, from_ptr, to_ptr, N, C, first_tile, stride_from, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """matrix [N, C] *= 2^(from - to). `from` is per token and tile of BLOCK_TILE columns. Skips equal anchors."""
-    offs_n, offs_c, tile = block_position(first_tile, BLOCK_TILE, BLOCK_N, BLOCK_C)
-    mask_n = offs_n < N
-    from_anchor = tl.load(from_ptr + tile * stride_from + offs_n, mask=mask_n, other=0.0)
-    to_anchor = tl.load(to_ptr + offs_n, mask=mask_n, other=0.0)
-    changed = mask_n & (from_anchor != to_anchor)
-    offs = offs_n.to(tl.int64)[:, None] * C + offs_c[None, :]
-    mask = changed[:, None] & (offs_c < C)[None, :]
-    values = tl.load(matrix_ptr + offs, mask=mask, other=0.0)
-    factor = tl.exp2(from_anchor - to_anchor)[:, None]
-    tl.store(matrix_ptr + offs, rounded(values.to(tl.float32) * factor, values.dtype), mask=mask)
+    for step in range(STEPS):
+        offs_n, offs_c, tile = block_position(step, first_tile, BLOCK_TILE, STEPS, BLOCK_N, BLOCK_C)
+        mask_n = (offs_n < N) & (tl.min(offs_c, 0) < C)
+        from_anchor = tl.load(from_ptr + tile * stride_from + offs_n, mask=mask_n, other=0.0)
+        to_anchor = tl.load(to_ptr + offs_n, mask=mask_n, other=0.0)
+        changed = mask_n & (from_anchor != to_anchor)
+        if tl.max(changed.to(tl.int32), 0) > 0:
+            offs = offs_n.to(tl.int64)[:, None] * C + offs_c[None, :]
+            mask = changed[:, None] & (offs_c < C)[None, :]
+            values = tl.load(matrix_ptr + offs, mask=mask, other=0.0)
+            factor = tl.exp2(from_anchor - to_anchor)[:, None]
+            tl.store(matrix_ptr + offs, rounded(values.to(tl.float32) * factor, values.dtype), mask=mask)
 
 
 def empty_sums(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -103,8 +110,8 @@ def merge_tiles(
 def blocks(rows: int, columns: int, tile_columns: int) -> tuple[tuple[int, int], dict[str, int]]:
     """The grid and the constants of a kernel over exponentials [N, C] in tiles of `tile_columns` columns."""
     block_c = min(BLOCK_C, tile_columns)  # so that a block lies in one tile
-    constants = {"BLOCK_TILE": tile_columns, "BLOCK_N": BLOCK_N, "BLOCK_C": block_c}
-    return (triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, block_c)), constants
+    constants = {"BLOCK_TILE": tile_columns, "STEPS": STEPS, "BLOCK_N": BLOCK_N, "BLOCK_C": block_c}
+    return (triton.cdiv(rows, BLOCK_N), triton.cdiv(columns, block_c * STEPS)), constants
 
 
 def rescale(matrix_NC: Tensor, from_TN: Tensor, to_N: Tensor, tiles: range, tile_columns: int) -> None:

@@ -136,6 +136,11 @@ def grid(config: TileConfig, tiles: int, device: torch.device) -> tuple[int]:
     return (max(min(tiles, multiprocessors(device)) if config.persistent else tiles, 1),)
 
 
+def wave(config: TileConfig, rows: int, device: torch.device) -> int:
+    """The number of vocabulary tiles, of all `rows`, that the multiprocessors work on at once; 0 without rows."""
+    return triton.cdiv(multiprocessors(device), triton.cdiv(rows, config.block_n)) if rows else 0
+
+
 def operands(
     hidden: Tensor, weight: Tensor, block_n: int, block_v: int, block_d: int, descriptors: bool
 ) -> tuple[dict, bool]:

@@ -37,31 +37,34 @@ from .primitives import rounded
 from .sweep import Sweep
 
 ALIGNMENT = 16  # bytes, for vector loads
+MANY_WAVES = 16  # of programs, of which one may be computed twice
 MIN_COLUMNS = 4096  # GEMMs of so many columns still run at the full rate
 
 
 @triton.jit
 def _finish_kernel(
     tile_ptr, anchor_TN_ptr, anchor_ptr, sum_exp_ptr, logp_ptr, labels_ptr, N, C, first_tile, first_column,
-    ignore_index, BLOCK_TILE: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    ignore_index, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """Bring exponentials [N, C] to the last anchor and write the entries of labels and of tokens without gradient."""
-    offs_n, offs_c, tile = block_position(first_tile, BLOCK_TILE, BLOCK_N, BLOCK_C)
-    mask_n = offs_n < N
-    tile_anchor = tl.load(anchor_TN_ptr + tile * N + offs_n, mask=mask_n, other=0.0)
-    anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
-    sum_exp = tl.load(sum_exp_ptr + offs_n, mask=mask_n, other=0.0)
-    logp = tl.load(logp_ptr + offs_n, mask=mask_n, other=0.0)
-    labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index)
-    ignored = (labels == ignore_index) | (logp != logp)
-    is_label = (labels - first_column)[:, None] == offs_c[None, :]
-    changed = (ignored | (tile_anchor != anchor))[:, None] | is_label
-    offs = offs_n.to(tl.int64)[:, None] * C + offs_c[None, :]
-    mask = changed & mask_n[:, None] & (offs_c < C)[None, :]
-    u = tl.load(tile_ptr + offs, mask=mask, other=0.0)
-    values = tl.where(is_label, -sum_exp[:, None], u.to(tl.float32) * tl.exp2(tile_anchor - anchor)[:, None])
-    values = tl.where(ignored[:, None], 0.0, values)
-    tl.store(tile_ptr + offs, rounded(values, u.dtype), mask=mask)
+    for step in range(STEPS):
+        offs_n, offs_c, tile = block_position(step, first_tile, BLOCK_TILE, STEPS, BLOCK_N, BLOCK_C)
+        mask_n = (offs_n < N) & (tl.min(offs_c, 0) < C)
+        tile_anchor = tl.load(anchor_TN_ptr + tile * N + offs_n, mask=mask_n, other=0.0)
+        anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
+        logp = tl.load(logp_ptr + offs_n, mask=mask_n, other=0.0)
+        labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index)
+        ignored = (labels == ignore_index) | (logp != logp)
+        is_label = (labels - first_column)[:, None] == offs_c[None, :]
+        changed = ((ignored | (tile_anchor != anchor))[:, None] | is_label) & mask_n[:, None]
+        if tl.max(tl.max(changed.to(tl.int32), 1), 0) > 0:
+            sum_exp = tl.load(sum_exp_ptr + offs_n, mask=mask_n, other=0.0)
+            offs = offs_n.to(tl.int64)[:, None] * C + offs_c[None, :]
+            mask = changed & (offs_c < C)[None, :]
+            u = tl.load(tile_ptr + offs, mask=mask, other=0.0)
+            values = tl.where(is_label, -sum_exp[:, None], u.to(tl.float32) * tl.exp2(tile_anchor - anchor)[:, None])
+            values = tl.where(ignored[:, None], 0.0, values)
+            tl.store(tile_ptr + offs, rounded(values, u.dtype), mask=mask)
 
 
 class KeptChunks:
@@ -119,8 +122,11 @@ class KeptChunks:
         kept = [tiles for tiles in self.chunks if tiles.start in self.views]
         rest = range(kept[-1].stop if kept else 0, sweep.tiles_v)
         anchor_N, sum_exp_N = empty_sums(sweep.rows, sweep.hidden.device)
-        sweep.run(rest)
-        least_anchor_N = sweep.anchor_TN[rest.start :].amax(0) if len(rest) else anchor_N
+        first = rest
+        if not rest and len(sweep.wave()) * MANY_WAVES <= sweep.tiles_v:
+            first = sweep.wave()  # computed twice, so that the tiles of the first chunk share anchors
+        sweep.run(first)
+        least_anchor_N = sweep.anchor_TN[first.start : first.stop].amax(0) if first else anchor_N
         for tiles in kept:
             sweep.run(tiles, min_anchor=least_anchor_N, out=self.views[tiles.start])
             least_anchor_N = torch.maximum(least_anchor_N, sweep.anchor_TN[tiles.start : tiles.stop].amax(0))

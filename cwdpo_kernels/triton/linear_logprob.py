@@ -31,7 +31,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .combine import empty_sums, merge_tiles, rescale
-from .configs import COMPILER_OPTIONS, multiprocessors
+from .configs import COMPILER_OPTIONS
 from .gemm import DenseGemm
 from .gradients import LogitGrads, head_gradients
 from .kept import KeptChunks, tiles_per_chunk
@@ -111,14 +111,9 @@ def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor,
 
 
 def _frozen_chunks(sweep: Sweep, workspace_bytes: int) -> list[range]:
-    """The vocabulary tiles in chunks that fit the workspace.
-
-    If there are several, the first one is a wave of programs: its anchors serve most tiles of the others, which then
-    need no rescaling.
-    """
+    """The vocabulary tiles in chunks that fit the workspace. If there are several, the first one is at most a wave."""
     size = tiles_per_chunk(sweep.rows * sweep.hidden.element_size(), sweep.config.block_v, workspace_bytes)
-    wave = triton.cdiv(multiprocessors(sweep.hidden.device), max(triton.cdiv(sweep.rows, sweep.config.block_n), 1))
-    first = min(wave, size) if size < sweep.tiles_v else 0
+    first = min(sweep.wave().stop, size) if size < sweep.tiles_v else 0
     starts = sorted({0, *range(first, sweep.tiles_v, size), sweep.tiles_v})
     return [range(*pair) for pair in itertools.pairwise(starts)]
 

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .configs import COMPILER_OPTIONS, TileConfig, grid, operands, precision, tile_config
+from .configs import COMPILER_OPTIONS, TileConfig, grid, operands, precision, tile_config, wave
 from .primitives import (
     HEADROOM,
     NO_ANCHOR,
@@ -153,6 +153,14 @@ class Sweep:
     def tile_arguments(self) -> dict:
         """The arguments of any kernel that computes logits of this head, launch options included."""
         return tile_arguments(self.hidden, self.weight, self.bias, self.scale, self.softcap, self.config)
+
+    def wave(self) -> range:
+        """The first vocabulary tiles: those of a wave. None unless the dtype is bfloat16.
+
+        Most other tiles in bfloat16 can have their anchors, and are then not rescaled.
+        """
+        tiles = wave(self.config, self.rows, self.hidden.device) if self.hidden.dtype == torch.bfloat16 else 0
+        return range(min(tiles, self.tiles_v))
 
     def run(self, tiles: range, min_anchor: Tensor | None = None, out: Tensor | None = None) -> None:
         """Sweep over `tiles`. Their exponentials go to `out` [N, C].

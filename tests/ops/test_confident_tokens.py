@@ -8,6 +8,8 @@ from cwdpo_kernels import reference
 from cwdpo_kernels.testing import as_float64, confident_inputs, leaves, relative_error
 
 CONFIDENCE = [0.5, 0.9, 0.99, 0.999, 0.9999]
+# Tensor cores truncate their float32 sums: at D 256 and products in half precision by up to 1.8e-5 (docs/notes.md).
+HALF_PRECISION_ERROR = 2e-5 if torch.cuda.is_available() else 1e-5
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
@@ -21,7 +23,7 @@ def test_half_precision_gradients(p_label, dtype, frozen):
     assert abs(truth.exp().median().item() - p_label) < 0.1 * min(p_label, 1 - p_label) + 0.01 * (1 - p_label)
 
     logp = ck.linear_logprob(hidden, head, labels)
-    assert relative_error(logp, truth) < 1e-5
+    assert relative_error(logp, truth) < HALF_PRECISION_ERROR
     # A loss scale, as in fp16 training: without it the gradient would be subnormal in fp16.
     scale = 1.0 / (1 - p_label)
     ours = torch.autograd.grad((logp * scale).sum(), leaves(hidden, head))

@@ -301,23 +301,23 @@ def test_wanted_gradients_change_no_bit_of_the_log_probs(dtype, options):
         assert torch.equal(ck.linear_logprob(*wanted, labels), expected)
 
 
-def rounded_to_tf32(x):
-    """float32 rounded to the nearest of 10 fraction bits."""
-    bits = x.detach().float().view(torch.int32)
-    bits = bits + 0xFFF + ((bits >> 13) & 1)
-    return (bits & -0x2000).view(torch.float32).double()
+def truncated_to_tf32(x):
+    """float32 with the fraction cut off after 10 bits."""
+    return (x.detach().float().view(torch.int32) & -0x2000).view(torch.float32).double()
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["trainable", "frozen"])
 def test_tf32(frozen, allow_tf32):
-    """Products in tf32 are at most four times as far off as one of rounded operands: some chips truncate them."""
+    """Products in tf32 are as far off as those of truncated operands, or less where a load rounds them."""
     hidden, head, labels = make_inputs((60,), 300, 64)
     head = freeze(head) if frozen else head
     upstream = torch.randn(labels.shape)
     truth = value_and_grads(reference.linear_logprob, *as_float64(hidden, head), labels, upstream)
-    coarse = (rounded_to_tf32(x).requires_grad_(x.requires_grad) for x in (hidden, head.weight))
-    rounded = value_and_grads(reference.linear_logprob, next(coarse), ck.Head(next(coarse)), labels, upstream)
+    operands = (truncated_to_tf32(x).requires_grad_(x.requires_grad) for x in (hidden, head.weight))
+    truncated = value_and_grads(reference.linear_logprob, next(operands), ck.Head(next(operands)), labels, upstream)
     allow_tf32()
     ours = value_and_grads(ck.linear_logprob, hidden, head, labels, upstream)
-    for actual, eager, true in zip((ours[0], *ours[1]), (rounded[0], *rounded[1]), (truth[0], *truth[1]), strict=True):
-        assert relative_error(actual, true) <= 4 * relative_error(eager, true)
+    for actual, other, true in zip(
+        (ours[0], *ours[1]), (truncated[0], *truncated[1]), (truth[0], *truth[1]), strict=True
+    ):
+        assert relative_error(actual, true) <= 2 * relative_error(other, true)
