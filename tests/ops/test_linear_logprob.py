@@ -248,9 +248,12 @@ def test_inference_mode_and_no_grad():
         assert torch.equal(ck.linear_logprob(hidden, head, labels), expected)
 
 
-@pytest.mark.parametrize("transposed", [False, True], ids=["rows", "columns"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("dead", [slice(0, 0), slice(20, 100), slice(0, 110)], ids=["none", "some", "all"])
+@pytest.mark.parametrize(
+    ("dead", "transposed"),
+    [(slice(0, 0), False), (slice(20, 100), False), (slice(20, 100), True), (slice(0, 110), False)],
+    ids=["none", "some", "some, columns", "all"],
+)
 def test_sparse_grad_changes_no_result(dead, dtype, transposed):
     hidden, head, labels = make_inputs((110,), 261, 123, dtype, bias=True)
     if transposed:

@@ -10,7 +10,7 @@ from cwdpo_kernels.testing import as_float64, check_budget, confident_inputs, le
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 # Both have whole and partial tiles, in the interpreter too.
-SHAPES = [(2, 33), pytest.param((5, 61), marks=pytest.mark.slow)]
+SHAPES = [(1, 33), pytest.param((5, 61), marks=pytest.mark.slow)]
 
 
 FIELDS = ("logp", "entropy", "top1_prob", "logsumexp", "log_sum_sq_probs", "mean_logit")
@@ -50,7 +50,7 @@ def gradients(stats, inputs, fields=DIFFERENTIABLE, seed=1):
 @pytest.mark.parametrize(("dtype", "budget"), CASES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_within_the_error_budget(shape, dtype, options, budget):
-    hidden, head, labels = make_inputs(shape, 507, 123, dtype, **options)
+    hidden, head, labels = make_inputs(shape, 301, 123, dtype, **options)
     exact = as_float64(hidden, head)
     stats = [ck.token_stats(hidden, head, labels, budget=budget), reference.token_stats(hidden, head, labels)]
     stats.append(reference.token_stats(*exact, labels))

@@ -74,13 +74,13 @@ def measured_peak(folder, collator, rows, args, kind, lora, sharing):
 @pytest.mark.parametrize(
     ("name", "stage", "is_lora", "checkpointing", "sharing"),
     [
-        ("llama", "sft", False, False, "off"),
+        pytest.param("llama", "sft", False, False, "off", marks=pytest.mark.slow),
         ("llama", "sft", False, True, "on"),
         ("llama", "dpo", True, False, "on"),
-        ("llava", "dpo", True, True, "off"),
+        pytest.param("llava", "dpo", True, True, "off", marks=pytest.mark.slow),
         ("llava", "sft", False, False, "on"),
         ("qwen2_5_vl", "dpo", False, True, "on"),
-        ("qwen2_5_vl", "sft", True, False, "off"),
+        pytest.param("qwen2_5_vl", "sft", True, False, "off", marks=pytest.mark.slow),
     ],
 )
 def test_predictions_are_close_to_measurements(tmp_path, name, stage, is_lora, checkpointing, sharing):

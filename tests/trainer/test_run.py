@@ -145,7 +145,7 @@ def test_a_run_writes_its_results_and_is_not_repeated(settings, write_config, ta
     assert (folder / "metrics.json").stat().st_mtime_ns == before
 
 
-@pytest.mark.parametrize("sharing", ["off", "on"])
+@pytest.mark.parametrize("sharing", [pytest.param("off", marks=pytest.mark.slow), "on"])
 def test_a_resumed_run_ends_like_an_uninterrupted_one(forks, settings, write_config, tmp_path, capsys, sharing):
     settings["model"] |= {"prefix_sharing": sharing}
     if sharing == "on":  # policy and reference share frozen images too

@@ -50,8 +50,15 @@ def trained(make_stage, model, kind, sharing, **options):
     return torch.tensor(losses), {key: probe[key] for key in probe if key.startswith("eval_")}, weights
 
 
-@pytest.mark.parametrize("checkpointing", [False, True])
-@pytest.mark.parametrize("kind", [ConstrainedSFTTrainer, CWDPOTrainer])
+@pytest.mark.parametrize(
+    ("kind", "checkpointing"),
+    [
+        (ConstrainedSFTTrainer, False),
+        pytest.param(ConstrainedSFTTrainer, True, marks=pytest.mark.slow),
+        pytest.param(CWDPOTrainer, False, marks=pytest.mark.slow),
+        (CWDPOTrainer, True),
+    ],
+)
 def test_trajectories_are_equal(make_stage, model, kind, checkpointing):
     options = {CHECKPOINTING: checkpointing, "gradient_accumulation_steps": 2}
     if kind is CWDPOTrainer:
