@@ -3,8 +3,8 @@
     anchor, sum_exp [N] = those of [T, N] partial sums, merged with what is there      (anchors: see primitives.py)
     matrix [N, C] *= 2^(from - to)
 
-Bytes moved: 8 N T to merge. A tile is read and written only in rows whose anchor changed.
-Legend: N tokens, T vocabulary tiles, C columns.
+Bytes moved: 8 N T to merge. A matrix is read and written only in rows whose anchor changed.
+Legend: N tokens, T vocabulary tiles, C columns, D hidden.
 """
 
 from __future__ import annotations
@@ -23,10 +23,14 @@ STEPS = 8  # blocks of exponentials per program
 
 @triton.jit
 def _merge_kernel(
-    anchor_TN_ptr, sum_exp_TN_ptr, target_ptr, labels_ptr, anchor_ptr, sum_exp_ptr, logp_ptr, N, first_tile, end_tile,
-    ignore_index, FINISH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_T: tl.constexpr,
+    anchor_TN_ptr, sum_exp_TN_ptr, target_ptr, labels_ptr, anchor_ptr, sum_exp_ptr, logp_ptr, matrix_ptr, N, D,
+    first_tile, end_tile, ignore_index, FINISH: tl.constexpr, HAS_MATRIX: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_T: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """Merge tiles [first_tile, end_tile) into anchor, sum_exp [N]. FINISH: also write logp, and 0 where ignored."""
+    """Merge tiles [first_tile, end_tile) into anchor, sum_exp [N]. FINISH: also write logp, and 0 where ignored.
+
+    HAS_MATRIX: also bring the rows of a matrix [N, D] from the anchor before to the new one.
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
     labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=ignore_index)
@@ -42,6 +46,16 @@ def _merge_kernel(
         max_anchor = tl.max(anchors, 0)
         block_sum = tl.sum(sums_exp * tl.exp2(anchors - max_anchor[None, :]), 0)
         anchor, sum_exp = merge(anchor, sum_exp, max_anchor, block_sum)
+    if HAS_MATRIX:
+        before = tl.load(anchor_ptr + offs_n, mask=mask_n, other=NO_ANCHOR)
+        changed = mask_n & (anchor != before)
+        if tl.max(changed.to(tl.int32), 0) > 0:
+            for d in range(0, D, BLOCK_D):
+                offs_d = d + tl.arange(0, BLOCK_D)
+                offs = offs_n.to(tl.int64)[:, None] * D + offs_d[None, :]
+                mask = changed[:, None] & (offs_d < D)[None, :]
+                values = tl.load(matrix_ptr + offs, mask=mask, other=0.0)
+                tl.store(matrix_ptr + offs, values * tl.exp2(before - anchor)[:, None], mask=mask)
     if FINISH:
         target = tl.load(target_ptr + offs_n, mask=labeled, other=0.0)
         logp = tl.where(labeled, logp_of(target, anchor, sum_exp), 0.0)
@@ -93,16 +107,20 @@ def empty_sums(rows: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def merge_tiles(
     anchor_TN: Tensor, sum_exp_TN: Tensor, tiles: range, anchor_N: Tensor, sum_exp_N: Tensor, labels: Tensor,
-    ignore_index: int, target_N: Tensor | None = None,
+    ignore_index: int, target_N: Tensor | None = None, matrix_ND: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """Merge the sums of `tiles` into anchor, sum_exp [N] in place. Return logp [N]; it is set only with `target_N`."""
+    """Merge the sums of `tiles` into anchor, sum_exp [N] in place. Return logp [N]; it is set only with `target_N`.
+
+    The rows of `matrix_ND` (float32, contiguous), which were at the anchors before, are brought to the new ones.
+    """
     rows = anchor_N.shape[0]
     logp_N = torch.empty_like(anchor_N)
     if rows:
         _merge_kernel[(triton.cdiv(rows, BLOCK_N),)](
             anchor_TN, sum_exp_TN, anchor_N if target_N is None else target_N, labels, anchor_N, sum_exp_N, logp_N,
-            rows, tiles.start, tiles.stop, ignore_index, FINISH=target_N is not None, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T,
-            **COMPILER_OPTIONS,
+            logp_N if matrix_ND is None else matrix_ND, rows, 0 if matrix_ND is None else matrix_ND.shape[1],
+            tiles.start, tiles.stop, ignore_index, FINISH=target_N is not None, HAS_MATRIX=matrix_ND is not None,
+            BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T, BLOCK_D=BLOCK_C, **COMPILER_OPTIONS,
         )  # fmt: skip
     return logp_N
 

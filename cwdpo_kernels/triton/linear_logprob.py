@@ -93,20 +93,19 @@ def _forward_frozen(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Tensor,
     sum_exp_weight_ND = hidden.new_zeros(hidden.shape, dtype=torch.float32)
     chunks = _frozen_chunks(sweep, workspace_bytes)
     workspace = hidden.new_empty(sweep.rows * min(max(map(len, chunks), default=0) * block_v, sweep.vocab))
+    logp_N = torch.empty_like(anchor_N)
     for tiles in chunks:
         columns = slice(tiles.start * block_v, min(tiles.stop * block_v, sweep.vocab))
         width = columns.stop - columns.start
         tile_NC = workspace[: sweep.rows * width].view(sweep.rows, width)
-        before_N = anchor_N.clone()
-        sweep.run(tiles, min_anchor=before_N, out=tile_NC)
-        merge_tiles(sweep.anchor_TN, sweep.sum_exp_TN, tiles, anchor_N, sum_exp_N, sweep.labels, sweep.ignore_index)
+        sweep.run(tiles, min_anchor=anchor_N, out=tile_NC)
+        logp_N = merge_tiles(
+            sweep.anchor_TN, sweep.sum_exp_TN, tiles, anchor_N, sum_exp_N, sweep.labels, sweep.ignore_index,
+            target_N=sweep.target_N if tiles == chunks[-1] else None,
+            matrix_ND=None if tiles == chunks[0] else sum_exp_weight_ND,
+        )  # fmt: skip
         rescale(tile_NC, sweep.anchor_TN, anchor_N, tiles, block_v)
-        rescale(sum_exp_weight_ND, before_N[None], anchor_N, range(1), triton.next_power_of_2(hidden.shape[1]))
         DenseGemm.accumulate(sum_exp_weight_ND, tile_NC, weight[columns])
-    logp_N = merge_tiles(  # all tiles are merged already: an empty range only computes logp
-        sweep.anchor_TN, sweep.sum_exp_TN, range(0), anchor_N, sum_exp_N, sweep.labels, sweep.ignore_index,
-        sweep.target_N,
-    )  # fmt: skip
     return logp_N, anchor_N, sum_exp_N, _direction(sweep, sum_exp_weight_ND, sum_exp_N)
 
 
