@@ -13,6 +13,20 @@ from cwdpo_kernels.compat.liger import (
     LigerFusedLinearDPOLoss,
     liger_fused_linear_dpo,
 )
+from cwdpo_kernels.preference import (
+    BCO,
+    DPO,
+    EXO,
+    NCA,
+    SPPO,
+    APODown,
+    APOZero,
+    DiscoPOP,
+    Hinge,
+    Pairs,
+    PreferenceLoss,
+    Robust,
+)
 from cwdpo_kernels.testing import relative_error
 
 PAIRS, TOKENS, DIM, VOCAB, IGNORED = 3, 11, 33, 507, 42
@@ -33,22 +47,15 @@ def make(dtype: torch.dtype, seed: int = 0) -> tuple[list[Tensor], Tensor, list[
     return [value.to(dtype).requires_grad_() for value in values], target, reference
 
 
-def eager_losses(c: Tensor, r: Tensor, beta: float, e: float, tau: float) -> dict[str, Tensor]:
-    """The loss per pair as in the papers, from the log-ratios c (chosen) and r (rejected)."""
-    s, d = torch.sigmoid, beta * (c - r)
-    m = s(d / tau)
-    return {
-        "sigmoid": -s(d).log(),
-        "hinge": (1 - d).clamp_min(0),
-        "exo_pair": s(d) * (s(d) / (1 - e)).log() + s(-d) * (s(-d) / max(e, 1e-9)).log(),
-        "nca_pair": -s(beta * c).log() - 0.5 * s(-beta * c).log() - 0.5 * s(-beta * r).log(),
-        "robust": (-(1 - e) * s(d).log() + e * s(-d).log()) / (1 - 2 * e),
-        "bco_pair": -s(beta * c).log() - s(-beta * r).log(),
-        "sppo_hard": (c - 0.5 / beta) ** 2 + (r + 0.5 / beta) ** 2,
-        "apo_zero": 1 - s(beta * c) + s(beta * r),
-        "apo_down": s(beta * c) + 1 - s(d),
-        "discopop": (1 - m) * (1 + (-d).exp()).log() + m * (-d).exp(),
-    }
+def loss_of(options: dict) -> PreferenceLoss:
+    """Liger's loss type in our catalog. tests/preference checks the catalog's formulas against the papers."""
+    smoothing = {"label_smoothing": options["label_smoothing"]}
+    kind, of_kind = {
+        "sigmoid": (DPO, {}), "hinge": (Hinge, {}), "exo_pair": (EXO, smoothing), "nca_pair": (NCA, {}),
+        "robust": (Robust, smoothing), "bco_pair": (BCO, {}), "sppo_hard": (SPPO, {}), "apo_zero": (APOZero, {}),
+        "apo_down": (APODown, {}), "discopop": (DiscoPOP, {"tau": options["discopop_tau"]}),
+    }[options["loss_type"]]  # fmt: skip
+    return kind(beta=options["beta"], **of_kind)
 
 
 def eager(policy: list[Tensor], target: Tensor, reference: list[Tensor] | None, options: dict) -> list[Tensor]:
@@ -65,10 +72,10 @@ def eager(policy: list[Tensor], target: Tensor, reference: list[Tensor] | None, 
     logits, token_logp, logp = answers(policy)
     ratio = logp - (0 if reference is None else answers(reference)[2])
     chosen, rejected = ratio.chunk(2)
-    beta, smoothing = options["beta"], options["label_smoothing"]
-    losses = eager_losses(chosen, rejected, beta, smoothing, options["discopop_tau"])
+    loss_type, beta = loss_of(options), options["beta"]
+    losses = loss_type.per_pair(Pairs(chosen, rejected, chosen, rejected))  # the means are not used
     nll = -token_logp[:PAIRS].sum() / labeled[:PAIRS].sum().clamp_min(1) * options["compute_nll_loss"]
-    loss = losses[options["loss_type"]].sum() / PAIRS + options["alpha"] * nll
+    loss = losses.sum() / PAIRS + options["alpha"] * nll
     means = [half.mean() for half in logits.chunk(2)]
     return [loss, *logp.chunk(2), *means, nll, beta * chosen, beta * rejected]
 
