@@ -16,6 +16,7 @@ Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C vocab
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -150,6 +151,7 @@ class Sweep:
         # No tile writes the target of a label outside the vocabulary: its log-prob stays NaN.
         self.target_N = torch.full((self.rows,), torch.nan, dtype=torch.float32, device=self.hidden.device)
 
+    @functools.cached_property
     def tile_arguments(self) -> dict:
         """The arguments of any kernel that computes logits of this head, launch options included."""
         return tile_arguments(self.hidden, self.weight, self.bias, self.scale, self.softcap, self.config)
@@ -171,7 +173,7 @@ class Sweep:
             return
         n_tiles = triton.cdiv(self.rows, self.config.block_n) * len(tiles)
         _sweep_kernel[grid(self.config, n_tiles, self.hidden.device)](
-            **self.tile_arguments(), labels_ptr=self.labels,
+            **self.tile_arguments, labels_ptr=self.labels,
             min_anchor_ptr=self.target_N if min_anchor is None else min_anchor, anchor_ptr=self.anchor_TN,
             sum_exp_ptr=self.sum_exp_TN, target_ptr=self.target_N, tile_ptr=self.hidden if out is None else out,
             statistics_ptr=self.statistics_T4N, N=self.rows, V=self.vocab, D=self.hidden.shape[1],
