@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import ClassVar
@@ -257,6 +258,32 @@ def test_a_broken_wheel_is_a_row(tmp_path):
     gpu.install(run, wheels)
     (reason,) = report.data["failed"].values()
     assert reason.startswith("ERROR: Wheel 'broken' located at")
+
+
+def wheel(folder, name, files):
+    """A wheel of these files, as small as pip accepts."""
+    info = f"{name}-1.0.dist-info"
+    metadata = {
+        f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n",
+        f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+    }
+    with zipfile.ZipFile(folder / f"{name}-1.0-py3-none-any.whl", "w") as archive:
+        for path, text in (files | metadata).items():
+            archive.writestr(path, text)
+        archive.writestr(f"{info}/RECORD", "".join(f"{path},,\n" for path in archive.namelist()))
+
+
+def test_wheels_may_share_a_folder_and_have_pth_files(tmp_path):
+    """As those of the CUTLASS DSL do: one has a file that extends the path when Python starts."""
+    (tmp_path / "wheels").mkdir()
+    wheel(tmp_path / "wheels", "one", {"shared/a.py": "", "one.pth": "import sys; sys.read_pth = True\n"})
+    wheel(tmp_path / "wheels", "two", {"shared/b.py": ""})
+    report = gpu_file.open_report(tmp_path / "gpu.json", False)
+    run = gpu_run.Run(report, 60.0, None, [], tmp_path / "peers" / "site-packages", gpu_plan.LIMITS)
+    gpu.install(run, tmp_path / "wheels")
+    assert report.data["failed"] == {}
+    code = "import sys, shared.a, shared.b; assert sys.read_pth"
+    subprocess.run([sys.executable, "-c", code], env={**os.environ, "PYTHONPATH": str(run.packages)}, check=True)
 
 
 def test_modules_are_found_in_the_folder_of_the_wheels(tmp_path):
