@@ -48,8 +48,9 @@ def token_stats(
     sums, kept = ops.softmax_sums(
         hidden, weight, bias, labels, scale, softcap, ignore_index, False, workspace_bytes, kept_bytes
     )
-    ignored = labels == ignore_index
-    return *(field.masked_fill(ignored, 0) for field in stats_of(sums, weight.shape[0])), sums, kept
+    logp, entropy, top1_prob, is_top1, *others = stats_of(sums, weight.shape[0])
+    labelled = labels != ignore_index  # of sums that are 0, all other statistics are 0
+    return logp, entropy, top1_prob * labelled, is_top1 & labelled, *others, sums, kept
 
 
 def _saves(values: Values) -> Iterable[str]:

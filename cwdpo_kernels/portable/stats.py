@@ -41,8 +41,8 @@ def stats_of(sums: Tensor, vocab: int) -> tuple[Tensor, ...]:
     entropy = (entropy_of_label + entropy_of_others).clamp_min(0)
     top1_prob, is_top1 = torch.where(max_logit > target, top_other, p), (target >= max_logit) & ~broken
     log_sum_sq = torch.logaddexp(2 * logp, log_sq_other)
-    fields = (logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq, sum_logit / vocab)
-    return tuple(x if x.dtype == torch.bool else x.masked_fill(broken, torch.nan) for x in fields)
+    mean_logit = (sum_logit / vocab).masked_fill(broken, torch.nan)  # the others are NaN where logp is
+    return logp, entropy, top1_prob, is_top1, logsumexp, log_sum_sq, mean_logit
 
 
 def gradient_factors(

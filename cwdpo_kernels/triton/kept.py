@@ -14,8 +14,8 @@ U is in the dtype of the inputs, and so is factor * hidden. `factor` divides by 
 label's part of the gradient, which is the largest, is rounded once before grad_weight is.
 
 Tiles are written at anchors that are at least those of all earlier chunks, in bfloat16 mostly at the same (see
-primitives.py), and brought to the last anchor at the end. That multiplies by powers of two, so nothing is rounded twice,
-and most tiles need no change.
+primitives.py), and brought to the last anchor at the end. That multiplies by powers of two, so nothing is rounded
+twice, and most tiles need no change.
 
 Bytes moved: the tiles once, and twice more in rows of tiles whose anchor was not the last one.
 Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C vocabulary columns of a chunk of tiles.
