@@ -88,9 +88,30 @@ CWDPO_AVX512 CWDPO_INLINE void add_step(
   }
 }
 
+// out = sums, or out += sums. The loops are unrolled, or the compiler moves the sums from registers to memory first.
+template <int M, int V, bool kFull>
+CWDPO_AVX512 CWDPO_INLINE void store(__m512 (&sums)[M][V], const Block& block, bool accumulate) {
+  __mmask16 masks[V];
+#pragma GCC unroll 4
+  for (int j = 0; j < V; ++j) masks[j] = kFull ? 0xffff : first_lanes(block.columns - 16 * j);
+  if (accumulate) {
+#pragma GCC unroll 6
+    for (int i = 0; i < M; ++i) {
+      const float* out = block.out + i * block.out_stride;
+#pragma GCC unroll 4
+      for (int j = 0; j < V; ++j) sums[i][j] += _mm512_maskz_loadu_ps(masks[j], out + 16 * j);
+    }
+  }
+#pragma GCC unroll 6
+  for (int i = 0; i < M; ++i) {
+    float* out = block.out + i * block.out_stride;
+#pragma GCC unroll 4
+    for (int j = 0; j < V; ++j) _mm512_mask_storeu_ps(out + 16 * j, masks[j], sums[i][j]);
+  }
+}
+
 template <class E, int M, int V>
 CWDPO_AVX512 void multiply_block(const Block& block) {
-  const auto mask = [&](int j) CWDPO_AVX512 { return first_lanes(block.columns - 16 * j); };
   const char* a = block.a;
   const uint32_t* b = block.b;
   bool accumulate = block.accumulate;
@@ -100,13 +121,8 @@ CWDPO_AVX512 void multiply_block(const Block& block) {
       add_step<E>(sums, a, block.row_stride, sizeof(int32_t), b);
     }
     if (rest < kPart && rest % kTermsPerStep<E> != 0) add_step<E>(sums, a, block.row_stride, sizeof(E), b);
-    for (int i = 0; i < M; ++i) {
-      for (int j = 0; j < V; ++j) {
-        float* out = block.out + i * block.out_stride + 16 * j;
-        if (accumulate) sums[i][j] = _mm512_add_ps(sums[i][j], _mm512_maskz_loadu_ps(mask(j), out));
-        _mm512_mask_storeu_ps(out, mask(j), sums[i][j]);
-      }
-    }
+    const bool is_full = block.columns == 16 * V;
+    is_full ? store<M, V, true>(sums, block, accumulate) : store<M, V, false>(sums, block, accumulate);
   }
 }
 
