@@ -16,7 +16,7 @@ import cwdpo_kernels as ck
 from cwdpo_kernels import ops, reference
 from cwdpo_kernels.ops import library
 from cwdpo_kernels.ops.checks import UNINITIALIZED
-from cwdpo_kernels.testing import as_float64, confident_inputs, leaves, make_inputs, relative_error
+from cwdpo_kernels.testing import as_float64, check_budget, confident_inputs, leaves, make_inputs, relative_error
 
 ROOT = Path(__file__).parents[1]
 needs_library = pytest.mark.skipif(library.load() is not None, reason="the C++ backend was not built")
@@ -112,6 +112,28 @@ def test_kept_tiles_change_no_bit(dtype, shape, workspace_bytes, kept_bytes):
     kept = step(hidden, head, labels, ck.MemoryBudget(workspace_bytes, kept_bytes))
     recomputed = step(hidden, head, labels, ck.MemoryBudget(workspace_bytes, kept_bytes=0))
     assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("order", [1, -1], ids=["rising", "falling"])
+@pytest.mark.parametrize("at", [0, 1500, 3000], ids=["first", "middle", "last"])
+def test_kept_exponentials_follow_logits_that_are_far_apart(at, order, threads):
+    """Over the vocabulary the logits rise or fall by 300 nats, so that what was kept has to be scaled."""
+    torch.set_num_threads(threads)
+    hidden, head, _ = make_inputs((70,), 3001, 96, torch.bfloat16, bias=True)
+    with torch.no_grad():
+        head.bias.copy_(order * torch.linspace(-150, 150, 3001))
+    labels = (at + torch.arange(70) - 35).clamp(0, 3000)
+    budget, recompute = ck.MemoryBudget(workspace_bytes=1), ck.MemoryBudget(workspace_bytes=1, kept_bytes=0)
+    logp = reference.linear_logprob(hidden, head, labels)
+    eager = logp, *torch.autograd.grad(logp.sum(), leaves(hidden, head))
+    hidden64, head64 = as_float64(hidden, head)
+    exact = reference.linear_logprob(hidden64, head64, labels)
+    truth = exact, *torch.autograd.grad(exact.sum(), leaves(hidden64, head64))
+    for found in (step(hidden, head, labels, budget), step(hidden, head, labels, recompute)):
+        for name, *values in zip(("logp", "hidden", "weight", "bias"), found, eager, truth, strict=True):
+            check_budget(name, *values)
 
 
 @pytest.mark.parametrize("name", ["portable", pytest.param("csrc", marks=needs_library)])

@@ -23,24 +23,19 @@ std::atomic<GemmBackend> limit = GemmBackend::kAvx512Bf16;
 
 constexpr int64_t kPanel = PackedB<float>::kPanel;
 
-// Packs low[j] and high[j] into out[j], for one panel. Pads with zeros from n on; high = nullptr stands for zeros.
+void interleave(const float* row, const float*, uint32_t* out, int64_t n) { std::memcpy(out, row, n * sizeof(float)); }
+
+int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
+
+}  // namespace
+
 CWDPO_FOR_EACH_PROCESSOR void interleave(const Bf16* low, const Bf16* high, uint32_t* out, int64_t n) {
   if (high == nullptr) {
     for (int64_t j = 0; j < n; ++j) out[j] = low[j];
   } else {
     for (int64_t j = 0; j < n; ++j) out[j] = low[j] | static_cast<uint32_t>(high[j]) << 16;
   }
-  for (int64_t j = n; j < kPanel; ++j) out[j] = 0;
 }
-
-void interleave(const float* row, const float*, uint32_t* out, int64_t n) {
-  std::memcpy(out, row, n * sizeof(float));
-  std::fill(out + n, out + kPanel, 0);
-}
-
-int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
-
-}  // namespace
 
 GemmBackend gemm_backend() {
   static const GemmBackend detected = detect_backend();
@@ -61,9 +56,10 @@ void PackedB<E>::pack(const E* rows, int64_t depth) {
     const E* low = rows + kTermsPerStep<E> * k * columns;
     const E* high = kTermsPerStep<E> * k + 1 < depth ? low + columns : nullptr;
     for (int64_t start = 0; start < columns; start += kPanel) {
-      interleave(
-          low + start, high == nullptr ? nullptr : high + start, out + start * steps() + k * kPanel,
-          std::min(kPanel, columns - start));
+      const int64_t count = std::min(kPanel, columns - start);
+      uint32_t* panel = out + start * steps() + k * kPanel;
+      interleave(low + start, high == nullptr ? nullptr : high + start, panel, count);
+      std::fill(panel + count, panel + kPanel, 0);
     }
   });
 }

@@ -76,6 +76,9 @@ class PackedB {
   int64_t depth_ = 0;
 };
 
+// out[j] = a step of low[j] and high[j]; high = nullptr stands for zeros.
+void interleave(const Bf16* low, const Bf16* high, uint32_t* out, int64_t n);
+
 // out = a b, or out += a b.
 template <class E>
 void multiply(const Matrix<float>& out, const OperandA<E>& a, const PackedB<E>& b, bool accumulate);

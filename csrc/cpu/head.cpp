@@ -17,15 +17,15 @@ int64_t default_workspace() {
   return std::max<int64_t>(kWorkspaceBytes, int64_t{torch::stable::get_num_threads()} << 20);
 }
 
-bool uses_bf16_gemm(const HeadArguments& head) {
-  return head.weight.scalar_type() == ScalarType::BFloat16 && has_gemm<Bf16>();
-}
-
 bool uses_float_gemm(const HeadArguments& head) {
   return head.weight.scalar_type() != ScalarType::Double && has_gemm<float>();
 }
 
 }  // namespace
+
+bool uses_bf16_gemm(const HeadArguments& head) {
+  return head.weight.scalar_type() == ScalarType::BFloat16 && has_gemm<Bf16>();
+}
 
 void check_head(const char* op, const HeadArguments& head, const Tensor& labels) {
   expect_dims(op, "hidden", head.hidden, 2);
@@ -72,11 +72,12 @@ namespace {
 // them. If that leaves more than a quarter of the threads idle, the result is one shard.
 TilePlan split(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass, int64_t threads, int64_t room) {
   const int64_t dim = head.weight.size(1), vocab = head.weight.size(0), sums_bytes = n_rows * dim * item_size;
+  const bool sums_over_tokens = pass == Pass::kHiddenWeight || pass == Pass::kExponentials;
   TilePlan plan{};
   if (threads == 1 || n_rows * dim * vocab < kMinShardedWork) return plan;
   const int64_t most = pass == Pass::kSums ? threads : std::min(threads, 1 + room / sums_bytes);
   for (int64_t columns = std::min(most, (vocab + kMinTile - 1) / kMinTile); columns >= 1; --columns) {
-    const int64_t most_rows = pass == Pass::kHiddenWeight ? 1 : n_rows / kMinShardRows;
+    const int64_t most_rows = sums_over_tokens ? 1 : n_rows / kMinShardRows;
     const int64_t rows = std::clamp<int64_t>(most_rows, 1, threads / columns);
     if (rows * columns > plan.shards()) plan.row_shards = rows, plan.column_shards = columns;
   }
@@ -100,7 +101,9 @@ TilePlan plan_tiles(const HeadArguments& head, int64_t n_rows, size_t item_size,
   const int64_t dim = head.weight.size(1), converted = head.weight.element_size() == item_size ? 0 : dim;
   const int64_t operands = uses_bf16_gemm(head) ? (plan.rows + dim) / 2 : converted + (uses_float_gemm(head) ? dim : 0);
   const int64_t extra = operands + (pass == Pass::kHiddenWeight ? converted : 0);
-  const int64_t columns = std::max<int64_t>(entries / (plan.rows + extra) / kMinTile, 1) * kMinTile;
+  // From kept exponentials a column needs two copies of itself and its row of the weight, all in bfloat16.
+  const int64_t column_entries = pass == Pass::kExponentials ? plan.rows + dim / 2 : plan.rows + extra;
+  const int64_t columns = std::max<int64_t>(entries / column_entries / kMinTile, 1) * kMinTile;
   const int64_t vocab = head.weight.size(0), shard_columns = (vocab + plan.column_shards - 1) / plan.column_shards;
   plan.columns = std::clamp<int64_t>(shard_columns, 1, columns);
   return plan;
@@ -132,11 +135,11 @@ TiledHead<T>::TiledHead(const HeadArguments& arguments, const LabelledRows& labe
 template <class T>
 TileWorker<T>::TileWorker(const TiledHead<T>& head, int64_t shard)
     : rows(part_of(head.rows, head.plan.rows, head.plan.row_shards, shard / head.plan.column_shards)),
-      columns(part_of(head.vocab, 1, head.plan.column_shards, shard % head.plan.column_shards)),
+      columns(head.shard_columns(shard % head.plan.column_shards)),
       column_shard(shard % head.plan.column_shards),
       head_(head),
       buffer_(empty<T>({head.plan.columns * padded(head.plan.rows)})) {
-  const bool needs_gradients = head.pass != Pass::kSums;
+  const bool needs_gradients = head.pass == Pass::kHidden || head.pass == Pass::kHiddenWeight;
   if (head.packed_bf16_) {
     bf16_.emplace(*head.packed_bf16_, head.weight_, head.plan, needs_gradients);
   } else if (head.packed_floats_) {

@@ -46,11 +46,15 @@ enum class Pass {
   kSums,           // nothing: only sums per token
   kHidden,         // sums [N, D] of weight rows: the gradient of hidden, or its direction
   kHiddenWeight,   // the same, and the gradient of a tile's weight rows
+  kExponentials,   // the same as kHiddenWeight, where forward kept the tiles (exponential_gradients.h)
 };
 
 // Chooses the tiles of a pass and how it is split over `threads`. Tiles of all shards and their partial sums fit the
 // workspace together. A pass that would need more room is one shard, whose tiles use all threads.
 TilePlan plan_tiles(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass);
+
+// Whether the products of this head are of bfloat16 operands, on gemm.h.
+bool uses_bf16_gemm(const HeadArguments& head);
 
 // The labelled rows of hidden and the head. It does not change after construction, so all threads share it.
 template <class T>
@@ -67,6 +71,10 @@ class TiledHead {
   T slope(T logit) const { return cap == T(0) ? T(1) : T(1) - (logit / cap) * (logit / cap); }
 
   int64_t label(int64_t row) const { return labelled_.labels[row]; }
+  // A labelled row of hidden, if uses_bf16_gemm().
+  const Bf16* bf16_row(int64_t row) const { return packed_bf16_->row(row); }
+  // The part of the vocabulary of a column shard.
+  Span shard_columns(int64_t shard) const { return part_of(vocab, 1, plan.column_shards, shard); }
   // z <- softcap(scale * (z + bias)) for every entry of a tile.
   void transform(const Matrix<T>& tile, Span columns) const {
     if (bias_ == nullptr && scale == T(1) && cap == T(0)) return;
@@ -141,15 +149,21 @@ class TileWorker {
   std::optional<PackedHead<Bf16>> bf16_;
 };
 
-// Calls f(worker) for every shard of a pass, in one parallel region.
-template <class T, class F>
-void for_shards(const TiledHead<T>& head, const F& f) {
-  std::vector<std::unique_ptr<TileWorker<T>>> workers;  // made here, because their memory comes from torch
-  for (int64_t i = 0; i < head.plan.shards(); ++i) workers.push_back(std::make_unique<TileWorker<T>>(head, i));
+// Calls f(worker) for the worker of every shard, in one parallel region. A single shard uses all threads itself.
+template <class Worker, class F>
+void run_shards(const std::vector<std::unique_ptr<Worker>>& workers, const F& f) {
   if (workers.size() == 1) return f(*workers[0]);
   for_ranges(workers.size(), 1, [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) f(*workers[i]);
   });
+}
+
+// Calls f(worker) for every shard of a pass.
+template <class T, class F>
+void for_shards(const TiledHead<T>& head, const F& f) {
+  std::vector<std::unique_ptr<TileWorker<T>>> workers;  // made here, because their memory comes from torch
+  for (int64_t i = 0; i < head.plan.shards(); ++i) workers.push_back(std::make_unique<TileWorker<T>>(head, i));
+  run_shards(workers, f);
 }
 
 }  // namespace cwdpo

@@ -48,7 +48,7 @@ void write_tile_gradient(
 // `n_labelled` rows. If some of those have no gradient, gathers those that do.
 template <class T>
 void write_logit_gradients(
-    TileWorker<T>& worker, const TiledHead<T>& head, const LogitGrads<T>& grads, const KeptLogits<T>& kept,
+    TileWorker<T>& worker, const TiledHead<T>& head, const LogitGrads<T>& grads, const KeptTiles<T>& kept,
     int64_t n_labelled, Span columns, Span block, const Matrix<T>& tile) {
   if (!kept.has(columns)) {
     worker.logits(tile, columns, block);
@@ -110,7 +110,7 @@ void head_gradients(
     return;
   }  // otherwise every tile of the weight's gradient is written, so it need not be zeroed first
   const TiledHead<T> head(arguments, grads.rows, Pass::kHiddenWeight);
-  const KeptLogits<T> kept_logits(kept, labelled.size(), head.vocab);
+  const KeptTiles<T> kept_logits(kept, labelled.size(), head.vocab);
   // Every block of rows reads its part of the kept logits, so their memory must not be overwritten by the first block.
   const bool separate = kept.dim() == 2 && head.plan.rows < head.rows;
   std::vector<Tensor> hidden_parts;

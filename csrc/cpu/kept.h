@@ -1,4 +1,5 @@
-// Kept logits: raw columns of logits that forward keeps, so that backward need not recompute them.
+// Kept tiles: raw columns of logits, or their exponentials (kept_exponentials.h), that forward keeps, so that backward
+// need not recompute them.
 #pragma once
 
 #include <algorithm>
@@ -13,20 +14,20 @@ namespace cwdpo {
 // A value of kept_bytes (cwdpo_kernels/ops/checks.py): as without a value, but unused bytes are not zeroed.
 constexpr int64_t kUninitialized = -1;
 
-// Memory for kept logits: that of the weight's gradient, or as many opaque bytes as `kept_bytes` says.
+// Memory for kept tiles: that of the weight's gradient, or as many opaque bytes as `kept_bytes` says.
 inline Tensor memory_for_kept(const Tensor& weight, std::optional<int64_t> kept_bytes) {
   const bool opaque = kept_bytes && *kept_bytes >= 0;
   return opaque ? empty({*kept_bytes}, ScalarType::Byte) : torch::stable::empty_like(weight);
 }
 
-// The logits of one vocabulary entry and all N labelled rows are one line. In the memory of the weight's gradient
-// [V, D], a line lies in the row of its entry, if it fits: backward reads it before it writes that row, so that threads
-// work on the vocabulary in any order. In opaque bytes, as many lines as fit are stored, of the last entries. Where a
+// The N numbers of type T of one vocabulary entry, one for each labelled row, are one line. In the memory of the
+// weight's gradient [V, D], a line lies in the row of its entry, if it fits: backward reads it before it writes that
+// row, so that threads work on the vocabulary in any order. In opaque bytes, as many lines as fit are stored, of the last entries. Where a
 // line lies depends neither on the tiles nor on the number of threads, which may change between forward and backward.
 template <class T>
-class KeptLogits {
+class KeptTiles {
  public:
-  KeptLogits(const Tensor& storage, int64_t n_labelled, int64_t vocab)
+  KeptTiles(const Tensor& storage, int64_t n_labelled, int64_t vocab)
       : bytes_(storage.numel() * static_cast<int64_t>(storage.element_size())), line_bytes_(n_labelled * sizeof(T)) {
     const bool in_gradient = storage.dim() == 2;
     stride_ = in_gradient ? storage.size(1) * static_cast<int64_t>(storage.element_size()) : line_bytes_;
@@ -36,8 +37,9 @@ class KeptLogits {
     first_ = vocab - count_;
   }
 
-  bool has(Span columns) const { return columns.start >= first_ && count_ > 0; }
-  // The logits [B, N] of a tile.
+  bool has_line(int64_t v) const { return v >= first_ && count_ > 0; }
+  bool has(Span columns) const { return has_line(columns.start); }
+  // The numbers [B, N] of a tile.
   Matrix<T> tile(Span columns) const {
     return {line(columns.start), columns.size, line_bytes_ / static_cast<int64_t>(sizeof(T)),
             stride_ / static_cast<int64_t>(sizeof(T))};
@@ -55,9 +57,9 @@ class KeptLogits {
     std::fill(start_ + count_ * stride_, start_ + bytes_, char{0});
   }
 
- private:
   T* line(int64_t v) const { return reinterpret_cast<T*>(start_ + (v - first_) * stride_); }
 
+ private:
   char* start_;
   int64_t bytes_, line_bytes_, stride_ = 0, count_ = 0, first_ = 0;
 };

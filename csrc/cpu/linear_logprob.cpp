@@ -9,6 +9,7 @@
 
 #include "../check.h"
 #include "../ops.h"
+#include "exponential_gradients.h"
 #include "head_gradients.h"
 #include "sweep.h"
 
@@ -49,15 +50,21 @@ LinearLogprob forward(
       memory_for_kept(arguments.weight, kept_bytes)};
   auto& [logp, max_logit, sum_exp, direction, kept] = out;
 
-  const KeptLogits<T> kept_logits(kept, labelled.size(), arguments.weight.size(0));
+  const bool bf16 = uses_bf16_gemm(arguments), keeps_exponentials = bf16 && !with_direction;
+  const KeptTiles<T> kept_logits(kept, labelled.size(), arguments.weight.size(0));
+  const KeptExponentials exponentials(kept, labelled.size(), arguments.weight.size(0));
   // kUninitialized: the caller is autograd, which overwrites all of the weight's gradient. Zeroing is wasted work.
-  if (kept_bytes != kUninitialized) kept_logits.zero_unused();
+  if (kept_bytes != kUninitialized) keeps_exponentials ? exponentials.zero_unused() : kept_logits.zero_unused();
   if (labelled.size() == 0) return out;
 
   const TiledHead<T> head(arguments, labelled, with_direction ? Pass::kHidden : Pass::kSums);
   const std::vector<T> target = head.target_logits();
-  const SweepResult<T> result =
-      with_direction ? sweep(head, Sweep::kExponentials) : sweep(head, Sweep::kSumExp, &kept_logits);
+  // Whatever is kept, so that log-probs do not depend on it.
+  const std::vector<T> anchors = bf16 ? first_anchors(target) : std::vector<T>();
+  const Sweep kind = with_direction || keeps_exponentials ? Sweep::kExponentials : Sweep::kSumExp;
+  const SweepResult<T> result = sweep(
+      head, kind, anchors, kind == Sweep::kSumExp ? &kept_logits : nullptr,
+      keeps_exponentials ? &exponentials : nullptr);
   for (int64_t i = 0; i < labelled.size(); ++i) {
     const int64_t token = labelled.tokens[i];
     data<T>(max_logit)[token] = result.softmax[i].max_logit;
@@ -80,6 +87,9 @@ void write_gradients(
   with_compute_type(arguments.hidden.scalar_type(), [&](auto type) {
     using T = decltype(type);
     const LogitGrads<T> grads(labelled, grad_logp, logp, max_logit, sum_exp, arguments.scale);
+    if constexpr (std::is_same_v<T, float>) {
+      if (uses_bf16_gemm(arguments)) return exponential_gradients(arguments, labelled, grads, kept, out);
+    }
     head_gradients<T>(arguments, labelled, grads, kept, out);
   });
 }

@@ -32,6 +32,17 @@ struct OnlineSoftmax {
     return rescale;
   }
 
+  // The same with an anchor in place of the maximum: a multiple of ln 2 that moves only if the maximum is far from it.
+  // Then few of the exponentials that were kept before must be scaled, and by a power of two, which rounds nothing.
+  T move_anchor(T candidate) {
+    constexpr T kFar = 40;  // nats; exp(2 kFar) is in the range of float and bfloat16
+    if (sum_exp == T(0) && candidate < max_logit - kFar && std::isfinite(candidate)) max_logit = anchor_near(candidate);
+    return candidate > max_logit + kFar ? raise_max(anchor_near(candidate)) : T(1);
+  }
+
+  // The multiple of ln 2 next to a logit; the logit itself if it is not finite.
+  static T anchor_near(T logit) { return static_cast<T>(std::round(logit / kLn2) * kLn2); }
+
   // Adds the sums over other competitors. Returns the factors by which this scales the sums of both.
   std::pair<T, T> merge(const OnlineSoftmax& others) {
     const T factor = raise_max(others.max_logit), shift = others.max_logit - max_logit;
@@ -46,6 +57,8 @@ struct OnlineSoftmax {
   // exp(-1000) is 0 in float and double. Larger distances are cut off: they may overflow, and 0 * -inf would be NaN.
   static T at_least_negligible(T shift) { return shift < T(-1000) ? T(-1000) : shift; }
 
+  static constexpr double kLn2 = 0.693147180559945309417;
+
   void add(const T* z, int64_t n) {
     raise_max(max_of_row(z, n));
     sum_exp += exp_sum_of_row(z, n, max_logit);
@@ -56,7 +69,8 @@ struct OnlineSoftmax {
 // or +inf, or if all are -inf. A competitor of -inf has probability 0; so has the label, with logp = -inf.
 template <class T>
 T logp_of(T target, const OnlineSoftmax<T>& others) {
-  const T log_odds = (others.max_logit - target) + std::log(others.sum_exp);
+  const double distance = static_cast<double>(others.max_logit) - static_cast<double>(target);
+  const T log_odds = static_cast<T>(distance + std::log(static_cast<double>(others.sum_exp)));
   if (std::isnan(log_odds)) return log_odds;
   if (target == std::numeric_limits<T>::infinity()) return std::numeric_limits<T>::quiet_NaN();
   return -(std::fmax(log_odds, T(0)) + std::log1p(std::exp(-std::fabs(log_odds))));

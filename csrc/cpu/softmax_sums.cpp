@@ -23,14 +23,14 @@ SoftmaxSums forward(
     std::optional<int64_t> kept_bytes) {
   const int64_t tokens = labels.numel();
   const Tensor sums = zeros({kSums, tokens}, dtype_of<T>()), kept = memory_for_kept(arguments.weight, kept_bytes);
-  const KeptLogits<T> kept_logits(kept, labelled.size(), arguments.weight.size(0));
+  const KeptTiles<T> kept_logits(kept, labelled.size(), arguments.weight.size(0));
   // kUninitialized: the caller is autograd, which overwrites all of the weight's gradient. Zeroing is wasted work.
   if (kept_bytes != kUninitialized) kept_logits.zero_unused();
   if (labelled.size() == 0) return {sums, kept};
 
   const TiledHead<T> head(arguments, labelled, Pass::kSums);
   const std::vector<T> target = head.target_logits();
-  const std::vector<OnlineSoftmax<T>> softmax = sweep(head, Sweep::kMoments, &kept_logits).softmax;
+  const std::vector<OnlineSoftmax<T>> softmax = sweep(head, Sweep::kMoments, {}, &kept_logits).softmax;
   for (int64_t i = 0; i < labelled.size(); ++i) {
     const OnlineSoftmax<T>& x = softmax[i];
     const T values[kSums] = {target[i], x.max_logit, x.sum_exp, x.moment, x.sum_sq, x.sum_logit};

@@ -8,6 +8,7 @@
 
 #include "head.h"
 #include "kept.h"
+#include "kept_exponentials.h"
 #include "online_softmax.h"
 #include "strips.h"
 
@@ -20,11 +21,22 @@ enum class Sweep {
   kExponentials,  // max_logit and sum_exp; the tile becomes exp(z - max_logit) * slope, with 0 at the labels
 };
 
+// Where a sweep of anchors (OnlineSoftmax::move_anchor) starts: at the target logits, so that few anchors move.
+template <class T>
+std::vector<T> first_anchors(const std::vector<T>& target_logits) {
+  std::vector<T> anchors;
+  for (const T logit : target_logits) {
+    anchors.push_back(
+        std::isfinite(logit) ? OnlineSoftmax<T>::anchor_near(logit) : std::numeric_limits<T>::lowest());
+  }
+  return anchors;
+}
+
 // Adds the logits of rows [block.start + part.start, + part.size) in a tile [B, R] to `softmax`. Calls
 // rescaled(row, factor) for every row whose maximum rose, so that the caller can scale what it has accumulated.
 template <class T, class F>
 void add_strip(
-    const TiledHead<T>& head, const Matrix<T>& tile, Span columns, Span block, Span part, Sweep kind,
+    const TiledHead<T>& head, const Matrix<T>& tile, Span columns, Span block, Span part, Sweep kind, bool anchored,
     std::vector<OnlineSoftmax<T>>& softmax, const F& rescaled) {
   std::array<T, kStripTokens> strip_max, max_logit, sum_exp, moment, sum_sq, sum_logit, target;
   const Strip<T> strip{tile.data + part.start, columns.size, tile.row_stride, part.size};
@@ -42,8 +54,9 @@ void add_strip(
   }
   max_of_strip(strip, strip_max.data());
   for (int64_t n = 0; n < part.size; ++n) {
-    const T rescale = softmax[first + n].raise_max(strip_max[n]);
-    max_logit[n] = softmax[first + n].max_logit;
+    OnlineSoftmax<T>& sums = softmax[first + n];
+    const T rescale = anchored ? sums.move_anchor(strip_max[n]) : sums.raise_max(strip_max[n]);
+    max_logit[n] = sums.max_logit;
     if (rescale != T(1)) rescaled(first + n, rescale);
   }
   if (kind == Sweep::kSumExp) exp_sum_of_strip(strip, max_logit.data(), sum_exp.data());
@@ -66,13 +79,13 @@ void add_strip(
 // Applies the head's transform to a tile of raw logits W H^T, then adds the tile to `softmax`.
 template <class T, class F>
 void add_tile(
-    const TiledHead<T>& head, const Matrix<T>& tile, Span columns, Span block, Sweep kind,
+    const TiledHead<T>& head, const Matrix<T>& tile, Span columns, Span block, Sweep kind, bool anchored,
     std::vector<OnlineSoftmax<T>>& softmax, const F& rescaled) {
   const int64_t strips = (block.size + kStripTokens - 1) / kStripTokens;
   for_rows(strips, columns.size * kStripTokens, [&](int64_t i) {
     const int64_t start = i * kStripTokens;
     const Span part{start, std::min(kStripTokens, block.size - start)};
-    add_strip(head, tile, columns, block, part, kind, softmax, rescaled);
+    add_strip(head, tile, columns, block, part, kind, anchored, softmax, rescaled);
   });
 }
 
@@ -85,12 +98,18 @@ struct SweepResult {
 
 // Merges the results of the parts of the vocabulary into those of the first one, in order.
 template <class T>
-void merge_shards(const TiledHead<T>& head, std::vector<SweepResult<T>>& parts) {
+void merge_shards(
+    const TiledHead<T>& head, std::vector<SweepResult<T>>& parts, const KeptExponentials* exponentials) {
   if (parts.size() == 1) return;
   const bool with_sums = head.pass == Pass::kHidden;
   for_rows(head.rows, with_sums ? head.dim : 16, [&](int64_t row) {
     for (size_t i = 1; i < parts.size(); ++i) {
       const auto [factor, other_factor] = parts[0].softmax[row].merge(parts[i].softmax[row]);
+      if (exponentials != nullptr) {
+        const Span others = head.shard_columns(i);
+        exponentials->rescale({0, others.start}, row, factor);
+        exponentials->rescale(others, row, other_factor);
+      }
       if (!with_sums) continue;
       const Matrix<T> sums = matrix<T>(parts[0].sum_exp_weight), others = matrix<T>(parts[i].sum_exp_weight);
       add_rows(sums.row(row), others.row(row), head.dim, factor, other_factor);
@@ -98,13 +117,17 @@ void merge_shards(const TiledHead<T>& head, std::vector<SweepResult<T>>& parts) 
   });
 }
 
-// Sweeps over the vocabulary. Logits that have a place in `kept` are stored there.
+// Sweeps over the vocabulary. Logits that have a place in `kept` are stored there, exponentials in `exponentials`.
+// `anchors`: those to start with; if empty, every anchor is the maximum.
 template <class T>
-SweepResult<T> sweep(const TiledHead<T>& head, Sweep kind, const KeptLogits<T>* kept = nullptr) {
-  const bool with_sums = kind == Sweep::kExponentials;
+SweepResult<T> sweep(
+    const TiledHead<T>& head, Sweep kind, const std::vector<T>& anchors = {}, const KeptTiles<T>* kept = nullptr,
+    const KeptExponentials* exponentials = nullptr) {
+  const bool with_sums = head.pass == Pass::kHidden, anchored = !anchors.empty();
   std::vector<SweepResult<T>> parts(head.plan.column_shards);
   for (SweepResult<T>& part : parts) {
     part.softmax.resize(head.rows);
+    for (size_t row = 0; row < anchors.size(); ++row) part.softmax[row].max_logit = anchors[row];
     if (with_sums) part.sum_exp_weight = empty<T>({head.rows, head.dim});
   }
   for_shards(head, [&](TileWorker<T>& worker) {
@@ -117,14 +140,20 @@ SweepResult<T> sweep(const TiledHead<T>& head, Sweep kind, const KeptLogits<T>* 
         worker.logits(tile, columns, block);
         head.transform(tile, columns);
         if (kept != nullptr) kept->store(tile, columns, block);
-        add_tile(head, tile, columns, block, kind, part.softmax, [&](int64_t row, T rescale) {
+        add_tile(head, tile, columns, block, kind, anchored, part.softmax, [&](int64_t row, T rescale) {
           if (with_sums && !is_first) scale_row(sums.row(row), head.dim, rescale);
+          if (exponentials != nullptr) {
+            exponentials->rescale({worker.columns.start, columns.start - worker.columns.start}, row, rescale);
+          }
         });
+        if constexpr (std::is_same_v<T, float>) {
+          if (exponentials != nullptr) exponentials->store(tile, columns, block);
+        }
         if (with_sums) worker.add_to_hidden(sums.row_block(block.start, block.size), tile, columns, block, !is_first);
       });
     });
   });
-  merge_shards(head, parts);
+  merge_shards(head, parts, exponentials);
   return std::move(parts[0]);
 }
 

@@ -26,7 +26,8 @@ def kept_bytes(
     """How many bytes forward of a trainable head keeps; UNINITIALIZED: as many tiles as fit into the weight's gradient.
 
     `budget` is `MemoryBudget.kept_bytes`. A GPU keeps exponentials in the inputs' dtype: none under a soft cap, and
-    none if backward needs logits (`of_logits`). A CPU keeps logits in the dtype of its computation.
+    none if backward needs logits (`of_logits`). A CPU keeps logits in the dtype of its computation, or exponentials in
+    bfloat16 where it has products of that dtype and backward does not need logits.
 
     By default nothing is kept in a compiled graph, which cannot pass the gradient's memory from forward to backward.
     Nor is anything in float64, which is for checks such as gradcheck: they expect the same bits from a second backward,
