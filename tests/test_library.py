@@ -309,3 +309,9 @@ def test_make_wheel_refuses_what_is_built_without_a_compiler(wheel_without_libra
     )
     with pytest.raises(SystemExit, match=message):
         require_library(wheel_without_library)
+
+
+def test_the_smoke_test_of_a_wheel_runs_every_op():
+    """`make wheel`, which takes minutes, is not the first to notice a new op."""
+    smoke = runpy.run_path(str(Path(__file__).parents[1] / "tools" / "smoke.py"))
+    assert smoke["run_every_op"]() > 0  # exits if an op was not run

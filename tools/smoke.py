@@ -12,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import cwdpo_kernels as ck
 from cwdpo_kernels import reference
-from cwdpo_kernels._ops import add_op_namespace_prefix
+from cwdpo_kernels._ops import add_op_namespace_prefix, ops
 from cwdpo_kernels.testing import as_float64, leaves, make_inputs, relative_error
 
 PREFIX = add_op_namespace_prefix("")  # of this package's ops
@@ -97,6 +97,21 @@ def logits_ops() -> None:
     compare("logits_cwdpo_loss", loss, loss64, [logits], [logits64])
 
 
+def differentiable_statistics() -> None:
+    """Entropy and log-sum-exp with gradients, with and without kept tiles, and the sums that they come from."""
+    hidden, head, labels = make_inputs((30,), VOCAB, DIM, bias=True)
+    hidden64, head64 = as_float64(hidden, head)
+    inputs, inputs64 = leaves(hidden, head), leaves(hidden64, head64)
+    expected = reference.token_stats(hidden64, head64, labels)
+    for name, kept_bytes in (("entropy", None), ("logsumexp", 0)):
+        stats = ck.token_stats(hidden, head, labels, budget=ck.MemoryBudget(kept_bytes=kept_bytes))
+        compare(name, getattr(stats, name), getattr(expected, name), inputs, inputs64)
+    options = (head.bias, labels, head.scale, head.softcap, ck.IGNORE_INDEX, False, 0, 0)
+    sums, _ = ops.softmax_sums(hidden, head.weight, *options)
+    target = reference.head_logits(hidden64, head64).gather(1, labels.clamp(0)[:, None])[:, 0]
+    check("softmax_sums", sums[0], target.where(labels != ck.IGNORE_INDEX, 0.0))
+
+
 def statistics() -> None:
     """Ops without gradients."""
     hidden, head, labels = make_inputs((30,), VOCAB, DIM)
@@ -113,20 +128,26 @@ def statistics() -> None:
         check(name, field, expected[name])
 
 
+def run_every_op() -> int:
+    """Check all ops and return their number. Exits if one of them was not run."""
+    with UsedOps() as used:
+        linear_ops()
+        logits_ops()
+        differentiable_statistics()
+        statistics()
+    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith(PREFIX)}
+    if unused := registered - used.names:
+        sys.exit(f"smoke: expected every op to run, got none of {', '.join(sorted(unused))}")
+    return len(registered)
+
+
 def main() -> None:
     folder = Path(ck.__file__).parent
     if "site-packages" not in folder.parts:
         sys.exit(f"smoke: expected an installed package, got the one in {folder}")
     if ck.backend("cpu") != "csrc":
         sys.exit(f"smoke: expected the backend csrc on the CPU, got {ck.backend('cpu')}: {ck.missing_backend('cpu')}")
-    with UsedOps() as used:
-        linear_ops()
-        logits_ops()
-        statistics()
-    registered = {s.name for s in torch._C._jit_get_all_schemas() if s.name.startswith(PREFIX)}
-    if unused := registered - used.names:
-        sys.exit(f"smoke: expected every op to run, got none of {', '.join(sorted(unused))}")
-    print(f"{len(registered)} ops agree with float64, backend csrc")
+    print(f"{run_every_op()} ops agree with float64, backend csrc")
 
 
 if __name__ == "__main__":
