@@ -30,30 +30,29 @@ OperandA<Bf16> Bf16Tile::round(const Matrix<float>& tile) const {
   return a;
 }
 
-OperandA<Bf16> Bf16Tile::round_transposed(const Matrix<float>& tile) const {
+template <class E, class F>
+OperandA<Bf16> Bf16Tile::pair_rows(const Matrix<E>& tile, const F& pair) const {
   const int64_t stride = tile.columns + kPadding;
   uint32_t* out = data<uint32_t>(buffer_);
   for_rows((tile.rows + 1) / 2, 2 * tile.columns, [&](int64_t k) {
-    const float* high = 2 * k + 1 < tile.rows ? tile.row(2 * k + 1) : nullptr;
-    round_pair(tile.row(2 * k), high, out + k * stride, tile.columns);
+    const E* high = 2 * k + 1 < tile.rows ? tile.row(2 * k + 1) : nullptr;
+    pair(tile.row(2 * k), high, out + k * stride, tile.columns);
   });
-  return transposed_operand(tile.rows, tile.columns);
-}
-
-OperandA<Bf16> Bf16Tile::transposed_operand(int64_t rows, int64_t columns) const {
   // An odd last row is paired with zeros.
   const int64_t bytes = sizeof(uint32_t);
-  return {data<char>(buffer_), columns, (rows + 1) / 2 * 2, bytes, (columns + kPadding) * bytes};
+  return {data<char>(buffer_), tile.columns, (tile.rows + 1) / 2 * 2, bytes, stride * bytes};
+}
+
+OperandA<Bf16> Bf16Tile::round_transposed(const Matrix<float>& tile) const {
+  return pair_rows(tile, [](const float* low, const float* high, uint32_t* out, int64_t n) {
+    round_pair(low, high, out, n);
+  });
 }
 
 OperandA<Bf16> Bf16Tile::transposed(const Matrix<Bf16>& tile) const {
-  const int64_t stride = tile.columns + kPadding;
-  uint32_t* out = data<uint32_t>(buffer_);
-  for_rows((tile.rows + 1) / 2, 2 * tile.columns, [&](int64_t k) {
-    const Bf16* high = 2 * k + 1 < tile.rows ? tile.row(2 * k + 1) : nullptr;
-    interleave(tile.row(2 * k), high, out + k * stride, tile.columns);
+  return pair_rows(tile, [](const Bf16* low, const Bf16* high, uint32_t* out, int64_t n) {
+    interleave(low, high, out, n);
   });
-  return transposed_operand(tile.rows, tile.columns);
 }
 
 float bf16_rounding_error(float x) { return rounding_error(x); }

@@ -16,7 +16,9 @@ class Bf16Tile {
   OperandA<Bf16> transposed(const Matrix<Bf16>& tile) const;         // the same, of a tile that is rounded already
 
  private:
-  OperandA<Bf16> transposed_operand(int64_t rows, int64_t columns) const;
+  // A = tile^T, of which pair(low, high, out, n) writes a pair of rows.
+  template <class E, class F>
+  OperandA<Bf16> pair_rows(const Matrix<E>& tile, const F& pair) const;
 
   Tensor buffer_;
 };

@@ -219,12 +219,7 @@ void exponential_gradients(
     const HeadArguments& arguments, const LabelledRows& labelled, const LogitGrads<float>& grads, const Tensor& kept,
     const HeadGrads& out) {
   auto [grad_hidden, grad_weight, grad_bias] = out;
-  torch::stable::zero_(grad_hidden);
-  if (grads.rows.size() == 0) {
-    torch::stable::zero_(grad_weight);
-    torch::stable::zero_(grad_bias);
-    return;
-  }  // otherwise every row of the weight's gradient is written, so it need not be zeroed first
+  if (!begin_gradients(grads, out)) return;
   Rows rows(arguments, grads);
   if (grad_weight.numel() > 0) rows.pack_scaled_hidden();
   const KeptExponentials exponentials(kept, labelled.size(), rows.head.vocab);

@@ -103,12 +103,7 @@ void head_gradients(
   auto [grad_hidden, grad_weight, grad_bias] = out;
   const bool needs_hidden = grad_hidden.numel() > 0, needs_weight = grad_weight.numel() > 0,
              needs_bias = grad_bias.numel() > 0;
-  torch::stable::zero_(grad_hidden);
-  if (grads.rows.size() == 0) {
-    torch::stable::zero_(grad_weight);
-    torch::stable::zero_(grad_bias);
-    return;
-  }  // otherwise every tile of the weight's gradient is written, so it need not be zeroed first
+  if (!begin_gradients(grads, out)) return;
   const TiledHead<T> head(arguments, grads.rows, Pass::kHiddenWeight);
   const KeptTiles<T> kept_logits(kept, labelled.size(), head.vocab);
   // Every block of rows reads its part of the kept logits, so their memory must not be overwritten by the first block.

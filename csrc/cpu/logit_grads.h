@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../check.h"
+#include "../ops.h"
 #include "head.h"
 
 namespace cwdpo {
@@ -58,6 +59,18 @@ struct LogitGrads {
   std::vector<int64_t> index_among_labelled;
   std::vector<T> grad_target, exp_factor, log_factor, max_logits;
 };
+
+// Zeros the gradient of hidden, whose rows are written only where the logits have a gradient. Zeros the others too if no
+// row has one, and returns false; otherwise they are written whole.
+template <class T>
+bool begin_gradients(const LogitGrads<T>& grads, const HeadGrads& out) {
+  auto [grad_hidden, grad_weight, grad_bias] = out;
+  torch::stable::zero_(grad_hidden);
+  if (grads.rows.size() > 0) return true;
+  torch::stable::zero_(grad_weight);
+  torch::stable::zero_(grad_bias);
+  return false;
+}
 
 inline void check_per_token(
     const char* op, const Tensor& labels, const Tensor& grad_logp, const Tensor& logp, const Tensor& max_logit,

@@ -81,14 +81,14 @@ def block_position(step, first_tile, BLOCK_TILE: tl.constexpr, STEPS: tl.constex
 
 @triton.jit
 def _rescale_kernel(
-    matrix_ptr, from_ptr, to_ptr, N, C, first_tile, stride_from, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr,
+    matrix_ptr, from_ptr, to_ptr, N, C, first_tile, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
     """matrix [N, C] *= 2^(from - to). `from` is per token and tile of BLOCK_TILE columns. Skips equal anchors."""
     for step in range(STEPS):
         offs_n, offs_c, tile = block_position(step, first_tile, BLOCK_TILE, STEPS, BLOCK_N, BLOCK_C)
         mask_n = (offs_n < N) & (tl.min(offs_c, 0) < C)
-        from_anchor = tl.load(from_ptr + tile * stride_from + offs_n, mask=mask_n, other=0.0)
+        from_anchor = tl.load(from_ptr + tile * N + offs_n, mask=mask_n, other=0.0)
         to_anchor = tl.load(to_ptr + offs_n, mask=mask_n, other=0.0)
         changed = mask_n & (from_anchor != to_anchor)
         if tl.max(changed.to(tl.int32), 0) > 0:
@@ -140,6 +140,4 @@ def rescale(matrix_NC: Tensor, from_TN: Tensor, to_N: Tensor, tiles: range, tile
     rows, columns = matrix_NC.shape
     if rows and columns:
         grid, constants = blocks(rows, columns, tile_columns)
-        _rescale_kernel[grid](
-            matrix_NC, from_TN, to_N, rows, columns, tiles.start, from_TN.stride(0), **constants, **COMPILER_OPTIONS
-        )
+        _rescale_kernel[grid](matrix_NC, from_TN, to_N, rows, columns, tiles.start, **constants, **COMPILER_OPTIONS)

@@ -123,9 +123,9 @@ class KeptChunks:
         kept = [tiles for tiles in self.chunks if tiles.start in self.views]
         rest = range(kept[-1].stop if kept else 0, sweep.tiles_v)
         anchor_N, sum_exp_N = empty_sums(sweep.rows, sweep.hidden.device)
-        first = rest
-        if not rest and len(sweep.wave()) * MANY_WAVES <= sweep.tiles_v:
-            first = sweep.wave()  # computed twice, so that the tiles of the first chunk share anchors
+        first, wave = rest, sweep.wave()
+        if not rest and len(wave) * MANY_WAVES <= sweep.tiles_v:
+            first = wave  # computed twice, so that the tiles of the first chunk share anchors
         sweep.run(first)
         least_anchor_N = sweep.anchor_TN[first.start : first.stop].amax(0) if first else anchor_N
         for tiles in kept:
