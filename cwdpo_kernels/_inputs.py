@@ -61,9 +61,46 @@ def labeled_tokens(
         rows = (flat_labels != ignore_index).nonzero().squeeze(1)
         rows = None if rows.numel() == labels.numel() else rows
     if rows is not None:
-        # Unlike indexing, index_select has a gradient that sorts nothing.
-        flat_hidden, flat_labels = flat_hidden.index_select(0, rows), flat_labels.index_select(0, rows)
+        flat_hidden, flat_labels = select_rows(flat_hidden, rows), flat_labels.index_select(0, rows)
     return LabeledTokens(flat_hidden, head, flat_labels, rows, labels.shape)
+
+
+def select_rows(hidden: Tensor, rows: Tensor) -> Tensor:
+    """hidden[rows] [M, D], where `rows` are all different."""
+    if torch.compiler.is_compiling():  # Dynamo traces no autograd.Function with a `jvp`
+        return hidden.index_select(0, rows)
+    return _SelectRows.apply(hidden, rows)
+
+
+class _SelectRows(torch.autograd.Function):
+    """`select_rows`, with a gradient that copies rows.
+
+    The gradients of indexing and of index_select add them up: on a GPU with a sort or with atomics, on a CPU in ten
+    parallel loops.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(hidden: Tensor, rows: Tensor) -> Tensor:
+        return hidden.index_select(0, rows)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        hidden, rows = inputs
+        ctx.tokens = hidden.shape[0]
+        ctx.save_for_backward(rows)
+        ctx.save_for_forward(rows)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (rows,) = ctx.saved_tensors
+        return grad.new_zeros(ctx.tokens, *grad.shape[1:]).index_put_((rows.long(),), grad), None
+
+    @staticmethod
+    def jvp(ctx: Any, tangent: Tensor, _: None) -> Tensor:
+        (rows,) = ctx.saved_tensors
+        return tangent.index_select(0, rows)
 
 
 def token_logprob(

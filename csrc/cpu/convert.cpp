@@ -3,6 +3,7 @@
 #include <torch/headeronly/util/BFloat16.h>
 #include <torch/headeronly/util/Half.h>
 
+#include "parallel.h"
 #include "vector.h"
 
 namespace cwdpo {
@@ -45,7 +46,7 @@ void with_stored_type(ScalarType dtype, const F& f) {
 // column where that is the one with adjacent numbers.
 template <class F>
 void for_lines(const RawMatrix& matrix, Span rows, const F& f) {
-  if (matrix.column_stride <= matrix.row_stride) {
+  if (matrix.column_stride <= matrix.row_stride || rows.size == 1) {
     for (int64_t i = 0; i < rows.size; ++i) f(i, int64_t{0}, matrix.column_stride, int64_t{1}, matrix.columns);
   } else {
     for (int64_t j = 0; j < matrix.columns; ++j) f(int64_t{0}, j, matrix.row_stride, matrix.columns, rows.size);
@@ -72,6 +73,20 @@ void store_rows(const T* values, const RawMatrix& to, Span rows) {
       convert_line(values + i * to.columns + j, value_stride, line, stride, n);
     });
   });
+}
+
+Tensor gather_rows(const Tensor& from, const std::vector<int64_t>& rows, ScalarType type) {
+  const RawMatrix matrix(from);
+  const auto gathered = [&](auto number) {
+    using T = decltype(number);
+    const Tensor out = empty({static_cast<int64_t>(rows.size()), matrix.columns}, type);
+    for_rows_once(rows.size(), matrix.columns, [&](int64_t i) {
+      load_rows(matrix, {rows[i], 1}, data<T>(out) + i * matrix.columns);
+    });
+    return out;
+  };
+  if (type == ScalarType::BFloat16) return gathered(uint16_t{});
+  return with_compute_type(type, gathered);
 }
 
 template void load_rows(const RawMatrix&, Span, float*);

@@ -2,6 +2,8 @@
 // must not run on the threads of a parallel loop, where autograd's and inference mode's state are not those of the op.
 #pragma once
 
+#include <vector>
+
 #include "tensors.h"
 #include "tiles.h"
 
@@ -30,7 +32,10 @@ struct RawMatrix {
 template <class T>
 void load_rows(const RawMatrix& from, Span rows, T* out);
 
-// The reverse, from float or double: every number is rounded once.
+// The rows with these indices, [n, columns], as contiguous numbers of type Float, Double, or, if they are that, BFloat16.
+Tensor gather_rows(const Tensor& from, const std::vector<int64_t>& rows, ScalarType type);
+
+// The reverse of load_rows, from float or double: every number is rounded once.
 template <class T>
 void store_rows(const T* values, const RawMatrix& to, Span rows);
 

@@ -54,38 +54,34 @@ struct Rows {
 void Rows::pack_scaled_hidden() {
   const int64_t dim = head.dim;
   const Tensor scaled = empty({head.rows, dim}, ScalarType::BFloat16);
-  const int64_t grain = std::max<int64_t>(65536 / std::max<int64_t>(dim, 1), 16);  // less is faster on one thread
-  for_ranges(head.rows, grain, [&](int64_t begin, int64_t end) {
+  for_rows_once(head.rows, dim, [&](int64_t i) {
     std::vector<float> products(dim);
-    for (int64_t i = begin; i < end; ++i) {
-      scaled_row(products.data(), head.bf16_row(i), dim, factor[i]);
-      round_row(products.data(), data<Bf16>(scaled) + i * dim, dim);
-    }
+    scaled_row(products.data(), head.bf16_row(i), dim, factor[i]);
+    round_row(products.data(), data<Bf16>(scaled) + i * dim, dim);
   });
   for_spans({0, head.rows}, head.plan.rows, [&](Span block) {
     scaled_hidden.push_back(std::make_unique<PackedB<Bf16>>(block.size, dim));
-    scaled_hidden.back()->pack(data<Bf16>(scaled) + block.start * dim, block.size);
+    scaled_hidden.back()->pack(data<Bf16>(scaled) + block.start * dim, block.size, /*once=*/true);
   });
 }
 
-// One shard: its part of the vocabulary, and its buffers.
+// The buffers of one thread.
 class Worker {
  public:
   // `source`: the place of each row among the kept ones; null if that is the row.
   Worker(
       const Rows& rows, const HeadArguments& arguments, const KeptExponentials& kept, const int64_t* source,
-      const HeadGrads& out, int64_t shard)
+      const HeadGrads& out)
       : rows_(rows),
         head_(rows.head),
         kept_(kept),
         source_(source),
-        tiles_(head_, shard),
+        tiles_(head_),
         weight_(arguments.weight, ScalarType::BFloat16, head_.plan.columns),
         packed_weight_(head_.plan.columns, head_.dim),
         pairs_(head_.plan.columns, head_.plan.rows),
         exponentials_(empty({head_.plan.columns, head_.rows}, ScalarType::BFloat16)) {
     const auto& [grad_hidden, grad_weight, grad_bias] = out;
-    if (grad_hidden.numel() > 0) hidden_sums = empty<float>({head_.rows, head_.dim});
     if (grad_bias.numel() > 0) grad_bias_.emplace(grad_bias);
     if (grad_weight.numel() > 0) {
       grad_weight_.emplace(grad_weight);
@@ -93,10 +89,12 @@ class Worker {
     }
   }
 
-  void run() {
-    tiles_.for_tiles([&](Span columns) {
+  // Writes the gradients of a shard's part of the weight and the bias, and u W + ratio W_y [R, D] to `hidden_sums`, if
+  // that is given.
+  void run(const Shard& shard, const Tensor* hidden_sums) {
+    shard.for_tiles([&](Span columns) {
       const Matrix<Bf16> u = exponentials(columns);
-      if (hidden_sums) add_to_hidden(u, columns);
+      if (hidden_sums) add_to_hidden(matrix<float>(*hidden_sums), u, columns, columns.start > shard.columns.start);
       for_spans(columns, kPartColumns, [&](Span part) {
         const Matrix<Bf16> u_part = u.row_block(part.start - columns.start, part.size);
         if (grad_bias_) write_bias(u_part, part);
@@ -104,8 +102,6 @@ class Worker {
       });
     });
   }
-
-  std::optional<Tensor> hidden_sums;  // u W + ratio W_y [R, D] of the shard
 
  private:
   // u [B, R] of a tile
@@ -128,7 +124,7 @@ class Worker {
 
   // Writes u [B, R] of entries that forward did not keep, in the same bits.
   void compute(const Matrix<Bf16>& u, Span part) {
-    tiles_.for_blocks([&](Span block) {
+    for_blocks([&](Span block) {
       const Matrix<float> tile = tiles_.buffer(block, part);
       tiles_.logits(tile, part, block);
       head_.transform(tile, part);
@@ -146,13 +142,12 @@ class Worker {
     for_labels(part, [&](int64_t row, int64_t v) { u.row(v)[row] = 0; });
   }
 
-  void add_to_hidden(const Matrix<Bf16>& u, Span columns) {
-    const Matrix<float> sums = matrix<float>(*hidden_sums);
+  void add_to_hidden(const Matrix<float>& sums, const Matrix<Bf16>& u, Span columns, bool accumulate) {
     const Bf16* weight = weight_.rows(columns);
     packed_weight_.pack(weight, columns.size);
-    tiles_.for_blocks([&](Span block) {
+    for_blocks([&](Span block) {
       const OperandA<Bf16> a = pairs_.transposed(u.column_block(block.start, block.size));
-      multiply(sums.row_block(block.start, block.size), a, packed_weight_, columns.start > tiles_.columns.start);
+      multiply(sums.row_block(block.start, block.size), a, packed_weight_, accumulate);
     });
     for_labels(columns, [&](int64_t row, int64_t v) {
       const float factor = rows_.factor[row], ratio = factor == 0.0f ? 0.0f : rows_.grad_target[row] / factor;
@@ -162,7 +157,7 @@ class Worker {
 
   void write_weight(const Matrix<Bf16>& u, Span part) const {
     const Matrix<float> sums{data<float>(*weight_sums_), part.size, head_.dim, head_.dim};
-    tiles_.for_blocks([&](Span block) {
+    for_blocks([&](Span block) {
       OperandA<Bf16> a = operand_a<Bf16>(u.data + block.start, part.size, block.size);
       a.row_stride = u.row_stride * static_cast<int64_t>(sizeof(Bf16));
       multiply(sums, a, *rows_.scaled_hidden[block.start / head_.plan.rows], block.start > 0);
@@ -190,6 +185,11 @@ class Worker {
     for (int64_t v = 0; v < part.size; ++v) sums[v] = dot_bf16(u.row(v), rows_.factor.data(), head_.rows);
     for_labels(part, [&](int64_t row, int64_t v) { sums[v] += rows_.grad_target[row]; });
     store_rows(sums.data(), *grad_bias_, part);
+  }
+
+  template <class F>
+  void for_blocks(const F& f) const {
+    for_spans({0, head_.rows}, head_.plan.rows, f);
   }
 
   // Calls f(row, label - columns.start) for every row whose label is in `columns`.
@@ -225,19 +225,17 @@ void exponential_gradients(
   const KeptExponentials exponentials(kept, labelled.size(), rows.head.vocab);
   const int64_t* source = rows.head.rows == labelled.size() ? nullptr : grads.index_among_labelled.data();
   std::vector<std::unique_ptr<Worker>> workers;
-  for (int64_t i = 0; i < rows.head.plan.shards(); ++i) {
-    workers.push_back(std::make_unique<Worker>(rows, arguments, exponentials, source, out, i));
+  for (int64_t i = 0; i < rows.head.plan.workers; ++i) {
+    workers.push_back(std::make_unique<Worker>(rows, arguments, exponentials, source, out));
   }
-  run_shards(workers, [](Worker& worker) { worker.run(); });
-  if (grad_hidden.numel() == 0) return;
-  const Matrix<float> sums = matrix<float>(*workers[0]->hidden_sums);
-  for_rows(sums.rows, sums.columns, [&](int64_t row) {
-    for (size_t i = 1; i < workers.size(); ++i) {
-      add_rows(sums.row(row), matrix<float>(*workers[i]->hidden_sums).row(row), sums.columns, 1.0f, 1.0f);
-    }
-    scale_row(sums.row(row), sums.columns, rows.factor[row]);
+  std::vector<Tensor> hidden_parts;
+  for (int64_t i = 0; grad_hidden.numel() > 0 && i < rows.head.plan.column_shards; ++i) {
+    hidden_parts.push_back(empty<float>({rows.head.rows, rows.head.dim}));
+  }
+  run_shards(rows.head, workers, [&](Worker& worker, const Shard& shard) {
+    worker.run(shard, hidden_parts.empty() ? nullptr : &hidden_parts[shard.column_shard]);
   });
-  scatter_rows(grad_hidden, grads.rows.tokens, *workers[0]->hidden_sums);
+  if (!hidden_parts.empty()) store_hidden_gradient<float>(grad_hidden, grads.rows, hidden_parts, &rows.factor);
 }
 
 }  // namespace cwdpo

@@ -49,10 +49,10 @@ PackedB<E>::PackedB(int64_t max_depth, int64_t n_columns)
           {panels(n_columns) * ((max_depth + kTermsPerStep<E> - 1) / kTermsPerStep<E>) * kPanel}, ScalarType::Int)) {}
 
 template <class E>
-void PackedB<E>::pack(const E* rows, int64_t depth) {
+void PackedB<E>::pack(const E* rows, int64_t depth, bool once) {
   depth_ = depth;
   uint32_t* out = data<uint32_t>(panels_);
-  for_rows(steps(), kTermsPerStep<E> * columns, [&](int64_t k) {
+  const auto pack_step = [&](int64_t k) {
     const E* low = rows + kTermsPerStep<E> * k * columns;
     const E* high = kTermsPerStep<E> * k + 1 < depth ? low + columns : nullptr;
     for (int64_t start = 0; start < columns; start += kPanel) {
@@ -61,14 +61,16 @@ void PackedB<E>::pack(const E* rows, int64_t depth) {
       interleave(low + start, high == nullptr ? nullptr : high + start, panel, count);
       std::fill(panel + count, panel + kPanel, 0);
     }
-  });
+  };
+  const int64_t entries = kTermsPerStep<E> * columns;
+  once ? for_rows_once(steps(), entries, pack_step) : for_rows(steps(), entries, pack_step);
 }
 
 template <class E>
 void PackedB<E>::pack_transposed(const E* rows, int64_t depth) {
   depth_ = depth;
   uint32_t* out = data<uint32_t>(panels_);
-  for_rows(panels(columns) * kPanel, depth, [&](int64_t n) {
+  for_rows_once(panels(columns) * kPanel, depth, [&](int64_t n) {
     uint32_t* column = out + n / kPanel * kPanel * steps() + n % kPanel;
     for (int64_t k = 0; k < steps(); ++k) {
       uint32_t step = 0;

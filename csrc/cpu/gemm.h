@@ -63,8 +63,8 @@ template <class E>
 class PackedB {
  public:
   PackedB(int64_t max_depth, int64_t columns);
-  void pack(const E* rows, int64_t depth);             // from [K, N]
-  void pack_transposed(const E* rows, int64_t depth);  // from [N, K]
+  void pack(const E* rows, int64_t depth, bool once = false);  // from [K, N]; `once`: as in for_rows_once
+  void pack_transposed(const E* rows, int64_t depth);          // from [N, K], once in a pass
   const uint32_t* panel(int64_t i) const { return data<uint32_t>(panels_) + i * steps() * kPanel; }
   int64_t steps() const { return (depth_ + kTermsPerStep<E> - 1) / kTermsPerStep<E>; }
 

@@ -8,6 +8,8 @@ namespace {
 constexpr int64_t kMinTile = 128;    // rows or columns of the smallest tile
 constexpr int64_t kMaxRows = 1024;
 constexpr int64_t kMinShardRows = 64;
+constexpr int64_t kMinExtraRows = 512;     // of shards beyond one for each thread, which pack the weight once more
+constexpr int64_t kMinExtraColumns = 512;  // of the average one
 constexpr int64_t kTileBytes = 1 << 20;       // of one thread's tile, at most
 constexpr int64_t kWorkspaceBytes = 8 << 20;  // of all threads
 constexpr int64_t kMinShardedWork = 1 << 22;  // multiply-adds
@@ -67,22 +69,38 @@ LabelledRows labelled_rows(
 
 namespace {
 
-// Splits a pass over `threads`: over the vocabulary while `room` bytes hold the partial sums [N, D] of all parts but
-// the first, and over the tokens beyond that. The weight's gradient sums over tokens, so its pass is not split over
-// them. If that leaves more than a quarter of the threads idle, the result is one shard.
-TilePlan split(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass, int64_t threads, int64_t room) {
+// Splits a pass into `per_thread` shards for each thread: over the vocabulary while `room` bytes hold the partial sums
+// [N, D] of all parts but the first, and over the tokens beyond that. The weight's gradient sums over tokens, so its pass
+// is not split over them. Returns as many shards as that allows.
+TilePlan split(
+    const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass, int64_t threads, int64_t per_thread,
+    int64_t room) {
   const int64_t dim = head.weight.size(1), vocab = head.weight.size(0), sums_bytes = n_rows * dim * item_size;
   const bool sums_over_tokens = pass == Pass::kHiddenWeight || pass == Pass::kExponentials;
+  const int64_t wanted = threads * per_thread;
+  const int64_t most_columns =  // at least `wanted` on average, so that the smallest of them is not empty
+      per_thread == 1 ? (vocab + kMinTile - 1) / kMinTile : vocab / std::max(kMinExtraColumns, wanted);
+  const int64_t most = pass == Pass::kSums ? wanted : std::min(wanted, 1 + room / sums_bytes);
+  const int64_t most_rows = sums_over_tokens ? 1 : n_rows / (per_thread == 1 ? kMinShardRows : kMinExtraRows);
   TilePlan plan{};
-  if (threads == 1 || n_rows * dim * vocab < kMinShardedWork) return plan;
-  const int64_t most = pass == Pass::kSums ? threads : std::min(threads, 1 + room / sums_bytes);
-  for (int64_t columns = std::min(most, (vocab + kMinTile - 1) / kMinTile); columns >= 1; --columns) {
-    const int64_t most_rows = sums_over_tokens ? 1 : n_rows / kMinShardRows;
-    const int64_t rows = std::clamp<int64_t>(most_rows, 1, threads / columns);
+  for (int64_t columns = std::min(most, most_columns); columns >= 1; --columns) {
+    const int64_t rows = std::clamp<int64_t>(most_rows, 1, wanted / columns);
     if (rows * columns > plan.shards()) plan.row_shards = rows, plan.column_shards = columns;
   }
-  if (4 * plan.shards() < 3 * threads) plan.row_shards = plan.column_shards = 1;
+  plan.workers = std::min(threads, plan.shards());
   return plan;
+}
+
+// Splits a pass into several shards for each thread if possible. If less than three quarters of the threads would have
+// one, the result is one shard.
+TilePlan split(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass, int64_t threads, int64_t room) {
+  if (threads == 1 || n_rows * head.weight.numel() < kMinShardedWork) return {};
+  for (const int64_t per_thread : {4, 2}) {
+    const TilePlan plan = split(head, n_rows, item_size, pass, threads, per_thread, room);
+    if (plan.shards() == threads * per_thread) return plan;
+  }
+  const TilePlan plan = split(head, n_rows, item_size, pass, threads, 1, room);
+  return 4 * plan.shards() < 3 * threads ? TilePlan{} : plan;
 }
 
 }  // namespace
@@ -95,7 +113,9 @@ TilePlan plan_tiles(const HeadArguments& head, int64_t n_rows, size_t item_size,
   if (plan.shards() == 1) tile_bytes = std::clamp(bytes, least, std::max(least, 2 * kTileBytes));
 
   const int64_t entries = tile_bytes / item_size, shard_rows = (n_rows + plan.row_shards - 1) / plan.row_shards;
-  plan.rows = std::clamp<int64_t>(std::min(shard_rows, entries / kMinTile), 1, kMaxRows);
+  const int64_t most_rows = std::clamp<int64_t>(entries / kMinTile, 1, kMaxRows);
+  const int64_t blocks = std::max<int64_t>((shard_rows + most_rows - 1) / most_rows, 1);
+  plan.rows = std::max<int64_t>((shard_rows + blocks - 1) / blocks, 1);
   // Each column also needs `extra` entries: its row of the weight converted to float and packed, or, with the bfloat16
   // GEMM, that row packed and the column itself rounded; and the gradient of its weight row, before that is rounded.
   const int64_t dim = head.weight.size(1), converted = head.weight.element_size() == item_size ? 0 : dim;
@@ -104,8 +124,7 @@ TilePlan plan_tiles(const HeadArguments& head, int64_t n_rows, size_t item_size,
   // From kept exponentials a column needs two copies of itself and its row of the weight, all in bfloat16.
   const int64_t column_entries = pass == Pass::kExponentials ? plan.rows + dim / 2 : plan.rows + extra;
   const int64_t columns = std::max<int64_t>(entries / column_entries / kMinTile, 1) * kMinTile;
-  const int64_t vocab = head.weight.size(0), shard_columns = (vocab + plan.column_shards - 1) / plan.column_shards;
-  plan.columns = std::clamp<int64_t>(shard_columns, 1, columns);
+  plan.columns = std::clamp<int64_t>(plan.shard_columns(0, head.weight.size(0)).size, 1, columns);
   return plan;
 }
 
@@ -121,10 +140,11 @@ TiledHead<T>::TiledHead(const HeadArguments& arguments, const LabelledRows& labe
       labelled_(labelled),
       weight_(arguments.weight) {
   const bool all = rows == arguments.hidden.size(0), needs_weight = pass == Pass::kHiddenWeight;
-  hidden_ = all ? arguments.hidden : index_rows(arguments.hidden, labelled.tokens.data(), rows);
+  const ScalarType type = uses_bf16_gemm(arguments) ? ScalarType::BFloat16 : dtype_of<T>();
+  const bool in_place = all && arguments.hidden.scalar_type() == type && arguments.hidden.is_contiguous();
+  hidden_ = in_place ? arguments.hidden : gather_rows(arguments.hidden, labelled.tokens, type);
   if (arguments.bias) bias_tensor_ = contiguous_as<T>(*arguments.bias);
   bias_ = bias_tensor_ ? data<T>(*bias_tensor_) : nullptr;
-  hidden_ = uses_bf16_gemm(arguments) ? torch::stable::contiguous(hidden_) : contiguous_as<T>(hidden_);
   if (uses_bf16_gemm(arguments)) {
     packed_bf16_ = std::make_unique<PackedHidden<Bf16>>(hidden_, labelled.labels, plan.rows, needs_weight);
   } else if (uses_float_gemm(arguments)) {
@@ -133,12 +153,8 @@ TiledHead<T>::TiledHead(const HeadArguments& arguments, const LabelledRows& labe
 }
 
 template <class T>
-TileWorker<T>::TileWorker(const TiledHead<T>& head, int64_t shard)
-    : rows(part_of(head.rows, head.plan.rows, head.plan.row_shards, shard / head.plan.column_shards)),
-      columns(head.shard_columns(shard % head.plan.column_shards)),
-      column_shard(shard % head.plan.column_shards),
-      head_(head),
-      buffer_(empty<T>({head.plan.columns * padded(head.plan.rows)})) {
+TileWorker<T>::TileWorker(const TiledHead<T>& head)
+    : head_(head), buffer_(empty<T>({head.plan.columns * padded(head.plan.rows)})) {
   const bool needs_gradients = head.pass == Pass::kHidden || head.pass == Pass::kHiddenWeight;
   if (head.packed_bf16_) {
     bf16_.emplace(*head.packed_bf16_, head.weight_, head.plan, needs_gradients);
@@ -187,15 +203,14 @@ void TileWorker<T>::add_to_weight(
 template <class T>
 std::vector<T> TiledHead<T>::target_logits() const {
   std::vector<T> logits(rows);
-  for_spans({0, rows}, kMaxRows, [&](Span block) {
-    const Tensor label_weight = target_weight(block);
-    const Tensor hidden_rows = contiguous_as<T>(slice_rows(hidden_, block.start, block.size));
-    for_rows(block.size, dim, [&](int64_t i) {
-      const int64_t row = block.start + i;
-      if (!Span{0, vocab}.contains(labelled_.labels[row])) return;
-      logits[row] = static_cast<T>(dot_row(data<T>(hidden_rows) + i * dim, data<T>(label_weight) + i * dim, dim));
-      transform_row(&logits[row], 1, bias(labelled_.labels[row]), scale, cap);
-    });
+  const RawMatrix hidden(hidden_);
+  for_rows_once(rows, dim, [&](int64_t row) {
+    const int64_t label = labelled_.labels[row];
+    if (!Span{0, vocab}.contains(label)) return;
+    std::vector<T> hidden_row(dim);
+    load_rows(hidden, {row, 1}, hidden_row.data());
+    logits[row] = static_cast<T>(dot_row(hidden_row.data(), weight_row(label).data(), dim));
+    transform_row(&logits[row], 1, bias(label), scale, cap);
   });
   return logits;
 }

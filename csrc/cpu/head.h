@@ -5,11 +5,13 @@
 #pragma once
 
 #include <algorithm>
+#include <atomic>
 #include <limits>
 #include <memory>
 #include <optional>
 #include <vector>
 
+#include "convert.h"
 #include "packed_head.h"
 #include "parallel.h"
 #include "rows.h"
@@ -41,7 +43,7 @@ struct LabelledRows {
 LabelledRows labelled_rows(
     const char* op, const Tensor& labels, int64_t ignore_index, int64_t vocab, bool partial = false);
 
-// What a pass keeps in memory for each of its shards, beside a tile.
+// What a pass keeps in memory beside tiles.
 enum class Pass {
   kSums,           // nothing: only sums per token
   kHidden,         // sums [N, D] of weight rows: the gradient of hidden, or its direction
@@ -49,8 +51,8 @@ enum class Pass {
   kExponentials,   // the same as kHiddenWeight, where forward kept the tiles (exponential_gradients.h)
 };
 
-// Chooses the tiles of a pass and how it is split over `threads`. Tiles of all shards and their partial sums fit the
-// workspace together. A pass that would need more room is one shard, whose tiles use all threads.
+// Chooses the tiles of a pass and how it is split over threads. The tiles of all workers and the partial sums of all
+// shards fit the workspace together. A pass that would need more room is one shard, whose tiles use all threads.
 TilePlan plan_tiles(const HeadArguments& head, int64_t n_rows, size_t item_size, Pass pass);
 
 // Whether the products of this head are of bfloat16 operands, on gemm.h.
@@ -74,7 +76,7 @@ class TiledHead {
   // A labelled row of hidden, if uses_bf16_gemm().
   const Bf16* bf16_row(int64_t row) const { return packed_bf16_->row(row); }
   // The part of the vocabulary of a column shard.
-  Span shard_columns(int64_t shard) const { return part_of(vocab, 1, plan.column_shards, shard); }
+  Span shard_columns(int64_t column_shard) const { return plan.shard_columns(column_shard, vocab); }
   // z <- softcap(scale * (z + bias)) for every entry of a tile.
   void transform(const Matrix<T>& tile, Span columns) const {
     if (bias_ == nullptr && scale == T(1) && cap == T(0)) return;
@@ -82,13 +84,11 @@ class TiledHead {
       transform_row(tile.row(v), tile.columns, bias(columns.start + v), scale, cap);
     });
   }
-  // The weight row of each token's label, [R, D], for a block of tokens; any row for a label outside the vocabulary.
-  Tensor target_weight(Span block) const {
-    std::vector<int64_t> labels(block.size);
-    for (int64_t i = 0; i < block.size; ++i) {
-      labels[i] = std::clamp<int64_t>(labelled_.labels[block.start + i], 0, vocab - 1);
-    }
-    return contiguous_as<T>(index_rows(weight_, labels.data(), block.size));
+  // The weight row of a vocabulary entry.
+  std::vector<T> weight_row(int64_t v) const {
+    std::vector<T> out(dim);
+    load_rows(RawMatrix(weight_), {v, 1}, out.data());
+    return out;
   }
   // The logit of each token's label, [N]: one dot product per token. 0 for a label outside the vocabulary.
   std::vector<T> target_logits() const;
@@ -106,26 +106,13 @@ class TiledHead {
   const T* bias_;
 };
 
-// One shard of a pass: its part of the tokens and of the vocabulary, a tile, and the products of its tiles, on
-// PackedHead if the processor supports it, else on torch.mm.
+// The buffers of one thread in a pass, and the products of its tiles, on PackedHead if the processor supports it, else
+// on torch.mm.
 template <class T>
 class TileWorker {
  public:
-  TileWorker(const TiledHead<T>& head, int64_t shard);
+  explicit TileWorker(const TiledHead<T>& head);
 
-  const Span rows, columns;
-  const int64_t column_shard;
-
-  // Calls f(columns) for every tile's columns, in order.
-  template <class F>
-  void for_tiles(const F& f) const {
-    for_spans(columns, head_.plan.columns, f);
-  }
-  // Calls f(block) for every block of the rows.
-  template <class F>
-  void for_blocks(const F& f) const {
-    for_spans(rows, head_.plan.rows, f);
-  }
   Matrix<T> buffer(Span block, Span tile_columns) const {
     return {data<T>(buffer_), tile_columns.size, block.size, padded(block.size)};
   }
@@ -149,21 +136,27 @@ class TileWorker {
   std::optional<PackedHead<Bf16>> bf16_;
 };
 
-// Calls f(worker) for the worker of every shard, in one parallel region. A single shard uses all threads itself.
-template <class Worker, class F>
-void run_shards(const std::vector<std::unique_ptr<Worker>>& workers, const F& f) {
-  if (workers.size() == 1) return f(*workers[0]);
-  for_ranges(workers.size(), 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) f(*workers[i]);
-  });
+// Calls f(worker, shard) for every shard of a pass, in one parallel region. A worker takes the next shard when it is
+// done with one, so what it has computed must not depend on which shards it took.
+template <class T, class Worker, class F>
+void run_shards(const TiledHead<T>& head, const std::vector<std::unique_ptr<Worker>>& workers, const F& f) {
+  const int64_t shards = head.plan.shards();
+  std::atomic<int64_t> next = 0;
+  const auto run = [&](int64_t begin, int64_t end) {
+    for (int64_t worker = begin; worker < end; ++worker) {
+      for (int64_t i = next++; i < shards; i = next++) f(*workers[worker], head.plan.shard(i, head.rows, head.vocab));
+    }
+  };
+  if (shards == 1) return run(0, 1);  // not a region, so that its tiles use all threads
+  for_ranges(workers.size(), 1, run);
 }
 
-// Calls f(worker) for every shard of a pass.
+// The same with new workers, made by the calling thread, because their memory comes from torch.
 template <class T, class F>
 void for_shards(const TiledHead<T>& head, const F& f) {
-  std::vector<std::unique_ptr<TileWorker<T>>> workers;  // made here, because their memory comes from torch
-  for (int64_t i = 0; i < head.plan.shards(); ++i) workers.push_back(std::make_unique<TileWorker<T>>(head, i));
-  run_shards(workers, f);
+  std::vector<std::unique_ptr<TileWorker<T>>> workers;
+  for (int64_t i = 0; i < head.plan.workers; ++i) workers.push_back(std::make_unique<TileWorker<T>>(head));
+  run_shards(head, workers, f);
 }
 
 }  // namespace cwdpo

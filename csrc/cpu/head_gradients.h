@@ -112,17 +112,17 @@ void head_gradients(
   for (int64_t i = 0; needs_hidden && i < head.plan.column_shards; ++i) {
     hidden_parts.push_back(empty<T>({head.rows, head.dim}));
   }
-  for_shards(head, [&](TileWorker<T>& worker) {
+  for_shards(head, [&](TileWorker<T>& worker, const Shard& shard) {
     std::optional<TileSums<T>> weight_sums, bias_sums;
     if (needs_weight) weight_sums.emplace(grad_weight, head.plan.columns, separate);
     if (needs_bias) bias_sums.emplace(grad_bias, head.plan.columns, false);
-    worker.for_tiles([&](Span columns) {
-      worker.for_blocks([&](Span block) {
+    shard.for_tiles([&](Span columns) {
+      shard.for_blocks([&](Span block) {
         const Matrix<T> tile = worker.buffer(block, columns);
         write_logit_gradients(worker, head, grads, kept_logits, labelled.size(), columns, block, tile);
         if (needs_hidden) {
-          const Matrix<T> sums = matrix<T>(hidden_parts[worker.column_shard]).row_block(block.start, block.size);
-          worker.add_to_hidden(sums, tile, columns, block, columns.start > worker.columns.start);
+          const Matrix<T> sums = matrix<T>(hidden_parts[shard.column_shard]).row_block(block.start, block.size);
+          worker.add_to_hidden(sums, tile, columns, block, columns.start > shard.columns.start);
         }
         if (needs_weight) worker.add_to_weight(weight_sums->rows(columns), tile, columns, block, block.start > 0);
         if (needs_bias) add_bias_gradient(bias_sums->rows(columns), tile, block);
@@ -131,13 +131,7 @@ void head_gradients(
       if (needs_bias) bias_sums->store(columns);
     });
   });
-  if (!needs_hidden) return;
-  for_rows(head.rows, head.dim, [&](int64_t row) {
-    for (size_t i = 1; i < hidden_parts.size(); ++i) {
-      add_rows(matrix<T>(hidden_parts[0]).row(row), matrix<T>(hidden_parts[i]).row(row), head.dim, T(1), T(1));
-    }
-  });
-  scatter_rows(grad_hidden, grads.rows.tokens, hidden_parts[0]);
+  if (needs_hidden) store_hidden_gradient<T>(grad_hidden, grads.rows, hidden_parts);
 }
 
 // Allocates the gradients of hidden and bias; a gradient that is not needed is an empty tensor.

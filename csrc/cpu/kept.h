@@ -22,8 +22,9 @@ inline Tensor memory_for_kept(const Tensor& weight, std::optional<int64_t> kept_
 
 // The N numbers of type T of one vocabulary entry, one for each labelled row, are one line. In the memory of the
 // weight's gradient [V, D], a line lies in the row of its entry, if it fits: backward reads it before it writes that
-// row, so that threads work on the vocabulary in any order. In opaque bytes, as many lines as fit are stored, of the last entries. Where a
-// line lies depends neither on the tiles nor on the number of threads, which may change between forward and backward.
+// row, so that threads work on the vocabulary in any order. In opaque bytes, as many lines as fit are stored, of the
+// last entries. Where a line lies depends neither on the tiles nor on the number of threads, which may change between
+// forward and backward.
 template <class T>
 class KeptTiles {
  public:

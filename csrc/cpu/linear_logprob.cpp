@@ -16,22 +16,21 @@
 namespace cwdpo {
 namespace {
 
-constexpr int64_t kDirectionRows = 1024;  // whose label's weight rows are gathered at a time
-
-// Turns sum_exp_weight into the direction scale * (slope_y W_y - sum_exp_weight / sum_exp), in place.
+// Writes scale * (slope_y W_y - sum_exp_weight / sum_exp) of every labelled row to its token's row of `direction`. Uses
+// sum_exp_weight as workspace.
 template <class T>
-void to_direction(const TiledHead<T>& head, const std::vector<T>& target, const SweepResult<T>& result) {
-  const Matrix<T> direction = matrix<T>(result.sum_exp_weight);
-  for_spans({0, head.rows}, kDirectionRows, [&](Span block) {
-    const Tensor label_weight = head.target_weight(block);
-    for_rows(block.size, head.dim, [&](int64_t i) {
-      const int64_t row = block.start + i;
-      // With V = 1, sum_exp is 0. The lower bound avoids 0 / 0; backward multiplies the direction by 1 - p_y = 0.
-      const T sum_exp = std::max(result.softmax[row].sum_exp, std::numeric_limits<T>::min());
-      scale_row(direction.row(row), head.dim, T(1) / sum_exp);
-      subtract_from_row(
-          direction.row(row), data<T>(label_weight) + i * head.dim, head.dim, head.slope(target[row]), head.scale);
-    });
+void write_direction(
+    const TiledHead<T>& head, const std::vector<int64_t>& tokens, const std::vector<T>& target,
+    const SweepResult<T>& result, const Tensor& direction) {
+  const Matrix<T> sums = matrix<T>(result.sum_exp_weight);
+  const RawMatrix out(direction);
+  for_rows_once(head.rows, head.dim, [&](int64_t row) {
+    // With V = 1, sum_exp is 0. The lower bound avoids 0 / 0; backward multiplies the direction by 1 - p_y = 0.
+    const T sum_exp = std::max(result.softmax[row].sum_exp, std::numeric_limits<T>::min());
+    scale_row(sums.row(row), head.dim, T(1) / sum_exp);
+    const std::vector<T> label_weight = head.weight_row(head.label(row));
+    subtract_from_row(sums.row(row), label_weight.data(), head.dim, head.slope(target[row]), head.scale);
+    store_rows(sums.row(row), out, {tokens[row], 1});
   });
 }
 
@@ -71,10 +70,7 @@ LinearLogprob forward(
     data<T>(sum_exp)[token] = result.softmax[i].sum_exp;
     data<T>(logp)[token] = logp_of(target[i], result.softmax[i]);
   }
-  if (with_direction) {
-    to_direction(head, target, result);
-    scatter_rows(direction, labelled.tokens, result.sum_exp_weight);
-  }
+  if (with_direction) write_direction(head, labelled.tokens, target, result, direction);
   return out;
 }
 

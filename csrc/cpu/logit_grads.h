@@ -65,11 +65,28 @@ struct LogitGrads {
 template <class T>
 bool begin_gradients(const LogitGrads<T>& grads, const HeadGrads& out) {
   auto [grad_hidden, grad_weight, grad_bias] = out;
-  torch::stable::zero_(grad_hidden);
+  zero(grad_hidden);
   if (grads.rows.size() > 0) return true;
   torch::stable::zero_(grad_weight);
   torch::stable::zero_(grad_bias);
   return false;
+}
+
+// grad_hidden[token of row i] = the sum of row i over the parts, in order, times factor[i] if that is given. Uses the first
+// part as workspace.
+template <class T>
+void store_hidden_gradient(
+    const Tensor& grad_hidden, const LabelledRows& rows, const std::vector<Tensor>& parts,
+    const std::vector<T>* factor = nullptr) {
+  const Matrix<T> sums = matrix<T>(parts[0]);
+  const RawMatrix out(grad_hidden);
+  for_rows_once(sums.rows, static_cast<int64_t>(parts.size()) * sums.columns, [&](int64_t i) {
+    for (size_t part = 1; part < parts.size(); ++part) {
+      add_rows(sums.row(i), matrix<T>(parts[part]).row(i), sums.columns, T(1), T(1));
+    }
+    if (factor != nullptr) scale_row(sums.row(i), sums.columns, (*factor)[i]);
+    store_rows(sums.row(i), out, {rows.tokens[i], 1});
+  });
 }
 
 inline void check_per_token(

@@ -14,7 +14,7 @@ PackedHidden<E>::PackedHidden(
     transposed_.back()->pack_transposed(row(block.start), dim);
     if (!needs_weight) return;
     plain_.push_back(std::make_unique<PackedB<E>>(block.size, dim));
-    plain_.back()->pack(row(block.start), block.size);
+    plain_.back()->pack(row(block.start), block.size, /*once=*/true);
   });
 }
 

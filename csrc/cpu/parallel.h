@@ -1,5 +1,7 @@
-// Parallel loops on torch's threads. A pass over a head opens a handful of parallel regions, whatever its vocabulary:
-// threads that wait at the end of a region spin for a while, which slows every other process of a busy machine.
+// Parallel loops on torch's threads. Threads that wait at the end of a parallel region spin for a while. On a busy
+// machine, where two threads may share a core, each region then costs two time slices (8 ms), and the spinning slows
+// every other process. So a pass over a head opens a handful of regions, whatever its vocabulary, and none for a loop
+// that takes less than a millisecond.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>
@@ -38,6 +40,17 @@ void for_rows(int64_t rows, int64_t columns, const F& f) {
   constexpr int64_t kEntries = 16384;
   const int64_t grain = std::max<int64_t>(kEntries / std::max<int64_t>(columns, 1), 1);
   for_ranges(rows, grain, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) f(row);
+  });
+}
+
+// The same for a loop that a pass runs once, beside its tiles. On one thread, unless the other threads would wait for
+// it longer than it takes to start them.
+template <class F>
+void for_rows_once(int64_t rows, int64_t columns, const F& f) {
+  constexpr int64_t kEntries = 1 << 21;
+  const int64_t threads = torch::stable::get_num_threads();
+  for_ranges(rows, rows * columns * threads < kEntries ? rows : 1, [&](int64_t begin, int64_t end) {
     for (int64_t row = begin; row < end; ++row) f(row);
   });
 }

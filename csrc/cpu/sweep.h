@@ -102,7 +102,8 @@ void merge_shards(
     const TiledHead<T>& head, std::vector<SweepResult<T>>& parts, const KeptExponentials* exponentials) {
   if (parts.size() == 1) return;
   const bool with_sums = head.pass == Pass::kHidden;
-  for_rows(head.rows, with_sums ? head.dim : 16, [&](int64_t row) {
+  const int64_t entries = static_cast<int64_t>(parts.size()) * (with_sums ? head.dim : 16);
+  for_rows_once(head.rows, entries, [&](int64_t row) {
     for (size_t i = 1; i < parts.size(); ++i) {
       const auto [factor, other_factor] = parts[0].softmax[row].merge(parts[i].softmax[row]);
       if (exponentials != nullptr) {
@@ -130,12 +131,12 @@ SweepResult<T> sweep(
     for (size_t row = 0; row < anchors.size(); ++row) part.softmax[row].max_logit = anchors[row];
     if (with_sums) part.sum_exp_weight = empty<T>({head.rows, head.dim});
   }
-  for_shards(head, [&](TileWorker<T>& worker) {
-    SweepResult<T>& part = parts[worker.column_shard];
+  for_shards(head, [&](TileWorker<T>& worker, const Shard& shard) {
+    SweepResult<T>& part = parts[shard.column_shard];
     const Matrix<T> sums = with_sums ? matrix<T>(part.sum_exp_weight) : Matrix<T>{};
-    worker.for_tiles([&](Span columns) {
-      const bool is_first = columns.start == worker.columns.start;
-      worker.for_blocks([&](Span block) {
+    shard.for_tiles([&](Span columns) {
+      const bool is_first = columns.start == shard.columns.start;
+      shard.for_blocks([&](Span block) {
         const Matrix<T> tile = worker.buffer(block, columns);
         worker.logits(tile, columns, block);
         head.transform(tile, columns);
@@ -143,7 +144,7 @@ SweepResult<T> sweep(
         add_tile(head, tile, columns, block, kind, anchored, part.softmax, [&](int64_t row, T rescale) {
           if (with_sums && !is_first) scale_row(sums.row(row), head.dim, rescale);
           if (exponentials != nullptr) {
-            exponentials->rescale({worker.columns.start, columns.start - worker.columns.start}, row, rescale);
+            exponentials->rescale({shard.columns.start, columns.start - shard.columns.start}, row, rescale);
           }
         });
         if constexpr (std::is_same_v<T, float>) {

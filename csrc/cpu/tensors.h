@@ -17,6 +17,8 @@
 #include <type_traits>
 #include <vector>
 
+#include "parallel.h"
+
 namespace cwdpo {
 
 using torch::headeronly::ScalarType;
@@ -56,14 +58,25 @@ Tensor empty(std::vector<int64_t> sizes) {
   return empty(std::move(sizes), dtype_of<T>());
 }
 
-inline Tensor zeros(std::vector<int64_t> sizes, ScalarType dtype) {
-  Tensor out = empty(std::move(sizes), dtype);
-  return torch::stable::zero_(out);
-}
-
 template <class T>
 T* data(const Tensor& tensor) {
   return static_cast<T*>(tensor.data_ptr());
+}
+
+// Zeros the memory of a tensor without gaps between its numbers.
+inline void zero(const Tensor& tensor) {
+  constexpr int64_t kFloats = 4096, kBytes = kFloats * sizeof(float);
+  const int64_t bytes = tensor.numel() * static_cast<int64_t>(tensor.element_size());
+  char* start = data<char>(tensor);
+  for_rows_once((bytes + kBytes - 1) / kBytes, kFloats, [&](int64_t i) {
+    std::memset(start + i * kBytes, 0, std::min(kBytes, bytes - i * kBytes));
+  });
+}
+
+inline Tensor zeros(std::vector<int64_t> sizes, ScalarType dtype) {
+  Tensor out = empty(std::move(sizes), dtype);
+  zero(out);
+  return out;
 }
 
 // Returns the tensor itself if it is already contiguous and of that dtype.
@@ -79,33 +92,6 @@ Tensor contiguous_as(const Tensor& tensor) {
 // A view of rows [start, start + size). (A Tensor is a handle, so passing it by value shares the memory.)
 inline Tensor slice_rows(Tensor tensor, int64_t start, int64_t size) {
   return torch::stable::narrow(tensor, 0, start, size);
-}
-
-inline Tensor index_rows(const Tensor& tensor, const int64_t* rows, int64_t n_rows) {
-  // The const_cast is safe: index_select only reads the indices.
-  Tensor index = torch::stable::from_blob(const_cast<int64_t*>(rows), {n_rows}, {1}, cpu(), ScalarType::Long);
-  std::array<StableIValue, 3> stack{
-      torch::stable::detail::from(tensor), torch::stable::detail::from(int64_t{0}),
-      torch::stable::detail::from(index)};
-  STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher("aten::index_select", "", stack.data(), TORCH_ABI_VERSION));
-  return torch::stable::detail::to<Tensor>(stack[0]);
-}
-
-// out[rows[i]] = values[i], converted to the dtype of `out`, which has one or two dimensions and any layout.
-inline void scatter_rows(const Tensor& out, const std::vector<int64_t>& rows, const Tensor& values) {
-  const Tensor source = contiguous_as(values, out.scalar_type());
-  const int64_t size = rows.size();
-  if (!out.is_contiguous()) {
-    for (int64_t i = 0; i < size; ++i) {
-      Tensor row = slice_rows(out, rows[i], 1);
-      torch::stable::copy_(row, slice_rows(source, i, 1));
-    }
-    return;
-  }
-  const size_t bytes = out.element_size() * (out.dim() == 2 ? out.size(1) : 1);
-  const char* from = data<char>(source);
-  char* to = data<char>(out);
-  for (int64_t i = 0; i < size; ++i) std::memcpy(to + rows[i] * bytes, from + i * bytes, bytes);
 }
 
 // A strided view; it does not own its memory.

@@ -4,6 +4,7 @@ import ctypes
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cwdpo_kernels as ck
 from cwdpo_kernels import reference
@@ -46,7 +47,33 @@ def test_the_number_of_parallel_regions_does_not_depend_on_the_vocabulary(tokens
         step(hidden, head, labels)
         counts.append(regions() - before)
     assert counts[0] == counts[1]
-    assert 1 <= counts[0] <= 8
+    assert 1 <= counts[0] <= 2  # one a pass
+
+
+class LoopsOfTorch(TorchDispatchMode):
+    """The calls of torch that run a loop on several threads: 32768 numbers (at::internal::GRAIN_SIZE) or more."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        copies = isinstance(result, torch.Tensor) and not function.is_view and "empty" not in str(function)
+        if function.namespace == "aten" and copies and result.numel() >= 32768:
+            self.names.append(function._schema.name)
+        return result
+
+
+@pytest.mark.parametrize("is_frozen", [False, True], ids=["trainable", "frozen"])
+def test_a_step_runs_few_loops_of_torch(is_frozen):
+    """Each one is a parallel region of its own."""
+    hidden, head, labels = make_inputs((2, 400), 2000, 96, labelled=0.5)
+    head = frozen(head) if is_frozen else head
+    with LoopsOfTorch() as loops:
+        step(hidden, head, labels)
+    scale = ["aten::mul"] if is_frozen else []
+    assert loops.names == ["aten::index_select", *scale, "aten::new_zeros", "aten::index_put_"]
 
 
 def test_statistics_open_a_handful_of_regions():
@@ -76,6 +103,24 @@ def test_any_number_of_threads_is_exact_and_repeatable(dtype, options, threads):
     stats, expected = ck.token_stats(hidden, head, labels), reference.token_stats(*as_float64(hidden, head), labels)
     torch.testing.assert_close(stats.entropy.double(), expected.entropy, rtol=1e-4, atol=1e-5)
     assert torch.equal(stats.is_top1, expected.is_top1)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("shape", [(300, 9000, 96), (2100, 1300, 600)], ids=str)
+def test_more_shards_than_threads(dtype, shape):
+    """Threads take shards as they become free: of the vocabulary while partial sums are small, else of tokens too."""
+    hidden, head, labels = make_inputs(shape[:1], shape[1], shape[2], dtype, labelled=1.0)
+    torch.set_num_threads(2)
+    hidden64, head64 = as_float64(hidden, head)
+    truth = step(hidden64, head64, labels)
+    for head_, names in (head, ("logp", "hidden", "weight")), (frozen(head), ("logp", "hidden")):
+        ours, again = step(hidden, head_, labels), step(hidden, head_, labels)
+        torch.set_num_threads(1)
+        one_thread = step(hidden, head_, labels)
+        torch.set_num_threads(2)
+        for name, *values, exact in zip(names, ours, again, one_thread, truth, strict=False):
+            assert torch.equal(values[0], values[1])
+            check_budget(name, values[0], values[2], exact)
 
 
 @pytest.mark.parametrize("threads", [(2, 1), (1, 2), (2, 64)], ids=str)
