@@ -21,6 +21,7 @@ from benchmarks import (
     logits,
     memory,
     results,
+    scaling,
     sharing,
     sweeps,
     trainer_step,
@@ -34,6 +35,7 @@ from benchmarks.results import ResultFile
 SUITES = {
     "linear": linear,
     "loaded": loaded,
+    "scaling": scaling,
     "entropy": entropy,
     "logits": logits,
     "accuracy": accuracy,

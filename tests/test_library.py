@@ -215,6 +215,8 @@ def test_the_products_in_use_are_reported(products):
     assert details["backend"] == "csrc"
     own = {"torch.mm": (False, False), "avx512": (True, False)}.get(products, (True, True))
     assert tuple(details[dtype].startswith("own") for dtype in ("float32", "bfloat16")) == own
+    has_amx = "amx_bf16" in Path("/proc/cpuinfo").read_text()
+    assert details.get("not used") == ("AMX" if has_amx else None)
     assert ck.backend_details("meta") == {"backend": "portable"}
 
 

@@ -1,5 +1,9 @@
 #include "gemm.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 #include <atomic>
 #include <string>
 
@@ -19,15 +23,24 @@ GemmBackend detect_backend() {
   return GemmBackend::kTorch;
 }
 
-std::atomic<GemmBackend> limit = GemmBackend::kAvx512Bf16;
-
 constexpr int64_t kPanel = PackedB<float>::kPanel;
+
+std::atomic<GemmBackend> limit = GemmBackend::kAvx512Bf16;
 
 void interleave(const float* row, const float*, uint32_t* out, int64_t n) { std::memcpy(out, row, n * sizeof(float)); }
 
 int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 }  // namespace
+
+bool has_amx() {
+#if defined(__x86_64__)
+  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
+  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0;
+#else
+  return false;
+#endif
+}
 
 CWDPO_FOR_EACH_PROCESSOR void interleave(const Bf16* low, const Bf16* high, uint32_t* out, int64_t n) {
   if (high == nullptr) {
@@ -109,10 +122,11 @@ extern "C" __attribute__((visibility("default"))) int cwdpo_limit_gemm(int most)
 }
 
 // Read by cwdpo_kernels/ops/library.py: the instructions in use for products of "float32" or "bfloat16" operands, or
-// for "loops" over tiles.
+// for "loops" over tiles; and those of this processor that would help and are "not used".
 extern "C" __attribute__((visibility("default"))) const char* cwdpo_instructions(const char* what) {
   const std::string name = what;
   if (name == "float32") return cwdpo::has_gemm<float>() ? "own, AVX-512" : "torch.mm";
   if (name == "bfloat16") return cwdpo::has_gemm<cwdpo::Bf16>() ? "own, AVX512-BF16" : "torch.mm in float32";
+  if (name == "not used") return cwdpo::has_amx() ? "AMX" : "";
   return cwdpo::loop_instructions();
 }

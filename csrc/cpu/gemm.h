@@ -31,6 +31,8 @@ inline constexpr ScalarType kElementType<Bf16> = ScalarType::BFloat16;
 // this file in plain C++, so that tests can run them on any processor; never chosen otherwise.
 enum class GemmBackend { kTorch, kAvx512, kAvx512Bf16, kPlain };
 GemmBackend gemm_backend();
+// Whether the processor multiplies tiles of bfloat16 (AMX), which no kernel here does.
+bool has_amx();
 // Whether `multiply` below supports operands of type E.
 template <class E>
 bool has_gemm() {

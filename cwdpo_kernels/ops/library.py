@@ -56,4 +56,5 @@ def details() -> dict[str, str]:
     """What the library runs on this processor (see `backend_details`); `load` must have succeeded."""
     instructions = ctypes.CDLL(str(PATH)).cwdpo_instructions
     instructions.restype = ctypes.c_char_p
-    return {name: instructions(name.encode()).decode() for name in ("float32", "bfloat16", "loops")}
+    found = {name: instructions(name.encode()).decode() for name in ("float32", "bfloat16", "loops", "not used")}
+    return {name: value for name, value in found.items() if value}
