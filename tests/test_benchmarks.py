@@ -26,6 +26,7 @@ from benchmarks import (
     real_model,
     results,
     run,
+    scaling,
     timing,
     trainer_step,
     workloads,
@@ -300,3 +301,18 @@ def test_pytest_benchmark_runs_only_on_request():
     benchmark = OneRound()
     bench_linear.test_step(benchmark, TINY, "trainable", peers.implementations()["cwdpo_kernels"])
     assert benchmark.group == "tiny/trainable"
+
+
+def test_the_prediction_for_many_threads_is_amdahls_law():
+    found = scaling.prediction([1.0, 1.0, 1.0], [0.55, 0.5, 0.6])
+    assert found["serial_seconds"] == pytest.approx([0.05, 0.1, 0.15])
+    assert found["predicted_seconds"]["16"] == pytest.approx([0.05 + 0.95 / 16, 0.1 + 0.9 / 16, 0.15 + 0.85 / 16])
+
+
+@pytest.mark.skipif(ck.backend("cpu") != "csrc", reason="the threads of the C++ backend")
+def test_scaling_is_measured_on_every_number_of_threads():
+    measured = scaling.measure(replace(TINY, vocab=20000), "trainable", 2, here)
+    assert list(measured["threads"])[0] == "1"
+    assert all(len(timed["seconds"]) == 2 for timed in measured["threads"].values())
+    assert torch.get_num_threads() == 1
+    assert measured["regions"] <= 2
