@@ -312,7 +312,7 @@ def test_the_prediction_for_many_threads_is_amdahls_law():
 @pytest.mark.skipif(ck.backend("cpu") != "csrc", reason="the threads of the C++ backend")
 def test_scaling_is_measured_on_every_number_of_threads():
     measured = scaling.measure(replace(TINY, vocab=20000), "trainable", 2, here)
-    assert list(measured["threads"])[0] == "1"
+    assert next(iter(measured["threads"])) == "1"
     assert all(len(timed["seconds"]) == 2 for timed in measured["threads"].values())
     assert torch.get_num_threads() == 1
     assert measured["regions"] <= 2
