@@ -66,12 +66,16 @@ def test_functional_call(module):
 def test_ddp_with_a_static_graph(module, tmp_path):
     hidden, labels = batch(5)
     expected = torch.autograd.grad(module(hidden, labels), module.weight)[0]
-    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
-    try:
+
+    def train() -> None:
         parallel = nn.parallel.DistributedDataParallel(module, static_graph=True)
         for _ in range(3):  # DDP records the graph in the first step and reuses it from the second on
             module.zero_grad()
             parallel(hidden.detach(), labels).backward()
             torch.testing.assert_close(module.weight.grad, expected)
+
+    torch.distributed.init_process_group("gloo", init_method=f"file://{tmp_path}/store", rank=0, world_size=1)
+    try:
+        train()  # DDP must not outlive the group: its destructor would wait for gloo's thread, which may want the GIL
     finally:
         torch.distributed.destroy_process_group()

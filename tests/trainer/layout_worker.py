@@ -135,6 +135,7 @@ def main(out: Path) -> None:
         for key in ("grads", "weights"):
             found[key] = {parameter.removeprefix("module."): value for parameter, value in found[key].items()}
         results[name, "ddp"] = found
+    del wrapped  # DDP must not outlive the group (tests/test_transforms.py)
     for (name, layout), shard in LAYOUTS.items():
         model, inputs, labels = batch(name)
         attach_head(model)
