@@ -7,7 +7,6 @@ measured times stand beside the predicted ones.
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import os
 import statistics
@@ -37,7 +36,9 @@ def measure(workload: Workload, mode: str, repeats: int, call: Callable) -> dict
     try:
         for one_step in steps.values():  # warm up
             one_step()
-        regions = regions_of(lambda: seconds(threads[-1], step, inputs))
+        opened = library.parallel_regions()
+        seconds(threads[-1], step, inputs)
+        regions = library.parallel_regions() - opened
         with timing.others() as others:
             times = timing.interleaved(steps, repeats, enough=float("inf"))
     finally:
@@ -52,15 +53,6 @@ def measure(workload: Workload, mode: str, repeats: int, call: Callable) -> dict
 def seconds(threads: int, step: Callable, inputs: Inputs) -> float:
     torch.set_num_threads(threads)
     return linear.step_seconds(step, inputs)
-
-
-def regions_of(function: Callable[[], object]) -> int:
-    """How many parallel regions of the C++ backend a call opens."""
-    count = ctypes.CDLL(str(library.PATH)).cwdpo_parallel_regions
-    count.restype = ctypes.c_int64
-    before = count()
-    function()
-    return count() - before
 
 
 def prediction(one: list[float], two: list[float]) -> dict:

@@ -1,7 +1,7 @@
 // Parallel loops on torch's threads. Threads that wait at the end of a parallel region spin for a while. On a busy
 // machine, where two threads may share a core, each region then costs two time slices (8 ms), and the spinning slows
-// every other process. So a pass over a head opens a handful of regions, whatever its vocabulary, and none for a loop
-// that takes less than a millisecond.
+// every other process. So a pass over a head opens a handful of regions, whatever its vocabulary, and none for a short
+// loop beside its tiles.
 #pragma once
 
 #include <torch/csrc/stable/ops.h>

@@ -52,6 +52,13 @@ def workspace_bytes() -> int:
     return default()
 
 
+def parallel_regions() -> int:
+    """How many parallel regions the library has opened, for tests and benchmarks; `load` must have succeeded."""
+    count = ctypes.CDLL(str(PATH)).cwdpo_parallel_regions
+    count.restype = ctypes.c_int64
+    return count()
+
+
 def details() -> dict[str, str]:
     """What the library runs on this processor (see `backend_details`); `load` must have succeeded."""
     instructions = ctypes.CDLL(str(PATH)).cwdpo_instructions

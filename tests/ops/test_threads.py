@@ -1,14 +1,12 @@
 """The C++ backend on 1 to 64 threads: one parallel region a pass, and results that differ only by rounding."""
 
-import ctypes
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import cwdpo_kernels as ck
 from cwdpo_kernels import reference
-from cwdpo_kernels.ops import library
+from cwdpo_kernels.ops.library import parallel_regions
 from cwdpo_kernels.testing import as_float64, check_budget, leaves, make_inputs
 
 HEAD = {"bias": True, "scale": 0.7, "softcap": 20.0}
@@ -18,12 +16,6 @@ HEAD = {"bias": True, "scale": 0.7, "softcap": 20.0}
 def _only_csrc(backend):
     if backend != "csrc":
         pytest.skip("the threads of the C++ backend")
-
-
-def regions() -> int:
-    counter = ctypes.CDLL(str(library.PATH)).cwdpo_parallel_regions
-    counter.restype = ctypes.c_int64
-    return counter()
 
 
 def step(hidden, head, labels):
@@ -43,9 +35,9 @@ def test_the_number_of_parallel_regions_does_not_depend_on_the_vocabulary(tokens
     for vocab in (6000, 24000):
         hidden, head, labels = make_inputs((2, tokens), vocab, 96, dtype)
         head = frozen(head) if is_frozen else head
-        before = regions()
+        before = parallel_regions()
         step(hidden, head, labels)
-        counts.append(regions() - before)
+        counts.append(parallel_regions() - before)
     assert counts[0] == counts[1]
     assert 1 <= counts[0] <= 2  # one a pass
 
@@ -76,11 +68,11 @@ def test_a_step_runs_few_loops_of_torch(is_frozen):
     assert loops.names == ["aten::index_select", *scale, "aten::new_zeros", "aten::index_put_"]
 
 
-def test_statistics_open_a_handful_of_regions():
+def test_statistics_open_a_handful_of_parallel_regions():
     hidden, head, labels = make_inputs((2, 128), 12000, 96)
-    before = regions()
+    before = parallel_regions()
     ck.token_stats(hidden, head, labels)
-    assert 1 <= regions() - before <= 4
+    assert 1 <= parallel_regions() - before <= 4
 
 
 @pytest.mark.parametrize("threads", [1, 2, 7, 64])
