@@ -3,14 +3,18 @@
 Amdahl's law: n threads take serial + parallel / n seconds, where one takes T1 = serial + parallel and two take T2 =
 serial + parallel / 2. So serial = 2 T2 - T1, whose quartiles bound the prediction. On a machine with more threads the
 measured times stand beside the predicted ones.
+
+Two threads are also timed on one core, where a busy system often puts them: each parallel region, ours or torch's, then
+costs two time slices, because one thread spins while it waits for the other.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import torch
 
@@ -32,6 +36,8 @@ def measure(workload: Workload, mode: str, repeats: int, call: Callable) -> dict
     available = len(os.sched_getaffinity(0))
     threads = [2**k for k in range(available.bit_length())]
     steps = {str(n): functools.partial(seconds, n, step, inputs) for n in threads}
+    if available > 1:
+        steps["2 on one core"] = functools.partial(seconds_on_one_core, 2, step, inputs)
     before = torch.get_num_threads()
     try:
         for one_step in steps.values():  # warm up
@@ -53,6 +59,28 @@ def measure(workload: Workload, mode: str, repeats: int, call: Callable) -> dict
 def seconds(threads: int, step: Callable, inputs: Inputs) -> float:
     torch.set_num_threads(threads)
     return linear.step_seconds(step, inputs)
+
+
+def seconds_on_one_core(threads: int, step: Callable, inputs: Inputs) -> float:
+    with on_one_core():
+        return seconds(threads, step, inputs)
+
+
+@contextlib.contextmanager
+def on_one_core() -> Iterator[None]:
+    """Keep all threads of this process on one core (Linux). OpenMP has counted the cores before, so it still spins."""
+    cores = os.sched_getaffinity(0)
+    try:
+        move_threads({min(cores)})
+        yield
+    finally:
+        move_threads(cores)
+
+
+def move_threads(cores: set[int]) -> None:
+    for thread in os.listdir("/proc/self/task"):
+        with contextlib.suppress(ProcessLookupError):  # it has ended
+            os.sched_setaffinity(int(thread), cores)
 
 
 def prediction(one: list[float], two: list[float]) -> dict:

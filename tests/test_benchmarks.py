@@ -316,3 +316,10 @@ def test_scaling_is_measured_on_every_number_of_threads():
     assert all(len(timed["seconds"]) == 2 for timed in measured["threads"].values())
     assert torch.get_num_threads() == 1
     assert measured["regions"] <= 2
+
+
+def test_all_threads_are_moved_to_one_core_and_back():
+    cores = os.sched_getaffinity(0)
+    with scaling.on_one_core():
+        assert os.sched_getaffinity(0) == {min(cores)}
+    assert os.sched_getaffinity(0) == cores
