@@ -103,8 +103,8 @@ def call_every_op(
         linear_logprob.linear_logprob_backward(
             logp, *head[:4], logp, logp, logp, kept, *head[4:], True, True, bias, sparse_grad, 0
         )
-    for partial in (False, True):
-        sums, _ = softmax_sums.softmax_sums(*head, partial, 0, 0)
+    for partial, with_direction in ((False, False), (True, False), (False, True)):
+        sums, *_ = softmax_sums.softmax_sums(*head, partial, with_direction, 0, 0)
     softmax_sums.softmax_sums_backward(
         logp, logp, logp, *head[:4], sums[1], kept, *head[4:], False, True, True, bias, 0
     )

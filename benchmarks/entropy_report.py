@@ -7,7 +7,9 @@ from benchmarks.report_text import OURS, mib, seconds, table
 PLOT = (
     "Largest error of log-probs and entropies on SmolLM2-135M's hidden states in bfloat16, by the token's probability"
 )
-MODES = {"frozen": "frozen head", "trainable": "trainable head"}
+MODES = {
+    "frozen": "frozen head", "trainable": "trainable head", "reported": "frozen head, entropy without gradient",
+}  # fmt: skip
 
 
 def section(report: dict) -> str:

@@ -22,6 +22,7 @@ from benchmarks.models import SHAPES, Shape
 from cwdpo_kernels import IGNORE_INDEX
 from cwdpo_kernels.ops.checks import UNINITIALIZED
 from cwdpo_kernels.triton import linear_logprob
+from cwdpo_kernels.triton.gemm import DenseGemm
 
 CHIP = "sm_90"
 # The share of the tiles and of their sums that rescaling moves: measured on an H200 (SmolVLM) and an H100 (A).
@@ -76,8 +77,7 @@ def _vendor_products(step: Step) -> Iterator[None]:
         step.flops += 2.0 * a.shape[0] * a.shape[1] * b.shape[1]
         step.launches += 1
 
-    gemm = linear_logprob.DenseGemm
-    with mock.patch.object(gemm, "accumulate", count), mock.patch.object(gemm, "product", count):
+    with mock.patch.object(DenseGemm, "accumulate", count), mock.patch.object(DenseGemm, "product", count):
         yield
 
 

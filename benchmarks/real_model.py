@@ -35,7 +35,9 @@ def implementations() -> dict[str, Statistics]:
     def of_logp(logp: Callable[..., Tensor]) -> Statistics:
         return lambda hidden, head, labels: (logp(hidden, head, labels), None)
 
-    with_entropy = {name: found for name, found in entropy.implementations().items() if "no entropy" not in name}
+    with_entropy = {
+        name: found for name, found in entropy.implementations("frozen").items() if "no entropy" not in name
+    }
     names = ("torch linear_cross_entropy", "cut-cross-entropy")
     found = peers.implementations()
     return with_entropy | {name: of_logp(found[name].logp) for name in names if name in found}  # type: ignore[arg-type]

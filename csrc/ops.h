@@ -18,7 +18,7 @@ using LinearLogprob = std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor>;  // lo
 using HeadGrads = std::tuple<Tensor, Tensor, Tensor>;  // grad_hidden, grad_weight, grad_bias; empty if not needed
 using HiddenAndBias = std::tuple<Tensor, Tensor>;                          // grad_hidden, grad_bias
 using LogitsLogprob = std::tuple<Tensor, Tensor, Tensor>;                  // logp, max_logit, sum_exp
-using SoftmaxSums = std::tuple<Tensor, Tensor>;                            // sums, kept
+using SoftmaxSums = std::tuple<Tensor, Tensor, Tensor>;                    // sums, direction, kept
 // loss, chosen_reward, rejected_reward, margin, accuracy, cooling_weight, kept, sum_logp, mean, count, grad_logp
 using CWDPOLoss =
     std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor>;
@@ -54,7 +54,7 @@ void logits_logprob_backward_(
 
 SoftmaxSums softmax_sums(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, double scale,
-    std::optional<double> softcap, int64_t ignore_index, bool partial, int64_t workspace_bytes,
+    std::optional<double> softcap, int64_t ignore_index, bool partial, bool with_direction, int64_t workspace_bytes,
     std::optional<int64_t> kept_bytes);
 
 HeadGrads softmax_sums_backward(

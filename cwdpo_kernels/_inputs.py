@@ -103,6 +103,12 @@ class _SelectRows(torch.autograd.Function):
         return tangent.index_select(0, rows)
 
 
+def needs_gradient(tokens: LabeledTokens) -> tuple[bool, bool]:
+    """Whether hidden or the head needs a gradient, and whether the head does."""
+    trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head_parameters(tokens.head))
+    return trainable or (torch.is_grad_enabled() and tokens.hidden.requires_grad), trainable
+
+
 def token_logprob(
     op: str, hidden: Tensor, head: Head | Tensor, labels: Tensor, rows: Tensor | None, budget: MemoryBudget,
     ignore_index: int,
@@ -117,8 +123,8 @@ def token_logprob(
     head = tokens.head
     if head.shard is not None:
         return tokens.scatter(sharded(op, tokens, budget, ignore_index)[0])
-    trainable = torch.is_grad_enabled() and any(parameter.requires_grad for parameter in head_parameters(head))
-    frozen = torch.is_grad_enabled() and tokens.hidden.requires_grad and not trainable
+    has_gradient, trainable = needs_gradient(tokens)
+    frozen = has_gradient and not trainable
     kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes) if trainable else 0
     logp, *_ = apply(
         "linear_logprob", hidden=tokens.hidden, weight=head.weight, bias=head.bias, labels=tokens.labels,

@@ -192,10 +192,11 @@ def _sums_of_part(
     """The sums [6, M] over this process's part, and the kept tiles. A part may be empty (V_r = 0)."""
     if not weight.shape[0]:
         return token_stats.sums_of_nothing(hidden), hidden.new_empty(0, dtype=torch.uint8)
-    return ops.softmax_sums(
-        hidden, weight, bias, local_labels, options.scale, options.softcap, IGNORED, True, options.workspace_bytes,
-        options.kept_bytes,
+    sums, _, kept = ops.softmax_sums(
+        hidden, weight, bias, local_labels, options.scale, options.softcap, IGNORED, True, False,
+        options.workspace_bytes, options.kept_bytes,
     )  # fmt: skip
+    return sums, kept
 
 
 def _merged(op: str, local: Tensor, labels: Tensor, shard: VocabShard) -> Tensor:

@@ -22,9 +22,9 @@ from ._inputs import (
     autocast,
     check_budget,
     detached,
-    head_parameters,
     labeled_tokens,
     labels_in_rows,
+    needs_gradient,
     sequence_offsets,
     sharded,
     token_logprob,
@@ -77,7 +77,7 @@ def logits_logprob(
 
 def token_stats(
     hidden: Tensor, head: Head | Tensor, labels: Tensor, *, rows: Tensor | None = None,
-    budget: MemoryBudget = DEFAULT_BUDGET, ignore_index: int = IGNORE_INDEX,
+    budget: MemoryBudget = DEFAULT_BUDGET, ignore_index: int = IGNORE_INDEX, expect_entropy_grad: bool = True,
 ) -> TokenStats:  # fmt: skip
     """Statistics of softmax(head(hidden)) per token, without the logits: hidden [..., D], labels [...] -> [...] each.
 
@@ -86,7 +86,11 @@ def token_stats(
 
     One forward pass over the vocabulary (1 N D V multiply-adds) computes all fields. Backward takes 2 N D V for a
     frozen head and 3 N D V for a trainable one; tiles that `budget` keeps save up to 1 N D V (on a GPU, none are kept).
-    For the log-prob's gradient alone, `linear_logprob` needs less.
+
+    `expect_entropy_grad=False` is for a frozen head whose entropy is only reported. It changes the speed, and no result
+    beyond rounding: forward then computes the gradient of the log-prob, too, and takes 2 N D V, backward almost
+    nothing. A gradient of the entropy or of the log-sum-exp would still be right, but cost 2 N D V more. It has no
+    effect on a trainable head, on one that is split over processes, and in a compiled graph.
     """
     op = "token_stats"
     check_budget(op, budget)
@@ -94,14 +98,16 @@ def token_stats(
     head = tokens.head
     if head.shard is not None:
         return TokenStats(*(tokens.scatter(field) for field in sharded(op, tokens, budget, ignore_index)))
-    differentiable = [tokens.hidden, *head_parameters(head)]
-    has_gradient = torch.is_grad_enabled() and any(tensor.requires_grad for tensor in differentiable)
+    has_gradient, trainable = needs_gradient(tokens)
+    # In a compiled graph, an entropy that the graph returns has a gradient, be it of zeros.
+    with_direction = has_gradient and not trainable and not expect_entropy_grad and not torch.compiler.is_compiling()
     kept = 0
-    if has_gradient:
+    if has_gradient and not with_direction:
         kept = kept_bytes(tokens.hidden, head.weight, head.softcap, budget.kept_bytes, of_logits=True)
     stats = apply(
         op, hidden=tokens.hidden, weight=head.weight, bias=head.bias, labels=tokens.labels, scale=float(head.scale),
-        softcap=head.softcap, ignore_index=ignore_index, workspace_bytes=workspace_bytes(budget), kept_bytes=kept,
+        softcap=head.softcap, ignore_index=ignore_index, with_direction=with_direction,
+        workspace_bytes=workspace_bytes(budget), kept_bytes=kept,
     )  # fmt: skip
     return TokenStats(*(tokens.scatter(field) for field in stats[: len(TokenStats._fields)]))
 

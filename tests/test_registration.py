@@ -32,7 +32,7 @@ def op_cases():
     count = torch.tensor([3, 3, 0, 3])
     cooling = (0.1, -3.0, 1.0, None, -9.0, False, -100)
     detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in linear)
-    sums, kept_logits = OPS.softmax_sums(*detached, False, 1 << 20, 600)
+    sums, _, kept_logits = OPS.softmax_sums(*detached, False, False, 1 << 20, 600)
     factors = (torch.randn(12), torch.randn(12), torch.randn(12), *detached[:4], sums[1])
     return [
         ("linear_logprob", (*linear, False, False, 1 << 20, 600)),
@@ -42,9 +42,11 @@ def op_cases():
         ("logits_logprob", (logits, labels, -100, False)),
         ("logits_logprob_backward", gradient),
         ("logits_logprob_backward_", gradient),
-        ("token_stats", (*linear, 1 << 20, 600)),
-        ("softmax_sums", (*detached, False, 1 << 20, 600)),
-        ("softmax_sums", (*detached, True, 1 << 20, 0)),
+        ("token_stats", (*linear, False, 1 << 20, 600)),
+        ("token_stats", (*frozen, True, 1 << 20, 0)),
+        ("softmax_sums", (*detached, False, False, 1 << 20, 600)),
+        ("softmax_sums", (*detached, True, False, 1 << 20, 0)),
+        ("softmax_sums", (*detached, False, True, 1 << 20, 0)),
         ("softmax_sums_backward", (*factors, kept_logits, *linear[4:], False, True, True, True, 1 << 20)),
         ("softmax_sums_backward_", (*factors, torch.empty_like(saved[2]), *linear[4:], False, True, True, 1 << 20)),
         ("token_divergence", (*detached[:3], 1.0, None, *detached[:3], 0.5, None, 1 << 20)),

@@ -106,8 +106,8 @@ def differentiable_statistics() -> None:
     for name, kept_bytes in (("entropy", None), ("logsumexp", 0)):
         stats = ck.token_stats(hidden, head, labels, budget=ck.MemoryBudget(kept_bytes=kept_bytes))
         compare(name, getattr(stats, name), getattr(expected, name), inputs, inputs64)
-    options = (head.bias, labels, head.scale, head.softcap, ck.IGNORE_INDEX, False, 0, 0)
-    sums, _ = ops.softmax_sums(hidden, head.weight, *options)
+    options = (head.bias, labels, head.scale, head.softcap, ck.IGNORE_INDEX, False, False, 0, 0)
+    sums, *_ = ops.softmax_sums(hidden, head.weight, *options)
     target = reference.head_logits(hidden64, head64).gather(1, labels.clamp(0)[:, None])[:, 0]
     check("softmax_sums", sums[0], target.where(labels != ck.IGNORE_INDEX, 0.0))
 

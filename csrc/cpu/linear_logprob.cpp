@@ -9,34 +9,13 @@
 
 #include "../check.h"
 #include "../ops.h"
+#include "direction.h"
 #include "exponential_gradients.h"
 #include "head_gradients.h"
 #include "sweep.h"
 
 namespace cwdpo {
 namespace {
-
-// Writes scale * (slope_y W_y - sum_exp_weight / sum_exp) of every labelled row to its token's row of `direction`. Uses
-// sum_exp_weight as workspace.
-template <class T>
-void write_direction(
-    const TiledHead<T>& head, const std::vector<int64_t>& tokens, const std::vector<T>& target,
-    const SweepResult<T>& result, const Tensor& direction) {
-  const Matrix<T> sums = matrix<T>(result.sum_exp_weight);
-  const RawMatrix out(direction);
-  for_rows_once(head.rows, head.dim, [&](int64_t row) {
-    // With V = 1, sum_exp is 0. The lower bound avoids 0 / 0; backward multiplies the direction by 1 - p_y = 0.
-    const T sum_exp = std::max(result.softmax[row].sum_exp, std::numeric_limits<T>::min());
-    scale_row(sums.row(row), head.dim, T(1) / sum_exp);
-    const std::vector<T> label_weight = head.weight_row(head.label(row));
-    subtract_from_row(sums.row(row), label_weight.data(), head.dim, head.slope(target[row]), head.scale);
-    store_rows(sums.row(row), out, {tokens[row], 1});
-  });
-}
-
-// The dtype of a direction: that of the inputs, but float32 for float16, where the direction may overflow although the
-// gradient, direction * (1 - p_y), does not.
-ScalarType direction_dtype(ScalarType dtype) { return dtype == ScalarType::Half ? ScalarType::Float : dtype; }
 
 template <class T>
 LinearLogprob forward(
@@ -45,7 +24,7 @@ LinearLogprob forward(
   const int64_t tokens = labels.numel();
   LinearLogprob out{
       zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()), zeros({tokens}, dtype_of<T>()),
-      zeros({with_direction ? tokens : 0, arguments.hidden.size(1)}, direction_dtype(arguments.hidden.scalar_type())),
+      direction_of_zeros(arguments.hidden, with_direction),
       memory_for_kept(arguments.weight, kept_bytes)};
   auto& [logp, max_logit, sum_exp, direction, kept] = out;
 

@@ -4,6 +4,7 @@
 
 #include "../check.h"
 #include "../ops.h"
+#include "direction.h"
 #include "head_gradients.h"
 #include "sweep.h"
 
@@ -19,24 +20,29 @@ void check_arguments(const char* op, const HeadArguments& head, const Tensor& la
 
 template <class T>
 SoftmaxSums forward(
-    const HeadArguments& arguments, const Tensor& labels, const LabelledRows& labelled,
+    const HeadArguments& arguments, const Tensor& labels, const LabelledRows& labelled, bool with_direction,
     std::optional<int64_t> kept_bytes) {
   const int64_t tokens = labels.numel();
-  const Tensor sums = zeros({kSums, tokens}, dtype_of<T>()), kept = memory_for_kept(arguments.weight, kept_bytes);
+  const SoftmaxSums out{
+      zeros({kSums, tokens}, dtype_of<T>()), direction_of_zeros(arguments.hidden, with_direction),
+      memory_for_kept(arguments.weight, kept_bytes)};
+  const auto& [sums, direction, kept] = out;
   const KeptTiles<T> kept_logits(kept, labelled.size(), arguments.weight.size(0));
   // kUninitialized: the caller is autograd, which overwrites all of the weight's gradient. Zeroing is wasted work.
   if (kept_bytes != kUninitialized) kept_logits.zero_unused();
-  if (labelled.size() == 0) return {sums, kept};
+  if (labelled.size() == 0) return out;
 
-  const TiledHead<T> head(arguments, labelled, Pass::kSums);
+  const TiledHead<T> head(arguments, labelled, with_direction ? Pass::kHidden : Pass::kSums);
   const std::vector<T> target = head.target_logits();
-  const std::vector<OnlineSoftmax<T>> softmax = sweep(head, Sweep::kMoments, {}, &kept_logits).softmax;
+  const Sweep kind = with_direction ? Sweep::kMomentsAndExponentials : Sweep::kMoments;
+  const SweepResult<T> result = sweep(head, kind, {}, &kept_logits);
   for (int64_t i = 0; i < labelled.size(); ++i) {
-    const OnlineSoftmax<T>& x = softmax[i];
+    const OnlineSoftmax<T>& x = result.softmax[i];
     const T values[kSums] = {target[i], x.max_logit, x.sum_exp, x.moment, x.sum_sq, x.sum_logit};
     for (int64_t k = 0; k < kSums; ++k) data<T>(sums)[k * tokens + labelled.tokens[i]] = values[k];
   }
-  return {sums, kept};
+  if (with_direction) write_direction(head, labelled.tokens, target, result, direction);
+  return out;
 }
 
 void write_gradients(
@@ -64,14 +70,15 @@ void write_gradients(
 
 SoftmaxSums softmax_sums(
     const Tensor& hidden, const Tensor& weight, const std::optional<Tensor>& bias, const Tensor& labels, double scale,
-    std::optional<double> softcap, int64_t ignore_index, bool partial, int64_t workspace_bytes,
-    std::optional<int64_t> kept_bytes) {
+    std::optional<double> softcap, int64_t ignore_index, bool partial, bool with_direction,
+    int64_t workspace_bytes, std::optional<int64_t> kept_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   check_arguments("softmax_sums", arguments, labels);
+  expect(!(partial && with_direction), "softmax_sums", "with_direction", "value", "false with partial", "true");
   if (kept_bytes) expect_at_least("softmax_sums", "kept_bytes", *kept_bytes, kUninitialized);
   const LabelledRows labelled = labelled_rows("softmax_sums", labels, ignore_index, weight.size(0), partial);
   return with_compute_type(hidden.scalar_type(), [&](auto type) {
-    return forward<decltype(type)>(arguments, labels, labelled, kept_bytes);
+    return forward<decltype(type)>(arguments, labels, labelled, with_direction, kept_bytes);
   });
 }
 

@@ -19,7 +19,10 @@ enum class Sweep {
   kSumExp,        // max_logit and sum_exp; the tile keeps its logits
   kMoments,       // the same, moment, sum_sq and sum_logit
   kExponentials,  // max_logit and sum_exp; the tile becomes exp(z - max_logit) * slope, with 0 at the labels
+  kMomentsAndExponentials,  // the sums of kMoments and the tile of kExponentials
 };
+inline bool has_moments(Sweep kind) { return kind == Sweep::kMoments || kind == Sweep::kMomentsAndExponentials; }
+inline bool has_exponentials(Sweep kind) { return kind >= Sweep::kExponentials; }
 
 // Where a sweep of anchors (OnlineSoftmax::move_anchor) starts: at the target logits, so that few anchors move.
 template <class T>
@@ -45,7 +48,7 @@ void add_strip(
     const int64_t label = head.label(first + n);
     return columns.contains(label) ? &strip.z[(label - columns.start) * strip.stride + n] : nullptr;
   };
-  if (kind == Sweep::kMoments) sum_of_strip(strip, sum_logit.data());
+  if (has_moments(kind)) sum_of_strip(strip, sum_logit.data());
   for (int64_t n = 0; n < part.size; ++n) {
     T* entry = target_entry(n);
     if (entry == nullptr) continue;
@@ -60,19 +63,19 @@ void add_strip(
     if (rescale != T(1)) rescaled(first + n, rescale);
   }
   if (kind == Sweep::kSumExp) exp_sum_of_strip(strip, max_logit.data(), sum_exp.data());
-  if (kind == Sweep::kMoments) {
+  if (has_moments(kind)) {
     exp_moments_of_strip(strip, max_logit.data(), sum_exp.data(), moment.data(), sum_sq.data());
   }
-  if (kind == Sweep::kExponentials) exp_strip(strip, max_logit.data(), head.cap, sum_exp.data());
+  if (has_exponentials(kind)) exp_strip(strip, max_logit.data(), head.cap, sum_exp.data());
   for (int64_t n = 0; n < part.size; ++n) {
     OnlineSoftmax<T>& sums = softmax[first + n];
     sums.sum_exp += sum_exp[n];
-    if (kind == Sweep::kMoments) {
+    if (has_moments(kind)) {
       sums.moment += moment[n];
       sums.sum_sq += sum_sq[n];
       sums.sum_logit += sum_logit[n];
     }
-    if (T* entry = target_entry(n)) *entry = kind == Sweep::kExponentials ? T(0) : target[n];
+    if (T* entry = target_entry(n)) *entry = has_exponentials(kind) ? T(0) : target[n];
   }
 }
 
@@ -93,7 +96,7 @@ void add_tile(
 template <class T>
 struct SweepResult {
   std::vector<OnlineSoftmax<T>> softmax;
-  Tensor sum_exp_weight;  // of kExponentials: sum_v exp(z_v - max_logit) slope_v W_v [N, D]; else undefined
+  Tensor sum_exp_weight;  // of Pass::kHidden: sum_v exp(z_v - max_logit) slope_v W_v [N, D]; else undefined
 };
 
 // Merges the results of the parts of the vocabulary into those of the first one, in order.

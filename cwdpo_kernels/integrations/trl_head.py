@@ -42,7 +42,8 @@ PER_TOKEN = {
     "log_probs": "logp", "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }  # fmt: skip
-_UNFUSED = "_cwdpo_unfused_forward"  # attribute set on models
+# Attributes set on models: their own forward; whether a gradient of the entropy has arrived.
+_UNFUSED, _ENTROPY_GRAD = "_cwdpo_unfused_forward", "_cwdpo_entropy_grad"
 IGNORED = -100
 
 _replaced: list[Callable[..., None]] = []  # TRL's own function while ours is in its place
@@ -63,8 +64,10 @@ def use_fused_head() -> contextlib.ExitStack:
     Leaving the context, or `close()` on the result, puts TRL's function back. Trainers keep the head that they were
     made with. Contexts may be nested; the outermost one restores.
 
-    A frozen head takes one pass over the vocabulary for the log-probs and their gradient if the trainer asks for
-    nothing else (see `linear_logprob`); otherwise all fields come from one pass (see `token_stats`).
+    Log-probs alone come from `linear_logprob`, and with other fields from `token_stats`. A frozen head takes one pass
+    over the vocabulary for them and the gradient of the log-probs. Only GRPO with an entropy bonus also needs the
+    entropy's gradient. The first one that arrives takes two more products; from then on, backward computes both
+    gradients in one pass (`expect_entropy_grad`).
 
     NotImplementedError: the version of TRL is not known (>= 1.16 and < 1.17). In the trainer's constructor, HeadError:
     the model's head is not supported (see `attach_head`); it never falls back to TRL's head.
@@ -200,7 +203,10 @@ def _per_token(model: Any, hidden: Tensor, labels: Tensor, fused: _Fused) -> dic
         if set(fused.outputs) <= {"log_probs"}:
             fields = {"log_probs": linear_logprob(hidden, head, targets)}
         else:
-            stats = token_stats(hidden, head, targets)
+            expected = vars(model).get(_ENTROPY_GRAD, False)
+            stats = token_stats(hidden, head, targets, expect_entropy_grad=expected)
+            if stats.entropy.requires_grad and not expected and not torch.compiler.is_compiling():
+                stats.entropy.register_hook(lambda _: vars(model).update({_ENTROPY_GRAD: True}))
             fields = {name: getattr(stats, PER_TOKEN[name]) for name in ("log_probs", *fused.outputs)}
         # Views would lose FSDP's hooks if the caller changed them in place.
         return {name: field.clone() for name, field in fields.items()}

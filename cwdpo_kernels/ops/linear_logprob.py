@@ -17,9 +17,10 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from ..portable.tiles import compute_dtype, direction_dtype
-from .kept_tiles import backward_from_kept, gradients_like, kept_like, other_gradients_like
+from ..portable.tiles import compute_dtype
+from .kept_tiles import backward_from_kept, direction_like, gradients_like, kept_like, other_gradients_like
 from .schema import Values, arguments, define, register_autograd, register_fake
 
 define(
@@ -46,13 +47,18 @@ define(
 @register_fake("linear_logprob")
 def _(*, hidden, weight, labels, with_direction, kept_bytes, **_):
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
-    shape = hidden.shape if with_direction else (0, hidden.shape[1])
-    direction = hidden.new_empty(shape, dtype=direction_dtype(hidden.dtype))
+    direction = direction_like(hidden, with_direction)
     return logp, torch.empty_like(logp), torch.empty_like(logp), direction, kept_like(hidden, weight, kept_bytes)
 
 
 register_fake("linear_logprob_backward")(gradients_like)
 register_fake("linear_logprob_backward_")(other_gradients_like)
+
+
+def along_direction(grad_logp: Tensor, logp: Tensor, direction: Tensor) -> Tensor:
+    """The gradient of hidden [N, D]: grad_logp (1 - p_y) direction. Autograd casts it to the dtype of `hidden`."""
+    factor = grad_logp * -torch.expm1(logp)
+    return (direction * factor[:, None]).to(direction.dtype)
 
 
 def _saves(values: Values) -> Iterable[str]:
@@ -63,10 +69,7 @@ def _saves(values: Values) -> Iterable[str]:
 
 def _backward(ctx: Any, values: Values) -> Values:
     if values["with_direction"]:
-        factor = values["grad_logp"] * -torch.expm1(values["logp"])  # d logp / d h = (1 - p_y) * direction
-        direction = values["direction"]
-        # Autograd casts it to the dtype of `hidden`, which differs for float16 only.
-        return {"hidden": (direction * factor[:, None]).to(direction.dtype)}
+        return {"hidden": along_direction(values["grad_logp"], values["logp"], values["direction"])}
     return backward_from_kept(ctx, "linear_logprob_backward", values)
 
 

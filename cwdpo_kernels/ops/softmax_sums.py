@@ -1,19 +1,21 @@
 """softmax_sums: sums over the vocabulary from which token_stats follows. The backward ops are those of token_stats.
 
 `sums` [6, N] are defined in portable/softmax_sums.py, in natural units on every backend; `kept` in kept_tiles.py.
+`direction` [N, D] (`with_direction`, for frozen heads) is that of linear_logprob: d logp / d h = (1 - p_y) direction.
 """
 
 from __future__ import annotations
 
 from ..portable.softmax_sums import SUMS
 from ..portable.tiles import compute_dtype
-from .kept_tiles import gradients_like, kept_like, other_gradients_like
+from .kept_tiles import direction_like, gradients_like, kept_like, other_gradients_like
 from .schema import define, register_fake
 
 define(
     "softmax_sums",
     "(Tensor hidden, Tensor weight, Tensor? bias, Tensor labels, float scale, float? softcap, int ignore_index, "
-    "bool partial, SymInt workspace_bytes, SymInt? kept_bytes) -> (Tensor sums, Tensor kept)",
+    "bool partial, bool with_direction, SymInt workspace_bytes, SymInt? kept_bytes) "
+    "-> (Tensor sums, Tensor direction, Tensor kept)",
 )
 define(
     "softmax_sums_backward",
@@ -31,9 +33,9 @@ define(
 
 
 @register_fake("softmax_sums")
-def _(*, hidden, weight, labels, kept_bytes, **_):
+def _(*, hidden, weight, labels, with_direction, kept_bytes, **_):
     sums = hidden.new_empty((len(SUMS), *labels.shape), dtype=compute_dtype(hidden.dtype))
-    return sums, kept_like(hidden, weight, kept_bytes)
+    return sums, direction_like(hidden, with_direction), kept_like(hidden, weight, kept_bytes)
 
 
 register_fake("softmax_sums_backward")(gradients_like)

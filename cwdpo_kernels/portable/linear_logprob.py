@@ -41,7 +41,7 @@ from torch import Tensor
 
 from .gradients import LogitGrads, head_gradients
 from .kept import KeptTiles
-from .tiles import TiledHead, compute_dtype, direction_dtype, fill_target, rows_where
+from .tiles import TiledHead, compute_dtype, fill_target, new_direction, rows_where
 
 
 def linear_logprob(
@@ -52,8 +52,7 @@ def linear_logprob(
     dtype = compute_dtype(hidden.dtype)
     logp = torch.zeros(labels.shape, dtype=dtype, device=hidden.device)
     anchor, sum_exp = torch.zeros_like(logp), torch.zeros_like(logp)
-    shape = hidden.shape if with_direction else (0, hidden.shape[1])
-    direction = hidden.new_zeros(shape, dtype=direction_dtype(hidden.dtype))
+    direction = new_direction(hidden, with_direction)
     opaque = kept_bytes is not None and kept_bytes >= 0
     kept = hidden.new_empty(kept_bytes or 0, dtype=torch.uint8) if opaque else torch.empty_like(weight)
 
@@ -113,14 +112,16 @@ def _forward(
                 sum_exp_weight_ND[rows].mul_(decay_R[:, None]).addmm_(tile_RB, weight_BD)
 
     if sum_exp_weight_ND is not None:
-        # Without competitors (V = 1) sum_exp is 0. The clamp avoids 0 / 0; backward multiplies by 1 - p_y = 0.
-        sum_exp_weight_ND.div_(sum_exp_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
-        _to_direction(head, labels_N, target_N, sum_exp_weight_ND)
+        to_direction(head, labels_N, target_N, sum_exp_N, sum_exp_weight_ND)
     return anchor_N, sum_exp_N, sum_exp_weight_ND
 
 
-def _to_direction(head: TiledHead, labels_N: Tensor, target_N: Tensor, sum_exp_weight_ND: Tensor) -> None:
-    """The direction scale * (slope_y W_y - sum q W), from sum q W, in place."""
+def to_direction(
+    head: TiledHead, labels_N: Tensor, target_N: Tensor, sum_exp_N: Tensor, sum_exp_weight_ND: Tensor
+) -> None:
+    """The direction scale * (slope_y W_y - sum q W), from sum exp(z_v - anchor) slope_v W_v, in place."""
+    # Without competitors (V = 1) sum_exp is 0. The clamp avoids 0 / 0; backward multiplies by 1 - p_y = 0.
+    sum_exp_weight_ND.div_(sum_exp_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
     slope_N = head.slope(target_N)
     for rows in head.rows():
         target_RD = head.target_weight(rows, labels_N[rows])

@@ -28,6 +28,12 @@ def direction_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if dtype == torch.float16 else dtype
 
 
+def new_direction(hidden: Tensor, with_direction: bool) -> Tensor:
+    """A direction [N, D] of zeros; [0, D] if none is wanted."""
+    shape = hidden.shape if with_direction else (0, hidden.shape[1])
+    return hidden.new_zeros(shape, dtype=direction_dtype(hidden.dtype))
+
+
 def rows_where(mask: Tensor) -> Tensor | slice:
     """Indices of the rows where `mask` is True. All of them: a slice, which indexes without a copy."""
     rows = mask.nonzero().squeeze(1)

@@ -10,8 +10,9 @@ of backward (gradients.py). With d = anchor ln 2 - max_logit and x_v = z_v - anc
 
     u_v (exp_factor + log_factor log u_v) = e^(x_v) (e^d (exp_factor + log_factor d) + e^d log_factor x_v)
 
-2 N D V floating-point operations, 6 N D V in backward, which recomputes all tiles: those of a trainable head's log-prob
-hold exponentials in the dtype of the inputs, and this gradient needs logits. Bytes moved: the operands and 48 N T.
+2 N D V floating-point operations, or 4 N D V with a frozen head's direction (direction.py). 6 N D V in backward, which
+recomputes all tiles: those of a trainable head's log-prob hold exponentials in the dtype of the inputs, and this
+gradient needs logits. Bytes moved: the operands and 48 N T.
 Blocks of tokens that are ignored, or have no gradient, skip the product of both kernels; the GEMMs of backward are
 dense.
 Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles.
@@ -25,6 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
+from .direction import sweep_with_direction
 from .gradients import LogitGrads, head_gradients
 from .primitives import LN2, LN2_HI, LN2_LO, LOG2E, MAX_ANCHOR, NO_ANCHOR, log2_anchored, merge
 from .sweep import Sweep
@@ -72,7 +74,8 @@ def _sums_kernel(
     target = tl.load(target_ptr + offs_n, mask=labelled, other=0.0)
     if PARTIAL:
         target = tl.where((labels >= 0) & (labels < V), target, 0.0)
-    # Change from the anchor to max_logit, which is up to 1 (in units of ln 2) below it.
+    # Change from the anchor to max_logit, which is up to 1 (in units of ln 2) below it, or, in a bfloat16 sweep for a
+    # direction, up to HEADROOM above it.
     log2_max = tl.where(sum_exp != 0, log2_anchored(max_logit, anchor), 0.0)
     largest = tl.exp2(log2_max)
     moment = LN2 * (moment - log2_max * sum_exp) / largest
@@ -96,15 +99,19 @@ def _rescaled(moment, sum_exp, shift):
 
 def softmax_sums(
     hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, scale: float, softcap: float | None,
-    ignore_index: int, partial: bool, workspace_bytes: int, kept_bytes: int | None,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """The sums [6, N], 0 where ignored, and memory (opaque bytes or [V, D]) in which nothing is kept."""
+    ignore_index: int, partial: bool, with_direction: bool, workspace_bytes: int, kept_bytes: int | None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The sums [6, N], 0 where ignored, direction [N, D] (or empty) and memory in which nothing is kept."""
     opaque = kept_bytes is not None and kept_bytes >= 0
     kept = hidden.new_empty(kept_bytes or 0, dtype=torch.uint8) if opaque else torch.empty_like(weight)
     if kept_bytes is None or kept_bytes >= 0:
         kept.zero_()
     sweep = Sweep(hidden, weight, bias, labels.contiguous(), scale, softcap, ignore_index, statistics=True)
-    sweep.run(range(sweep.tiles_v))
+    if with_direction:
+        *_, direction = sweep_with_direction(sweep, workspace_bytes)
+    else:
+        direction = hidden.new_empty(0, hidden.shape[1])
+        sweep.run(range(sweep.tiles_v))
     sums = hidden.new_empty(SUMS, sweep.rows, dtype=torch.float32)
     if sweep.rows:
         _sums_kernel[(triton.cdiv(sweep.rows, BLOCK_N),)](
@@ -112,7 +119,7 @@ def softmax_sums(
             sweep.vocab, sweep.tiles_v, ignore_index, PARTIAL=partial, BLOCK_N=BLOCK_N, BLOCK_T=BLOCK_T,
             **COMPILER_OPTIONS,
         )  # fmt: skip
-    return sums, kept
+    return sums, direction, kept
 
 
 def softmax_sums_backward(

@@ -13,6 +13,7 @@ import trl.trainer.utils
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
 
+from cwdpo_kernels.integrations import trl_head
 from cwdpo_kernels.integrations.trl_head import PER_TOKEN, add_fused_lm_head
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
@@ -118,6 +119,37 @@ def test_gradients_of_log_probs_and_entropy():
     for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
         torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=1e-4, atol=1e-4, msg=name)
     assert model.lm_head.weight.grad.abs().max() > 0.1
+
+
+def test_frozen_head_learns_whether_the_entropy_has_a_gradient(monkeypatch):
+    """Gradients are right from the first step on. `token_stats` hears what the steps before needed."""
+    expected, actual_stats = [], trl_head.token_stats
+
+    def token_stats(*args, expect_entropy_grad):
+        expected.append(expect_entropy_grad)
+        return actual_stats(*args, expect_entropy_grad=expect_entropy_grad)
+
+    monkeypatch.setattr(trl_head, "token_stats", token_stats)
+    model = build()
+    model.lm_head.weight.requires_grad_(False)
+    ids, labels = batch()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+    grads = {}
+    for coefficient in (0.0, 0.0, 0.3, 0.3, 0.3):
+        output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        loss = output.log_probs.sum()
+        loss = loss + coefficient * output.entropy.sum() if coefficient else loss
+        (grad,) = torch.autograd.grad(loss, model.base_model.norm.weight)
+        torch.testing.assert_close(grad, grads.setdefault(coefficient, grad), rtol=1e-5, atol=1e-6)
+    assert expected == [False, False, False, True, True]
+    twin = build().double()
+    logp = twin(input_ids=ids).logits[:, :-1].log_softmax(-1)
+    mask = labels[:, 1:] != -100
+    picked = logp.gather(-1, labels[:, 1:, None].clamp(min=0)).squeeze(-1)[mask].sum()
+    for coefficient, grad in grads.items():
+        loss = picked + coefficient * -(logp.exp() * logp).sum(-1)[mask].sum()
+        (exact,) = torch.autograd.grad(loss, twin.base_model.norm.weight, retain_graph=True)
+        torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-5)
 
 
 def test_only_what_is_asked_for():

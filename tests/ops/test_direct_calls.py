@@ -202,4 +202,4 @@ def test_softmax_sums_needs_a_vocabulary(partial):
     """A process without entries does not call it (see _vocab_parallel.py)."""
     weight, labels = torch.zeros(0, D), torch.arange(N) if partial else torch.full((N,), -100)
     with pytest.raises(REFUSED, match="softmax_sums: expected weight to have V >= 1, got 0"):
-        OPS.softmax_sums(torch.randn(N, D), weight, None, labels, 1.0, None, -100, partial, 0, 0)
+        OPS.softmax_sums(torch.randn(N, D), weight, None, labels, 1.0, None, -100, partial, False, 0, 0)

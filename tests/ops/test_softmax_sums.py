@@ -42,7 +42,7 @@ def sums_of(hidden, head, labels, columns, partial=True):
     weight, bias, scale, softcap = part(head, *columns)
     local = torch.where(labels == IGNORED, IGNORED, labels - columns[0])
     local = torch.where((local == IGNORED) & (labels != IGNORED), -1, local)
-    sums, _ = OPS.softmax_sums(hidden, weight, bias, local, scale, softcap, IGNORED, partial, 0, 0)
+    sums, *_ = OPS.softmax_sums(hidden, weight, bias, local, scale, softcap, IGNORED, partial, False, 0, 0)
     return sums, local
 
 
@@ -104,7 +104,7 @@ def test_backward_of_a_part(dtype, options):
     arguments = (*factors, hidden, weight, bias, local, max_logit)
     options = (scale, softcap, IGNORED, True)
     with torch.no_grad():
-        _, kept = OPS.softmax_sums(hidden, weight, bias, local, *options, 0, None)
+        *_, kept = OPS.softmax_sums(hidden, weight, bias, local, *options, False, 0, None)
         results = [
             OPS.softmax_sums_backward(*arguments, hidden.new_empty(0), *options, True, True, bias is not None, 0)
         ]
@@ -123,30 +123,26 @@ def test_edges():
     one = torch.ones(2, 1)
     labels = torch.tensor([0, IGNORED])
     for rows in (1, 3):
-        sums, _ = OPS.softmax_sums(one, weight[:rows], None, labels, 1.0, None, IGNORED, False, 0, 0)
+        sums, *_ = OPS.softmax_sums(one, weight[:rows], None, labels, 1.0, None, IGNORED, False, False, 0, 0)
         logit_sum = 0.0 if rows == 1 else -torch.inf
         assert sums.tolist() == [[0, 0], [lowest, 0], [0, 0], [0, 0], [0, 0], [logit_sum, 0]]
     logits = torch.tensor([[2e4], [-3e4], [2e4 - 1]])
-    sums, _ = OPS.softmax_sums(one[:1], logits, None, torch.tensor([1]), 1.0, None, IGNORED, False, 0, 0)
+    sums, *_ = OPS.softmax_sums(one[:1], logits, None, torch.tensor([1]), 1.0, None, IGNORED, False, False, 0, 0)
     truth = defined(logits.T.double(), torch.tensor([1]))
     torch.testing.assert_close(sums.double(), truth, rtol=1e-3, atol=1e-3)
     for value in (torch.nan, torch.inf):
         broken = torch.tensor([[0.0], [value], [1.0]])
-        sums, _ = OPS.softmax_sums(one, broken, None, torch.tensor([0, 9]), 1.0, None, IGNORED, True, 0, 0)
+        sums, *_ = OPS.softmax_sums(one, broken, None, torch.tensor([0, 9]), 1.0, None, IGNORED, True, False, 0, 0)
         assert sums[2].isnan().all()
         assert sums[0].tolist() == [0, 0]
-    empty, _ = OPS.softmax_sums(one[:0], weight, None, labels[:0], 1.0, None, IGNORED, False, 0, 0)
+    empty, *_ = OPS.softmax_sums(one[:0], weight, None, labels[:0], 1.0, None, IGNORED, False, False, 0, 0)
     assert empty.shape == (len(SUMS), 0)
 
 
 @pytest.mark.parametrize("kept_bytes", [600, 0, None])
 def test_memory_for_kept_tiles_has_no_uninitialized_bytes(kept_bytes):
     hidden, head, labels = make_inputs((12,), 37, 8)
-    kept = [
-        OPS.softmax_sums(hidden.detach(), head.weight.detach(), None, labels, 1.0, None, IGNORED, False, 0, kept_bytes)[
-            1
-        ]
-        for _ in range(2)
-    ]
+    arguments = (hidden.detach(), head.weight.detach(), None, labels, 1.0, None, IGNORED, False, False, 0, kept_bytes)
+    kept = [OPS.softmax_sums(*arguments)[-1] for _ in range(2)]
     assert torch.equal(*kept)
     assert kept[0].shape == (head.weight.shape if kept_bytes is None else (kept_bytes,))

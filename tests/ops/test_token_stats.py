@@ -3,6 +3,7 @@ import math
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import cwdpo_kernels as ck
 from cwdpo_kernels import reference
@@ -36,6 +37,18 @@ def frozen(head):
     return dataclasses.replace(head, weight=head.weight.detach(), bias=bias)
 
 
+class RecordedOps(TorchDispatchMode):
+    """Context that records the names of the ops that run in it."""
+
+    def __init__(self):
+        super().__init__()
+        self.names = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.add(func._schema.name)
+        return func(*args, **(kwargs or {}))
+
+
 def gradients(stats, inputs, fields=DIFFERENTIABLE, seed=1):
     """Gradients of a random combination of `fields`."""
     generator = torch.Generator(torch.get_default_device()).manual_seed(seed)
@@ -67,6 +80,25 @@ def test_within_the_error_budget(shape, dtype, options, budget):
             check_budget(f"{fields}: {name}", *grads)
         of_frozen = gradients(ck.token_stats(hidden, frozen(head), labels, budget=budget), [hidden], fields)
         check_budget(f"{fields}: hidden, frozen head", of_frozen[0], found[0][0], found[1][0])
+
+
+@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "softcap"])
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_frozen_head_whose_entropy_is_only_reported(dtype, options):
+    """The gradient of logp needs no pass over the vocabulary in backward. All others are right, too."""
+    hidden, head, labels = make_inputs((5, 13), 301, 123, dtype, **options)
+    head, exact = frozen(head), as_float64(hidden, head)
+    stats = ck.token_stats(hidden, head, labels, expect_entropy_grad=False)
+    eager, truth = reference.token_stats(hidden, head, labels), reference.token_stats(*exact, labels)
+    for name in FIELDS:
+        check_budget(name, *(getattr(each, name) for each in (stats, eager, truth)))
+    assert torch.equal(stats.is_top1, truth.is_top1)
+    for fields in (("logp",), ("entropy",), ("logsumexp",), DIFFERENTIABLE):
+        with RecordedOps() as recorded:
+            (ours,) = gradients(stats, [hidden], fields)
+        assert ("cwdpo::softmax_sums_backward" in recorded.names) == (fields != ("logp",))
+        others = [gradients(each, [leaf], fields)[0] for each, leaf in ((eager, hidden), (truth, exact[0]))]
+        check_budget(f"{fields}: hidden", ours, *others)
 
 
 @pytest.mark.parametrize("p_label", [0.5, 0.999, 1 - 1e-6])
