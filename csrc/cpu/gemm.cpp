@@ -1,12 +1,10 @@
 #include "gemm.h"
 
-#if defined(__x86_64__)
-#include <cpuid.h>
-#endif
-
 #include <atomic>
 #include <string>
+#include <type_traits>
 
+#include "amx.h"
 #include "gemm_kernels.h"
 #include "vector.h"
 
@@ -17,7 +15,9 @@ GemmBackend detect_backend() {
 #if CWDPO_HAS_AVX512_GEMM
   const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl");
-  if (avx512 && __builtin_cpu_supports("avx512bf16")) return GemmBackend::kAvx512Bf16;
+  if (avx512 && __builtin_cpu_supports("avx512bf16")) {
+    return can_use_amx() ? GemmBackend::kAmx : GemmBackend::kAvx512Bf16;
+  }
   if (avx512) return GemmBackend::kAvx512;
 #endif
   return GemmBackend::kTorch;
@@ -25,22 +25,13 @@ GemmBackend detect_backend() {
 
 constexpr int64_t kPanel = PackedB<float>::kPanel;
 
-std::atomic<GemmBackend> limit = GemmBackend::kAvx512Bf16;
+std::atomic<GemmBackend> limit = GemmBackend::kAmx;
 
 void interleave(const float* row, const float*, uint32_t* out, int64_t n) { std::memcpy(out, row, n * sizeof(float)); }
 
 int64_t panels(int64_t columns) { return (columns + kPanel - 1) / kPanel; }
 
 }  // namespace
-
-bool has_amx() {
-#if defined(__x86_64__)
-  unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
-  return __get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx) != 0 && (edx >> 22 & 1) != 0;
-#else
-  return false;
-#endif
-}
 
 CWDPO_FOR_EACH_PROCESSOR void interleave(const Bf16* low, const Bf16* high, uint32_t* out, int64_t n) {
   if (high == nullptr) {
@@ -52,24 +43,24 @@ CWDPO_FOR_EACH_PROCESSOR void interleave(const Bf16* low, const Bf16* high, uint
 
 GemmBackend gemm_backend() {
   static const GemmBackend detected = detect_backend();
-  return limit == GemmBackend::kPlain ? GemmBackend::kPlain : std::min<GemmBackend>(detected, limit);
+  return limit >= GemmBackend::kPlain ? limit.load() : std::min<GemmBackend>(detected, limit);
 }
 
 template <class E>
 PackedB<E>::PackedB(int64_t max_depth, int64_t n_columns)
     : columns(n_columns),
-      panels_(empty(
-          {panels(n_columns) * ((max_depth + kTermsPerStep<E> - 1) / kTermsPerStep<E>) * kPanel}, ScalarType::Int)) {}
+      panels_(empty({panels(n_columns) * steps(max_depth) * kPanel}, ScalarType::Int)) {}
 
 template <class E>
 void PackedB<E>::pack(const E* rows, int64_t depth, bool once) {
   depth_ = depth;
   uint32_t* out = data<uint32_t>(panels_);
   const auto pack_step = [&](int64_t k) {
-    const E* low = rows + kTermsPerStep<E> * k * columns;
-    const E* high = kTermsPerStep<E> * k + 1 < depth ? low + columns : nullptr;
+    const int64_t row = kTermsPerStep<E> * k;
+    const E* low = rows + row * columns;
+    const E* high = row + 1 < depth ? low + columns : nullptr;
     for (int64_t start = 0; start < columns; start += kPanel) {
-      const int64_t count = std::min(kPanel, columns - start);
+      const int64_t count = row < depth ? std::min(kPanel, columns - start) : 0;
       uint32_t* panel = out + start * steps() + k * kPanel;
       interleave(low + start, high == nullptr ? nullptr : high + start, panel, count);
       std::fill(panel + count, panel + kPanel, 0);
@@ -87,8 +78,8 @@ void PackedB<E>::pack_transposed(const E* rows, int64_t depth) {
     uint32_t* column = out + n / kPanel * kPanel * steps() + n % kPanel;
     for (int64_t k = 0; k < steps(); ++k) {
       uint32_t step = 0;
-      const size_t bytes = std::min(kTermsPerStep<E>, depth - kTermsPerStep<E> * k) * sizeof(E);
-      if (n < columns) std::memcpy(&step, rows + n * depth + kTermsPerStep<E> * k, bytes);
+      const int64_t terms = std::clamp<int64_t>(depth - kTermsPerStep<E> * k, 0, kTermsPerStep<E>);
+      if (n < columns) std::memcpy(&step, rows + n * depth + kTermsPerStep<E> * k, terms * sizeof(E));
       column[k * kPanel] = step;
     }
   });
@@ -96,8 +87,13 @@ void PackedB<E>::pack_transposed(const E* rows, int64_t depth) {
 
 template <class E>
 void multiply(const Matrix<float>& out, const OperandA<E>& a, const PackedB<E>& b, bool accumulate) {
+  const GemmBackend backend = gemm_backend();
+  if constexpr (std::is_same_v<E, Bf16>) {
+    const bool plain = backend == GemmBackend::kPlainTiles;
+    if (plain || backend == GemmBackend::kAmx) return multiply_by_tiles(out, a, b, accumulate, plain);
+  }
   const int64_t blocks = (a.rows + kBlockRows - 1) / kBlockRows, n_panels = panels(b.columns);
-  const bool plain = gemm_backend() == GemmBackend::kPlain;
+  const bool plain = backend >= GemmBackend::kPlain;
   for_rows(blocks * n_panels, kBlockRows * kPanel * std::max<int64_t>(a.depth / 32, 1), [&](int64_t i) {
     const int64_t row = i / n_panels * kBlockRows, panel = i % n_panels;
     const int64_t rows = std::min(kBlockRows, a.rows - row), columns = std::min(kPanel, b.columns - panel * kPanel);
@@ -114,19 +110,23 @@ template void multiply(const Matrix<float>&, const OperandA<Bf16>&, const Packed
 
 }  // namespace cwdpo
 
-// For tests that compare instruction sets: limits all later products to the GemmBackend with index `most`; kPlain
-// forces that one. Returns the index of the backend that is now in use.
+// For tests that compare instruction sets: limits all later products to the GemmBackend with index `most`; from
+// kPlain on it forces that one. Returns the index of the backend that is now in use.
 extern "C" __attribute__((visibility("default"))) int cwdpo_limit_gemm(int most) {
   cwdpo::limit = static_cast<cwdpo::GemmBackend>(most);
   return static_cast<int>(cwdpo::gemm_backend());
 }
 
 // Read by cwdpo_kernels/ops/library.py: the instructions in use for products of "float32" or "bfloat16" operands, or
-// for "loops" over tiles; and those of this processor that would help and are "not used".
+// for "loops" over tiles; and why those of this processor that would help are "not used".
 extern "C" __attribute__((visibility("default"))) const char* cwdpo_instructions(const char* what) {
   const std::string name = what;
   if (name == "float32") return cwdpo::has_gemm<float>() ? "own, AVX-512" : "torch.mm";
+  if (name == "bfloat16" && cwdpo::gemm_backend() == cwdpo::GemmBackend::kAmx) return "own, AMX";
   if (name == "bfloat16") return cwdpo::has_gemm<cwdpo::Bf16>() ? "own, AVX512-BF16" : "torch.mm in float32";
-  if (name == "not used") return cwdpo::has_amx() ? "AMX" : "";
+  if (name == "not used") {
+    const bool refused = cwdpo::processor_has_amx() && !cwdpo::can_use_amx();
+    return refused ? "AMX: not known to the compiler, not permitted by the system, or wrong in a test" : "";
+  }
   return cwdpo::loop_instructions();
 }

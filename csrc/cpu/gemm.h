@@ -1,4 +1,5 @@
-// Matrix products of float32 or bfloat16 operands with float32 accumulation and output, for processors with AVX-512.
+// Matrix products of float32 or bfloat16 operands with float32 accumulation and output, for processors with AVX-512 and,
+// in bfloat16, AMX (amx.h).
 //
 // They exist because torch.mm is 10 to 15 % slower on the tiles of a head, and because it has no bfloat16 product with
 // a float32 result: it rounds the result, and operands converted to float32 run at half the rate of AVX512-BF16's
@@ -11,6 +12,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 #include "parallel.h"
 #include "tensors.h"
@@ -27,12 +29,10 @@ constexpr ScalarType kElementType = ScalarType::Float;
 template <>
 inline constexpr ScalarType kElementType<Bf16> = ScalarType::BFloat16;
 
-// The best instructions that both the compiler and the processor support. kTorch: use torch.mm. kPlain: the loops of
-// this file in plain C++, so that tests can run them on any processor; never chosen otherwise.
-enum class GemmBackend { kTorch, kAvx512, kAvx512Bf16, kPlain };
+// The best instructions that both the compiler and the processor support. kTorch: use torch.mm. kPlain, kPlainTiles: the
+// loops for AVX-512 and for AMX in plain C++, so that tests can run them on any processor; never chosen otherwise.
+enum class GemmBackend { kTorch, kAvx512, kAvx512Bf16, kAmx, kPlain, kPlainTiles };
 GemmBackend gemm_backend();
-// Whether the processor multiplies tiles of bfloat16 (AMX), which no kernel here does.
-bool has_amx();
 // Whether `multiply` below supports operands of type E.
 template <class E>
 bool has_gemm() {
@@ -60,7 +60,8 @@ inline OperandA<float> operand_a(const Matrix<float>& matrix) {
       matrix.column_stride * bytes};
 }
 
-// The operand B [K, N], packed in panels of 64 columns: [N / 64, K / kTermsPerStep, 64] steps, padded with zeros.
+// The operand B [K, N], packed in panels of 64 columns: [N / 64, K / kTermsPerStep, 64] steps, padded with zeros. AMX
+// reads 16 steps of bfloat16 at a time, so their number is a multiple of that.
 template <class E>
 class PackedB {
  public:
@@ -68,12 +69,18 @@ class PackedB {
   void pack(const E* rows, int64_t depth, bool once = false);  // from [K, N]; `once`: as in for_rows_once
   void pack_transposed(const E* rows, int64_t depth);          // from [N, K], once in a pass
   const uint32_t* panel(int64_t i) const { return data<uint32_t>(panels_) + i * steps() * kPanel; }
-  int64_t steps() const { return (depth_ + kTermsPerStep<E> - 1) / kTermsPerStep<E>; }
+  int64_t steps() const { return steps(depth_); }
 
   static constexpr int64_t kPanel = 64;  // columns of a panel
+  static constexpr int64_t kStepsOfTile = std::is_same_v<E, Bf16> ? 16 : 1;  // of AMX
   const int64_t columns;
 
  private:
+  static int64_t steps(int64_t depth) {
+    const int64_t tile = kTermsPerStep<E> * kStepsOfTile;
+    return (depth + tile - 1) / tile * kStepsOfTile;
+  }
+
   Tensor panels_;
   int64_t depth_ = 0;
 };

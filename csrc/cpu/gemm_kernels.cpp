@@ -17,7 +17,7 @@ namespace {
 template <class E>
 float entry(uint32_t step, int64_t term) {
   if constexpr (std::is_same_v<E, float>) return std::bit_cast<float>(step);
-  return std::bit_cast<float>(term == 0 ? step << 16 : step & 0xffff0000u);
+  return term == 0 ? low_entry(step) : high_entry(step);
 }
 
 template <class E>
@@ -46,7 +46,7 @@ Bf16 rounded_plain(float x) {
   return static_cast<Bf16>((bits + 0x7fffu + (bits >> 16 & 1u)) >> 16);
 }
 
-bool is_plain() { return gemm_backend() == GemmBackend::kPlain; }
+bool is_plain() { return gemm_backend() >= GemmBackend::kPlain; }
 
 }  // namespace
 }  // namespace cwdpo

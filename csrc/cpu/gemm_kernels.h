@@ -1,6 +1,7 @@
 // The inner loops of gemm.h: register-blocked micro-kernels, and rounding to bfloat16.
 #pragma once
 
+#include <bit>
 #include <cstdint>
 
 #include "gemm.h"
@@ -31,6 +32,10 @@ using MicroKernel = void (*)(const Block&);
 // The micro-kernel for blocks of that size; `plain`: in plain C++, else has_gemm<E>() is required.
 template <class E>
 MicroKernel micro_kernel(int64_t rows, int64_t columns, bool plain);
+
+// The two numbers of a step of bfloat16.
+inline float low_entry(uint32_t step) { return std::bit_cast<float>(step << 16); }
+inline float high_entry(uint32_t step) { return std::bit_cast<float>(step & 0xffff0000u); }
 
 // Round n floats to bfloat16. round_pair interleaves two rows; high = nullptr stands for a row of zeros.
 void round_row(const float* x, Bf16* out, int64_t n);

@@ -96,7 +96,8 @@ def backend_details(device: str | torch.device = "cpu") -> dict[str, str]:
     float32, bfloat16: how matrix products of such operands are computed: by own kernels, with their instruction set, or
     by torch.mm. bfloat16 heads without own kernels are converted to float32, tile by tile. float16: as float32.
     loops: the instruction set of the loops over tiles (exponentials, sums, conversions).
-    not used: AMX, on a processor that has it. No such processor has been at hand to test kernels on.
+    not used: AMX, on a processor that has it, if the compiler did not know it, the system does not permit it, or its
+    products were wrong in a test.
     """
     name = backend(device)
     return {"backend": name, **_BACKENDS[name].details()}
