@@ -87,13 +87,15 @@ def token_stats(
     One forward pass over the vocabulary (1 N D V multiply-adds) computes all fields. Backward takes 2 N D V for a
     frozen head and 3 N D V for a trainable one; tiles that `budget` keeps save up to 1 N D V (on a GPU, none are kept).
 
-    `expect_entropy_grad=False` is for a frozen head whose entropy is only reported. It changes the speed, and no result
-    beyond rounding: forward then computes the gradient of the log-prob, too, and takes 2 N D V, backward almost
-    nothing. A gradient of the entropy or of the log-sum-exp would still be right, but cost 2 N D V more. It has no
-    effect on a trainable head, on one that is split over processes, and in a compiled graph.
+    `expect_entropy_grad=False` is for a frozen head whose entropy is only reported. It changes speed and memory, and no
+    result beyond rounding: forward then computes the gradient of the log-prob, too, in 2 N D V, and keeps N D numbers
+    for it; backward takes almost nothing. A gradient of the entropy or of the log-sum-exp, be it of zeros, is still
+    right, but costs 2 N D V more, whatever `budget` keeps. The option has no effect on a trainable head, on one that is
+    split over processes, and in a compiled graph.
     """
     op = "token_stats"
     check_budget(op, budget)
+    check.check_flag(op, "expect_entropy_grad", expect_entropy_grad)
     tokens = labeled_tokens(op, hidden, head, labels, rows, ignore_index)
     head = tokens.head
     if head.shard is not None:

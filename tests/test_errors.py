@@ -125,6 +125,10 @@ CASES = [
     ),
     (lambda: ck.token_divergence(H, W, H, W, budget=1), "expected budget to have type MemoryBudget, got int"),
     (lambda: ck.logits_logprob(H, Y, reuse_logits="no"), "expected reuse_logits to have type bool, got str"),
+    (
+        lambda: ck.token_stats(H, W, Y, expect_entropy_grad=None),
+        "expected expect_entropy_grad to have type bool, got NoneType",
+    ),
     (lambda: logp(W.to_sparse()), "expected head.weight to have layout dense, got torch.sparse_coo"),
     (lambda: ck.linear_logprob(H.to_sparse(), W, Y), "expected hidden to have layout dense, got torch.sparse_coo"),
     (lambda: logp(ck.Head(W, torch.zeros(11).to_sparse())), "expected head.bias to have layout dense, got"),

@@ -74,7 +74,7 @@ SoftmaxSums softmax_sums(
     int64_t workspace_bytes, std::optional<int64_t> kept_bytes) {
   const HeadArguments arguments{hidden, weight, bias, scale, softcap, workspace_bytes};
   check_arguments("softmax_sums", arguments, labels);
-  expect(!(partial && with_direction), "softmax_sums", "with_direction", "value", "false with partial", "true");
+  expect(!(partial && with_direction), "softmax_sums", "with_direction", "value", "False with partial", "True");
   if (kept_bytes) expect_at_least("softmax_sums", "kept_bytes", *kept_bytes, kUninitialized);
   const LabelledRows labelled = labelled_rows("softmax_sums", labels, ignore_index, weight.size(0), partial);
   return with_compute_type(hidden.scalar_type(), [&](auto type) {

@@ -42,7 +42,7 @@ PER_TOKEN = {
     "log_probs": "logp", "entropy": "entropy", "log_sum_sq_probs": "log_sum_sq_probs", "mean_logits": "mean_logit",
     "is_top1": "is_top1",
 }  # fmt: skip
-# Attributes set on models: their own forward; whether a gradient of the entropy has arrived.
+# Attributes set on models: their own forward, and an _EntropyGrad.
 _UNFUSED, _ENTROPY_GRAD = "_cwdpo_unfused_forward", "_cwdpo_entropy_grad"
 IGNORED = -100
 
@@ -66,8 +66,8 @@ def use_fused_head() -> contextlib.ExitStack:
 
     Log-probs alone come from `linear_logprob`, and with other fields from `token_stats`. A frozen head takes one pass
     over the vocabulary for them and the gradient of the log-probs. Only GRPO with an entropy bonus also needs the
-    entropy's gradient. The first one that arrives takes two more products; from then on, backward computes both
-    gradients in one pass (`expect_entropy_grad`).
+    entropy's gradient. The first step that has one takes two more products; the steps after it compute both gradients
+    in one pass (see `token_stats`, `expect_entropy_grad`).
 
     NotImplementedError: the version of TRL is not known (>= 1.16 and < 1.17). In the trainer's constructor, HeadError:
     the model's head is not supported (see `attach_head`); it never falls back to TRL's head.
@@ -126,6 +126,30 @@ class _Fused:
     result: type  # TRL's FusedCausalLMOutput
 
 
+class _EntropyGrad:
+    """Whether the entropies of a model get gradients, learned from the backward passes so far."""
+
+    def __init__(self) -> None:
+        self.seen = self.expected = False
+
+    def is_expected(self) -> bool:
+        """Changes outside of backward only: what checkpointing runs again there must save what forward has saved."""
+        if torch.compiler.is_compiling():
+            return True  # has no effect there
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self.seen and not in_backward:
+            self.expected = True
+        return self.expected
+
+    def watch(self, entropy: Tensor) -> None:
+        """Note a gradient of `entropy` when it arrives."""
+        if entropy.requires_grad and not self.seen and not torch.compiler.is_compiling():
+            entropy.register_hook(self._note)
+
+    def _note(self, grad: Tensor) -> None:
+        self.seen = True
+
+
 def add_fused_lm_head(
     model: nn.Module, temperature: float = 1.0, cast_lm_head_to_fp32: bool = False,
     outputs: Iterable[str] = ("log_probs",),
@@ -155,6 +179,7 @@ def add_fused_lm_head(
         measured.scale / temperature, None if measured.softcap is None else measured.softcap / temperature
     )
     vars(model).setdefault(_UNFUSED, model.forward)
+    vars(model)[_ENTROPY_GRAD] = _EntropyGrad()
     fused = _Fused(transform, cast_lm_head_to_fp32, names, _known_utils().FusedCausalLMOutput)
     forward = _fused_forward(type(model).forward, fused)
     model.forward = MethodType(forward, model)
@@ -203,10 +228,9 @@ def _per_token(model: Any, hidden: Tensor, labels: Tensor, fused: _Fused) -> dic
         if set(fused.outputs) <= {"log_probs"}:
             fields = {"log_probs": linear_logprob(hidden, head, targets)}
         else:
-            expected = vars(model).get(_ENTROPY_GRAD, False)
-            stats = token_stats(hidden, head, targets, expect_entropy_grad=expected)
-            if stats.entropy.requires_grad and not expected and not torch.compiler.is_compiling():
-                stats.entropy.register_hook(lambda _: vars(model).update({_ENTROPY_GRAD: True}))
+            entropy_grad = vars(model)[_ENTROPY_GRAD]
+            stats = token_stats(hidden, head, targets, expect_entropy_grad=entropy_grad.is_expected())
+            entropy_grad.watch(stats.entropy)
             fields = {name: getattr(stats, PER_TOKEN[name]) for name in ("log_probs", *fused.outputs)}
         # Views would lose FSDP's hooks if the caller changed them in place.
         return {name: field.clone() for name, field in fields.items()}

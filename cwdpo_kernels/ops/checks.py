@@ -55,6 +55,8 @@ def check_arguments(op: str, values: Values) -> None:
         # With `partial`, labels outside the head's vocabulary belong to another process.
         vocab = None if values.get("partial") else tensors[matrix].shape[columns]
         check.check_labels(op, tensors["labels"], tensors[rows_name], rows_name, vocab, values["ignore_index"])
+    if values.get("partial") and values.get("with_direction"):
+        check.fail(op, "with_direction", "value", "False with partial", True)
     if "mode" in values:
         check.check_choice(op, "mode", values["mode"], check.SFT_MODES)
     for name in BY_VALUE:

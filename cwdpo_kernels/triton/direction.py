@@ -86,12 +86,15 @@ def _chunks(sweep: Sweep, workspace_bytes: int) -> list[range]:
     return [range(*pair) for pair in itertools.pairwise(starts)]
 
 
+def new_direction(hidden: Tensor, rows: int) -> Tensor:
+    """A direction [rows, D]. In float16 it may overflow although the gradient, direction * (1 - p_y), does not."""
+    dtype = torch.float32 if hidden.dtype == torch.float16 else hidden.dtype
+    return hidden.new_empty(rows, hidden.shape[1], dtype=dtype)
+
+
 def _direction(sweep: Sweep, sum_exp_weight_ND: Tensor, sum_exp_N: Tensor) -> Tensor:
     rows, dim = sum_exp_weight_ND.shape
-    dtype = sweep.hidden.dtype
-    # In float16 the direction may overflow although the gradient, direction * (1 - p_y), does not.
-    dtype = torch.float32 if dtype == torch.float16 else dtype
-    out = torch.empty(rows, dim, dtype=dtype, device=sweep.hidden.device)
+    out = new_direction(sweep.hidden, rows)
     if rows and dim:
         blocks = triton.cdiv(rows, BLOCK_N), triton.cdiv(dim, BLOCK_D)
         _direction_kernel[blocks](

@@ -26,7 +26,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .direction import sweep_with_direction
+from .direction import new_direction, sweep_with_direction
 from .gradients import LogitGrads, head_gradients
 from .kept import KeptChunks
 from .primitives import logit_gradient
@@ -48,7 +48,7 @@ def linear_logprob(
     kept_chunks = KeptChunks(kept, hidden, sweep.vocab, sweep.config.block_v, softcap, workspace_bytes)
     if kept_bytes is None or kept_bytes >= 0:
         kept_chunks.zero_unused()
-    return *kept_chunks.fill(sweep), hidden.new_empty(0, hidden.shape[1]), kept
+    return *kept_chunks.fill(sweep), new_direction(hidden, 0), kept
 
 
 def linear_logprob_backward(

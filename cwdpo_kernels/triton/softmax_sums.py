@@ -26,7 +26,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .configs import COMPILER_OPTIONS
-from .direction import sweep_with_direction
+from .direction import new_direction, sweep_with_direction
 from .gradients import LogitGrads, head_gradients
 from .primitives import LN2, LN2_HI, LN2_LO, LOG2E, MAX_ANCHOR, NO_ANCHOR, log2_anchored, merge
 from .sweep import Sweep
@@ -110,7 +110,7 @@ def softmax_sums(
     if with_direction:
         *_, direction = sweep_with_direction(sweep, workspace_bytes)
     else:
-        direction = hidden.new_empty(0, hidden.shape[1])
+        direction = new_direction(hidden, 0)
         sweep.run(range(sweep.tiles_v))
     sums = hidden.new_empty(SUMS, sweep.rows, dtype=torch.float32)
     if sweep.rows:

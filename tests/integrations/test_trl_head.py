@@ -12,6 +12,7 @@ import transformers as hf
 import trl.trainer.utils
 from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 
 from cwdpo_kernels.integrations import trl_head
 from cwdpo_kernels.integrations.trl_head import PER_TOKEN, add_fused_lm_head
@@ -150,6 +151,24 @@ def test_frozen_head_learns_whether_the_entropy_has_a_gradient(monkeypatch):
         loss = picked + coefficient * -(logp.exp() * logp).sum(-1)[mask].sum()
         (exact,) = torch.autograd.grad(loss, twin.base_model.norm.weight, retain_graph=True)
         torch.testing.assert_close(grad.double(), exact, rtol=1e-4, atol=1e-5)
+
+
+def test_frozen_head_under_checkpointing():
+    """The forward that checkpointing runs again in backward saves what the first one has saved."""
+    model = build()
+    model.lm_head.weight.requires_grad_(False)
+    ids, labels = batch()
+    add_fused_lm_head(model, outputs=("log_probs", "entropy"))
+
+    def loss():
+        output = model(input_ids=ids, labels=labels, fused_lm_head=True)
+        return output.log_probs.sum() + 0.3 * output.entropy.sum()
+
+    norm = model.base_model.norm.weight
+    for _ in range(3):
+        norm.grad = None
+        checkpoint(loss, use_reentrant=False).backward()
+        torch.testing.assert_close(norm.grad, torch.autograd.grad(loss(), norm)[0], rtol=1e-5, atol=1e-6)
 
 
 def test_only_what_is_asked_for():

@@ -203,3 +203,11 @@ def test_softmax_sums_needs_a_vocabulary(partial):
     weight, labels = torch.zeros(0, D), torch.arange(N) if partial else torch.full((N,), -100)
     with pytest.raises(REFUSED, match="softmax_sums: expected weight to have V >= 1, got 0"):
         OPS.softmax_sums(torch.randn(N, D), weight, None, labels, 1.0, None, -100, partial, False, 0, 0)
+
+
+def test_softmax_sums_has_no_direction_of_a_part():
+    arguments = (torch.randn(N, D), torch.randn(V, D), None, torch.arange(N), 1.0, None, -100, True, True, 0, 0)
+    with pytest.raises(
+        REFUSED, match="softmax_sums: expected with_direction to have value False with partial, got True"
+    ):
+        OPS.softmax_sums(*arguments)

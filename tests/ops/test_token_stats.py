@@ -82,13 +82,14 @@ def test_within_the_error_budget(shape, dtype, options, budget):
         check_budget(f"{fields}: hidden, frozen head", of_frozen[0], found[0][0], found[1][0])
 
 
-@pytest.mark.parametrize("options", OPTIONS, ids=["plain", "softcap"])
+@pytest.mark.parametrize("budget", [ck.MemoryBudget(), ck.MemoryBudget(1)], ids=["default", "smallest tiles"])
+@pytest.mark.parametrize("options", [*OPTIONS, {"logit_std": 30.0}], ids=["plain", "softcap", "large logits"])
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_frozen_head_whose_entropy_is_only_reported(dtype, options):
+def test_frozen_head_whose_entropy_is_only_reported(dtype, options, budget):
     """The gradient of logp needs no pass over the vocabulary in backward. All others are right, too."""
-    hidden, head, labels = make_inputs((5, 13), 301, 123, dtype, **options)
+    hidden, head, labels = make_inputs((5, 3), 301, 123, dtype, **options)
     head, exact = frozen(head), as_float64(hidden, head)
-    stats = ck.token_stats(hidden, head, labels, expect_entropy_grad=False)
+    stats = ck.token_stats(hidden, head, labels, budget=budget, expect_entropy_grad=False)
     eager, truth = reference.token_stats(hidden, head, labels), reference.token_stats(*exact, labels)
     for name in FIELDS:
         check_budget(name, *(getattr(each, name) for each in (stats, eager, truth)))
@@ -99,6 +100,36 @@ def test_frozen_head_whose_entropy_is_only_reported(dtype, options):
         assert ("cwdpo::softmax_sums_backward" in recorded.names) == (fields != ("logp",))
         others = [gradients(each, [leaf], fields)[0] for each, leaf in ((eager, hidden), (truth, exact[0]))]
         check_budget(f"{fields}: hidden", ours, *others)
+
+
+@pytest.mark.parametrize("p_label", [0.5, 0.999, 1 - 1e-6])
+def test_confident_tokens_of_a_frozen_head(p_label):
+    hidden, head, labels = confident_inputs(p_label, 32, 500, 64, torch.float32)
+    exact = as_float64(hidden, head)
+    ours = ck.token_stats(hidden, frozen(head), labels, expect_entropy_grad=False)
+    truth = reference.token_stats(*exact, labels)
+    for name in FIELDS:
+        assert relative_error(getattr(ours, name), getattr(truth, name)) < 1e-5, name
+    for name in DIFFERENTIABLE:
+        (found,), (expected, *_) = gradients(ours, [hidden], [name]), gradients(truth, leaves(*exact), [name])
+        assert relative_error(found, expected) < 1e-5, name
+
+
+@pytest.mark.plain_tensors  # for torch.compile
+def test_expect_entropy_grad_is_for_frozen_heads():
+    """A trainable head, a compiled graph and a vocabulary of one entry give the same as without the option."""
+    hidden, head, labels = make_inputs((12,), 130, 40)
+    for head_, function in (
+        (head, ck.token_stats),
+        (frozen(head), torch.compile(ck.token_stats, backend="eager", fullgraph=True)),
+        (ck.Head(torch.ones(1, 40)), ck.token_stats),
+    ):
+        inputs = [x for x in (hidden, head_.weight) if x.requires_grad]
+        targets = labels if head_.vocab > 1 else labels * 0
+        plain, other = (function(hidden, head_, targets, expect_entropy_grad=value) for value in (True, False))
+        for grads in zip(gradients(plain, inputs), gradients(other, inputs), strict=True):
+            assert torch.equal(*grads)
+        assert all(torch.equal(*fields) for fields in zip(plain, other, strict=True))
 
 
 @pytest.mark.parametrize("p_label", [0.5, 0.999, 1 - 1e-6])
