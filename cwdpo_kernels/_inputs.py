@@ -43,8 +43,8 @@ def labeled_tokens(
 ) -> LabeledTokens:
     """Check the arguments of a linear op and gather the tokens to project.
 
-    In a compiled graph all tokens are gathered, because the number of labeled ones would be a data-dependent shape;
-    the op itself then skips ignored tokens.
+    In a compiled graph, and under vmap over labels, all tokens are gathered, because the number of labeled ones would
+    be a data-dependent shape; the op itself then skips ignored tokens.
     """
     head = as_head(op, "head", head)
     if any(is_dtensor(x) for x in (hidden, head.weight, head.bias, labels)):
@@ -57,7 +57,7 @@ def labeled_tokens(
     flat_hidden, flat_labels = hidden.reshape(-1, hidden.shape[-1]), labels.reshape(-1)
     if rows is not None:
         check.check_rows(op, rows, labels)
-    elif not torch.compiler.is_compiling() and labels.device.type != "meta":
+    elif not torch.compiler.is_compiling() and labels.device.type != "meta" and not check.is_batched(labels):
         rows = (flat_labels != ignore_index).nonzero().squeeze(1)
         rows = None if rows.numel() == labels.numel() else rows
     if rows is not None:

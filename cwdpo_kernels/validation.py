@@ -122,6 +122,21 @@ def check_softcap(op: str, arg: str, softcap: float | None, dtype: torch.dtype) 
     expect(ok, op, arg, "value", f"None or between {limits.tiny:.2g} and {limits.max:.2g}", softcap)
 
 
+def may_read(indices: Tensor) -> bool:
+    """Whether values can be read without a sync: on a CPU, outside of compiled graphs, and not under vmap over them."""
+    return indices.device.type == "cpu" and not torch.compiler.is_compiling() and not is_batched(indices)
+
+
+def is_batched(tensor: Tensor) -> bool:
+    """Whether `tensor` is a batch of vmap, possibly within another transform of torch.func."""
+    functorch = torch._C._functorch
+    while functorch.is_functorch_wrapped_tensor(tensor):
+        if functorch.is_batchedtensor(tensor):
+            return True
+        tensor = functorch.get_unwrapped(tensor)
+    return False
+
+
 def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: int | None, ignore_index: int) -> None:
     """Check that labels fit `like` [..., X]; their values only on the CPU, where reading them needs no device sync.
 
@@ -133,7 +148,7 @@ def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: i
     ok = list(labels.shape) == expected
     expect(ok, op, "labels", "shape", f"{expected} (as {like_name})", list(labels.shape))
     check_device(op, "labels", labels, like, like_name)
-    if vocab is not None and labels.device.type == "cpu" and labels.numel() and not torch.compiler.is_compiling():
+    if vocab is not None and labels.numel() and may_read(labels):
         wrong = (labels != ignore_index) & ((labels < 0) | (labels >= vocab))
         if wrong.any():
             value = labels[wrong][0].item()
@@ -144,7 +159,7 @@ def check_rows(op: str, rows: Tensor, labels: Tensor) -> None:
     check_dtype(op, "rows", rows, INDEX_DTYPES)
     expect(rows.dim() == 1, op, "rows", "shape", "[M], indices of labeled tokens", list(rows.shape))
     check_device(op, "rows", rows, labels, "labels")
-    if rows.device.type == "cpu" and rows.numel() and not torch.compiler.is_compiling():
+    if rows.numel() and may_read(rows):
         low, high = int(rows.min()), int(rows.max())
         ok = low >= 0 and high < labels.numel()
         expect(ok, op, "rows", "values", f"in [0, {labels.numel()})", low if low < 0 else high)
@@ -166,7 +181,7 @@ def check_cu_seqlens(op: str, cu_seqlens: Tensor, tokens: Tensor) -> None:
     if torch.compiler.is_compiling():
         return
     expect(cu_seqlens.numel() > 1 or tokens.numel() == 0, op, "cu_seqlens", "shape", "[S + 1] with S >= 1", [1])
-    if cu_seqlens.device.type == "cpu":
+    if may_read(cu_seqlens):
         expected = f"0 <= ... <= {tokens.numel()}, rising from 0 to the number of tokens"
         ok = bool(cu_seqlens[0] == 0 and cu_seqlens[-1] == tokens.numel() and (cu_seqlens.diff() >= 0).all())
         expect(ok, op, "cu_seqlens", "values", expected, cu_seqlens.tolist())

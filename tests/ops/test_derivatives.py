@@ -1,5 +1,7 @@
 """First derivatives are right under every transform of torch. Second and forward-mode ones raise, by name."""
 
+import sys
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -83,6 +85,25 @@ def test_vmap_over_a_gradient(function, inputs, close):
     for i in range(2):
         one = torch.func.grad(function, argnums=(0, 1))(batch[i], weight)
         for actual, truth in zip(grads, one, strict=True):
+            close(actual[i], truth)
+
+
+@pytest.mark.plain_tensors
+@every_function
+def test_gradients_per_sample(function, inputs, close, monkeypatch):
+    """vmap over hidden and labels, which differ in the number of ignored tokens, with one head for all."""
+    hidden, weight = detached(inputs)
+    batch, samples = torch.stack([hidden, hidden.flip(0)]), torch.stack([labels(), labels().flip(1)])
+    samples[1, 0] = ck.IGNORE_INDEX
+
+    def sample(hidden, labels, weight):
+        monkeypatch.setattr(sys.modules[__name__], "LABELS", labels)
+        return function(hidden, weight)
+
+    gradients = torch.func.grad(sample, argnums=(0, 2))
+    together = torch.func.vmap(gradients, in_dims=(0, 0, None))(batch, samples, weight)
+    for i in range(2):
+        for actual, truth in zip(together, gradients(batch[i], samples[i], weight), strict=True):
             close(actual[i], truth)
 
 
