@@ -17,9 +17,9 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ..portable.tiles import compute_dtype
+from ..validation import fail
 from .kept_tiles import backward_from_kept, direction_like, gradients_like, kept_like, other_gradients_like
 from .schema import Values, arguments, define, register_autograd, register_fake
 
@@ -55,21 +55,34 @@ register_fake("linear_logprob_backward")(gradients_like)
 register_fake("linear_logprob_backward_")(other_gradients_like)
 
 
-def along_direction(grad_logp: Tensor, logp: Tensor, direction: Tensor) -> Tensor:
-    """The gradient of hidden [N, D]: grad_logp (1 - p_y) direction. Autograd casts it to the dtype of `hidden`."""
-    factor = grad_logp * -torch.expm1(logp)
-    return (direction * factor[:, None]).to(direction.dtype)
+FROM_DIRECTION = ("labels", "ignore_index", "logp", "direction")  # what the function reads beside the upstream gradient
+
+
+def from_direction(values: Values) -> Values:
+    """The gradient of hidden [N, D]: grad_logp (1 - p_y) direction, 0 for tokens whose upstream gradient is 0."""
+    grad_logp = values["grad_logp"].masked_fill(values["labels"] == values["ignore_index"], 0)
+    factor = (grad_logp * -torch.expm1(values["logp"]))[:, None]
+    grad = (values["direction"] * factor).masked_fill_(grad_logp[:, None] == 0, 0)  # logp and direction may be NaN
+    return {"hidden": grad.to(values["direction"].dtype)}  # autograd casts it to the dtype of `hidden`
+
+
+def expect_frozen(op: str, values: Values) -> None:
+    """Raise an error if a direct call asks for the direction of a trainable head, which has no other gradient."""
+    for name in ("weight", "bias"):
+        if values[name] is not None and values[name].requires_grad:
+            fail(op, "with_direction", "value", f"False ({name} requires a gradient)", True)
 
 
 def _saves(values: Values) -> Iterable[str]:
     if values["with_direction"]:
-        return "with_direction", "logp", "direction"
+        expect_frozen("linear_logprob", values)
+        return "with_direction", *FROM_DIRECTION
     return "with_direction", "kept_bytes", *arguments("linear_logprob_backward")
 
 
 def _backward(ctx: Any, values: Values) -> Values:
     if values["with_direction"]:
-        return {"hidden": along_direction(values["grad_logp"], values["logp"], values["direction"])}
+        return from_direction(values)
     return backward_from_kept(ctx, "linear_logprob_backward", values)
 
 

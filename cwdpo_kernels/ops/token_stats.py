@@ -23,7 +23,7 @@ from ..portable.softmax_sums import SUMS
 from ..portable.stats import factors_relative_to, gradient_factors, stats_of, sums_of_nothing, sums_relative_to
 from ..portable.tiles import compute_dtype
 from .kept_tiles import backward_from_kept, direction_like, kept_like
-from .linear_logprob import along_direction
+from .linear_logprob import FROM_DIRECTION, expect_frozen, from_direction
 from .schema import Values, arguments, define, register_autograd, register_fake
 
 define(
@@ -59,13 +59,16 @@ def token_stats(
 
 
 def _saves(values: Values) -> Iterable[str]:
-    of_direction = ("logp", "direction") if values["with_direction"] else ()
+    of_direction: tuple[str, ...] = ()
+    if values["with_direction"]:
+        expect_frozen("token_stats", values)
+        of_direction = FROM_DIRECTION
     return "with_direction", "sums", "kept_bytes", *of_direction, *arguments("softmax_sums_backward")
 
 
 def _backward(ctx: Any, values: Values) -> Values:
     if values["with_direction"] and values["grad_entropy"] is None and values["grad_logsumexp"] is None:
-        return {"hidden": along_direction(values["grad_logp"], values["logp"], values["direction"])}
+        return from_direction(values)
     sums, labels = values["sums"].contiguous(), values["labels"]  # saved-tensor hooks may change the layout
     grads = [values[f"grad_{name}"] for name in DIFFERENTIABLE]
     ignored = labels == values["ignore_index"]

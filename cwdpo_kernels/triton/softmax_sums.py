@@ -74,8 +74,7 @@ def _sums_kernel(
     target = tl.load(target_ptr + offs_n, mask=labelled, other=0.0)
     if PARTIAL:
         target = tl.where((labels >= 0) & (labels < V), target, 0.0)
-    # Change from the anchor to max_logit, which is up to 1 (in units of ln 2) below it, or, in a bfloat16 sweep for a
-    # direction, up to HEADROOM above it.
+    # Change from the anchor to max_logit, which is up to 1 (in units of ln 2) below it.
     log2_max = tl.where(sum_exp != 0, log2_anchored(max_logit, anchor), 0.0)
     largest = tl.exp2(log2_max)
     moment = LN2 * (moment - log2_max * sum_exp) / largest

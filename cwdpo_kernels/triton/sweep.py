@@ -100,7 +100,9 @@ def _sweep_kernel(
         max_logit = tl.max(competitor, 1)
         anchor = anchor_of(max_logit)
         if HAS_MIN_ANCHOR:
-            headroom: tl.constexpr = HEADROOM if tile_ptr.dtype.element_ty == tl.bfloat16 else 0
+            # Statistics are exact at the tile's own anchor only: at another, the entropy is a small difference.
+            bf16: tl.constexpr = tile_ptr.dtype.element_ty == tl.bfloat16
+            headroom: tl.constexpr = HEADROOM if bf16 and not STATISTICS else 0
             min_anchor = tl.load(min_anchor_ptr + offs_n, mask=mask_n, other=NO_ANCHOR)
             anchor = tl.where(anchor > min_anchor + headroom, anchor, min_anchor)
         exponent = log2_anchored(competitor, anchor[:, None])
@@ -167,7 +169,8 @@ class Sweep:
     def run(self, tiles: range, min_anchor: Tensor | None = None, out: Tensor | None = None) -> None:
         """Sweep over `tiles`. Their exponentials go to `out` [N, C].
 
-        Anchors are at least `min_anchor` [N]. With bfloat16 tiles they are equal to it within HEADROOM.
+        Anchors are at least `min_anchor` [N]. With bfloat16 tiles, and without statistics, they are equal to it within
+        HEADROOM.
         """
         if self.rows == 0 or len(tiles) == 0:
             return

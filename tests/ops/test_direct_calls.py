@@ -211,3 +211,13 @@ def test_softmax_sums_has_no_direction_of_a_part():
         REFUSED, match="softmax_sums: expected with_direction to have value False with partial, got True"
     ):
         OPS.softmax_sums(*arguments)
+
+
+@pytest.mark.parametrize("op", ["linear_logprob", "token_stats"])
+def test_a_trainable_head_has_no_direction(op):
+    head = (torch.randn(N, D), torch.randn(V, D).requires_grad_(), None, torch.arange(N), 1.0, None, -100)
+    options = (True, False, 0, 0) if op == "linear_logprob" else (True, 0, 0)
+    with pytest.raises(REFUSED, match=f"{op}: expected with_direction to have value False .weight requires"):
+        getattr(OPS, op)(*head, *options)
+    with torch.no_grad():
+        getattr(OPS, op)(*head, *options)

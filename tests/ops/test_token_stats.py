@@ -173,6 +173,41 @@ def test_rows_without_a_gradient_may_have_any_values():
     assert not grads[0][[2, 5]].any()
 
 
+@pytest.mark.parametrize("op", ["token_stats", "linear_logprob"])
+def test_rows_of_a_frozen_head_without_a_gradient_may_have_any_values(op):
+    """An upstream gradient of 0 never becomes NaN, nor does one of NaN count for an ignored token among `rows`."""
+    hidden, head, labels = make_inputs((8,), 61, 20, labelled=1.0)
+    hidden = hidden.detach().index_fill(0, torch.tensor([2, 5]), math.nan).requires_grad_()
+    labels = labels.index_fill(0, torch.tensor([2, 6]), ck.IGNORE_INDEX)
+    upstream = torch.ones(8).index_fill(0, torch.tensor([5]), 0.0).index_fill(0, torch.tensor([2, 6]), math.nan)
+    for rows in (None, torch.arange(8)):
+        if op == "token_stats":
+            logp = ck.token_stats(hidden, frozen(head), labels, rows=rows, expect_entropy_grad=False).logp
+        else:
+            logp = ck.linear_logprob(hidden, frozen(head), labels, rows=rows)
+        (grad,) = torch.autograd.grad(logp, hidden, upstream)
+        assert torch.isfinite(grad).all()
+        assert grad.any(1).tolist() == [True, True, False, True, True, False, False, True]
+
+
+@pytest.mark.parametrize("rise", [2.0, 20.0, 23.0])
+def test_the_entropy_keeps_its_digits_where_the_largest_logit_comes_late(rise):
+    """With many tiles in bfloat16, exponentials may lie at the anchor of earlier tiles. The sums may not."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    logits = torch.randn(600, 1, generator=generator, device="cpu")
+    logits[-3] += rise
+    weight, labels = logits.to(torch.bfloat16).to(torch.get_default_device()), torch.zeros(40, dtype=torch.int64)
+    hidden = torch.ones(40, 1, dtype=torch.bfloat16, requires_grad=True)
+    stats = ck.token_stats(hidden, weight, labels, budget=ck.MemoryBudget(1), expect_entropy_grad=False)
+    one_tile = ck.token_stats(hidden, weight, labels)
+    truth = reference.token_stats(*as_float64(hidden, ck.Head(weight)), labels)
+    for name in FIELDS:
+        torch.testing.assert_close(getattr(stats, name).double(), getattr(truth, name), rtol=1e-6, atol=5e-7)
+    for name in DIFFERENTIABLE:
+        found, expected = (gradients(each, [hidden], [name])[0] for each in (stats, one_tile))
+        torch.testing.assert_close(found, expected)
+
+
 def test_two_backwards_and_repeatability():
     """Backward may run twice (the kept tiles are then recomputed), and equal inputs give equal bits."""
     hidden, head, labels = make_inputs((12,), 130, 40)
