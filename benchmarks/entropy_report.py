@@ -18,8 +18,8 @@ def section(report: dict) -> str:
     names = list(dict.fromkeys(name for entry in entries for name in entry["results"]))
     text = (
         "Log-probs and entropies with gradients, as policy gradients with an entropy bonus need them "
-        "(`token_stats`): seconds / MiB. Cut-cross-entropy has no entropy, so its column is the step without it; the "
-        "ratio leaves it out."
+        "(`token_stats`): seconds / MiB. In the rows without the entropy's gradient it is only reported, as most "
+        "trainers do. Cut-cross-entropy has no entropy, so its column is the step without it; the ratio leaves it out."
     )
     lines = []
     for entry in entries:
