@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 #include <limits>
 #include <vector>
 
@@ -18,8 +19,9 @@ inline Tensor direction_of_zeros(const Tensor& hidden, bool with_direction) {
   return zeros({with_direction ? hidden.size(0) : 0, hidden.size(1)}, direction_dtype(hidden.scalar_type()));
 }
 
-// Writes scale * (slope_y W_y - sum_exp_weight / sum_exp) of every labelled row to its token's row of `direction`. Uses
-// sum_exp_weight as workspace.
+// Writes scale * (slope_y W_y - sum_exp_weight / sum_exp) of every labelled row to its token's row of `direction`, which is
+// zeros. It stays so where logp is NaN: an upstream gradient of 0 then gives 0, and any other NaN, as (1 - p_y) is NaN.
+// Uses sum_exp_weight as workspace.
 template <class T>
 void write_direction(
     const TiledHead<T>& head, const std::vector<int64_t>& tokens, const std::vector<T>& target,
@@ -27,6 +29,7 @@ void write_direction(
   const Matrix<T> sums = matrix<T>(result.sum_exp_weight);
   const RawMatrix out(direction);
   for_rows_once(head.rows, head.dim, [&](int64_t row) {
+    if (std::isnan(logp_of(target[row], result.softmax[row]))) return;
     // With V = 1, sum_exp is 0. The lower bound avoids 0 / 0; backward multiplies the direction by 1 - p_y = 0.
     const T sum_exp = std::max(result.softmax[row].sum_exp, std::numeric_limits<T>::min());
     scale_row(sums.row(row), head.dim, T(1) / sum_exp);

@@ -61,9 +61,10 @@ FROM_DIRECTION = ("labels", "ignore_index", "logp", "direction")  # what the fun
 def from_direction(values: Values) -> Values:
     """The gradient of hidden [N, D]: grad_logp (1 - p_y) direction, 0 for tokens whose upstream gradient is 0."""
     grad_logp = values["grad_logp"].masked_fill(values["labels"] == values["ignore_index"], 0)
-    factor = (grad_logp * -torch.expm1(values["logp"]))[:, None]
-    grad = (values["direction"] * factor).masked_fill_(grad_logp[:, None] == 0, 0)  # logp and direction may be NaN
-    return {"hidden": grad.to(values["direction"].dtype)}  # autograd casts it to the dtype of `hidden`
+    # Where logp is NaN, the direction is 0.
+    factor = torch.where(grad_logp == 0, 0.0, grad_logp * -torch.expm1(values["logp"]))
+    # Autograd casts it to the dtype of `hidden`, which differs for float16 only.
+    return {"hidden": (values["direction"] * factor[:, None]).to(values["direction"].dtype)}
 
 
 def expect_frozen(op: str, values: Values) -> None:

@@ -112,14 +112,17 @@ def _forward(
                 sum_exp_weight_ND[rows].mul_(decay_R[:, None]).addmm_(tile_RB, weight_BD)
 
     if sum_exp_weight_ND is not None:
-        to_direction(head, labels_N, target_N, sum_exp_N, sum_exp_weight_ND)
+        to_direction(head, labels_N, target_N, anchor_N, sum_exp_N, sum_exp_weight_ND)
     return anchor_N, sum_exp_N, sum_exp_weight_ND
 
 
 def to_direction(
-    head: TiledHead, labels_N: Tensor, target_N: Tensor, sum_exp_N: Tensor, sum_exp_weight_ND: Tensor
+    head: TiledHead, labels_N: Tensor, target_N: Tensor, anchor_N: Tensor, sum_exp_N: Tensor, sum_exp_weight_ND: Tensor
 ) -> None:
-    """The direction scale * (slope_y W_y - sum q W), from sum exp(z_v - anchor) slope_v W_v, in place."""
+    """The direction scale * (slope_y W_y - sum q W), from sum exp(z_v - anchor) slope_v W_v, in place.
+
+    0 where logp is NaN: an upstream gradient of 0 then gives 0, and any other NaN, because 1 - p_y is NaN.
+    """
     # Without competitors (V = 1) sum_exp is 0. The clamp avoids 0 / 0; backward multiplies by 1 - p_y = 0.
     sum_exp_weight_ND.div_(sum_exp_N.clamp_min(torch.finfo(head.dtype).tiny)[:, None])
     slope_N = head.slope(target_N)
@@ -128,6 +131,7 @@ def to_direction(
         if slope_N is not None:
             target_RD = target_RD * slope_N[rows, None]
         sum_exp_weight_ND[rows].neg_().add_(target_RD).mul_(head.scale)
+    sum_exp_weight_ND.masked_fill_(torch.isnan(logp_of(target_N, anchor_N, sum_exp_N))[:, None], 0.0)
 
 
 def linear_logprob_backward(

@@ -79,7 +79,7 @@ def _accumulate(
                     u_RB.mul_(slope_RB)
                 sum_exp_weight_ND[rows].mul_(decay_R[:, None]).addmm_(u_RB, weight_BD)
     if sum_exp_weight_ND is not None:
-        to_direction(head, labels_N, target_N, sum_exp_N, sum_exp_weight_ND)
+        to_direction(head, labels_N, target_N, max_logit_N, sum_exp_N, sum_exp_weight_ND)
     return sums_SN, sum_exp_weight_ND
 
 

@@ -30,11 +30,14 @@ BLOCK_N, BLOCK_D = 16, 128
 
 @triton.jit
 def _direction_kernel(
-    sum_exp_weight_ptr, weight_ptr, labels_ptr, target_ptr, sum_exp_ptr, out_ptr, N, V, D, stride_weight_v,
+    sum_exp_weight_ptr, weight_ptr, labels_ptr, target_ptr, logp_ptr, sum_exp_ptr, out_ptr, N, V, D, stride_weight_v,
     stride_weight_d, scale, softcap, ignore_index, HAS_SOFTCAP: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):  # fmt: skip
-    """out = scale * (slope_y W_y - sum_exp_weight / sum_exp); 0 where ignored."""
+    """out = scale * (slope_y W_y - sum_exp_weight / sum_exp); 0 where ignored, or where logp is NaN.
+
+    In the latter case an upstream gradient of 0 then gives 0, and any other NaN, because 1 - p_y is NaN.
+    """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
     mask_n, mask_d = offs_n < N, offs_d < D
@@ -51,7 +54,8 @@ def _direction_kernel(
     sum_exp_weight = tl.load(sum_exp_weight_ptr + offs, mask=mask & labelled[:, None], other=0.0)
     # Without competitors (V = 1, or all of them at -inf) both sums are 0.
     mean_weight = sum_exp_weight / tl.where(sum_exp == 0, 1.0, sum_exp)[:, None]
-    direction = scale * (label_weight - mean_weight)
+    logp = tl.load(logp_ptr + offs_n, mask=mask_n, other=0.0)
+    direction = tl.where((logp == logp)[:, None], scale * (label_weight - mean_weight), 0.0)
     tl.store(out_ptr + offs, rounded(direction, out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -75,7 +79,7 @@ def sweep_with_direction(sweep: Sweep, workspace_bytes: int) -> tuple[Tensor, Te
         )  # fmt: skip
         rescale(tile_NC, sweep.anchor_TN, anchor_N, tiles, block_v)
         DenseGemm.accumulate(sum_exp_weight_ND, tile_NC, weight[columns])
-    return logp_N, anchor_N, sum_exp_N, _direction(sweep, sum_exp_weight_ND, sum_exp_N)
+    return logp_N, anchor_N, sum_exp_N, _direction(sweep, sum_exp_weight_ND, logp_N, sum_exp_N)
 
 
 def _chunks(sweep: Sweep, workspace_bytes: int) -> list[range]:
@@ -92,14 +96,15 @@ def new_direction(hidden: Tensor, rows: int) -> Tensor:
     return hidden.new_empty(rows, hidden.shape[1], dtype=dtype)
 
 
-def _direction(sweep: Sweep, sum_exp_weight_ND: Tensor, sum_exp_N: Tensor) -> Tensor:
+def _direction(sweep: Sweep, sum_exp_weight_ND: Tensor, logp_N: Tensor, sum_exp_N: Tensor) -> Tensor:
     rows, dim = sum_exp_weight_ND.shape
     out = new_direction(sweep.hidden, rows)
     if rows and dim:
         blocks = triton.cdiv(rows, BLOCK_N), triton.cdiv(dim, BLOCK_D)
         _direction_kernel[blocks](
-            sum_exp_weight_ND, sweep.weight, sweep.labels, sweep.target_N, sum_exp_N, out, rows, sweep.vocab, dim,
-            *sweep.weight.stride(), sweep.scale, 1.0 if sweep.softcap is None else sweep.softcap, sweep.ignore_index,
+            sum_exp_weight_ND, sweep.weight, sweep.labels, sweep.target_N, logp_N, sum_exp_N, out, rows, sweep.vocab,
+            dim, *sweep.weight.stride(), sweep.scale, 1.0 if sweep.softcap is None else sweep.softcap,
+            sweep.ignore_index,
             HAS_SOFTCAP=sweep.softcap is not None, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D,
             **COMPILER_OPTIONS,
         )  # fmt: skip
