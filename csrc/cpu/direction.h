@@ -19,9 +19,9 @@ inline Tensor direction_of_zeros(const Tensor& hidden, bool with_direction) {
   return zeros({with_direction ? hidden.size(0) : 0, hidden.size(1)}, direction_dtype(hidden.scalar_type()));
 }
 
-// Writes scale * (slope_y W_y - sum_exp_weight / sum_exp) of every labelled row to its token's row of `direction`, which is
-// zeros. It stays so where logp is NaN: an upstream gradient of 0 then gives 0, and any other NaN, as (1 - p_y) is NaN.
-// Uses sum_exp_weight as workspace.
+// Writes scale * (slope_y W_y - sum_exp_weight / sum_exp) of every labelled row to its token's row of `direction`, which
+// holds zeros. It stays so where logp is NaN: an upstream gradient of 0 then gives 0, and any other NaN, because 1 - p_y
+// is NaN. Uses sum_exp_weight as workspace.
 template <class T>
 void write_direction(
     const TiledHead<T>& head, const std::vector<int64_t>& tokens, const std::vector<T>& target,

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..portable.tiles import compute_dtype, direction_dtype
+from ..portable.tiles import compute_dtype
 from .checks import UNINITIALIZED
 from .schema import Values, call
 
@@ -48,12 +48,6 @@ def kept_like(hidden: Tensor, weight: Tensor, kept_bytes: int | None) -> Tensor:
     if kept_bytes is None or kept_bytes == UNINITIALIZED:
         return torch.empty_like(weight)
     return hidden.new_empty(kept_bytes, dtype=torch.uint8)
-
-
-def direction_like(hidden: Tensor, with_direction: bool) -> Tensor:
-    """The direction [N, D] of a frozen head's gradient, or an empty one [0, D]."""
-    rows = hidden.shape[0] if with_direction else 0
-    return hidden.new_empty((rows, hidden.shape[1]), dtype=direction_dtype(hidden.dtype))
 
 
 def gradients_like(

@@ -18,9 +18,9 @@ from typing import Any
 
 import torch
 
-from ..portable.tiles import compute_dtype
+from ..portable.tiles import compute_dtype, new_direction
 from ..validation import fail
-from .kept_tiles import backward_from_kept, direction_like, gradients_like, kept_like, other_gradients_like
+from .kept_tiles import backward_from_kept, gradients_like, kept_like, other_gradients_like
 from .schema import Values, arguments, define, register_autograd, register_fake
 
 define(
@@ -47,7 +47,7 @@ define(
 @register_fake("linear_logprob")
 def _(*, hidden, weight, labels, with_direction, kept_bytes, **_):
     logp = hidden.new_empty(labels.shape, dtype=compute_dtype(hidden.dtype))
-    direction = direction_like(hidden, with_direction)
+    direction = new_direction(hidden, with_direction)
     return logp, torch.empty_like(logp), torch.empty_like(logp), direction, kept_like(hidden, weight, kept_bytes)
 
 

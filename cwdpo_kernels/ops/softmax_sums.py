@@ -7,8 +7,8 @@
 from __future__ import annotations
 
 from ..portable.softmax_sums import SUMS
-from ..portable.tiles import compute_dtype
-from .kept_tiles import direction_like, gradients_like, kept_like, other_gradients_like
+from ..portable.tiles import compute_dtype, new_direction
+from .kept_tiles import gradients_like, kept_like, other_gradients_like
 from .schema import define, register_fake
 
 define(
@@ -35,7 +35,7 @@ define(
 @register_fake("softmax_sums")
 def _(*, hidden, weight, labels, with_direction, kept_bytes, **_):
     sums = hidden.new_empty((len(SUMS), *labels.shape), dtype=compute_dtype(hidden.dtype))
-    return sums, direction_like(hidden, with_direction), kept_like(hidden, weight, kept_bytes)
+    return sums, new_direction(hidden, with_direction), kept_like(hidden, weight, kept_bytes)
 
 
 register_fake("softmax_sums_backward")(gradients_like)

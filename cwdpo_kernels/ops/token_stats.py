@@ -21,8 +21,8 @@ from torch import Tensor
 from .._ops import add_op_namespace_prefix, ops
 from ..portable.softmax_sums import SUMS
 from ..portable.stats import factors_relative_to, gradient_factors, stats_of, sums_of_nothing, sums_relative_to
-from ..portable.tiles import compute_dtype
-from .kept_tiles import backward_from_kept, direction_like, kept_like
+from ..portable.tiles import compute_dtype, new_direction
+from .kept_tiles import backward_from_kept, kept_like
 from .linear_logprob import FROM_DIRECTION, expect_frozen, from_direction
 from .schema import Values, arguments, define, register_autograd, register_fake
 
@@ -42,7 +42,7 @@ def _(*, hidden, weight, labels, with_direction, kept_bytes, **_):
     sums = hidden.new_empty((len(SUMS), *labels.shape), dtype=compute_dtype(hidden.dtype))
     fields = [hidden.new_empty(labels.shape, dtype=sums.dtype) for _ in range(7)]
     fields[3] = torch.empty_like(fields[3], dtype=torch.bool)
-    return *fields, sums, direction_like(hidden, with_direction), kept_like(hidden, weight, kept_bytes)
+    return *fields, sums, new_direction(hidden, with_direction), kept_like(hidden, weight, kept_bytes)
 
 
 def token_stats(
