@@ -22,7 +22,7 @@ help:
 	@echo "make demo      two-stage CW-DPO on handwritten digits; plot and metrics go to runs/digits"
 	@echo "make test      run the test suite; WORKERS=2 files at a time"
 	@echo "make test-slow run the tests that take minutes each"
-	@echo "make tritons   compile the Triton kernels with other versions of Triton: TRITONS=\"3.6.0 3.9.0\""
+	@echo "make tritons   compile and test the kernels with other versions of Triton: TRITONS=\"3.6.0 3.9.0\""
 	@echo "make sanitize  run the op tests on a C++ backend built with ASan and UBSan"
 	@echo "make sanitize-threads  the same with ThreadSanitizer, for races between the threads of a parallel loop"
 	@echo "make lint      ruff (check and format) and mypy"
@@ -67,19 +67,25 @@ test: $(READY)
 test-slow: $(READY)
 	$(BIN)/python -m pytest -m slow
 
-# Kernels also have to compile with the Tritons of other torch versions. Each is installed into a folder of its own.
+# Kernels also have to compile with the Tritons of other torch versions, and to be right on their interpreters. Each is
+# installed into a folder of its own.
 TRITONS ?= 3.6.0 3.9.0
+NUMPY_FOR_3.6.0 := numpy==2.3.5# its interpreter needs numpy before 2.4
 OTHER_TRITON = build/triton-$(1)
-define COMPILE_WITH
-	[ -e $(OTHER_TRITON)/triton ] || \
-		$(BIN)/python -m pip install --quiet --no-deps --target $(OTHER_TRITON) $(call quoted,triton==$(1))
+define TRY_TRITON
+	[ -e $(OTHER_TRITON)/complete ] || { rm -rf $(OTHER_TRITON) && $(BIN)/python -m pip install --quiet --no-deps \
+		--target $(OTHER_TRITON) $(call quoted,triton==$(1)) $(NUMPY_FOR_$(1)) && touch $(OTHER_TRITON)/complete; }
 	rm -f $(OTHER_TRITON)/compiled.json
 	PYTHONPATH=$(OTHER_TRITON) TRITON_CACHE_DIR=$(OTHER_TRITON)/cache $(BIN)/python -m benchmarks.compiled \
 		--out $(OTHER_TRITON)/compiled.json
+	PYTHONPATH=$(OTHER_TRITON) $(BIN)/python -m pytest -k triton --numprocesses $(call quoted,$(WORKERS)) -p no:benchmark \
+		tests/ops/test_linear_logprob.py tests/ops/test_softmax_sums.py tests/ops/test_logits_logprob.py \
+		tests/ops/test_token_divergence.py tests/ops/test_sequence_logprob.py tests/ops/test_cwdpo_loss.py \
+		tests/ops/test_constrained_sft_loss.py
 
 endef
 tritons: $(READY)
-	$(foreach version,$(TRITONS),$(call COMPILE_WITH,$(version)))
+	$(foreach version,$(TRITONS),$(call TRY_TRITON,$(version)))
 
 # `make sanitize` and `make sanitize-threads` build a copy, so that the library of the source tree stays as it is. Only
 # the C++ is instrumented, so leaks in Python are not reported. The functions that are compiled for several processors

@@ -67,16 +67,17 @@ def _merge_kernel(
 
 
 @triton.jit
-def block_position(step, first_tile, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
+def block_position(step, N, C, first_tile, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_C: tl.constexpr):  # fmt: skip
-    """Tokens, columns and vocabulary tile of a block of exponentials [N, C], which begin at first_tile.
+    """Tokens, their mask, columns and vocabulary tile of a block of exponentials [N, C], which begin at first_tile.
 
     A program has STEPS blocks, one after another: few have anything to do, and most of the time is that of a start.
     """
     block_c = tl.program_id(1) * STEPS + step
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask_n = offs_n < tl.where(block_c * BLOCK_C < C, N, 0)
     offs_c = block_c * BLOCK_C + tl.arange(0, BLOCK_C)
-    return offs_n, offs_c, (first_tile + block_c * BLOCK_C // BLOCK_TILE).to(tl.int64)
+    return offs_n, mask_n, offs_c, (first_tile + block_c * BLOCK_C // BLOCK_TILE).to(tl.int64)
 
 
 @triton.jit
@@ -86,8 +87,7 @@ def _rescale_kernel(
 ):  # fmt: skip
     """matrix [N, C] *= 2^(from - to). `from` is per token and tile of BLOCK_TILE columns. Skips equal anchors."""
     for step in range(STEPS):
-        offs_n, offs_c, tile = block_position(step, first_tile, BLOCK_TILE, STEPS, BLOCK_N, BLOCK_C)
-        mask_n = (offs_n < N) & (tl.min(offs_c, 0) < C)
+        offs_n, mask_n, offs_c, tile = block_position(step, N, C, first_tile, BLOCK_TILE, STEPS, BLOCK_N, BLOCK_C)
         from_anchor = tl.load(from_ptr + tile * N + offs_n, mask=mask_n, other=0.0)
         to_anchor = tl.load(to_ptr + offs_n, mask=mask_n, other=0.0)
         changed = mask_n & (from_anchor != to_anchor)

@@ -49,8 +49,7 @@ def _finish_kernel(
 ):  # fmt: skip
     """Bring exponentials [N, C] to the last anchor and write the entries of labels and of tokens without gradient."""
     for step in range(STEPS):
-        offs_n, offs_c, tile = block_position(step, first_tile, BLOCK_TILE, STEPS, BLOCK_N, BLOCK_C)
-        mask_n = (offs_n < N) & (tl.min(offs_c, 0) < C)
+        offs_n, mask_n, offs_c, tile = block_position(step, N, C, first_tile, BLOCK_TILE, STEPS, BLOCK_N, BLOCK_C)
         tile_anchor = tl.load(anchor_TN_ptr + tile * N + offs_n, mask=mask_n, other=0.0)
         anchor = tl.load(anchor_ptr + offs_n, mask=mask_n, other=0.0)
         logp = tl.load(logp_ptr + offs_n, mask=mask_n, other=0.0)
