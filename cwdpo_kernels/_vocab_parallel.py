@@ -17,13 +17,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Replicate, Shard
-from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from ._ops import ops
 from .ops import token_stats
 from .ops.autograd import first_derivative, one_by_one, refuse_forward_mode
 from .types import Head, TokenStats, VocabShard
-from .validation import expect, fail
+from .validation import expect, fail, may_read
 
 MAX_LOGIT = token_stats.SUMS.index("max_logit")
 IGNORED, ELSEWHERE = -1, -2  # labels of a part: an ignored token, and an entry that another part has
@@ -45,7 +44,8 @@ class Options(NamedTuple):
 
 def sharded_stats(hidden: Tensor, head: Head, labels: Tensor, options: Options) -> tuple[Tensor, ...]:
     """The fields of TokenStats [M] of the whole vocabulary; 0 where ignored. The same in every process of the group."""
-    return _ShardedStats.apply(hidden, head.weight, head.bias, labels, options)[:FIELDS]
+    function = _CompiledStats if torch.compiler.is_compiling() else _ShardedStats
+    return function.apply(hidden, head.weight, head.bias, labels, options)[:FIELDS]
 
 
 def local_part(op: str, hidden: Tensor, head: Head, labels: Tensor) -> tuple[Tensor, Head, Tensor]:
@@ -67,8 +67,9 @@ def local_part(op: str, hidden: Tensor, head: Head, labels: Tensor) -> tuple[Ten
         expect(not sharded, op, "head.bias", "type", "DTensor (as head.weight)", type(bias).__name__)
     shard = None
     if sharded:
-        _, (start, _) = compute_local_shape_and_global_offset(weight.shape, mesh, placements)
-        shard = VocabShard(mesh.get_group(), start, weight.shape[0])
+        group, vocab = mesh.get_group(), weight.shape[0]
+        largest_part = -(-vocab // dist.get_world_size(group))  # DTensor splits as torch.chunk does
+        shard = VocabShard(group, min(dist.get_rank(group) * largest_part, vocab), vocab)
     head = replace(head, weight=weight.to_local(), bias=bias, shard=shard)
     return _plain(op, "hidden", hidden), head, _plain(op, "labels", labels)
 
@@ -82,12 +83,14 @@ def _plain(op: str, name: str, tensor: Tensor) -> Tensor:
     return tensor.to_local()
 
 
-class _ShardedStats(torch.autograd.Function):
+class _CompiledStats(torch.autograd.Function):
+    """For compiled graphs: without `jvp`, which torch.compile does not trace."""
+
     @staticmethod
     def forward(
         hidden: Tensor, weight: Tensor, bias: Tensor | None, labels: Tensor, options: Options
     ) -> tuple[Tensor, ...]:
-        if labels.device.type == "cpu":
+        if may_read(labels):
             _check_processes(options.op, options.shard, weight.shape[0], labels.numel())
         local_labels = labels_in_part(labels, options.shard.start, weight.shape[0], options.ignore_index)
         local, kept = _sums_of_part(hidden, weight, bias, local_labels, options)
@@ -105,7 +108,13 @@ class _ShardedStats(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        return first_derivative(ctx.options.op, _ShardedStats.gradients, ctx, grads)
+        return _gradients(ctx, *grads)
+
+
+class _ShardedStats(_CompiledStats):
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+        return first_derivative(ctx.options.op, _gradients, ctx, grads)
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Any) -> Any:
@@ -115,29 +124,29 @@ class _ShardedStats(torch.autograd.Function):
     def vmap(info: Any, in_dims: tuple, *args: Any) -> tuple[Any, Any]:
         return one_by_one(_ShardedStats.apply, info.batch_size, in_dims, args)
 
-    @staticmethod
-    def gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias, labels, max_logit, sums, kept, local_labels = ctx.saved_tensors
-        options: Options = ctx.options
-        ignored = labels == options.ignore_index
-        upstream = (grads[i] for i in DIFFERENTIABLE)
-        given = (torch.zeros_like(sums[0]) if x is None else x.masked_fill(ignored, 0) for x in upstream)
-        grad_target, *factors = (factor * options.scale for factor in token_stats.gradient_factors(sums, *given))
-        exp_and_log = token_stats.factors_relative_to(max_logit, sums[MAX_LOGIT], *factors)
-        needs = ctx.needs_input_grad[:3]
-        if weight.shape[0]:
-            grad_hidden, grad_weight, grad_bias = ops.softmax_sums_backward(
-                grad_target, *exp_and_log, hidden, weight, bias, local_labels, max_logit.contiguous(),
-                kept.contiguous(), options.scale, options.softcap, IGNORED, True, *needs, options.workspace_bytes,
-            )  # fmt: skip
-        else:
-            empty = (None if x is None else torch.zeros_like(x) for x in (hidden, weight, bias))
-            grad_hidden, grad_weight, grad_bias = empty
-        if needs[0] and options.shard.reduce_grad_hidden:
-            total = grad_hidden.to(torch.promote_types(hidden.dtype, torch.float32))
-            grad_hidden = _SumOverProcesses.apply(total, options.shard.group).to(hidden.dtype)
-        results = zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)
-        return *(grad if need else None for grad, need in results), None, None
+
+def _gradients(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, ...]:
+    hidden, weight, bias, labels, max_logit, sums, kept, local_labels = ctx.saved_tensors
+    options: Options = ctx.options
+    ignored = labels == options.ignore_index
+    upstream = (grads[i] for i in DIFFERENTIABLE)
+    given = (torch.zeros_like(sums[0]) if x is None else x.masked_fill(ignored, 0) for x in upstream)
+    grad_target, *factors = (factor * options.scale for factor in token_stats.gradient_factors(sums, *given))
+    exp_and_log = token_stats.factors_relative_to(max_logit, sums[MAX_LOGIT], *factors)
+    needs = ctx.needs_input_grad[:3]
+    if weight.shape[0]:
+        grad_hidden, grad_weight, grad_bias = ops.softmax_sums_backward(
+            grad_target, *exp_and_log, hidden, weight, bias, local_labels, max_logit.contiguous(),
+            kept.contiguous(), options.scale, options.softcap, IGNORED, True, *needs, options.workspace_bytes,
+        )  # fmt: skip
+    else:
+        empty = (None if x is None else torch.zeros_like(x) for x in (hidden, weight, bias))
+        grad_hidden, grad_weight, grad_bias = empty
+    if needs[0] and options.shard.reduce_grad_hidden:
+        total = grad_hidden.to(torch.promote_types(hidden.dtype, torch.float32))
+        grad_hidden = _SumOverProcesses.apply(total, options.shard.group).to(hidden.dtype)
+    results = zip((grad_hidden, grad_weight, grad_bias), needs, strict=True)
+    return *(grad if need else None for grad, need in results), None, None
 
 
 class _SumOverProcesses(torch.autograd.Function):
@@ -206,7 +215,7 @@ def _merged(op: str, local: Tensor, labels: Tensor, shard: VocabShard) -> Tensor
     checked = torch.stack([max_logit, labels.to(max_logit), -labels.to(max_logit)])
     dist.all_reduce(checked, dist.ReduceOp.MAX, group=shard.group)
     differ = checked[1] != -checked[2]
-    if labels.device.type == "cpu" and bool(differ.any()):
+    if may_read(labels) and bool(differ.any()):
         fail(op, "labels", "values", "the same in all processes of head.shard.group", "different ones")
     merged = torch.stack([target, *token_stats.sums_relative_to(checked[0], local), sum_logit])
     dist.all_reduce(merged, group=shard.group)

@@ -36,8 +36,8 @@ class VocabShard:
     def __post_init__(self) -> None:
         for name in ("start", "size"):
             value, least = getattr(self, name), int(name == "size")
-            ok = isinstance(value, int) and not isinstance(value, bool) and value >= least
-            expect(ok, "VocabShard", name, "value", f"an integer >= {least}", repr(value))
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                fail("VocabShard", name, "value", f"an integer >= {least}", repr(value))
 
 
 @dataclass(frozen=True)

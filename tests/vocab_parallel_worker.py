@@ -112,6 +112,27 @@ def check_transforms(rank, processes):
         torch.func.jvp(total, (plain,), (plain,))
 
 
+def check_compiled(rank, processes):
+    """In one graph: a part given by `shard`, frozen and trainable, and a DTensor."""
+    hidden, head, labels = make_inputs((13,), 61, 20, torch.float64, labelled=1.0)
+    part, _ = part_of(head, rank, processes, uneven=False)
+    split = distribute_tensor(head.weight.detach(), DeviceMesh("cpu", list(range(processes))), [Shard(0)])
+    weights = (part.weight, part.shard), (part.weight.detach(), part.shard), (split.requires_grad_(), None)
+    for weight, shard in weights:
+
+        def total(hidden, weight, labels, shard=shard):
+            return combination(ck.token_stats(hidden, ck.Head(weight, shard=shard), labels))
+
+        inputs = [x for x in (hidden, weight) if x.requires_grad]
+        torch._dynamo.reset()
+        compiled = torch.compile(total, fullgraph=True, backend="aot_eager")(hidden, weight, labels)
+        expected = total(hidden, weight, labels)
+        torch.testing.assert_close(compiled, expected)
+        own, eager = torch.autograd.grad(compiled, inputs), torch.autograd.grad(expected, inputs)
+        for actual, grad in zip(own, eager, strict=True):
+            torch.testing.assert_close(*(x.to_local() if isinstance(x, DTensor) else x for x in (actual, grad)))
+
+
 def check_loss(rank, processes):
     """A loss of the package on a split head, and a frozen one."""
     hidden, head, labels = make_inputs((4, 7), 61, 20, torch.float64)
@@ -204,8 +225,8 @@ def check_refusals(rank, processes):
 
 
 CHECKS = (
-    check_statistics, check_empty_parts, check_ignore_index, check_transforms, check_loss, check_dtensor,
-    check_adapters, check_refusals,
+    check_statistics, check_empty_parts, check_ignore_index, check_transforms, check_compiled, check_loss,
+    check_dtensor, check_adapters, check_refusals,
 )  # fmt: skip
 
 
