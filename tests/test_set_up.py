@@ -145,6 +145,13 @@ def test_another_torch_comes_without_the_pins_that_depend_on_torch():
     assert "\ntransformers==" in other
 
 
+@pytest.mark.parametrize(
+    ("triton", "expected"), [("3.6.0", "numpy<2.4\n"), ("3.7.1", ""), ("3.10.0+git1", ""), ("", "")]
+)
+def test_an_old_triton_comes_with_a_numpy_that_its_interpreter_can_use(triton, expected):
+    assert set_up.constraints_of_triton(triton) == expected
+
+
 def test_requirements_are_those_of_the_build_the_package_and_the_extras_of_make():
     names = " ".join(set_up.requirements())
     assert all(name in names for name in ("setuptools>=", "torch>=", "transformers>=", "pytest>=", "trl>="))

@@ -113,6 +113,12 @@ def constraints_for(requested: tuple[str, ...], constraints: str) -> str:
     return re.sub(r"^(torch|triton|setuptools)==.*\n", "", constraints, flags=re.MULTILINE)
 
 
+def constraints_of_triton(version: str) -> str:
+    """What the installed Triton needs of other packages: before 3.7, its interpreter needs numpy before 2.4."""
+    old = version and tuple(map(int, version.split(".")[:2])) < (3, 7)
+    return "numpy<2.4\n" if old else ""
+
+
 def notes(requested: tuple[str, ...], cpu_only: bool) -> list[str]:
     """What the user should know before the set-up starts."""
     lines = []
@@ -280,6 +286,8 @@ def set_up(environment: Environment, torch: tuple[str, ...]) -> None:
     constraints = environment.folder / "constraints.txt"
     constraints.write_text(constraints_for(torch, pins))
     install_torch(environment, torch_sources(torch, pinned_torch(pins), cpu_only), constraints)
+    triton = environment.output("-c", "from importlib.metadata import version; print(version('triton'))")
+    constraints.write_text(constraints.read_text() + constraints_of_triton(triton))
     environment.pip("the pinned packages (up to 550 MB)", "--constraint", str(constraints), *requirements())
     log = environment.folder / "build.log"
     this_package = ("--log", str(log), "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
