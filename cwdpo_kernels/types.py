@@ -23,9 +23,10 @@ class VocabShard:
     """The part [start, start + V_r) of a vocabulary of `size` entries that this process has of a head.
 
     All processes of `group` (a ProcessGroup, None for the default one) hold one part each, which may be empty, and call
-    with the same hidden states and labels (ValueError on a CPU if labels differ, NaN log-probs on a GPU). A CPU also
-    checks that the parts cover the vocabulary without overlap. Labels count from the start of the whole vocabulary. The
-    gradient of hidden is summed over the processes, unless `reduce_grad_hidden` is False because the caller does that.
+    with the same hidden states and labels. If labels differ, log-probs are NaN on a GPU and in compiled graphs, and a
+    CPU raises a ValueError; it also checks that the parts cover the vocabulary without overlap. Labels count from the
+    start of the whole vocabulary. The gradient of hidden is summed over the processes, unless `reduce_grad_hidden` is
+    False because the caller does that.
     """
 
     group: Any
