@@ -117,16 +117,22 @@ def compile_one(launch: Launch) -> dict:
 
 
 def compile_all(launches: list[Launch], workers: int | None = None) -> Iterator[tuple[Launch, dict | str]]:
-    """Compile in parallel over the cores. Yields, as they finish, each launch with its resources or its error."""
+    """Compile in parallel over the cores. Yields, as they finish, each launch with its resources or its error.
+
+    If the caller stops early, launches that have not started are not compiled.
+    """
     workers = min(workers or os.cpu_count() or 1, len(launches))
     if not launches:
         return
     with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
         tasks = {pool.submit(compile_one, launch): launch for launch in launches}
-        for task in as_completed(tasks):
-            error = task.exception()
-            text = f"{type(error).__name__}: {error}".splitlines()[0]
-            yield tasks[task], task.result() if error is None else text
+        try:
+            for task in as_completed(tasks):
+                error = task.exception()
+                text = f"{type(error).__name__}: {error}".splitlines()[0]
+                yield tasks[task], task.result() if error is None else text
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 def summary(launches: list[Launch], workers: int | None = None) -> dict:
