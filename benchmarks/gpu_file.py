@@ -48,7 +48,7 @@ class Report:
         os.replace(partial, self.path)
 
     def set_environment(self, found: dict) -> None:
-        """Of the first process; later ones add the versions of their packages.
+        """Store the environment of the first process; later ones add the versions of their packages.
 
         Raises SystemExit if the file holds results of another machine, other versions or another commit.
         """

@@ -14,13 +14,13 @@ from benchmarks.models import Shape
 REPEATS, WARM_UP = 9, 3
 WARM_UP_SECONDS, MOST_WARM_UPS = 0.3, 100  # until the clocks of the GPU have settled
 BUSY_CYCLES = 20_000_000  # about ten milliseconds, longer than the launches of most steps take
-CYCLES_PER_MS, MOST_CYCLES = 2_000_000, 400_000_000
+CYCLES_PER_MS, MOST_CYCLES = 2_000_000, 400_000_000  # at 2 GHz, a little above the clock of an H100
 
 
-def linear_inputs(shape: Shape) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """hidden [N, D] and weight [V, D] in bfloat16, labels [N]."""
-    hidden = torch.randn(shape.tokens, shape.dim, dtype=torch.bfloat16, requires_grad=True)
-    weight = (torch.randn(shape.vocab, shape.dim, dtype=torch.bfloat16) * shape.dim**-0.5).requires_grad_()
+def linear_inputs(shape: Shape, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """hidden [N, D] and weight [V, D], which require gradients, and labels [N], on the default device."""
+    hidden = torch.randn(shape.tokens, shape.dim, dtype=dtype, requires_grad=True)
+    weight = (torch.randn(shape.vocab, shape.dim, dtype=dtype) * shape.dim**-0.5).requires_grad_()
     return hidden, weight, torch.randint(shape.vocab, (shape.tokens,))
 
 

@@ -1,7 +1,7 @@
 """The pytest plugin of the test processes that benchmarks/gpu_tests.py starts.
 
-`--shard K/N` leaves every N-th test, from the K-th on. `--record FILE` launches none of our kernels: what the tests
-would compile goes to FILE, and they fail. `--fd` is a pipe that receives the outcome of every test.
+`--shard K/N` runs every N-th test, from the K-th on (K from 0). With `--record FILE` none of our kernels is launched:
+the tests fail, and FILE lists what they would have compiled. `--fd` is a pipe that receives the outcome of every test.
 """
 
 from __future__ import annotations

@@ -32,7 +32,7 @@ def read_requests(stream: IO[str]) -> queue.Queue[dict]:
 
 
 def environment(commit: str, simulated: Path | None) -> dict:
-    """Device and versions. A simulated device is called that, whatever stands in for it."""
+    """Device and versions. A simulation is named as one, even on a machine with a GPU."""
     versions = peers.versions()
     if simulated is not None:
         device, capability = f"simulated by {simulated.name}, no GPU", [0, 0]

@@ -73,7 +73,7 @@ def do(request: dict, out: Path, descriptor: int, emit: Emit) -> None:
 
 
 def value_inputs(case: str, tokens: int, vocab: int, dim: int) -> tuple[Tensor, ck.Head, Tensor]:
-    """The inputs of a case of VALUES. The labels of the last one have probability 0.999."""
+    """The inputs of a case of VALUES; "p 0.999" is the probability of its labels."""
     if case == "bfloat16, p 0.999":
         return confident_inputs(0.999, tokens, vocab, dim, torch.bfloat16)
     if case == "float16, bias, softcap 30":

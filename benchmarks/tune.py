@@ -16,7 +16,7 @@ import contextlib
 import itertools
 import json
 import random
-from collections.abc import Iterable
+from collections.abc import Sequence
 
 from benchmarks import gpu_run
 from benchmarks.gpu_file import Report
@@ -39,14 +39,14 @@ def text(candidate: dict) -> str:
     return ", ".join(f"{name}={candidate[name]}" for name in NAMES)
 
 
-def items(report: Report, shape: Shape, dtype: str, found: Iterable[dict], seed: int = 0) -> list[Item]:
+def items(report: Report, shape: Shape, dtype: str, found: Sequence[dict]) -> list[Item]:
     """Compile the candidates that are not compiled yet, then time all of them in random order."""
     compiled = {x["config"] for x in report.data.get("candidates", []) if (x["dim"], x["dtype"]) == (shape.dim, dtype)}
     todo = [candidate for candidate in found if text(candidate) not in compiled]
     name, request = f"D {shape.dim}, {dtype}", {"dtype": dtype}
     first = Item(f"{name}, compiled ahead", "tune", "tune compile", json.dumps({**request, "configs": todo}), (shape,))
     order = list(found)
-    random.Random(seed).shuffle(order)
+    random.Random(0).shuffle(order)  # the same order after --resume
     timings = [
         Item(f"{name}, {text(config)}", "tune", "tune", json.dumps({**request, "config": config}), (shape,))
         for config in order

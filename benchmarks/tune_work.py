@@ -47,10 +47,8 @@ def describe(shape: Shape, dtype: str, config: dict) -> dict:
 @functools.lru_cache(1)
 def inputs(shape: Shape, dtype: str) -> tuple[Tensor, Tensor, Tensor]:
     """hidden [N, D], weight [V, D] and labels [N] on the default device."""
-    kind = getattr(torch, dtype)
-    hidden = torch.randn(shape.tokens, shape.dim, dtype=kind)
-    weight = torch.randn(shape.vocab, shape.dim, dtype=kind) * shape.dim**-0.5
-    return hidden, weight, torch.randint(shape.vocab, (shape.tokens,))
+    hidden, weight, labels = gpu_measure.linear_inputs(shape, getattr(torch, dtype))
+    return hidden.detach(), weight.detach(), labels
 
 
 def step(hidden: Tensor, weight: Tensor, labels: Tensor) -> tuple[Tensor, ...]:

@@ -19,7 +19,7 @@ PER_TOKEN = (  # [N]
 SAVED = ("anchor", "max_logit", "sum_exp", "grad_target", "exp_factor", "log_factor")  # in the compute dtype
 PER_SEQUENCE = ("count", "grad_sum_logp", "grad_mean")  # [S]
 PER_PAIR = ("ref_chosen", "ref_rejected")  # [P] of S = 2P
-BY_VALUE = ("kept_bytes", "workspace_bytes")
+SIZES = ("kept_bytes", "workspace_bytes")
 # A value of `kept_bytes`: like None, keep tiles in memory of the weight's shape, but leave its unused bytes
 # uninitialized instead of zero, and let backward write the gradient there. The op's result `kept` then differs from
 # call to call and changes in backward, so only the public functions ask for it: they drop that result.
@@ -59,7 +59,7 @@ def check_arguments(op: str, values: Values) -> None:
         check.fail(op, "with_direction", "value", "False with partial", True)
     if "mode" in values:
         check.check_choice(op, "mode", values["mode"], check.SFT_MODES)
-    for name in BY_VALUE:
+    for name in SIZES:
         if values.get(name) is not None:
             least = UNINITIALIZED if name == "kept_bytes" else 0
             check.expect(values[name] >= least, op, name, "value", f">= {least}", values[name])

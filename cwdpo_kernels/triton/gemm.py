@@ -108,7 +108,7 @@ class BlockSparseGemm:
     def accumulate(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """out [N, D] (float32) += a [N, K] @ b [K, D]. Rows of skipped blocks keep their values."""
         (rows, depth), dim = a.shape, b.shape[1]
-        sizes, options = self._launch(a)
+        sizes, options = self._launch_options()
         _block_sparse_kernel[self.blocks.shape[0], triton.cdiv(dim, sizes["BLOCK_D"])](
             a, b, out, self.blocks, self.count, rows, depth, dim, a.stride(0), *b.stride(), **sizes, **options,
             **COMPILER_OPTIONS,
@@ -117,14 +117,15 @@ class BlockSparseGemm:
     def product(self, out: Tensor, a: Tensor, b: Tensor) -> None:
         """out [C, D] = a [N, C].T @ b [N, D] over the nonzero blocks, accumulated in float32 and rounded once."""
         (rows, columns), dim = a.shape, b.shape[1]
-        sizes, options = self._launch(a)
+        sizes, options = self._launch_options()
         block_c = sizes["BLOCK_D"]
         _block_sparse_transposed_kernel[triton.cdiv(columns, block_c), triton.cdiv(dim, block_c)](
             a, b, out, self.blocks, self.count, rows, columns, dim, a.stride(0), *b.stride(), *out.stride(),
             BLOCK_C=block_c, **sizes, **options, **COMPILER_OPTIONS,
         )  # fmt: skip
 
-    def _launch(self, a: Tensor) -> tuple[dict, dict]:
+    def _launch_options(self) -> tuple[dict, dict]:
+        """The constants of both kernels, and the options of the launch."""
         side, depth = min(self.config.block_n, 128), min(self.config.block_d, 32)
         sizes = {"PRECISION": precision(), "BLOCK_R": self.config.block_n, "BLOCK_D": side, "BLOCK_K": depth}
         # With 4 warps a tile of 128 x 128 spills registers under Triton 3.9.
