@@ -143,9 +143,9 @@ class MemoryBudget:
     kept_bytes: limit for the tiles that forward of a trainable head keeps for backward; 0 recomputes all of them. None:
         as many as fit in the memory of the head's gradient, which forward then allocates and backward overwrites.
         They cost no memory beyond the gradient. Nearly all tiles fit if there are no more labeled tokens than hidden
-        dimensions (half as many in half precision on a CPU, except in bfloat16 with AVX512-BF16). In these cases None
-        keeps nothing: in a compiled graph, in float64, if the weight is frozen or not contiguous, and with a soft cap
-        on a GPU.
+        dimensions (half as many in half precision on a CPU, except in bfloat16 with AVX512-BF16). None keeps
+        nothing in a compiled graph, in float64, and if the weight is frozen or not contiguous. On a GPU, nothing is
+        kept with a soft cap or by `token_stats`, whatever the limit.
     """
 
     workspace_bytes: int | None = None

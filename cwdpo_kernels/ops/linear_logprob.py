@@ -1,12 +1,12 @@
 """linear_logprob: log-probability of a label under a linear head, without its logits.
 
 Saved for backward: hidden, weight, bias, labels, three floats per row (logp, anchor, sum_exp) and the kept tiles. With
-a frozen head: logp and the direction [N, D] only.
+a direction (frozen heads): labels, logp and the direction [N, D] only.
 
 `anchor` and `sum_exp` [N] are the state of the softmax over the label's competitors. They are opaque: only the backend
 that wrote them reads them.
     portable, csrc: anchor = max_{v != y} z_v,                        sum_exp = sum_{v != y} exp(z_v - anchor)
-    triton:         anchor = an integer >= max_{v != y} z_v / ln 2,   sum_exp = sum_{v != y} exp(z_v - anchor ln 2)
+    triton:         anchor = an integer, see triton/primitives.py,    sum_exp = sum_{v != y} exp(z_v - anchor ln 2)
 
 `kept`: see kept_tiles.py.
 """

@@ -2,12 +2,12 @@
 
 The op has one kernel for all backends: it takes the sums of softmax_sums, and portable/stats.py has the formulas. Saved
 for backward: hidden, weight, bias, labels, `sums` [6, N] and the kept tiles. Backward recomputes the tiles that were
-not kept. In units of 1G = 2 N D V floating-point operations, that is 3G in all for a frozen head. One pass could not
-take less, because the gradients of logp and entropy need a sum of weight rows each. A trainable head takes 4G, or 3G if
-all tiles were kept.
+not kept. In units of 1G = 2 N D V floating-point operations, that is 3G in all for a frozen head. Computing the
+gradients in forward would take as much, because those of logp and entropy need a sum of weight rows each. A trainable
+head takes 4G, or 3G if all tiles were kept.
 
 `with_direction` (frozen heads only): forward also computes the direction [N, D] of linear_logprob, 2G, and the gradient
-of logp alone scales its rows. That of the entropy or of logsumexp is as above, 4G in all.
+of logp alone scales its rows. A gradient of the entropy or of logsumexp recomputes all tiles, 4G in all.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def token_stats(
         hidden, weight, bias, labels, scale, softcap, ignore_index, False, with_direction, workspace_bytes, kept_bytes
     )
     logp, entropy, top1_prob, is_top1, *others = stats_of(sums, weight.shape[0])
-    labelled = labels != ignore_index  # of sums that are 0, all other statistics are 0
+    labelled = labels != ignore_index  # the other statistics are 0 where all sums are
     return logp, entropy, top1_prob * labelled, is_top1 & labelled, *others, sums, direction, kept
 
 

@@ -1,9 +1,9 @@
 """Merges the partial sums of vocabulary tiles, and rescales tiles of exponentials to a common anchor.
 
-    anchor, sum_exp [N] = those of [T, N] partial sums, merged with what is there      (anchors: see primitives.py)
+    anchor, sum_exp [N] = their own values merged with the partial sums [T, N]         (anchors: see primitives.py)
     matrix [N, C] *= 2^(from - to)
 
-Bytes moved: 8 N T to merge. A matrix is read and written only in rows whose anchor changed.
+Bytes read to merge: 8 N T. A matrix is read and written only in rows whose anchor changed.
 Legend: N tokens, T vocabulary tiles, C columns, D hidden.
 """
 
@@ -29,7 +29,7 @@ def _merge_kernel(
 ):  # fmt: skip
     """Merge tiles [first_tile, end_tile) into anchor, sum_exp [N]. FINISH: also write logp, and 0 where ignored.
 
-    HAS_MATRIX: also bring the rows of a matrix [N, D] from the anchor before to the new one.
+    HAS_MATRIX: also rescale the rows of a matrix [N, D] from the old anchor to the new one.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     mask_n = offs_n < N
@@ -69,9 +69,9 @@ def _merge_kernel(
 @triton.jit
 def block_position(step, N, C, first_tile, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr,
                    BLOCK_C: tl.constexpr):  # fmt: skip
-    """Tokens, their mask, columns and vocabulary tile of a block of exponentials [N, C], which begin at first_tile.
+    """Tokens, their mask, columns and vocabulary tile of a block. The exponentials [N, C] begin at first_tile.
 
-    A program has STEPS blocks, one after another: few have anything to do, and most of the time is that of a start.
+    A program goes through STEPS blocks. Most of them need no change, so starting programs would take most of the time.
     """
     block_c = tl.program_id(1) * STEPS + step
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -111,7 +111,7 @@ def merge_tiles(
 ) -> Tensor:  # fmt: skip
     """Merge the sums of `tiles` into anchor, sum_exp [N] in place. Return logp [N]; it is set only with `target_N`.
 
-    The rows of `matrix_ND` (float32, contiguous), which were at the anchors before, are brought to the new ones.
+    The rows of `matrix_ND` (float32, contiguous) are rescaled from the old anchors to the new ones.
     """
     rows = anchor_N.shape[0]
     logp_N = torch.empty_like(anchor_N)

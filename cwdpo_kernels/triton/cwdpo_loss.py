@@ -1,7 +1,8 @@
 """cwdpo_loss on a GPU: sums, cooling weights, loss, metrics and the gradient of every token, in one launch.
 
-portable/cwdpo_loss.py states the formulas. Bytes moved: 12 read and 4 written per token. One program handles all
-sequences: a batch has at most about ten thousand labelled tokens, which takes less time than a second launch.
+portable/cwdpo_loss.py states the formulas. Bytes moved: 12 read and 4 written per token; the labels are read twice, the
+second time from the cache. One program handles all sequences: a batch has at most about ten thousand labelled tokens,
+which takes less time than a second launch.
 Legend: P pairs, 2P sequences (chosen first), N tokens.
 """
 

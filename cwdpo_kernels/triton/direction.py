@@ -36,7 +36,7 @@ def _direction_kernel(
 ):  # fmt: skip
     """out = scale * (slope_y W_y - sum_exp_weight / sum_exp); 0 where ignored, or where logp is NaN.
 
-    In the latter case an upstream gradient of 0 then gives 0, and any other NaN, because 1 - p_y is NaN.
+    If logp is NaN, so is 1 - p_y. Backward then gives 0 for an upstream gradient of 0, and NaN for any other.
     """
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -97,6 +97,7 @@ def new_direction(hidden: Tensor, rows: int) -> Tensor:
 
 
 def _direction(sweep: Sweep, sum_exp_weight_ND: Tensor, logp_N: Tensor, sum_exp_N: Tensor) -> Tensor:
+    """The direction [N, D], from sum u_v slope_v W_v at the final anchors."""
     rows, dim = sum_exp_weight_ND.shape
     out = new_direction(sweep.hidden, rows)
     if rows and dim:

@@ -8,8 +8,8 @@ see primitives.py) and u_v = exp(x_v),
 
 both times the slope of the soft cap. log_factor is nonzero only if the entropy has a gradient. A kernel writes the
 gradient of a chunk of columns in the dtype of the inputs. Two GEMMs form grad_weight of the chunk, written once, and
-add to grad_hidden, in float32. Of chunks whose u forward kept (kept.py), a bias or float16 apart, there are only the
-GEMMs.
+add to grad_hidden, in float32. Where forward kept u (kept.py), only the GEMMs remain, unless the bias needs a gradient
+or the dtype is float16.
 
 Floating-point operations: 3G, 1G = 2 N D V; 2G of kept chunks. Bytes moved beyond the operands: 3 N V entries.
 With `sparse_grad`, which announces tokens without a label or a gradient, blocks of such tokens skip all of it. With a
@@ -42,7 +42,8 @@ NEGLIGIBLE = tl.constexpr(1e3)  # exp2(-NEGLIGIBLE) is 0. Exponents are cut off 
 class LogitGrads:
     """The three numbers of every token and its anchor [N], in float32; all three are 0 where ignored.
 
-    log_factor None: 0 for all tokens. sum_exp, the sum of the kept u, is read only with kept tiles.
+    log_factor is multiplied by ln 2, because the kernel has log2(u); None: 0 for all tokens. sum_exp, the sum of the
+    kept u, is read only with kept tiles.
     """
 
     anchor: Tensor
@@ -86,7 +87,7 @@ def _gradient_kernel(
         exp_factor = tl.load(exp_factor_ptr + offs_n, mask=mask_n, other=0.0)
         labels = tl.load(labels_ptr + offs_n, mask=mask_n, other=-1).to(tl.int32)
         nonzero = exp_factor != 0
-        if HAS_LOG:  # unlike without it, one of the three may be the only one that is not 0
+        if HAS_LOG:  # any of the three may be the only nonzero one; else exp_factor and grad_target are 0 together
             log_factor = tl.load(log_factor_ptr + offs_n, mask=mask_n, other=0.0)
             nonzero |= (log_factor != 0) | (tl.load(grad_target_ptr + offs_n, mask=mask_n, other=0.0) != 0)
         if KEPT:

@@ -10,12 +10,12 @@ the gradient of unscaled logits is factor * U, so that of a chunk of columns
 
     grad_hidden += factor * (U @ weight),   grad_weight = U.T @ (factor * hidden)
 
-U is in the dtype of the inputs, and so is factor * hidden. `factor` divides by U_y as it was rounded, so that the
-label's part of the gradient, which is the largest, is rounded once before grad_weight is.
+U and factor * hidden are rounded to the dtype of the inputs. `factor` divides by the rounded U_y. That cancels its
+rounding error in the label's entry of the gradient, which is the largest.
 
-Tiles are written at anchors that are at least those of all earlier chunks, in bfloat16 mostly at the same (see
-primitives.py), and brought to the last anchor at the end. That multiplies by powers of two, so nothing is rounded
-twice, and most tiles need no change.
+Anchors of tiles never fall from one chunk to the next, and in bfloat16 most of them stay the same (see primitives.py).
+At the end all tiles are rescaled to the last anchor. That multiplies by powers of two, so nothing is rounded twice, and
+most tiles need no change.
 
 Bytes moved: the tiles once, and twice more in rows of tiles whose anchor was not the last one.
 Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles of BLOCK_V, C vocabulary columns of a chunk of tiles.
@@ -38,8 +38,8 @@ from .primitives import rounded
 from .sweep import Sweep
 
 ALIGNMENT = 16  # bytes, for vector loads
-MANY_WAVES = 16  # of programs, of which one may be computed twice
-MIN_COLUMNS = 4096  # GEMMs of so many columns still run at the full rate
+MANY_WAVES = 16  # a sweep of at least so many waves of programs may compute the first one twice: a cost of 1/16
+MIN_COLUMNS = 4096  # enough for GEMMs to run at the full rate
 
 
 @triton.jit
@@ -47,7 +47,7 @@ def _finish_kernel(
     tile_ptr, anchor_TN_ptr, anchor_ptr, sum_exp_ptr, logp_ptr, labels_ptr, N, C, first_tile, first_column,
     ignore_index, BLOCK_TILE: tl.constexpr, STEPS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
 ):  # fmt: skip
-    """Bring exponentials [N, C] to the last anchor and write the entries of labels and of tokens without gradient."""
+    """Rescale exponentials [N, C] to the last anchor; write the entries of labels and of tokens without gradient."""
     for step in range(STEPS):
         offs_n, mask_n, offs_c, tile = block_position(step, N, C, first_tile, BLOCK_TILE, STEPS, BLOCK_N, BLOCK_C)
         tile_anchor = tl.load(anchor_TN_ptr + tile * N + offs_n, mask=mask_n, other=0.0)
@@ -164,8 +164,8 @@ def plan(
 ) -> tuple[int, int]:
     """The number of tiles in a kept chunk, and how many such chunks are kept.
 
-    Their size is, of those that fit the workspace and have at least MIN_COLUMNS columns, the one that keeps most
-    columns; of several, the largest. `column_bytes`: N entries.
+    Of the sizes that fit the workspace and have at least MIN_COLUMNS columns, the chunk has the one that keeps the most
+    columns; of several, the largest. `column_bytes`: the bytes of N entries. `storage_bytes`: 0 keeps nothing.
     """
     most, tiles_v = tiles_per_chunk(column_bytes, block_v, workspace_bytes), triton.cdiv(vocab, block_v)
     most = min(most, tiles_v)

@@ -8,7 +8,7 @@ The competitors of a label y are all v != y. With u_v = exp(z_v - anchor ln 2) a
 
 Floating-point operations, with 1G = 2 N D V, and bytes moved beyond the operands:
 
-    no gradient      1G   one sweep; 8 N T
+    no gradient      1G   one sweep; 16 N T, its partial sums written and read
     frozen head      2G   forward also writes u, a chunk at a time in the dtype of the inputs, and a dense GEMM
                           accumulates sum u_v slope_v W_v in float32; backward scales rows (in ops/). 2 N V tile entries
     trainable head   3G   forward sweeps and keeps tiles of u (kept.py); backward is in gradients.py. 3 N V tile entries

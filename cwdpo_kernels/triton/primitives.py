@@ -6,9 +6,9 @@
 
 The anchor is in units of ln 2: an integer, stored as a float, equal to or just above max_v z_v / ln 2. So no
 exponential overflows, however large the logits are. Changing the anchor of a sum, or of a tile of exponentials in
-bfloat16, multiplies it by a power of two, which is exact. Nothing has to be done if the anchor stays the same. So a
-tile of bfloat16, which has the exponents of float32, keeps the anchor of the tiles before it unless its own is more
-than HEADROOM above: then its exponentials are up to 2^HEADROOM.
+bfloat16, multiplies it by a power of two, which is exact. If the anchor stays the same, nothing has to be done. So a
+bfloat16 tile, which has the exponent range of float32, keeps the anchor of the tiles before it unless its own is more
+than HEADROOM above that. Its exponentials are then up to 2^HEADROOM instead of 1.
 
 Comparisons, tl.maximum and tl.max drop NaN on a GPU. So NaN travels in sum_exp only: anchors are never NaN. A sum with
 a logit of +inf, or above 7.4e8 (MAX_ANCHOR), is NaN.

@@ -5,7 +5,7 @@ each "token" is already the sum of a sequence.
 
 Offsets on a GPU cannot be checked before a launch, because that would sync it. So every program checks all of them
 (`offsets_fit`). If they are wrong, no program uses them: sequence 0 then has all tokens and the others none, every
-result in float is NaN, and every count is 1, because a loss leaves out answers of length 0. A device assert would
+float result is NaN, and every count is 1, because a loss leaves out answers of length 0. A device assert would
 make the whole process lose its GPU, and does nothing in the interpreter and in release builds of ROCm.
 """
 

@@ -13,8 +13,8 @@ of backward (gradients.py). With d = anchor ln 2 - max_logit and x_v = z_v - anc
 2 N D V floating-point operations, or 4 N D V with a frozen head's direction (direction.py). 6 N D V in backward, which
 recomputes all tiles: those of a trainable head's log-prob hold exponentials in the dtype of the inputs, and this
 gradient needs logits. Bytes moved: the operands and 48 N T.
-Blocks of tokens that are ignored, or have no gradient, skip the product of both kernels; the GEMMs of backward are
-dense.
+The sweep skips blocks of ignored tokens, and the gradient kernel blocks of tokens without a gradient. The GEMMs of
+backward are dense.
 Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles.
 """
 
@@ -78,7 +78,7 @@ def _sums_kernel(
     log2_max = tl.where(sum_exp != 0, log2_anchored(max_logit, anchor), 0.0)
     largest = tl.exp2(log2_max)
     moment = LN2 * (moment - log2_max * sum_exp) / largest
-    # Where all are below every anchor, the competitors' sum is lost. It does not matter for labels above them.
+    # If all competitors are below every anchor, their sum is lost. For a label above them it does not matter.
     lost = (sum_exp == 0) & (max_logit > float("-inf")) & (target <= NO_ANCHOR * LN2)
     sum_exp = tl.where(lost, float("nan"), sum_exp / largest)
     sums = sums_ptr + offs_n
@@ -156,8 +156,8 @@ def softmax_sums_backward_(
 def _anchored(
     grad_target: Tensor, exp_factor: Tensor, log_factor: Tensor, max_logit: Tensor, labelled: Tensor
 ) -> LogitGrads:
-    """The factors of exponentials relative to `max_logit`, for those at its anchor."""
-    in_range = max_logit.abs() < MAX_ANCHOR.value * LN2.value  # else the competitors are none, or their sum is NaN
+    """Converts factors for exponentials relative to `max_logit` into factors for exponentials at its anchor."""
+    in_range = max_logit.abs() < MAX_ANCHOR.value * LN2.value  # else no competitors, or their sum is NaN
     anchor = torch.where(in_range, torch.ceil(max_logit * LOG2E.value), NO_ANCHOR.value)
     d = torch.where(in_range, (anchor * LN2_HI.value - max_logit) + anchor * LN2_LO.value, 0.0)
     grads = grad_target, torch.exp(d) * (exp_factor + log_factor * d), torch.exp(d) * LN2.value * log_factor

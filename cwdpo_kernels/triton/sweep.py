@@ -90,11 +90,11 @@ def _sweep_kernel(
         # An int64 comparison takes twice the registers. A label outside the vocabulary is in no tile.
         labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
         holds_label = labelled & (labels >= col) & (labels < tl.minimum(col + BLOCK_V, V))
-        if FLATTEN:  # in a flattened loop, which has the epilogue under a condition, a second one spills registers
+        if FLATTEN:  # a flattened loop runs the epilogue under a condition; a second condition would spill registers
             competitor = _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr)
         else:
             competitor = z
-            if (tl.max(holds_label.to(tl.int32), 0) > 0) | (col + BLOCK_V > V):  # few tiles are such a one
+            if (tl.max(holds_label.to(tl.int32), 0) > 0) | (col + BLOCK_V > V):  # true for few tiles
                 competitor = _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr)
 
         max_logit = tl.max(competitor, 1)
@@ -159,9 +159,9 @@ class Sweep:
         return tile_arguments(self.hidden, self.weight, self.bias, self.scale, self.softcap, self.config)
 
     def wave(self) -> range:
-        """The first vocabulary tiles: those of a wave. None unless the dtype is bfloat16.
+        """The first vocabulary tiles, as many as run at once; an empty range unless the dtype is bfloat16.
 
-        Most other tiles in bfloat16 can have their anchors, and are then not rescaled.
+        In bfloat16, most later tiles can use the anchors of these, and then need no rescaling.
         """
         tiles = wave(self.config, self.rows, self.hidden.device) if self.hidden.dtype == torch.bfloat16 else 0
         return range(min(tiles, self.tiles_v))
@@ -169,8 +169,8 @@ class Sweep:
     def run(self, tiles: range, min_anchor: Tensor | None = None, out: Tensor | None = None) -> None:
         """Sweep over `tiles`. Their exponentials go to `out` [N, C].
 
-        Anchors are at least `min_anchor` [N]. With bfloat16 tiles, and without statistics, they are equal to it within
-        HEADROOM.
+        Anchors are at least `min_anchor` [N]. For bfloat16 tiles without statistics they are equal to it, unless the
+        tile's own anchor is more than HEADROOM above.
         """
         if self.rows == 0 or len(tiles) == 0:
             return

@@ -1,7 +1,8 @@
 """token_divergence on a GPU: one sweep per head for its normaliser, then one pass over the tiles of both heads.
 
-portable/token_divergence.py states the formulas. 2 (D_p + D_q) N V multiply-adds. Bytes moved: the operands, twice,
-and 12 N T. Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles; p and q are the two heads.
+portable/token_divergence.py states the formulas. 2 (D_p + D_q) N V multiply-adds. Bytes moved: the operands, twice, and
+partial sums, written and read: 16 N T for each sweep, whose tiles are wider, and 24 N T for the last pass.
+Legend: N tokens, D hidden, V vocabulary, T vocabulary tiles; p and q are the two heads.
 """
 
 from __future__ import annotations
