@@ -113,10 +113,11 @@ def constraints_for(requested: tuple[str, ...], constraints: str) -> str:
     return re.sub(r"^(torch|triton|setuptools)==.*\n", "", constraints, flags=re.MULTILINE)
 
 
-def constraints_of_triton(version: str) -> str:
-    """What the installed Triton needs of other packages: before 3.7, its interpreter needs numpy before 2.4."""
-    old = version and tuple(map(int, version.split(".")[:2])) < (3, 7)
-    return "numpy<2.4\n" if old else ""
+def constraints_with(triton: str, constraints: str) -> str:
+    """The constraints beside the installed Triton: before 3.7, its interpreter needs numpy before 2.4."""
+    if not triton or tuple(map(int, triton.split(".")[:2])) >= (3, 7):
+        return constraints
+    return re.sub(r"^numpy==.*", "numpy<2.4", constraints, flags=re.MULTILINE)
 
 
 def notes(requested: tuple[str, ...], cpu_only: bool) -> list[str]:
@@ -287,7 +288,7 @@ def set_up(environment: Environment, torch: tuple[str, ...]) -> None:
     constraints.write_text(constraints_for(torch, pins))
     install_torch(environment, torch_sources(torch, pinned_torch(pins), cpu_only), constraints)
     triton = environment.output("-c", "from importlib.metadata import version; print(version('triton'))")
-    constraints.write_text(constraints.read_text() + constraints_of_triton(triton))
+    constraints.write_text(constraints_with(triton, constraints.read_text()))
     environment.pip("the pinned packages (up to 550 MB)", "--constraint", str(constraints), *requirements())
     log = environment.folder / "build.log"
     this_package = ("--log", str(log), "--no-deps", "--no-build-isolation", "--editable", str(ROOT))
