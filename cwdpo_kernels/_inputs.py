@@ -151,7 +151,7 @@ def labels_in_rows(op: str, labels: Tensor, rows: Tensor | None, ignore_index: i
     if rows is None:
         return labels
     check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
-    check.check_ignore_index(op, ignore_index)
+    check.check_ignore_index(op, ignore_index, labels)
     check.check_rows(op, rows, labels)
     flat = labels.reshape(-1)
     return torch.full_like(flat, ignore_index).index_copy(0, rows.long(), flat[rows]).view(labels.shape)

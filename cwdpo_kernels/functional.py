@@ -155,7 +155,7 @@ def sequence_logprob(
     op = "sequence_logprob"
     check.check_dtype(op, "token_logp", token_logp, check.FLOAT_DTYPES)
     check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
-    check.check_ignore_index(op, ignore_index)
+    check.check_ignore_index(op, ignore_index, labels)
     check.expect(labels.shape == token_logp.shape, op, "labels", "shape", list(token_logp.shape), list(labels.shape))
     check.check_device(op, "labels", labels, token_logp, "token_logp")
     offsets = sequence_offsets(op, labels, cu_seqlens)
@@ -196,7 +196,7 @@ def shift_labels(labels: Tensor, cu_seqlens: Tensor | None = None, *, ignore_ind
     """
     op = "shift_labels"
     check.check_dtype(op, "labels", labels, check.INDEX_DTYPES)
-    check.check_ignore_index(op, ignore_index)
+    check.check_ignore_index(op, ignore_index, labels)
     check.expect(labels.dim() >= 1, op, "labels", "dimensions", ">= 1", labels.dim())
     shifted = torch.nn.functional.pad(labels[..., 1:], (0, min(labels.shape[-1], 1)), value=ignore_index)
     if cu_seqlens is None:

@@ -65,10 +65,13 @@ def check_flag(op: str, arg: str, value: Any) -> None:
     expect(isinstance(value, bool), op, arg, "type", "bool", type(value).__name__)
 
 
-def check_ignore_index(op: str, value: Any) -> None:
+def check_ignore_index(op: str, value: Any, labels: Tensor) -> None:
+    """Check that this is an integer of the labels' dtype. Torch would compare int32 labels with its lower 32 bits."""
     is_integer = isinstance(value, Integral) and not isinstance(value, bool)
-    if not (is_integer and -(2**63) <= value < 2**63):  # a compiler cannot take the repr of a symbolic value
-        fail(op, "ignore_index", "value", "an integer in [-2^63, 2^63)", repr(value))
+    bits = 31 if labels.dtype == torch.int32 else 63
+    if not (is_integer and -(2**bits) <= value < 2**bits):  # a compiler cannot take the repr of a symbolic value
+        why = " (labels are torch.int32)" if bits == 31 else ""
+        fail(op, "ignore_index", "value", f"an integer in [-2^{bits}, 2^{bits}){why}", repr(value))
 
 
 def check_device(op: str, arg: str, tensor: Tensor, like: Tensor, like_name: str) -> None:
@@ -143,7 +146,7 @@ def check_labels(op: str, labels: Tensor, like: Tensor, like_name: str, vocab: i
     vocab None: labels may have any value.
     """
     check_dtype(op, "labels", labels, INDEX_DTYPES)
-    check_ignore_index(op, ignore_index)
+    check_ignore_index(op, ignore_index, labels)
     expected = list(like.shape[:-1])
     ok = list(labels.shape) == expected
     expect(ok, op, "labels", "shape", f"{expected} (as {like_name})", list(labels.shape))

@@ -204,6 +204,19 @@ def test_ignore_index_is_an_integer(op, value):
     IGNORING[op](np.int64(-7))
 
 
+@pytest.mark.parametrize("op", IGNORING)
+@pytest.mark.parametrize("value", [2**32 + 5, 2**31, -(2**31) - 1])
+def test_ignore_index_fits_labels_of_32_bits(op, value, monkeypatch):
+    """Torch compares int32 labels with its lower 32 bits, so that label 5 would be ignored for 2^32 + 5."""
+    IGNORING[op](value)  # with int64 labels
+    monkeypatch.setitem(globals(), "Y", Y.int())
+    calls = {**IGNORING, "linear_cwdpo_loss": lambda value: dpo(labels=Y, ignore_index=value)}
+    expected = rf"{op}: expected ignore_index to have value an integer in \[-2\^31, 2\^31\) \(labels are torch.int32\)"
+    with pytest.raises(ValueError, match=f"{expected}, got {value}"):
+        calls[op](value)
+    calls[op](-(2**31))
+
+
 def test_shapes_on_the_meta_device():
     """A dry run without memory, as torch's own functions allow."""
     hidden, weight, labels = H.to("meta").requires_grad_(), W.to("meta").requires_grad_(), Y.to("meta")

@@ -35,6 +35,8 @@ def check_arguments(op: str, values: Values) -> None:
     for name in ("labels", "cu_seqlens", "count"):
         if name in tensors:
             check.check_dtype(op, name, tensors[name], check.INDEX_DTYPES)
+    if "labels" in tensors:
+        check.check_ignore_index(op, values["ignore_index"], tensors["labels"])
     for side in ("", "_p", "_q"):
         if f"hidden{side}" in tensors:
             _check_head(op, side, values)
