@@ -13,6 +13,7 @@ os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # makes cuBLAS dete
 # Several pytest workers share the cores. Threads that wait would spin, and keep the other workers from running.
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
+import numpy as np
 import pytest
 import torch
 
@@ -63,18 +64,18 @@ def only_the_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
         return launch(self, *args, **kwargs)
 
     def check(pointers: Any, mask: Any) -> None:
-        addresses = pointers.data[mask.data]
+        addresses = np.asarray(pointers.data)[np.asarray(mask.data).astype(bool)]  # 0 and 1 may be integers
         inside = sum((addresses >= start) & (addresses < end) for start, end in spans)
         if addresses.size and not (inside > 0).all():
             raise MemoryError("a kernel touches memory outside its tensors")
 
-    def watched_load(self: Any, pointers: Any, mask: Any, *args: Any) -> Any:
+    def watched_load(self: Any, pointers: Any, mask: Any, *args: Any, **options: Any) -> Any:
         check(pointers, mask)
-        return load(self, pointers, mask, *args)
+        return load(self, pointers, mask, *args, **options)
 
-    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any) -> Any:
+    def watched_store(self: Any, pointers: Any, value: Any, mask: Any, *args: Any, **options: Any) -> Any:
         check(pointers, mask)
-        return store(self, pointers, value, mask, *args)
+        return store(self, pointers, value, mask, *args, **options)
 
     monkeypatch.setattr(interpreter.GridExecutor, "__call__", watched_launch)
     monkeypatch.setattr(builder, "create_masked_load", watched_load)
