@@ -76,6 +76,8 @@ def main() -> None:
     parser.add_argument("--peers", nargs="+", choices=PEERS, metavar="PEER", help="default: all")
     parser.add_argument("--wheels", type=Path, help="folder of wheels for the peers")
     options = parser.parse_args()
+    if options.wheels and not any(options.wheels.glob("*.whl")):
+        parser.error(f"--wheels: expected a folder with wheels (*.whl), got {options.wheels}")
     run, simulated = gpu_run.begin(options, "gpu.json")
     peers = {
         name: module for name, module in simulated.get("PEERS", PEERS).items() if name in (options.peers or [name])

@@ -76,10 +76,15 @@ class Child:
         """The messages of the next `seconds`. Raises Ended or TooLong; the caller stops at the message it waits for."""
         end = time.monotonic() + seconds
         while True:
+            ended, left = self.process.poll() is not None, end - time.monotonic()
             try:
-                message = self.messages.get(timeout=max(end - time.monotonic(), 0.0))
+                message = self.messages.get(timeout=max(min(left, 1.0), 0.0))
             except queue.Empty:
-                raise TooLong from None
+                if ended:  # the pipe does not, if a process that the child forked has it open
+                    raise Ended(self.reason()) from None
+                if left <= 1.0:
+                    raise TooLong from None
+                continue
             if message is None:
                 raise Ended(self.reason())
             yield message

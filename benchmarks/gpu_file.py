@@ -26,6 +26,38 @@ LEFT_OUT = "left out: "  # how the reason of an item starts that --resume tries 
 MACHINE = ("device", "torch", "triton", "python", "commit")  # one file holds the results of one of these
 
 
+def read(path: Path, like: dict) -> dict:
+    """The data of a file to go on from. Raises SystemExit if it is not one that this version of the program writes."""
+    try:
+        found = json.loads(path.read_text())
+    except ValueError as error:
+        problem = f"no JSON ({error})"
+    else:
+        problem = misfit(found, like)
+    if problem:
+        raise SystemExit(
+            f"{path}: expected results that --resume can go on from, got {problem}: run without --resume, which "
+            "renames this file, or choose another --out"
+        )
+    return found
+
+
+def misfit(found: object, like: dict) -> str:
+    """What makes `found` no data of a Report, or ""."""
+    if not isinstance(found, dict):
+        return f"a {type(found).__name__}"
+    kinds = {key: type(value) for key, value in like.items()} | dict.fromkeys(KEYS, list)
+    for key, kind in kinds.items():
+        if not isinstance(found.get(key, kind()), kind):
+            return f"`{key}` of type {type(found[key]).__name__}"
+    if (machine := found.get("environment")) and (missing := {*MACHINE, "versions"} - machine.keys()):
+        return f"an environment without {', '.join(sorted(missing))}"
+    for name, keys in KEYS.items():
+        if any(not isinstance(row, dict) or {*keys} - row.keys() for row in found.get(name, ())):
+            return f"a row of `{name}` without {' or '.join(keys)}"
+    return ""
+
+
 class Report:
     """What has been measured so far. Every addition replaces the file and prints a line.
 
@@ -37,7 +69,7 @@ class Report:
         self.path = path
         self.data: dict = {"environment": {}, "values": [], "limits": {}, "measurements": [], "failed": {}, "done": []}
         if resume and path.exists():
-            self.data |= json.loads(path.read_text())
+            self.data |= read(path, self.data)
             failed = self.data["failed"].items()
             self.data["failed"] = {name: reason for name, reason in failed if not reason.startswith(LEFT_OUT)}
 

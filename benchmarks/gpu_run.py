@@ -121,10 +121,17 @@ class Run:
             self.child = None
 
 
+def positive(text: str) -> float:
+    """A number of seconds as an option."""
+    if not float(text) > 0:  # nor NaN
+        raise argparse.ArgumentTypeError(f"expected a number of seconds > 0, got {text}")
+    return float(text)
+
+
 def add_options(parser: argparse.ArgumentParser) -> None:
     """The options of every program that works through items."""
     parser.add_argument("--out", type=Path, required=True, help="folder of the results")
-    parser.add_argument("--budget-s", type=float, default=math.inf, help="end after this many seconds")
+    parser.add_argument("--budget-s", type=positive, default=math.inf, help="end after this many seconds")
     parser.add_argument("--commit", default="", help="the commit, where the source tree has no git")
     parser.add_argument("--resume", action="store_true", help="keep what the result file has and do the rest")
     parser.add_argument("--simulate", type=Path, help="a file that stands in for the GPU, for tests of this program")
@@ -132,12 +139,18 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 
 def begin(options: argparse.Namespace, name: str) -> tuple[Run, dict]:
     """A run with the file `name` in the output folder, and the names that the `--simulate` file defines."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit("terminated"))  # so that the child is closed
+    for number in (signal.SIGTERM, signal.SIGINT):  # so that the child is closed
+        signal.signal(number, lambda *_: sys.exit("ended by a signal; go on with --resume"))
     simulated = runpy.run_path(str(options.simulate)) if options.simulate else {}
+    try:
+        options.out.mkdir(parents=True, exist_ok=True)
+        log = (options.out / "log.txt").open("a")
+    except OSError as error:
+        raise SystemExit(f"--out: expected a folder to write into, got {options.out} ({error.strerror})") from None
     report = open_report(options.out / name, options.resume)
     arguments = ["--out", str(options.out.resolve()), "--commit", options.commit or current_commit()]
     arguments += ["--simulate", str(options.simulate.resolve())] if options.simulate else []
-    log, limits = (options.out / "log.txt").open("a"), LIMITS | simulated.get("LIMITS", {})
+    limits = LIMITS | simulated.get("LIMITS", {})
     packages = options.out / "peers" / "site-packages"  # QuACK refuses to run from a folder of another name
     return Run(report, options.budget_s, log, arguments, packages, limits), simulated
 

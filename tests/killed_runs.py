@@ -17,11 +17,11 @@ SIMULATION = ROOT / "tests" / "simulated_gpu.py"
 
 
 @contextlib.contextmanager
-def running(out, *options, module="gpu", **environment):
+def running(out, *options, module="gpu", stderr=None, **environment):
     """A simulated run. Whatever happens, neither it nor its children outlive the block."""
     command = [sys.executable, "-m", f"benchmarks.{module}", "--out", str(out), "--simulate", str(SIMULATION)]
     process = subprocess.Popen(
-        [*command, *options], cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, text=True,
+        [*command, *options], cwd=ROOT, env=os.environ | environment, stdout=subprocess.PIPE, stderr=stderr, text=True,
         start_new_session=True,
     )  # fmt: skip
     try:

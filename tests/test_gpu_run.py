@@ -59,6 +59,21 @@ def test_a_run_finishes_although_a_peer_crashes_its_process(tmp_path):
     assert data["environment"]["commit"] == "abc"
 
 
+def test_a_process_that_dies_is_noticed_although_one_that_it_forked_lives(tmp_path, monkeypatch):
+    """The latter holds the pipe open: without a look at the process, the run would wait for the item's limit."""
+    code = "import os, time; os.fork() or time.sleep(600); os.abort()"
+    command = [sys.executable, "-c", code]
+    popen = subprocess.Popen
+    monkeypatch.setattr(gpu_child.subprocess, "Popen", lambda _, **options: popen(command, **options))
+    with (tmp_path / "log.txt").open("w") as log:
+        child = gpu_child.Child([], log)
+        try:
+            with pytest.raises(gpu_child.Ended, match="the process ended with SIGABRT"):
+                next(child.receive(60))
+        finally:
+            child.close()
+
+
 def test_the_tuner_compiles_times_and_chooses(tmp_path):
     pytest.importorskip("triton")
     with running(tmp_path, "--dtype", "float32", module="tune", TRITON_INTERPRET="1") as process:
