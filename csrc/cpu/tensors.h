@@ -124,10 +124,10 @@ template <class T>
 void multiply(const Matrix<T>& out, const Matrix<T>& a, const Matrix<T>& b, bool accumulate) {
   const Tensor out_tensor = out.tensor(), a_tensor = a.tensor(), b_tensor = b.tensor();
   if (accumulate) {
-    STABLE_TORCH_ERROR_CODE_CHECK(
+    TORCH_ERROR_CODE_CHECK(
         aoti_torch_cpu_addmm_out(out_tensor.get(), out_tensor.get(), a_tensor.get(), b_tensor.get(), 1.0, 1.0));
   } else {
-    STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out_tensor.get(), a_tensor.get(), b_tensor.get()));
+    TORCH_ERROR_CODE_CHECK(aoti_torch_cpu_mm_out(out_tensor.get(), a_tensor.get(), b_tensor.get()));
   }
 }
 

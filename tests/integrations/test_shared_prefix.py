@@ -67,10 +67,10 @@ def assert_equal(model, prompts, types, answers=ANSWERS):
     assert grads.keys() == expected_grads.keys()
     largest = max(grad.abs().max().item() for grad in expected_grads.values())
     for name, grad in expected_grads.items():
-        scale = max(grad.abs().max().item(), 1e-4 * largest)  # those of key biases are rounding errors
-        torch.testing.assert_close(
-            grads[name], grad, atol=1e-5 * scale, rtol=0, msg=lambda text, name=name: name + text
-        )
+        scale = max(grad.abs().max().item(), 1e-4 * largest)
+        # The softmax does not depend on a key's bias: its gradient is 0, and what is computed is a rounding error.
+        allowed = largest * torch.finfo(grad.dtype).eps if name.endswith("k_proj.bias") else 1e-5 * scale
+        torch.testing.assert_close(grads[name], grad, atol=allowed, rtol=0, msg=lambda text, name=name: name + text)
 
 
 @pytest.mark.parametrize("name", tiny_models.CLASSES)

@@ -41,8 +41,8 @@ class PeakOfStep(TrainerCallback):
             values = (value for of_weight in optimizer.state.values() for value in of_weight.values())
             self.state = sum(value.nbytes for value in values if isinstance(value, torch.Tensor))
             self.profiler = torch.profiler.profile(
-                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
-            )
+                activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True, acc_events=True
+            )  # acc_events: else torch 2.11 warns
             self.profiler.__enter__()
 
     def on_step_end(self, args, state, control, **_):
