@@ -83,6 +83,16 @@ def test_a_row_is_for_hidden_sizes_up_to_its_own(monkeypatch):
     assert {dim: configs.row_for("x", "half", dim) for dim in expected} == expected
 
 
+@pytest.mark.parametrize(("chip", "dim", "statistics", "block_v"), [
+    ("sm_90", 4096, False, 256), ("sm_90", 4096, True, 256), ("sm_90", 576, False, 128), ("sm_90", 576, True, 64),
+    ("sm_100", 4096, True, 128),
+])  # fmt: skip
+def test_rows_say_where_statistics_need_narrower_tiles(monkeypatch, chip, dim, statistics, block_v):
+    monkeypatch.setattr(configs, "chip", lambda device: chip)
+    hidden = torch.empty(4, dim, dtype=torch.bfloat16)
+    assert configs.tile_config(hidden, None, statistics=statistics).block_v == block_v
+
+
 def test_every_hidden_size_has_a_row():
     kinds = {(chip, kind) for chip, kind, _ in configs.TILES}
     assert {(chip, kind) for chip, kind, size in configs.TILES if size == configs.ANY_D} == kinds

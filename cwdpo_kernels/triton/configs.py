@@ -29,6 +29,7 @@ class TileConfig:
     group_n: int = 16  # row blocks that run together on one vocabulary block, so that it stays in the L2 cache
     persistent: bool = False  # one program per multiprocessor loops over tiles; else one program per tile
     descriptors: bool = False  # use tensor descriptors (TMA) if the layout allows it
+    narrow_statistics: bool = False  # halve block_v where a sweep also sums statistics: else registers spill
     source: str = "compiled"
 
 
@@ -38,14 +39,16 @@ ANY_D = math.inf
 TILES: dict[tuple[str, str, float], TileConfig] = {
     ("sm_80", "half", ANY_D): TileConfig(128, 128, 64, num_warps=8, num_stages=3),
     ("sm_80", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=3),
-    ("sm_80", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
-    ("sm_90", "half", 1024): TileConfig(128, 128, 64, 4, 3, descriptors=True, source="timed on an H100, D 576"),
+    ("sm_80", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2, narrow_statistics=True),
+    ("sm_90", "half", 1024): TileConfig(
+        128, 128, 64, 4, 3, descriptors=True, narrow_statistics=True, source="timed on an H100, D 576"
+    ),
     ("sm_90", "half", ANY_D): TileConfig(128, 256, 64, 8, 3, descriptors=True, source="timed on an H100, D 4096"),
     ("sm_90", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=4, descriptors=True),
-    ("sm_90", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
-    ("sm_100", "half", ANY_D): TileConfig(128, 256, 64, num_warps=8, num_stages=3, descriptors=True),
+    ("sm_90", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2, narrow_statistics=True),
+    ("sm_100", "half", ANY_D): TileConfig(128, 256, 64, 8, 3, descriptors=True, narrow_statistics=True),
     ("sm_100", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=4, descriptors=True),
-    ("sm_100", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
+    ("sm_100", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2, narrow_statistics=True),
     ("gfx942", "half", ANY_D): TileConfig(128, 128, 64, num_warps=8, num_stages=2),
     ("gfx942", "tf32", ANY_D): TileConfig(128, 128, 32, num_warps=8, num_stages=2),
     ("gfx942", "ieee", ANY_D): TileConfig(64, 64, 16, num_warps=8, num_stages=2),
@@ -109,15 +112,17 @@ def row_for(chip: str, precision: str, dim: int) -> TileConfig:
     return TILES[chip, precision, min(sizes)]
 
 
-def tile_config(hidden: Tensor, *softcaps: float | None, column_divisor: int = 1) -> TileConfig:
+def tile_config(
+    hidden: Tensor, *softcaps: float | None, column_divisor: int = 1, statistics: bool = False
+) -> TileConfig:
     """The row for these operands, with block_v divided by `column_divisor`.
 
     Epilogues that need many registers use fewer columns, and half the rows where a tile cannot be narrower. A soft cap
-    divides block_v by at least 2.
+    divides block_v by at least 2, and so do `statistics` in rows that say so.
     """
     kind = precision() if hidden.dtype == torch.float32 else "half"
     config = row_for(chip(hidden.device), kind, hidden.shape[1])
-    if any(softcap is not None for softcap in softcaps):
+    if any(softcap is not None for softcap in softcaps) or (statistics and config.narrow_statistics):
         column_divisor = max(column_divisor, 2)
     block_v = config.block_v // column_divisor
     block_n = config.block_n if block_v >= MIN_BLOCK_V else config.block_n // 2

@@ -32,10 +32,8 @@ from torch import Tensor
 from .configs import COMPILER_OPTIONS, grid, tile_config
 from .gemm import BlockSparseGemm, DenseGemm
 from .kept import KeptChunks, kept_factor
-from .primitives import log2_anchored, logits_tile, rounded, slope_of, tile_position
+from .primitives import NEGLIGIBLE, log2_anchored, logits_tile, rounded, slope_of, tile_position
 from .sweep import tile_arguments
-
-NEGLIGIBLE = tl.constexpr(1e3)  # exp2(-NEGLIGIBLE) is 0. Exponents are cut off here, because 0 * -inf would be NaN.
 
 
 @dataclass(frozen=True)

@@ -37,6 +37,7 @@ NO_ANCHOR = tl.constexpr(-1073741824.0)  # of an empty sum
 # 28 nats. Sums over a vocabulary stay far from overflow, and exponents keep as many digits as the logits have: anchors
 # belong to logits of the same token.
 HEADROOM = tl.constexpr(40.0)
+NEGLIGIBLE = tl.constexpr(1e3)  # exp2(-NEGLIGIBLE) is 0. Exponents are cut off here, because 0 * -inf would be NaN.
 
 
 @triton.jit

@@ -27,6 +27,7 @@ from torch import Tensor
 from .configs import COMPILER_OPTIONS, TileConfig, grid, operands, precision, tile_config, wave
 from .primitives import (
     HEADROOM,
+    NEGLIGIBLE,
     NO_ANCHOR,
     anchor_of,
     log2_anchored,
@@ -39,11 +40,23 @@ from .primitives import (
 
 
 @triton.jit
-def _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr):
-    """The tile's logits with -inf for labels, whose logits are written to target, and outside the vocabulary."""
+def _is_label(z, offs_n, offs_v, labels, holds_label, target_ptr):
+    """Which of the tile's entries are labels. Their logits are written to target."""
     is_label = offs_v[None, :] == labels[:, None]
     tl.store(target_ptr + offs_n, tl.sum(tl.where(is_label, z, 0.0), 1), mask=holds_label)
+    return is_label
+
+
+@triton.jit
+def _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr):
+    """The tile's logits with -inf for labels and outside the vocabulary."""
+    is_label = _is_label(z, offs_n, offs_v, labels, holds_label, target_ptr)
     return tl.where(is_label | (offs_v >= V)[None, :], float("-inf"), z)
+
+
+@triton.jit
+def _add(a, b, x, y):
+    return a + x, b + y
 
 
 @triton.jit
@@ -90,11 +103,18 @@ def _sweep_kernel(
         # An int64 comparison takes twice the registers. A label outside the vocabulary is in no tile.
         labels = tl.where((labels >= 0) & (labels < V), labels, -1).to(tl.int32)
         holds_label = labelled & (labels >= col) & (labels < tl.minimum(col + BLOCK_V, V))
+        holds_labels, beyond_vocabulary = tl.max(holds_label.to(tl.int32), 0) > 0, col + BLOCK_V > V
+        competitor = z
         if FLATTEN:  # a flattened loop runs the epilogue under a condition; a second condition would spill registers
             competitor = _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr)
+        elif STATISTICS:  # under one condition, it would spill registers
+            if holds_labels:
+                is_label = _is_label(z, offs_n, offs_v, labels, holds_label, target_ptr)
+                competitor = tl.where(is_label, float("-inf"), z)
+            if beyond_vocabulary:
+                competitor = tl.where((offs_v >= V)[None, :], float("-inf"), competitor)
         else:
-            competitor = z
-            if (tl.max(holds_label.to(tl.int32), 0) > 0) | (col + BLOCK_V > V):  # true for few tiles
+            if holds_labels | beyond_vocabulary:  # true for few tiles
                 competitor = _competitors(z, offs_n, offs_v, V, labels, holds_label, target_ptr)
 
         max_logit = tl.max(competitor, 1)
@@ -109,11 +129,15 @@ def _sweep_kernel(
         u = tl.exp2(exponent)
         offs_partial = tile_v.to(tl.int64) * N + offs_n
         tl.store(anchor_ptr + offs_partial, anchor, mask=mask_n)
-        tl.store(sum_exp_ptr + offs_partial, or_nan(tl.sum(u, 1), max_logit), mask=mask_n)
+        if STATISTICS:
+            sum_exp, sum_log = tl.reduce((u, u * tl.maximum(exponent, -NEGLIGIBLE)), 1, _add)
+        else:
+            sum_exp = tl.sum(u, 1)
+        tl.store(sum_exp_ptr + offs_partial, or_nan(sum_exp, max_logit), mask=mask_n)
         if STATISTICS:
             statistics = statistics_ptr + tile_v.to(tl.int64) * 4 * N + offs_n
             tl.store(statistics, max_logit, mask=mask_n)
-            tl.store(statistics + N, tl.sum(tl.where(u > 0, u * exponent, 0.0), 1), mask=mask_n)
+            tl.store(statistics + N, sum_log, mask=mask_n)
             tl.store(statistics + 2 * N, tl.sum(u * u, 1), mask=mask_n)
             tl.store(statistics + 3 * N, sum_logit, mask=mask_n)
         if WRITE_TILE:
@@ -140,8 +164,7 @@ class Sweep:
     skip_ignored: bool = True  # False if few blocks of tokens have no label: a fixed number of steps is faster
 
     def __post_init__(self) -> None:
-        column_divisor = 2 if self.statistics else 1
-        self.config: TileConfig = tile_config(self.hidden, self.softcap, column_divisor=column_divisor)
+        self.config: TileConfig = tile_config(self.hidden, self.softcap, statistics=self.statistics)
         self.rows, self.vocab = self.hidden.shape[0], self.weight.shape[0]
         self.tiles_v = triton.cdiv(self.vocab, self.config.block_v)
 
