@@ -27,6 +27,7 @@ from torch import Tensor
 from .configs import COMPILER_OPTIONS, TileConfig, grid, operands, precision, tile_config, wave
 from .primitives import (
     HEADROOM,
+    INTERPRETED,
     NEGLIGIBLE,
     NO_ANCHOR,
     anchor_of,
@@ -130,7 +131,11 @@ def _sweep_kernel(
         offs_partial = tile_v.to(tl.int64) * N + offs_n
         tl.store(anchor_ptr + offs_partial, anchor, mask=mask_n)
         if STATISTICS:
-            sum_exp, sum_log = tl.reduce((u, u * tl.maximum(exponent, -NEGLIGIBLE)), 1, _add)
+            log_term = u * tl.maximum(exponent, -NEGLIGIBLE)
+            if INTERPRETED:  # reduces pairs one element at a time, in Python
+                sum_exp, sum_log = tl.sum(u, 1), tl.sum(log_term, 1)
+            else:
+                sum_exp, sum_log = tl.reduce((u, log_term), 1, _add)
         else:
             sum_exp = tl.sum(u, 1)
         tl.store(sum_exp_ptr + offs_partial, or_nan(sum_exp, max_logit), mask=mask_n)
