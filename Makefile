@@ -81,7 +81,7 @@ define TRY_TRITON
 	PYTHONPATH=$(OTHER_TRITON) $(BIN)/python -m pytest -k triton --numprocesses $(call quoted,$(WORKERS)) -p no:benchmark \
 		tests/ops/test_linear_logprob.py tests/ops/test_softmax_sums.py tests/ops/test_logits_logprob.py \
 		tests/ops/test_token_divergence.py tests/ops/test_sequence_logprob.py tests/ops/test_cwdpo_loss.py \
-		tests/ops/test_constrained_sft_loss.py
+		tests/ops/test_constrained_sft_loss.py tests/ops/test_token_stats.py
 
 endef
 tritons: $(READY)
